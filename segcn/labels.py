@@ -1,0 +1,281 @@
+"""The label contract: a palette of classes, masks as class ids, class ids as the control image's colours."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from segcn.errors import UserError
+
+IGNORE = 255
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+LOW_BIT_GREY = {
+    "L;2": 85,
+    "L;4": 17,
+}  # Pillow stretches 2- and 4-bit grey PNG files to 0..255 by these factors
+
+
+@dataclass(frozen=True)
+class Label:
+    """One class: its id in the masks, its name, its colour in the control image; `ignore`: unlabelled."""
+
+    id: int
+    name: str
+    colour: tuple[int, int, int]
+    ignore: bool = False
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Every label of a data set; UserError unless ids, names and colours are each in range and unique."""
+
+    labels: tuple[Label, ...]
+
+    def __post_init__(self):
+        if not any(not label.ignore for label in self.labels):
+            raise UserError("the palette has no class: expected 1 to 255 labels without ignore")
+        for label in self.labels:
+            _check_label(label)
+        for key in ("id", "name", "colour"):
+            _check_unique([getattr(label, key) for label in self.labels], key)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Palette":
+        """Read palette.json: {"labels": [{"id": 0, "name": "sky", "colour": [135, 206, 235]}, ...]}."""
+        try:
+            entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))["labels"]
+            return cls(tuple(_label(entry) for entry in entries))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            form = '{"labels": [{"id": 0, "name": "sky", "colour": [135, 206, 235]}, ...]}'
+            raise UserError(f"{path}: expected {form}, found {type(error).__name__}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write palette.json, one label a line."""
+        Path(path).write_text(self._json() + "\n", encoding="utf-8")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(label.name for label in self.labels)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(label.id for label in self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """How many logits a segmenter needs: the highest id that is not ignored, plus one."""
+        return max(label.id for label in self.labels if not label.ignore) + 1
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """The colour of every id, uint8 [256, 3]; undeclared ids, 255 among them, are black."""
+        table = np.zeros((256, 3), np.uint8)
+        for label in self.labels:
+            table[label.id] = label.colour
+        table.setflags(write=False)
+        return table
+
+    @cached_property
+    def _class_of_id(self) -> np.ndarray:
+        """What a stored value is read as, int16 [256]: itself, 255 where ignored, -1 where undeclared."""
+        classes = np.full(256, -1, np.int16)
+        classes[IGNORE] = IGNORE
+        for label in self.labels:
+            classes[label.id] = IGNORE if label.ignore else label.id
+        return classes
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with any id, name, colour or ignore."""
+        return hashlib.sha256(self._json().encode()).hexdigest()[:16]
+
+    def _json(self) -> str:
+        lines = [json.dumps(_entry(label), ensure_ascii=False) for label in self.labels]
+        return '{"labels": [\n  ' + ",\n  ".join(lines) + "\n]}"
+
+
+def find_palette(folder: str | Path) -> Path:
+    """The palette.json of a data set folder: its own, else its parent's; UserError where neither has one."""
+    folder = Path(folder)
+    for candidate in (folder / "palette.json", folder.absolute().parent / "palette.json"):
+        if candidate.is_file():
+            return candidate
+    raise UserError(
+        f"{folder}: no palette.json here or in the folder above; write one that gives every class of the"
+        ' masks an id, name and colour, e.g. {"labels": [{"id": 0, "name": "sky", "colour": [135, 206, 235]}]}'
+    )
+
+
+def read_mask(path: str | Path, palette: Palette) -> np.ndarray:
+    """Read a mask file as class ids, uint8 [H, W]; labels marked ignore are read as 255.
+
+    Palette, grey, 1-bit and 16-bit files hold ids; RGB files are read through the palette's colours (alpha is
+    unused). UserError names the values or colours that the palette lacks, with their pixel counts.
+    """
+    try:
+        with Image.open(path) as image:
+            stretch = LOW_BIT_GREY.get(_raw_mode(image), 1)
+            image.load()
+            lossy = image.format in ("JPEG", "MPO")
+            colour_coded = image.mode not in ("P", "PA", "L", "LA", "1") and not image.mode.startswith("I")
+            values = np.asarray(image.convert("RGB") if colour_coded else image)
+            values = values[..., 0] if image.mode in ("PA", "LA") else values
+            own_colours = image.getpalette() if image.mode == "P" else None
+    except UNREADABLE as error:
+        raise UserError(f"{path}: the mask cannot be read: {error}") from None
+    if colour_coded:
+        return _ids_of_colours(values, palette, path, lossy)
+    ids = _ids_of_values(values.astype(np.int32) // stretch, palette, path, lossy)
+    _refuse_reindexed(values, own_colours, palette, path)
+    return ids
+
+
+def write_mask(path: str | Path, mask: np.ndarray, palette: Palette) -> None:
+    """Write class ids, uint8 [H, W], as a palette PNG: its array is the ids, its RGB view the colours."""
+    if mask.dtype != np.uint8 or mask.ndim != 2:
+        raise ValueError(f"expected uint8 [H, W], found {mask.dtype} {list(mask.shape)}")
+    image = Image.fromarray(mask)
+    image.putpalette(palette.table.tobytes())
+    image.save(path, format="PNG")
+
+
+def colourise(mask: np.ndarray, palette: Palette) -> np.ndarray:
+    """Class ids, uint8 [..., H, W], as the palette's colours, uint8 [..., H, W, 3]."""
+    return palette.table[mask]
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize class ids, uint8 [H, W], to (height, width) by NEAREST, the one filter that invents no class."""
+    height, width = size
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _label(entry: dict) -> Label:
+    unknown = set(entry) - {"id", "name", "colour", "ignore"}
+    if unknown:
+        raise UserError(
+            f"label {entry}: expected the keys id, name, colour and ignore, found also {sorted(unknown)}"
+        )
+    colour = entry["colour"]
+    return Label(
+        entry["id"],
+        entry["name"],
+        tuple(colour) if isinstance(colour, list) else colour,
+        entry.get("ignore", False),
+    )
+
+
+def _entry(label: Label) -> dict:
+    entry = {"id": label.id, "name": label.name, "colour": list(label.colour)}
+    return entry | ({"ignore": True} if label.ignore else {})
+
+
+def _check_label(label: Label) -> None:
+    if not isinstance(label.ignore, bool):
+        raise UserError(f"label {label.name!r}: expected ignore true or false, found {label.ignore!r}")
+    highest = IGNORE if label.ignore else IGNORE - 1
+    if not _is_byte(label.id) or label.id > highest:
+        raise UserError(
+            f"label {label.name!r}: expected an id from 0 to 254 (at most 255 classes; 255 is unlabelled"
+            f' and needs "ignore": true), found {label.id!r}'
+        )
+    if not isinstance(label.name, str) or not label.name.strip():
+        raise UserError(f"label {label.id}: expected a name, found {label.name!r}")
+    if not isinstance(label.colour, tuple) or len(label.colour) != 3 or not all(map(_is_byte, label.colour)):
+        raise UserError(
+            f"label {label.name!r}: expected a colour of three numbers from 0 to 255, found {label.colour!r}"
+        )
+
+
+def _is_byte(value: object) -> bool:
+    return type(value) is int and 0 <= value <= 255
+
+
+def _check_unique(values: list, key: str) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(
+                f"expected a different {key} for every label, found {value!r} {values.count(value)} times"
+            )
+
+
+def _raw_mode(image: Image.Image) -> str:
+    args = image.tile[0][3] if image.tile else ""
+    return args if isinstance(args, str) else str(args[0]) if args else ""
+
+
+def _ids_of_values(values: np.ndarray, palette: Palette, path: str | Path, lossy: bool) -> np.ndarray:
+    in_range = (values >= 0) & (values <= IGNORE)
+    ids = np.where(in_range, palette._class_of_id[np.where(in_range, values, 0)], -1)
+    undeclared = ids < 0
+    if undeclared.any():
+        found = _counted(*np.unique(values[undeclared], return_counts=True), "value {}".format)
+        raise UserError(_undeclared_message(path, found, f"the ids {_listed(palette.ids)}, or 255", lossy))
+    return ids.astype(np.uint8)
+
+
+def _ids_of_colours(rgb: np.ndarray, palette: Palette, path: str | Path, lossy: bool) -> np.ndarray:
+    codes = _colour_codes(rgb)
+    declared = _colour_codes(np.array([label.colour for label in palette.labels], np.uint8))
+    order = np.argsort(declared)
+    nearest = np.searchsorted(declared[order], codes).clip(max=len(order) - 1)
+    undeclared = declared[order][nearest] != codes
+    if undeclared.any():
+        found = _counted(*np.unique(codes[undeclared], return_counts=True), _colour_name)
+        raise UserError(_undeclared_message(path, found, "colours of palette.json", lossy))
+    return palette._class_of_id[np.array(palette.ids)[order][nearest]].astype(np.uint8)
+
+
+def _colour_codes(rgb: np.ndarray) -> np.ndarray:
+    return rgb.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+
+
+def _colour_name(code: int) -> str:
+    return f"colour [{code >> 16}, {code >> 8 & 255}, {code & 255}]"
+
+
+def _refuse_reindexed(
+    values: np.ndarray, own_colours: list[int] | None, palette: Palette, path: str | Path
+) -> None:
+    """Refuse a palette file that an image editor renumbered: its colours belong to other values."""
+    if own_colours is None:
+        return
+    own = {value: tuple(own_colours[3 * value : 3 * value + 3]) for value in np.unique(values).tolist()}
+    declared = {label.colour: label for label in palette.labels}
+    moved = [value for value, colour in own.items() if colour in declared and declared[colour].id != value]
+    if (
+        moved
+        and len(set(own.values())) == len(own) > 1
+        and all(colour in declared for colour in own.values())
+    ):
+        label = declared[own[moved[0]]]
+        raise UserError(
+            f"{path}: value {moved[0]} has the colour of {label.name!r}, id {label.id}: an image editor"
+            " seems to have renumbered this palette file; save the mask as RGB, which is read by its colours"
+        )
+
+
+def _counted(values: np.ndarray, counts: np.ndarray, name) -> str:
+    order = np.argsort(-counts, kind="stable")[:5]
+    shown = ", ".join(f"{name(int(values[k]))} ({counts[k]} pixels)" for k in order)
+    return shown + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+
+
+def _listed(ids: tuple[int, ...]) -> str:
+    return ", ".join(map(str, ids)) if len(ids) <= 20 else f"{min(ids)} to {max(ids)} in palette.json"
+
+
+def _undeclared_message(path: str | Path, found: str, expected: str, lossy: bool) -> str:
+    mend = (
+        "JPEG compression changes labels: save masks as PNG, from the original labels"
+        if lossy
+        else "declare it there, or give unlabelled pixels the value 255 (in RGB masks: the colour of a label"
+        ' with "ignore": true)'
+    )
+    return f"{path}: expected {expected}, found {found} that palette.json does not declare; {mend}"
