@@ -1,0 +1,71 @@
+"""Painted landscapes with exact masks and captions: the built-in sample set.
+
+Season and time of day are told by the caption alone and the layout by the mask alone.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from segcn.samples.painting import paint_scene
+from segcn.samples.scene import CLOUD, HOUSE, MOUNTAIN, TREE, compose
+
+PALETTE = (
+    (0, "sky", (70, 130, 180)),
+    (1, "cloud", (220, 220, 220)),
+    (2, "sun", (255, 210, 40)),
+    (3, "mountain", (122, 98, 88)),
+    (4, "grass", (80, 160, 70)),
+    (5, "water", (30, 90, 200)),
+    (6, "road", (90, 90, 90)),
+    (7, "tree", (20, 85, 40)),
+    (8, "house", (195, 60, 50)),
+)
+SEASONS = ("spring", "summer", "autumn", "winter")
+TIMES = {"dawn": "at dawn", "day": "by day", "dusk": "at dusk", "night": "at night"}
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A picture (uint8 [R, R, 3]), its class ids (uint8 [R, R]) and what its caption says."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    caption: str
+    season: str
+    time: str
+
+
+def contents(things):
+    """What the caption names, in the order it is named."""
+    labels = [thing.label for thing in things]
+    kinds = {thing.label: thing.kind for thing in things}
+    named = ["clouds"] if CLOUD in labels else []
+    named += ["mountains"] if MOUNTAIN in labels else []
+    named += [f"a {thing.kind}" for thing in things if thing.kind in ("lake", "river", "road")]
+    if TREE in labels:
+        tree = "pine tree" if kinds[TREE] == "pine" else "leafy tree"
+        named.append(f"a {tree}" if labels.count(TREE) == 1 else f"{tree}s")
+    if HOUSE in labels:
+        named.append(f"a {kinds[HOUSE]} house" if labels.count(HOUSE) == 1 else f"{kinds[HOUSE]} houses")
+    return named
+
+
+def describe(season, time, named):
+    """The caption: "a winter landscape at dusk with mountains, a lake and a red house"."""
+    article = "an" if season[0] in "aeiou" else "a"
+    caption = f"{article} {season} landscape {TIMES[time]}"
+    if not named:
+        return caption
+    listed = ", ".join(named[:-1]) + " and " + named[-1] if len(named) > 1 else named[0]
+    return f"{caption} with {listed}"
+
+
+def paint(seed, index, resolution=128):
+    """Paint landscape `index` of the set `seed`; a pure function of its arguments."""
+    season = SEASONS[int(np.random.default_rng([seed, index, 0]).integers(len(SEASONS)))]
+    time = list(TIMES)[int(np.random.default_rng([seed, index, 1]).integers(len(TIMES)))]
+    horizon, things = compose(np.random.default_rng([seed, index, 2]))
+    rng = np.random.default_rng([seed, index, 3])
+    image, mask = paint_scene(rng, resolution, horizon, things, season, time)
+    return Landscape(image, mask, describe(season, time, contents(things)), season, time)
