@@ -50,7 +50,7 @@ class Split:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the metadata, the palette, any file's size or time of change."""
+        """16 hexadecimal digits that change with the metadata, the palette, any file's size or time."""
         digest = hashlib.sha256(self.metadata.read_bytes() + self.palette.fingerprint.encode())
         for record in self.records:
             for path in (record.image, record.mask):
@@ -92,7 +92,7 @@ def check_split(split: Split, progress: bool = False, full: bool = False) -> Non
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read a photo upright (by its EXIF orientation), uint8 [H, W, 3]; UserError where it cannot be decoded."""
+    """Read a photo upright (by its EXIF orientation), uint8 [H, W, 3]; UserError where it is broken."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -106,7 +106,8 @@ def read_image(path: str | Path) -> np.ndarray:
 def write_metadata(folder: str | Path, rows: Iterable[tuple[str, str, str]]) -> Path:
     """Write metadata.csv from rows of (image file, mask file, caption), whole or not at all.
 
-    Line breaks in a caption become spaces. The order of the columns matters: `datasets` takes the first `*_file_name` column for the image.
+    Line breaks in a caption become spaces. The order of the columns matters: `datasets` takes the first
+    `*_file_name` column for the image.
     """
     path = Path(folder) / "metadata.csv"
     staged = path.with_name(f".metadata.csv.{os.getpid()}")
@@ -126,7 +127,7 @@ def _find_metadata(path: Path, split: str | None) -> Path:
             raise UserError(
                 f"{path}: expected a folder, a metadata.csv or a metadata.jsonl, found a {path.suffix} file"
             )
-        if split not in (None, path.absolute().parent.name):
+        if split not in (None, "train", path.absolute().parent.name):
             raise UserError(
                 f"{path}: this is one metadata file; to choose the split {split!r} name the folder above"
             )

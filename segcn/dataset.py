@@ -1,0 +1,85 @@
+"""A row and an epoch in, tensors out: image, control, mask, valid pixels, caption and the original."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from segcn.augment import AugmentConfig, Draw, apply, draw
+from segcn.errors import UserError
+from segcn.labels import Palette, colourise, read_mask
+from segcn.records import Split, read_image
+
+
+class Sample(NamedTuple):
+    """One augmented row at resolution R."""
+
+    image: torch.Tensor  # float32 [3, R, R] in [-1, 1]
+    control: torch.Tensor  # float32 [3, R, R] in [0, 1], the palette's colours; black where out of frame
+    mask: torch.Tensor  # uint8 [R, R], class ids, 255 unlabelled
+    valid: torch.Tensor  # bool [R, R], False where out of frame
+    caption: str
+    original: torch.Tensor  # uint8 [3, H, W], as on disk
+    draw: Draw
+
+
+class PairedDataset(Dataset):
+    """The rows of a split, augmented anew in each epoch; index i is row i % len of epoch i // len."""
+
+    def __init__(self, split: Split, resolution: int, augment: AugmentConfig, seed: int):
+        self.split = split
+        self.resolution = resolution
+        self.augment = augment
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> Sample:
+        epoch, row = divmod(index, len(self.split))
+        return self.sample(row, epoch)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """The rows of epoch 0."""
+        return map(self.__getitem__, range(len(self)))
+
+    def sample(self, row: int, epoch: int) -> Sample:
+        """One row as that epoch sees it, the same whenever asked for; UserError if its files do not fit."""
+        caption = self.split[row].caption
+        original, original_mask = self._read(row)
+        drawn = draw(self.augment, self.seed, epoch, row, caption)
+        image, mask, valid = apply(original, original_mask, drawn, self.resolution)
+        control = to_control(mask[0], self.split.palette) * valid
+        return Sample(to_image(image), control, mask[0], valid[0], caption, original, drawn)
+
+    def _read(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [3, H, W] and uint8 [1, H, W] from the files of a row."""
+        record = self.split[row]
+        where = f"{self.split.metadata}, line {record.line} (row {row})"
+        try:
+            image, mask = read_image(record.image), read_mask(record.mask, self.split.palette)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if image.shape[:2] != mask.shape:
+            expected, found = "{1} x {0}".format(*image.shape), "{1} x {0}".format(*mask.shape)
+            raise UserError(f"{where}: {record.mask}: expected its image's size, {expected}, found {found}")
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)[None]
+
+
+def to_image(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 3, H, W] -> float32 [..., 3, H, W] in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """float [..., 3, H, W] in [-1, 1], clipped -> uint8 [..., H, W, 3]; the inverse of `to_image`."""
+    pixels = ((image.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.movedim(-3, -1).cpu().numpy()
+
+
+def to_control(mask: torch.Tensor | np.ndarray, palette: Palette) -> torch.Tensor:
+    """Class ids, uint8 [..., H, W] -> the ControlNet's condition, float32 [..., 3, H, W] in [0, 1]."""
+    colours = torch.from_numpy(colourise(np.asarray(mask), palette))
+    return colours.movedim(-1, -3).float() / 255
