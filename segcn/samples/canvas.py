@@ -20,8 +20,9 @@ def rectangle(left, top, right, bottom):
 def rasterise(polygons, resolution):
     """Rasterise the union of polygons in unit coordinates.
 
-    Returns None if it lies out of frame, else (box, cover, centre): box the two slices of the frame it touches,
-    cover float32 [h, w, 1] the share of each pixel it covers, centre bool [h, w] whether it covers the centre.
+    Returns None if it lies out of frame, else (box, cover, centre): box the two slices of the frame it
+    touches, cover float32 [h, w, 1] the share of each pixel it covers, centre bool [h, w] whether it covers
+    the pixel's centre.
     """
     corners = np.concatenate(polygons) * resolution
     left, top = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, resolution)
@@ -40,13 +41,13 @@ def rasterise(polygons, resolution):
 
 
 def smooth_noise(rng, resolution, cells_y, cells_x):
-    """Low-frequency noise float32 [resolution, resolution] in about [-1, 1], the same picture at every resolution."""
+    """Low-frequency noise float32 [R, R] in about [-1, 1], the same pattern at every resolution."""
     grid = rng.uniform(-1, 1, (cells_y, cells_x)).astype(np.float32)
     return np.asarray(Image.fromarray(grid).resize((resolution, resolution), Image.Resampling.BICUBIC))
 
 
 class Canvas:
-    """Image float32 [R, R, 3] in 0..255 and labels uint8 [R, R]; x and y are the pixel centres in unit coordinates."""
+    """Image float32 [R, R, 3] in 0..255, labels uint8 [R, R], and the pixel centres x and y in 0..1."""
 
     def __init__(self, resolution):
         self.resolution = resolution

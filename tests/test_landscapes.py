@@ -1,0 +1,149 @@
+"""The painted landscapes: deterministic, exactly labelled, truthfully captioned, safely written."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segcn.errors import UserError
+from segcn.records import check_split, read_split
+from segcn.samples.canvas import rasterise, rectangle
+from segcn.samples.landscapes import PALETTE, SEASONS, TIMES, paint, split_seed, write_landscapes
+from segcn.samples.scene import SMALLEST
+
+NAMED = {
+    "cloud": ("clouds",),
+    "mountain": ("mountains",),
+    "water": ("a lake", "a river"),
+    "road": ("a road",),
+    "tree": ("tree",),
+    "house": ("house",),
+}
+
+
+@pytest.fixture(scope="module")
+def landscapes():
+    return [paint(0, index) for index in range(60)]
+
+
+def tree_bytes(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_same_arguments_same_landscape(landscapes):
+    again = paint(0, 7)
+    assert np.array_equal(again.image, landscapes[7].image) and np.array_equal(again.mask, landscapes[7].mask)
+    assert again.caption == landscapes[7].caption
+
+
+def test_every_index_and_seed_paints_another_picture(landscapes):
+    assert len({landscape.image.tobytes() for landscape in landscapes}) == 60
+    assert not np.array_equal(paint(1, 0).image, landscapes[0].image)
+
+
+def test_shapes_and_types_at_another_resolution():
+    landscape = paint(0, 3, resolution=64)
+    assert landscape.image.shape == (64, 64, 3) and landscape.image.dtype == np.uint8
+    assert landscape.mask.shape == (64, 64) and landscape.mask.dtype == np.uint8
+    assert landscape.caption == paint(0, 3).caption
+
+
+def test_masks_hold_the_nine_classes_and_nothing_else(landscapes):
+    found = set(np.unique([landscape.mask for landscape in landscapes]).tolist())
+    assert found == {entry[0] for entry in PALETTE} == set(range(9))
+
+
+def test_caption_names_what_the_mask_holds(landscapes):
+    ids = {name: label for label, name, _ in PALETTE}
+    for landscape in landscapes:
+        assert f"{landscape.season} landscape {TIMES[landscape.time]}" in landscape.caption
+        for name, words in NAMED.items():
+            shown = (landscape.mask == ids[name]).sum()
+            assert any(word in landscape.caption for word in words) == (shown > 0), landscape.caption
+            assert shown == 0 or shown >= SMALLEST
+
+
+def test_every_season_and_time_occurs(landscapes):
+    assert {landscape.season for landscape in landscapes} == set(SEASONS)
+    assert {landscape.time for landscape in landscapes} == set(TIMES)
+
+
+def test_layouts_differ(landscapes):
+    """A random other mask agrees with a mask on few pixels, so that agreement means something."""
+    masks = np.stack([landscape.mask for landscape in landscapes])
+    assert (masks == np.roll(masks, 1, axis=0)).mean() < 0.75
+    assert np.std([(mask == 4).any(axis=1).argmax() for mask in masks]) > 8
+
+
+def test_label_is_the_class_at_the_pixel_centre():
+    box, cover, centre = rasterise([rectangle(0.0, 0.0, 2.4 / 8, 1.0)], 8)
+    columns = np.zeros(8, bool)
+    columns[box[1]] = centre[0]
+    assert columns.tolist() == [True, True] + [False] * 6
+    assert cover[0, 2, 0] == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_written_folder_reads_back(tmp_path):
+    out = write_landscapes(tmp_path / "set", 3, resolution=64, seed=5, workers=1)
+    split = read_split(str(out))
+    check_split(split)
+    landscape = paint(5, 1, 64)
+    assert split[1].caption == landscape.caption and split.palette.names[8] == "house"
+    assert np.array_equal(np.asarray(Image.open(out / "images/000001.png")), landscape.image)
+    mask = Image.open(out / "masks/000001.png")
+    assert mask.mode == "P" and np.array_equal(np.asarray(mask), landscape.mask)
+    with (out / "metadata.csv").open(newline="") as file:
+        assert next(csv.reader(file)) == ["file_name", "conditioning_image_file_name", "text"]
+
+
+def test_written_twice_is_reused(tmp_path, capsys):
+    write_landscapes(tmp_path, 2, resolution=32, workers=1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert "reused" not in capsys.readouterr().out
+    write_landscapes(tmp_path, 2, resolution=32, workers=1)
+    assert "reused" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+
+
+def test_unfinished_set_is_painted_again(tmp_path):
+    write_landscapes(tmp_path, 2, resolution=32, workers=1)
+    before = tree_bytes(tmp_path)
+    (tmp_path / "masks/000001.png").unlink()
+    write_landscapes(tmp_path, 2, resolution=32, workers=1)
+    assert tree_bytes(tmp_path) == before
+
+
+def test_other_content_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="something else"):
+        write_landscapes(tmp_path, 2, resolution=32)
+    assert tree_bytes(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_another_set_is_refused(tmp_path):
+    write_landscapes(tmp_path, 2, resolution=32, workers=1)
+    with pytest.raises(UserError, match="another set"):
+        write_landscapes(tmp_path, 2, resolution=32, seed=1)
+
+
+@pytest.mark.parametrize("settings", [{"count": 0}, {"resolution": 8}, {"seed": -1}, {"test": 0}])
+def test_senseless_settings_are_refused(tmp_path, settings):
+    with pytest.raises(UserError):
+        write_landscapes(tmp_path, **{"count": 1, **settings})
+
+
+def test_train_and_test_share_no_picture(tmp_path):
+    out = write_landscapes(tmp_path, 6, resolution=32, test=4, workers=1)
+    train, test = (
+        {path.read_bytes() for path in out.glob(f"{name}/images/*.png")} for name in ("train", "test")
+    )
+    assert (len(train), len(test)) == (6, 4) and not train & test
+    assert (out / "palette.json").is_file() and len(read_split(str(out), "test")) == 4
+    assert len({split_seed(0, "train"), split_seed(0, "test"), 0}) == 3
+
+
+def test_workers_change_nothing(tmp_path):
+    one = write_landscapes(tmp_path / "one", 40, resolution=32, workers=1)
+    two = write_landscapes(tmp_path / "two", 40, resolution=32, workers=2)
+    assert tree_bytes(one) == tree_bytes(two)
