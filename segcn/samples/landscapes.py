@@ -184,7 +184,7 @@ def write_folder(folder, seed, count, resolution, workers=None):
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     jobs = [(folder, seed, index, resolution) for index in range(count)]
-    workers = min(workers or len(os.sched_getaffinity(0)), 1 + count // 32)
+    workers = min(workers or os.cpu_count() or 1, 1 + count // 32)
     progress = {"total": count, "desc": folder.name, "unit": " pairs"}
     if workers == 1:
         captions = list(tqdm(map(write_pair, jobs), **progress))
