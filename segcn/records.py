@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -109,12 +110,14 @@ def write_metadata(folder: str | Path, rows: Iterable[tuple[str, str, str]]) -> 
     Line breaks in a caption become spaces. The order of the columns matters: `datasets` takes the first
     `*_file_name` column for the image.
     """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows((image, mask, " ".join(caption.split())) for image, mask, caption in rows)
     path = Path(folder) / "metadata.csv"
     staged = path.with_name(f".metadata.csv.{os.getpid()}")
-    with staged.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows((image, mask, " ".join(caption.split())) for image, mask, caption in rows)
+    with staged.open("wb") as file:
+        file.write(text.getvalue().encode())
         file.flush()
         os.fsync(file.fileno())
     staged.replace(path)

@@ -1,0 +1,209 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from PIL import Image
+
+from segcn.errors import UserError
+from segcn.labels import (
+    IGNORE,
+    Label,
+    Palette,
+    colourise,
+    find_palette,
+    read_mask,
+    resize_mask,
+    write_mask,
+)
+
+FEW = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+SKY, TREE, LAKE = (
+    Label(0, "sky", (135, 206, 235)),
+    Label(1, "tree", (0, 100, 0)),
+    Label(7, "lake", (0, 0, 200)),
+)
+UNLABELLED = Label(IGNORE, "unlabelled", (1, 1, 1), ignore=True)
+PALETTE = Palette((SKY, TREE, LAKE, UNLABELLED))
+MASKS = arrays(
+    np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.sampled_from(PALETTE.ids)
+)
+
+
+def save(path, values, **options):
+    Image.fromarray(values).save(path, **options)
+    return path
+
+
+def test_palette_survives_its_file(tmp_path):
+    PALETTE.save(tmp_path / "palette.json")
+    loaded = Palette.load(tmp_path / "palette.json")
+    assert loaded == PALETTE
+    assert loaded.fingerprint == PALETTE.fingerprint != Palette((SKY, TREE)).fingerprint
+    assert loaded.names == ("sky", "tree", "lake", "unlabelled")
+    assert loaded.num_classes == 8
+
+
+def test_table_colours_declared_ids_and_leaves_the_rest_black():
+    assert PALETTE.table.shape == (256, 3)
+    assert PALETTE.table[7].tolist() == [0, 0, 200]
+    assert PALETTE.table[254].tolist() == [0, 0, 0]
+    assert Palette((SKY,)).table[IGNORE].tolist() == [0, 0, 0]
+    assert PALETTE.table[IGNORE].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([SKY, Label(0, "hill", (1, 2, 3))], "different id"),
+        ([SKY, Label(1, "sky", (1, 2, 3))], "different name"),
+        ([SKY, Label(1, "hill", SKY.colour)], "different colour"),
+        ([SKY, Label(255, "hill", (1, 2, 3))], "at most 255 classes"),
+        ([SKY, Label(256, "hill", (1, 2, 3), ignore=True)], "0 to 254"),
+        ([SKY, Label(1, "hill", (1, 2, 300))], "three numbers"),
+        ([SKY, Label(1.5, "hill", (1, 2, 3))], "0 to 254"),
+        ([SKY, Label(1, " ", (1, 2, 3))], "expected a name"),
+        ([UNLABELLED], "no class"),
+        ([Label(k, f"class {k}", (k % 256, k // 256, 7)) for k in range(256)], "at most 255 classes"),
+    ],
+)
+def test_a_wrong_palette_is_refused(tmp_path, labels, words):
+    path = tmp_path / "palette.json"
+    entries = [
+        {"id": label.id, "name": label.name, "colour": label.colour, "ignore": label.ignore}
+        for label in labels
+    ]
+    path.write_text(json.dumps({"labels": entries}))
+    with pytest.raises(UserError, match=words) as caught:
+        Palette.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"labels": [{"id": 0}]}', '{"labels": [{"color": 1}]}', '{"labels": [3]}']
+)
+def test_a_file_that_is_no_palette_is_refused(tmp_path, text):
+    path = tmp_path / "palette.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="palette.json: .*expected"):
+        Palette.load(path)
+
+
+def test_the_palette_is_found_in_the_folder_or_above_it(tmp_path):
+    train = tmp_path / "train"
+    train.mkdir()
+    with pytest.raises(UserError, match="no palette.json"):
+        find_palette(train)
+    PALETTE.save(tmp_path / "palette.json")
+    assert find_palette(train) == find_palette(tmp_path) == tmp_path / "palette.json"
+
+
+@FEW
+@given(mask=MASKS)
+def test_every_file_format_gives_the_same_ids(mask, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masks")
+    write_mask(folder / "p.png", mask, PALETTE)
+    save(folder / "l.png", mask)
+    save(folder / "16.png", mask.astype(np.uint16))
+    save(folder / "rgb.png", colourise(mask, PALETTE))
+    save(folder / "rgba.png", np.dstack([colourise(mask, PALETTE), np.full_like(mask, 9)]))
+    save(folder / "l.tiff", mask)
+    for path in folder.iterdir():
+        ids = read_mask(path, PALETTE)
+        assert ids.dtype == np.uint8
+        np.testing.assert_array_equal(ids, mask, err_msg=path.name)
+
+
+@FEW
+@given(mask=MASKS)
+def test_a_written_mask_is_ids_and_shows_its_colours(mask, tmp_path_factory):
+    path = tmp_path_factory.mktemp("masks") / "0.png"
+    write_mask(path, mask, PALETTE)
+    with Image.open(path) as image:
+        assert image.mode == "P"
+        np.testing.assert_array_equal(np.asarray(image), mask)
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), colourise(mask, PALETTE))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_low_bit_grey_files_hold_ids(tmp_path, bits):
+    palette = Palette((SKY, TREE))
+    mask = np.array([[0, 1, 1], [1, 0, 1]], np.uint8)
+    image = Image.fromarray(mask.astype(bool)) if bits == 1 else Image.fromarray(mask)
+    image.save(tmp_path / "0.png", bits=bits)
+    np.testing.assert_array_equal(read_mask(tmp_path / "0.png", palette), mask)
+
+
+def test_labels_marked_ignore_are_read_as_unlabelled(tmp_path):
+    palette = Palette((SKY, Label(3, "void", (9, 9, 9), ignore=True)))
+    mask = np.array([[0, 3, 255]], np.uint8)
+    assert read_mask(save(tmp_path / "l.png", mask), palette).tolist() == [[0, 255, 255]]
+    assert read_mask(save(tmp_path / "rgb.png", colourise(mask[:, :2], palette)), palette).tolist() == [
+        [0, 255]
+    ]
+
+
+def test_undeclared_values_are_counted(tmp_path):
+    path = save(tmp_path / "0.png", np.array([[0, 5, 5, 5], [1, 1, 9, 255]], np.uint8))
+    with pytest.raises(UserError, match=r"value 5 \(3 pixels\), value 9 \(1 pixels\)") as caught:
+        read_mask(path, PALETTE)
+    assert str(path) in str(caught.value) and "0, 1, 7, 255" in str(caught.value)
+
+
+def test_values_above_255_are_not_clipped(tmp_path):
+    path = save(tmp_path / "0.png", np.array([[0, 300, 511]], np.uint16))
+    with pytest.raises(UserError, match=r"value 300 \(1 pixels\), value 511"):
+        read_mask(path, PALETTE)
+
+
+def test_undeclared_colours_are_counted(tmp_path):
+    path = save(tmp_path / "0.png", np.array([[SKY.colour, (9, 8, 7), (9, 8, 7)]], np.uint8))
+    with pytest.raises(UserError, match=r"colour \[9, 8, 7\] \(2 pixels\)"):
+        read_mask(path, PALETTE)
+
+
+def test_a_jpeg_mask_is_named_as_the_cause(tmp_path):
+    mask = np.random.default_rng(0).choice([0, 1, 7], (16, 16)).astype(np.uint8)
+    path = save(tmp_path / "0.jpg", colourise(mask, PALETTE))
+    with pytest.raises(UserError, match="JPEG compression changes labels"):
+        read_mask(path, PALETTE)
+
+
+def test_a_renumbered_palette_file_is_refused(tmp_path):
+    image = Image.fromarray(np.array([[0, 1]], np.uint8))
+    image.putpalette([*TREE.colour, *SKY.colour])
+    image.save(tmp_path / "0.png")
+    with pytest.raises(UserError, match="value 0 has the colour of 'tree', id 1"):
+        read_mask(tmp_path / "0.png", PALETTE)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_an_unreadable_mask_is_named(tmp_path, content):
+    path = tmp_path / "0.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="0.png: the mask cannot be read"):
+        read_mask(path, PALETTE)
+
+
+def test_a_truncated_mask_is_named(tmp_path):
+    path = save(tmp_path / "0.png", np.random.default_rng(0).choice([0, 1, 7], (64, 64)).astype(np.uint8))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_mask(path, PALETTE)
+
+
+@FEW
+@given(mask=MASKS, height=st.integers(1, 12), width=st.integers(1, 12))
+def test_resizing_invents_no_class(mask, height, width):
+    resized = resize_mask(mask, (height, width))
+    assert resized.shape == (height, width)
+    assert set(np.unique(resized)) <= set(np.unique(mask))
+
+
+def test_colourise_takes_stacks():
+    mask = np.array([[[0, 1]], [[7, 255]]], np.uint8)
+    assert colourise(mask, PALETTE).shape == (2, 1, 2, 3)
+    assert colourise(mask, PALETTE)[1, 0, 0].tolist() == [0, 0, 200]
