@@ -1,0 +1,260 @@
+"""Every setting of every command as frozen dataclasses: command line, notebook parameters and run folder share them.
+
+Names are those of diffusers' train_controlnet.py and pipelines wherever these have one.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from segcn.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]  # the repository; every default path is below it
+OUTPUTS = ROOT / "outputs"
+BASE = ROOT / "data" / "base"
+
+Config = TypeVar("Config")
+
+
+def flag(default: Any, help: str, choices: tuple | None = None) -> Any:
+    """A dataclass field with its meaning, shown by --help."""
+    metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a ControlNet on a frozen Stable Diffusion."""
+
+    preset: str = flag("sd15", "defaults to start from: sd15 (diffusers' own) or tiny (the embedded base)", ("sd15", "tiny"))
+    # data and models
+    pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
+    controlnet_model_name_or_path: str | None = flag(None, "ControlNet to go on from; none: a copy of the base's encoder")
+    tokenizer_name: str | None = flag(None, "tokenizer folder, where it is not the base's")
+    revision: str | None = flag(None, "revision of the base on the hub")
+    variant: str | None = flag(None, "variant of the base's weight files, such as fp16")
+    dataset_name: str | None = flag(None, "data set folder, or its metadata.csv")
+    train_data_dir: str | None = flag(None, "the same as --dataset_name")
+    max_train_samples: int | None = flag(None, "use only the first rows")
+    output_dir: str = flag("outputs/controlnet", "run folder: checkpoints, log and the finished ControlNet")
+    cache_dir: str | None = flag(None, "folder of the latent caches; none: outputs/cache")
+    cache: str = flag("latents", "latents: encode each draw once, before step 0; none: encode in every step", ("latents", "none"))
+    cache_draws: int = flag(4, "augmented draws kept per row; epoch e uses draw e modulo this")
+    # the picture and its augmentation
+    resolution: int = flag(512, "pixels a side")
+    augment: str = flag("affine", "paired augmentation: affine or none", ("affine", "none"))
+    proportion_empty_prompts: float = flag(0.0, "share of captions replaced by the empty one, 0 to 1")
+    # optimization
+    max_train_steps: int | None = flag(None, "optimizer steps; none: --num_train_epochs")
+    num_train_epochs: int = flag(1, "passes over the data where --max_train_steps is not given")
+    train_batch_size: int = flag(4, "rows a step and process")
+    gradient_accumulation_steps: int = flag(1, "micro-batches an optimizer step")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    learning_rate: float = flag(5e-6, "peak learning rate")
+    scale_lr: bool = flag(False, "multiply the learning rate by processes, accumulation and batch size")
+    lr_scheduler: str = flag("constant", "diffusers' schedule by name: linear, cosine, constant_with_warmup, ...")
+    lr_warmup_steps: int = flag(500, "optimizer steps of warm-up, for schedules that have one")
+    lr_num_cycles: int = flag(1, "hard resets of cosine_with_restarts")
+    lr_power: float = flag(1.0, "power of the polynomial schedule")
+    use_8bit_adam: bool = flag(False, "bitsandbytes' 8-bit AdamW")
+    adam_beta1: float = flag(0.9, "decay of the first moment")
+    adam_beta2: float = flag(0.999, "decay of the second moment")
+    adam_weight_decay: float = flag(1e-2, "weight decay")
+    adam_epsilon: float = flag(1e-8, "epsilon of Adam")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    seed: int = flag(0, "of rows, noise, timesteps, captions and augmentation")
+    # checkpoints
+    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints")
+    checkpoints_total_limit: int | None = flag(None, "keep this many; none: all")
+    resume_from_checkpoint: str = flag("latest", "latest, or a checkpoint-N folder of this run")
+    allow_changes: bool = flag(False, "go on although settings or data differ from the run's own")
+    # watching it
+    logging_steps: int = flag(10, "optimizer steps between lines of log.jsonl")
+    validation_image: list[str] | None = flag(None, "masks to paint from while training")
+    validation_prompt: list[str] | None = flag(None, "a prompt for each mask, or one for all")
+    validation_steps: int = flag(100, "optimizer steps between validation pictures")
+    num_validation_images: int = flag(1, "pictures a mask and prompt")
+    report_to: str = flag("none", "trackers: tensorboard, wandb, comet_ml, all or none", ("none", "tensorboard", "wandb", "comet_ml", "all"))
+    tracker_project_name: str = flag("train_controlnet", "name of the run in the trackers")
+    logging_dir: str = flag("logs", "tracker files, below the run folder")
+    # the machine
+    mixed_precision: str | None = flag(None, "no, fp16 (V100) or bf16; none: as accelerate is configured", ("no", "fp16", "bf16"))
+    allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and newer")
+    dataloader_num_workers: int = flag(0, "processes that read data, a training process")
+    push_to_hub: bool = flag(False, "upload the finished ControlNet")
+    hub_token: str | None = flag(None, "token for the upload")
+    hub_model_id: str | None = flag(None, "repository to upload to")
+    # accepted for old command lines: each is answered by one line that says what happens instead
+    enable_xformers_memory_efficient_attention: bool = flag(False, "PyTorch's own attention is used")
+    set_grads_to_none: bool = flag(False, "always so in PyTorch 2")
+    dataset_config_name: str | None = flag(None, "data sets are folders")
+    image_column: str = flag("image", "metadata.csv names it file_name")
+    conditioning_image_column: str = flag("conditioning_image", "metadata.csv names it conditioning_image_file_name")
+    caption_column: str = flag("text", "metadata.csv names it text")
+    image_interpolation_mode: str = flag("bilinear", "images are resized bilinear with antialias, masks NEAREST")
+
+
+OBSOLETE = {
+    "enable_xformers_memory_efficient_attention": "PyTorch's scaled-dot-product attention is used: as fast, nothing to install",
+    "set_grads_to_none": "gradients are always set to None",
+    "dataset_config_name": "a data set is a folder: give its path as --dataset_name",
+    "image_column": "the column is called file_name",
+    "conditioning_image_column": "the column is called conditioning_image_file_name",
+    "caption_column": "the column is called text",
+    "image_interpolation_mode": "images are resized bilinear with antialias, masks NEAREST",
+}
+
+# What may differ when a run goes on: it changes neither the data nor the mathematics of a step.
+FREE_TO_CHANGE = {
+    "allow_changes", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers",
+    "hub_model_id", "hub_token", "logging_dir", "logging_steps", "max_train_steps", "num_train_epochs",
+    "num_validation_images", "output_dir", "push_to_hub", "report_to", "resume_from_checkpoint",
+    "tracker_project_name", "validation_image", "validation_prompt", "validation_steps", *OBSOLETE,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What every command that paints shares."""
+
+    preset: str = flag("tiny", "defaults to start from: tiny (the embedded base) or sd15", ("tiny", "sd15"))
+    pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
+    controlnet_model_name_or_path: str | None = flag(None, "ControlNet folder; none: the newest trained one whose palette matches, else the shipped one")
+    palette: str | None = flag(None, "palette.json of the masks; none: found beside them, else the ControlNet's")
+    num_inference_steps: int = flag(20, "denoising steps")
+    guidance_scale: float = flag(4.0, "weight of the text (classifier-free guidance); 1: off")
+    controlnet_conditioning_scale: float = flag(1.0, "weight of the mask; 0: ignored")
+    control_guidance_start: float = flag(0.0, "share of the steps before the mask acts, 0 to 1")
+    control_guidance_end: float = flag(1.0, "share of the steps after which the mask no longer acts, 0 to 1")
+    negative_prompt: str = flag("", "what the picture should not show")
+    scheduler: str = flag("dpm", "sampler: dpm (DPM-Solver++), unipc or ddim", ("dpm", "unipc", "ddim"))
+    seed: int = flag(0, "each picture's noise depends on this and its row alone")
+    mixed_precision: str = flag("no", "no, fp16 or bf16", ("no", "fp16", "bf16"))
+
+
+@dataclass(frozen=True)
+class InferConfig(SampleConfig):
+    """One mask and one or more prompts to pictures."""
+
+    control_image: str = flag("", "mask: class ids or palette colours")
+    prompt: list[str] = dataclasses.field(default_factory=list, metadata={"help": "one or more texts"})
+    num_images: int = flag(1, "pictures a prompt, each with its own seed")
+    output: str = flag("", "PNG to write; several pictures are laid out as a grid")
+
+
+@dataclass(frozen=True)
+class GenerateConfig(SampleConfig):
+    """A folder of masks, or a data set, to a data set of new images."""
+
+    controls: str = flag("", "data set, or a folder of mask files")
+    split: str = flag("test", "which split of a data set that has several")
+    output_dir: str = flag("", "data set folder to write")
+    prompt: str | None = flag(None, "one text for all; none: the captions of the data set")
+    limit: int | None = flag(None, "use only the first rows")
+    batch_size: int = flag(16, "pictures painted at once")
+    without_control: bool = flag(False, "ignore the mask: the floor of an evaluation")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Distance and mask faithfulness of generated images."""
+
+    real: str = flag("", "data set of real images; its test split, where it has one, is what they are compared with")
+    synthetic: str = flag("", "generated data set")
+    floor: str | None = flag(None, "the same masks painted without being shown (segcn generate --without_control)")
+    reconstructions: str | None = flag(None, "the real images through the base's autoencoder")
+    segmenter: str | None = flag(None, "trained segmenter folder; none: trained on the real data's train split")
+    inception_weights: str | None = flag(None, "weights-inception-2015-12-05-6726825d.pth, for FID and KID as published")
+    output: str | None = flag(None, "metrics.json to write; none: beside the synthetic data set")
+    resolution: int = flag(128, "pixels a side that the segmenter sees")
+    seed: int = flag(0, "of the segmenter's training")
+
+
+# What a preset changes. sd15 keeps diffusers' training defaults.
+PRESETS: dict[type, dict[str, dict[str, Any]]] = {
+    TrainConfig: {
+        "sd15": {},
+        "tiny": dict(
+            resolution=128, train_batch_size=16, max_train_steps=400, learning_rate=5e-4, lr_scheduler="cosine",
+            lr_warmup_steps=20, proportion_empty_prompts=0.1, cache_draws=2, checkpointing_steps=200,
+            checkpoints_total_limit=2, validation_steps=100,
+        ),
+    },
+    SampleConfig: {
+        "sd15": dict(guidance_scale=7.5, num_inference_steps=20, scheduler="unipc"),
+        "tiny": dict(guidance_scale=3.0, num_inference_steps=10),
+    },
+}  # fmt: skip
+
+
+def preset_defaults(kind: type, preset: str) -> dict[str, Any]:
+    """The defaults that a preset changes for a config class; UserError for an unknown name."""
+    tables = [table for owner, table in PRESETS.items() if issubclass(kind, owner)]
+    if not tables:
+        return {}
+    if preset not in tables[0]:
+        raise UserError(f"--preset: expected one of {', '.join(tables[0])}, found {preset!r}")
+    return tables[0][preset] | {"preset": preset}
+
+
+def make(kind: type[Config], preset: str | None = None, **values: Any) -> Config:
+    """Build a config from a preset and the values that are not None; UserError names an unknown setting."""
+    known = {field.name for field in fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"{kind.__name__}: unknown setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    given = {name: value for name, value in values.items() if value is not None}
+    defaults = preset_defaults(kind, preset) if preset else {}
+    return kind(**(defaults | given))
+
+
+def parse(kind: type[Config], arguments: list[str], program: str) -> Config:
+    """Read a command line; the preset's defaults stand below whatever is given."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(kind, prog=program, description=kind.__doc__, allow_abbrev=False)
+    if "preset" in {field.name for field in fields(kind)}:
+        preset = parser.parse_known_args(arguments)[0].preset
+        parser.set_defaults(**preset_defaults(kind, preset))
+    return parser.parse_args_into_dataclasses(arguments)[0]
+
+
+def to_json(config: Any) -> str:
+    """One setting a line; tokens are left out."""
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key != "hub_token"}
+    return json.dumps(values, indent=1) + "\n"
+
+
+def arguments_of(config: Any) -> list[str]:
+    """The command line that gives this config again."""
+    words: list[str] = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value is None or value is False or value == [] or value == "":
+            continue
+        words.append(f"--{field.name}")
+        if value is not True:
+            words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return words
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each setting that differs and may not, when a run goes on."""
+    names = [name for name in new if name not in FREE_TO_CHANGE and name != "hub_token"]
+    return [f"{name}: was {old.get(name)!r}, is {new[name]!r}" for name in names if old.get(name) != new[name]]
+
+
+def main_guard(program: Any) -> None:
+    """Run a command: a user's mistake is one message and exit code 2, without a traceback unless --debug."""
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
+    try:
+        program()
+    except UserError as error:
+        if debug:
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,146 @@
+"""Base models and ControlNets: load, encode, decode, make, export. The only place that knows the latent scale."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from segcn.errors import UserError
+
+LAYOUT = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@dataclass
+class Base:
+    """A frozen Stable Diffusion: its five parts and where they came from."""
+
+    folder: str
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    scheduler: DDPMScheduler
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return base_fingerprint(self.folder)
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels a side of one latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+def load_base(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer_name: str | None = None,
+    **hub: str | None,
+) -> Base:
+    """Load a base in Stable Diffusion 1.x/2.x layout, frozen; the safety checker is never loaded.
+
+    Raises UserError if a part of the layout is missing.
+    """
+    _check_layout(folder)
+    hub = {key: value for key, value in hub.items() if value is not None}
+    tokenizer_hub = {key: value for key, value in hub.items() if key != "variant"}
+    quiet = logging.getLogger("transformers")
+    level, _ = quiet.level, quiet.setLevel(logging.ERROR)
+    parts = Base(
+        folder=str(folder),
+        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **hub),
+        text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **hub),
+        tokenizer=load_tokenizer(folder, tokenizer_name, tokenizer_hub),
+        unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **hub),
+        scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+    )
+    quiet.setLevel(level)
+    for part in (parts.vae, parts.text_encoder, parts.unet):
+        part.requires_grad_(False).eval().to(device)
+    return parts
+
+
+def load_tokenizer(folder: str | Path, name: str | None = None, hub: dict | None = None) -> CLIPTokenizer:
+    """The base's tokenizer, or another one by name."""
+    where = {} if name else {"subfolder": "tokenizer"}
+    return CLIPTokenizer.from_pretrained(name or folder, **where, **(hub or {}))
+
+
+def base_fingerprint(folder: str | Path) -> str:
+    """16 hexadecimal digits that change with any weight file's size or time, or any config's text."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*/*")):
+        if path.parent.name in LAYOUT and path.is_file():
+            content = path.read_bytes() if path.suffix == ".json" else str(path.stat().st_size).encode()
+            digest.update(path.relative_to(folder).as_posix().encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def encode_moments(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
+    """image [B,3,H,W] in [-1,1] -> the posterior's mean and log-variance, [B,2C,h,w]."""
+    with torch.no_grad():
+        return vae.encode(image.to(vae.device, vae.dtype)).latent_dist.parameters
+
+
+def sample_latents(vae_config, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Draw scaled latents [B,C,h,w] from moments [B,2C,h,w] and standard normal noise [B,C,h,w]."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    std = torch.exp(0.5 * log_variance.clamp(-30, 20))
+    return (mean + std * noise) * vae_config.scaling_factor
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents [B,C,h,w] -> image [B,3,H,W] in about [-1,1]."""
+    with torch.no_grad():
+        return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float()
+
+
+def reconstruct(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
+    """image [B,3,H,W] in [-1,1] through the autoencoder's posterior mean and back: the best any latent model can do."""
+    mean = encode_moments(vae, image).chunk(2, dim=1)[0]
+    return decode(vae, mean * vae.config.scaling_factor)
+
+
+def encode_text(base: Base, captions: list[str]) -> torch.Tensor:
+    """Captions -> embeddings [B,L,D], cut at the tokenizer's length L."""
+    tokens = base.tokenizer(
+        captions, padding="max_length", max_length=base.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return base.text_encoder(tokens.input_ids.to(base.text_encoder.device))[0]
+
+
+def make_controlnet(unet: UNet2DConditionModel, latent_factor: int = 8) -> ControlNetModel:
+    """A ControlNet that starts as a copy of the U-Net's encoder (Zhang et al. 2023, arXiv:2302.05543)."""
+    if latent_factor != 8:
+        raise UserError(f"the base's autoencoder compresses {latent_factor}x; a ControlNet in diffusers expects 8x")
+    narrow = unet.config.block_out_channels[0] < 320  # an embedding as small as its U-Net
+    embedding = (16, 32, 64, 96) if narrow else (16, 32, 96, 256)
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=embedding)
+
+
+def load_controlnet(folder: str | Path, dtype: torch.dtype = torch.float32, **hub: str | None) -> ControlNetModel:
+    """A ControlNet folder as diffusers writes it; UserError if there is none."""
+    if not (Path(folder) / "config.json").is_file() and not hub and Path(folder).exists():
+        raise UserError(f"{folder}: expected a ControlNet (config.json and diffusion_pytorch_model.safetensors)")
+    hub = {key: value for key, value in hub.items() if value is not None}
+    return ControlNetModel.from_pretrained(folder, torch_dtype=dtype, **hub)
+
+
+def _check_layout(folder: str | Path) -> None:
+    """A local folder must have every part; a hub name is diffusers' to resolve."""
+    folder = Path(folder)
+    missing = [part for part in LAYOUT if not (folder / part).is_dir()]
+    looks_local = folder.exists() or folder.is_absolute() or str(folder).startswith(".")
+    if missing and looks_local:
+        found = "no such folder" if not folder.exists() else f"no {missing[0]}/ in it"
+        raise UserError(
+            f"--pretrained_model_name_or_path {folder}: expected a Stable Diffusion folder with "
+            f"{', '.join(part + '/' for part in LAYOUT)}, found {found}"
+        )
