@@ -138,7 +138,7 @@ def _find_metadata(path: Path, split: str | None) -> Path:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder or file; expected a data set folder (see data/README.md)")
     own, chosen = _metadata_in(path), _metadata_in(path / (split or "train"))
-    if split is None or chosen is None and split in ("train", path.absolute().name):
+    if split is None or (chosen is None and split in ("train", path.absolute().name)):
         chosen = own or chosen  # as in `datasets`, rows without splits are "train"
     if chosen is None:
         wanted = path / (split or "train")

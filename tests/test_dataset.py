@@ -41,7 +41,7 @@ def test_a_sample_has_the_stated_shapes_and_ranges(split):
     assert (sample.mask.dtype, sample.mask.shape) == (torch.uint8, (16, 16))
     assert (sample.valid.dtype, sample.valid.shape) == (torch.bool, (16, 16))
     assert -1 <= sample.image.min() < -0.2 and 0.2 < sample.image.max() <= 1
-    assert 0 <= sample.control.min() and sample.control.max() <= 1
+    assert sample.control.min() >= 0 and sample.control.max() <= 1
     assert sample.caption == "a tree"
 
 

@@ -87,14 +87,14 @@ def test_a_wrong_palette_is_refused(tmp_path, labels, words):
 def test_a_file_that_is_no_palette_is_refused(tmp_path, text):
     path = tmp_path / "palette.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="palette.json: .*expected"):
+    with pytest.raises(UserError, match=r"palette.json: .*expected"):
         Palette.load(path)
 
 
 def test_the_palette_is_found_in_the_folder_or_above_it(tmp_path):
     train = tmp_path / "train"
     train.mkdir()
-    with pytest.raises(UserError, match="no palette.json"):
+    with pytest.raises(UserError, match=r"no palette.json"):
         find_palette(train)
     PALETTE.save(tmp_path / "palette.json")
     assert find_palette(train) == find_palette(tmp_path) == tmp_path / "palette.json"
@@ -184,7 +184,7 @@ def test_an_unreadable_mask_is_named(tmp_path, content):
     path = tmp_path / "0.png"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match="0.png: the mask cannot be read"):
+    with pytest.raises(UserError, match=r"0.png: the mask cannot be read"):
         read_mask(path, PALETTE)
 
 

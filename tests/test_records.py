@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_a_failed_write_leaves_the_old_file(folder):
 
 
 def test_jsonl_gives_the_same_rows(folder):
-    rows = [record for record in read_split(folder).records]
+    rows = list(read_split(folder).records)
     lines = [
         json.dumps(dict(zip(COLUMNS, (f"images/{k.row}.png", f"masks/{k.row}.png", k.caption), strict=True)))
         for k in rows
@@ -98,7 +99,7 @@ def test_jsonl_gives_the_same_rows(folder):
 def test_a_wrong_jsonl_line_is_named(folder, line):
     (folder / "metadata.csv").unlink()
     (folder / "metadata.jsonl").write_bytes(b"\n" + (line if isinstance(line, bytes) else line.encode()))
-    with pytest.raises(UserError, match="metadata.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"metadata.jsonl, line 2"):
         read_split(folder)
 
 
@@ -158,7 +159,7 @@ def test_a_file_that_is_not_utf8_is_refused(folder):
 def test_the_message_says_how_many_more_rows_fail(folder):
     for path in (folder / "images").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="line 2 .*2 more of 3 rows fail"):
+    with pytest.raises(UserError, match=r"line 2 .*2 more of 3 rows fail"):
         read_split(folder)
 
 
@@ -249,3 +250,11 @@ def test_datasets_reads_the_same_folder(tmp_path, monkeypatch):
     assert row["text"] == "row 1, a tree"
     assert row["image"].getpixel((0, 0)) == (40, 40, 40)
     assert row["conditioning_image"].convert("RGB").getpixel((0, 0)) == (0, 100, 0)
+
+
+def test_the_example_of_the_data_contract_runs(tmp_path, monkeypatch, capsys):
+    readme = Path(__file__).parents[1] / "data" / "README.md"
+    example = readme.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, str(readme), "exec"), {})
+    assert capsys.readouterr().out == "8 pairs, 2 classes\n"
