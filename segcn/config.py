@@ -29,10 +29,14 @@ def flag(default: Any, help: str, choices: tuple | None = None) -> Any:
 class TrainConfig:
     """Train a ControlNet on a frozen Stable Diffusion."""
 
-    preset: str = flag("sd15", "defaults to start from: sd15 (diffusers' own) or tiny (the embedded base)", ("sd15", "tiny"))
+    preset: str = flag(
+        "sd15", "defaults to start from: sd15 (diffusers' own) or tiny (the embedded base)", ("sd15", "tiny")
+    )
     # data and models
     pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
-    controlnet_model_name_or_path: str | None = flag(None, "ControlNet to go on from; none: a copy of the base's encoder")
+    controlnet_model_name_or_path: str | None = flag(
+        None, "ControlNet to go on from; none: a copy of the base's encoder"
+    )
     tokenizer_name: str | None = flag(None, "tokenizer folder, where it is not the base's")
     revision: str | None = flag(None, "revision of the base on the hub")
     variant: str | None = flag(None, "variant of the base's weight files, such as fp16")
@@ -41,7 +45,11 @@ class TrainConfig:
     max_train_samples: int | None = flag(None, "use only the first rows")
     output_dir: str = flag("outputs/controlnet", "run folder: checkpoints, log and the finished ControlNet")
     cache_dir: str | None = flag(None, "folder of the latent caches; none: outputs/cache")
-    cache: str = flag("latents", "latents: encode each draw once, before step 0; none: encode in every step", ("latents", "none"))
+    cache: str = flag(
+        "latents",
+        "latents: encode each draw once, before step 0; none: encode in every step",
+        ("latents", "none"),
+    )
     cache_draws: int = flag(4, "augmented draws kept per row; epoch e uses draw e modulo this")
     # the picture and its augmentation
     resolution: int = flag(512, "pixels a side")
@@ -77,11 +85,17 @@ class TrainConfig:
     validation_prompt: list[str] | None = flag(None, "a prompt for each mask, or one for all")
     validation_steps: int = flag(100, "optimizer steps between validation pictures")
     num_validation_images: int = flag(1, "pictures a mask and prompt")
-    report_to: str = flag("none", "trackers: tensorboard, wandb, comet_ml, all or none", ("none", "tensorboard", "wandb", "comet_ml", "all"))
+    report_to: str = flag(
+        "none",
+        "trackers: tensorboard, wandb, comet_ml, all or none",
+        ("none", "tensorboard", "wandb", "comet_ml", "all"),
+    )
     tracker_project_name: str = flag("train_controlnet", "name of the run in the trackers")
     logging_dir: str = flag("logs", "tracker files, below the run folder")
     # the machine
-    mixed_precision: str | None = flag(None, "no, fp16 (V100) or bf16; none: as accelerate is configured", ("no", "fp16", "bf16"))
+    mixed_precision: str | None = flag(
+        None, "no, fp16 (V100) or bf16; none: as accelerate is configured", ("no", "fp16", "bf16")
+    )
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and newer")
     dataloader_num_workers: int = flag(0, "processes that read data, a training process")
     push_to_hub: bool = flag(False, "upload the finished ControlNet")
@@ -122,7 +136,9 @@ class SampleConfig:
 
     preset: str = flag("tiny", "defaults to start from: tiny (the embedded base) or sd15", ("tiny", "sd15"))
     pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
-    controlnet_model_name_or_path: str | None = flag(None, "ControlNet folder; none: the newest trained one whose palette matches, else the shipped one")
+    controlnet_model_name_or_path: str | None = flag(
+        None, "ControlNet folder; none: the newest trained one whose palette matches, else the shipped one"
+    )
     palette: str | None = flag(None, "palette.json of the masks; none: found beside them, else the ControlNet's")
     num_inference_steps: int = flag(20, "denoising steps")
     guidance_scale: float = flag(4.0, "weight of the text (classifier-free guidance); 1: off")
@@ -167,7 +183,9 @@ class EvaluateConfig:
     floor: str | None = flag(None, "the same masks painted without being shown (segcn generate --without_control)")
     reconstructions: str | None = flag(None, "the real images through the base's autoencoder")
     segmenter: str | None = flag(None, "trained segmenter folder; none: trained on the real data's train split")
-    inception_weights: str | None = flag(None, "weights-inception-2015-12-05-6726825d.pth, for FID and KID as published")
+    inception_weights: str | None = flag(
+        None, "weights-inception-2015-12-05-6726825d.pth, for FID and KID as published"
+    )
     output: str | None = flag(None, "metrics.json to write; none: beside the synthetic data set")
     resolution: int = flag(128, "pixels a side that the segmenter sees")
     seed: int = flag(0, "of the segmenter's training")

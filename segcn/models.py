@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
@@ -20,8 +21,9 @@ class Base:
     """A frozen Stable Diffusion: its five parts and where they came from."""
 
     folder: str
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
+    vae: AutoencoderKL | None  # None once the caches stand and memory is wanted
+    vae_config: dict[str, Any]
+    text_encoder: CLIPTextModel | None
     tokenizer: CLIPTokenizer
     unet: UNet2DConditionModel
     scheduler: DDPMScheduler
@@ -33,7 +35,7 @@ class Base:
     @property
     def latent_factor(self) -> int:
         """Pixels a side of one latent cell."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
 
 def load_base(
@@ -52,9 +54,11 @@ def load_base(
     tokenizer_hub = {key: value for key, value in hub.items() if key != "variant"}
     quiet = logging.getLogger("transformers")
     level, _ = quiet.level, quiet.setLevel(logging.ERROR)
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **hub)
     parts = Base(
         folder=str(folder),
-        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **hub),
+        vae=vae,
+        vae_config=dict(vae.config),
         text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **hub),
         tokenizer=load_tokenizer(folder, tokenizer_name, tokenizer_hub),
         unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **hub),
@@ -88,11 +92,11 @@ def encode_moments(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
         return vae.encode(image.to(vae.device, vae.dtype)).latent_dist.parameters
 
 
-def sample_latents(vae_config, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def sample_latents(vae_config: dict[str, Any], moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Draw scaled latents [B,C,h,w] from moments [B,2C,h,w] and standard normal noise [B,C,h,w]."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     std = torch.exp(0.5 * log_variance.clamp(-30, 20))
-    return (mean + std * noise) * vae_config.scaling_factor
+    return (mean + std * noise) * vae_config["scaling_factor"]
 
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
@@ -110,7 +114,11 @@ def reconstruct(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
 def encode_text(base: Base, captions: list[str]) -> torch.Tensor:
     """Captions -> embeddings [B,L,D], cut at the tokenizer's length L."""
     tokens = base.tokenizer(
-        captions, padding="max_length", max_length=base.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        captions,
+        padding="max_length",
+        max_length=base.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
     )
     with torch.no_grad():
         return base.text_encoder(tokens.input_ids.to(base.text_encoder.device))[0]

@@ -27,7 +27,9 @@ class BaseRecipe:
 
 
 SMOKE = BaseRecipe(
-    count=24, vae=VaeRecipe(steps=3, channels=(8, 8, 16, 16)), unet=UnetRecipe(steps=3, channels=(16, 32), text_layers=1)
+    count=24,
+    vae=VaeRecipe(steps=3, channels=(8, 8, 16, 16)),
+    unet=UnetRecipe(steps=3, channels=(16, 32), text_layers=1),
 )
 
 
@@ -63,7 +65,9 @@ def encode_views(vae, images: np.ndarray, path: Path, log=print, batch_size: int
     for number, view in enumerate((images, images[:, :, ::-1])):
         log(f"Encoding view {number + 1} of 2: {len(images)} pictures.")
         batches = range(0, len(view), batch_size)
-        pixels = (torch.tensor(view[i : i + batch_size].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1 for i in batches)
+        pixels = (
+            torch.tensor(view[i : i + batch_size].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1 for i in batches
+        )
         views.append(torch.cat([vae.encode(batch).latent_dist.mean.half() for batch in pixels]))
     latents = torch.stack(views)
     np.save(path.with_suffix(".staged.npy"), latents.numpy())

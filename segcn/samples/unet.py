@@ -95,7 +95,12 @@ def build_scheduler() -> DDPMScheduler:
 
 
 def train_denoiser(
-    latents: torch.Tensor, tokens: torch.Tensor, tokenizer: CLIPTokenizer, recipe: UnetRecipe, folder: Path, log=print
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    tokenizer: CLIPTokenizer,
+    recipe: UnetRecipe,
+    folder: Path,
+    log=print,
 ) -> Denoiser:
     """Train on latents [V,N,C,h,w] (V views of N pictures) and tokens [N,L]; returns the moving average. Resumes."""
     pair = Pair(Denoiser(recipe, latents.shape[2], tokenizer), recipe.ema_decay)

@@ -1,0 +1,234 @@
+"""Everything before step 0: settings, checked data, frozen base, latent cache, ControlNet, optimizer, schedule."""
+
+import dataclasses
+import json
+import logging
+import math
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import ControlNetModel
+from diffusers.optimization import get_scheduler
+
+from segcn import checkpoint, latents, models
+from segcn.augment import AUGMENTS
+from segcn.config import OBSOLETE, OUTPUTS, TrainConfig, differences, to_json
+from segcn.dataset import PairedDataset
+from segcn.errors import UserError
+from segcn.records import Split, check_split, read_split
+from segcn.watch import Log
+
+RUN_FILE = "train_config.json"
+WEIGHT_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+
+
+@dataclass
+class Run:
+    """Everything a training step touches."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    output_dir: Path
+    split: Split
+    base: models.Base
+    controlnet: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    examples: latents.Examples
+    log: Log
+    step: int = 0
+    stop_signal: list[int] = field(default_factory=list)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.max_train_steps
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Check data and settings, load the models, build the cache."""
+    quieten()
+    config = resolve(config)
+    output_dir = Path(config.output_dir)
+    accelerator = make_accelerator(config, output_dir)
+    log = Log(accelerator, output_dir, config.logging_steps)
+    explain_obsolete(config, log)
+    split = read_rows(config)
+    if accelerator.is_main_process:
+        check_split(split, progress=False)
+    log.say(f"{len(split)} rows, {split.palette.num_classes} classes: every mask decodes to declared labels.")
+    base = load_frozen(config, accelerator)
+    config = dataclasses.replace(config, max_train_steps=total_steps(config, len(split), accelerator))
+    claim(output_dir, config, split, base, accelerator, log)
+    examples = make_examples(config, split, base, accelerator, log)
+    controlnet = make_trainable(config, base)
+    optimizer = make_optimizer(config, controlnet, accelerator)
+    schedule = make_schedule(config, optimizer)
+    controlnet, optimizer = accelerator.prepare(controlnet, optimizer)
+    return Run(config, accelerator, output_dir, split, base, controlnet, optimizer, schedule, examples, log)
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill what one flag says for another."""
+    dataset = config.dataset_name or config.train_data_dir
+    if dataset is None:
+        raise UserError("--dataset_name: expected a data set folder or its metadata.csv, found nothing")
+    prompts, images = config.validation_prompt or [], config.validation_image or []
+    if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
+        raise UserError(
+            f"--validation_prompt: expected one, or one for each of {len(images)} masks, found {len(prompts)}"
+        )
+    if bool(images) != bool(prompts):
+        raise UserError("--validation_image and --validation_prompt go together")
+    return dataclasses.replace(config, dataset_name=dataset)
+
+
+def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
+    """One process or many, as launched."""
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    return Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / config.logging_dir)),
+    )
+
+
+def quieten() -> None:
+    """Only our own lines in the log."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def explain_obsolete(config: TrainConfig, log: Log) -> None:
+    """One line for each flag of the old script that means nothing here."""
+    defaults = TrainConfig()
+    for name, instead in OBSOLETE.items():
+        if getattr(config, name) != getattr(defaults, name):
+            log.say(f"--{name} has no effect: {instead}.")
+
+
+def read_rows(config: TrainConfig) -> Split:
+    """The training rows, cut at --max_train_samples."""
+    split = read_split(config.dataset_name, "train")
+    return dataclasses.replace(split, records=split.records[: config.max_train_samples])
+
+
+def load_frozen(config: TrainConfig, accelerator: Accelerator) -> models.Base:
+    """The base on this process's device in the precision of its frozen weights."""
+    base = models.load_base(
+        config.pretrained_model_name_or_path,
+        accelerator.device,
+        WEIGHT_DTYPE[accelerator.mixed_precision],
+        config.tokenizer_name,
+        revision=config.revision,
+        variant=config.variant,
+    )
+    if config.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    return base
+
+
+def total_steps(config: TrainConfig, rows: int, accelerator: Accelerator) -> int:
+    """Optimizer steps of the whole run."""
+    per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    return config.max_train_steps or math.ceil(config.num_train_epochs * rows / per_step)
+
+
+def claim(output_dir: Path, config: TrainConfig, split: Split, base: models.Base, accelerator, log: Log) -> None:
+    """Write the resolved config to the run folder, or hold it against the one that stands there."""
+    resolved = json.loads(to_json(config)) | {
+        "data_fingerprint": split.fingerprint,
+        "base_fingerprint": base.fingerprint,
+        "palette_fingerprint": split.palette.fingerprint,
+        "processes": accelerator.num_processes,
+    }
+    path = output_dir / RUN_FILE
+    if path.is_file():
+        changed = differences(json.loads(path.read_text()), resolved)
+        if changed and not config.allow_changes:
+            listed = "\n  ".join(changed)
+            raise UserError(
+                f"{output_dir} holds a run with other settings:\n  {listed}\n"
+                "Choose another --output_dir, or go on with these by --allow_changes."
+            )
+        for line in changed:
+            log.say(f"Changed: {line}")
+    elif output_dir.exists() and any(
+        entry.name not in {"log.txt", config.logging_dir} for entry in output_dir.iterdir()
+    ):
+        raise UserError(f"{output_dir} is not empty and holds no run of segcn: choose another --output_dir.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(path, json.dumps(resolved, indent=1) + "\n")
+        split.palette.save(output_dir / "palette.json")
+
+
+def make_examples(config: TrainConfig, split: Split, base: models.Base, accelerator, log: Log) -> latents.Examples:
+    """The source of training examples; with the cache, both encoders leave memory."""
+    dataset = PairedDataset(split, config.resolution, AUGMENTS[config.augment], config.seed)
+    factor = base.latent_factor
+    if config.resolution % factor:
+        raise UserError(f"--resolution: expected a multiple of {factor}, found {config.resolution}")
+    side = config.resolution // factor
+    shape = (base.unet.config.in_channels, side, side)
+    cache, draws = None, 1 if config.augment == "none" else config.cache_draws
+    if config.cache == "latents":
+        root = Path(config.cache_dir) if config.cache_dir else OUTPUTS / "cache"
+        folder = root / latents.cache_key(dataset, base.fingerprint, draws)
+        cache = latents.build(folder, dataset, base, draws, shape, accelerator, log.say)
+    if cache is not None and not config.validation_image:
+        base.vae = base.text_encoder = None
+    settings = {
+        "seed": config.seed,
+        "empty_prompts": config.proportion_empty_prompts,
+        "timesteps": base.scheduler.config.num_train_timesteps,
+        "draws": draws,
+    }
+    return latents.Examples(dataset, cache, factor, shape, settings)
+
+
+def make_trainable(config: TrainConfig, base: models.Base) -> ControlNetModel:
+    """The ControlNet to train, in float32."""
+    if config.controlnet_model_name_or_path:
+        controlnet = models.load_controlnet(config.controlnet_model_name_or_path)
+    else:
+        torch.manual_seed(config.seed)
+        controlnet = models.make_controlnet(base.unet, base.latent_factor).float()
+    controlnet.requires_grad_(True)
+    if config.gradient_checkpointing:
+        controlnet.enable_gradient_checkpointing()
+    return controlnet
+
+
+def make_optimizer(config: TrainConfig, controlnet: ControlNetModel, accelerator: Accelerator):
+    """AdamW, fused, or in 8 bits (Dettmers et al. 2022, arXiv:2110.02861)."""
+    effective = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    settings = {
+        "lr": config.learning_rate * (effective if config.scale_lr else 1),
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(controlnet.parameters(), **settings)
+    return torch.optim.AdamW(controlnet.parameters(), fused=True, **settings)
+
+
+def make_schedule(config: TrainConfig, optimizer):
+    """The learning rate by optimizer steps, whatever the number of processes."""
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )

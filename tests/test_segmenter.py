@@ -1,0 +1,155 @@
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segcn.errors import UserError
+from segcn.labels import IGNORE, Label, Palette, write_mask
+from segcn.records import read_split, write_metadata
+from segcn.segmenter import (
+    SegmenterConfig,
+    build_segmenter,
+    class_weights,
+    load_segmenter,
+    predict,
+    segmentation_loss,
+    train_segmenter,
+)
+
+PALETTE = Palette(
+    (Label(0, "sky", (90, 160, 220)), Label(1, "grass", (70, 150, 60)), Label(2, "road", (120, 110, 100)))
+)
+SHORT = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=32)
+
+
+def write_rectangles(folder, count, seed=0, side=32):
+    """Pictures of rectangles whose colour is their class, with a little noise, and a stripe of unlabelled pixels."""
+    noise = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in range(count):
+        mask = np.zeros((side, side), np.uint8)
+        for label in noise.permutation([1, 2]):
+            top, left = noise.integers(0, side // 2, 2)
+            mask[top : top + side // 2, left : left + side // 2] = label
+        image = PALETTE.table[mask] + noise.integers(-10, 11, (side, side, 3))
+        mask[:2] = IGNORE
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{row}.png")
+        write_mask(folder / f"mask-{row}.png", mask, PALETTE)
+    PALETTE.save(folder / "palette.json")
+    write_metadata(folder, [(f"{row}.png", f"mask-{row}.png", "rectangles") for row in range(count)])
+    return read_split(folder)
+
+
+@pytest.fixture
+def split(tmp_path):
+    return write_rectangles(tmp_path / "data", 6)
+
+
+def test_logits_have_the_size_of_any_image():
+    segmenter = build_segmenter(5, width=8)
+    for size in [(16, 16), (33, 50), (1, 7), (128, 64)]:
+        assert segmenter(torch.zeros(2, 3, *size)).shape == (2, 5, *size)
+        assert segmenter.features(torch.zeros(2, 3, *size)).shape == (2, 24)
+
+
+def test_padding_up_to_the_stride_changes_nothing_that_the_edge_itself_would_not():
+    segmenter = build_segmenter(3, width=8)
+    image = torch.rand(1, 3, 30, 32) * 2 - 1
+    filled = torch.cat([image, image[..., -1:, :], image[..., -1:, :]], dim=-2)
+    assert torch.equal(segmenter(image), segmenter(filled)[..., :30, :])
+
+
+def test_predictions_are_class_ids_whatever_the_batch_size():
+    segmenter = build_segmenter(3, width=8)
+    images = torch.rand(5, 3, 32, 32) * 2 - 1
+    together, apart = predict(segmenter, images), predict(segmenter, images, batch_size=2)
+    assert (together.dtype, together.shape) == (torch.uint8, (5, 32, 32))
+    assert together.max() < 3
+    assert torch.equal(together, apart)
+
+
+def test_a_fresh_segmenter_depends_on_its_seed_alone():
+    torch.manual_seed(1)
+    first, state = build_segmenter(3, 8, seed=4), torch.get_rng_state()
+    torch.manual_seed(2)
+    second, other = build_segmenter(3, 8, seed=4), build_segmenter(3, 8, seed=5)
+    assert torch.equal(first.head.weight, second.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_unlabelled_pixels_leave_the_loss():
+    logits = torch.randn(1, 3, 4, 4)
+    mask = torch.randint(0, 3, (1, 4, 4), dtype=torch.uint8)
+    mask[0, :2] = IGNORE
+    ones = torch.ones(3)
+    assert torch.isclose(
+        segmentation_loss(logits, mask, ones), segmentation_loss(logits[..., 2:, :], mask[:, 2:], ones)
+    )
+    assert segmentation_loss(logits, torch.full_like(mask, IGNORE), ones) == 0
+
+
+def test_rare_classes_weigh_more_and_the_average_pixel_one(split):
+    weights = class_weights(split)
+    masks = np.stack([np.array(Image.open(record.mask)) for record in split.records])
+    share = np.array([(masks == label).sum() for label in range(3)]) / (masks != IGNORE).sum()
+    assert np.argsort(weights).tolist() == np.argsort(-share).tolist()
+    assert float((weights.numpy() * share).sum()) == pytest.approx(1)
+
+
+def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(split, tmp_path):
+    def weights(name, seed):
+        config = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=32, seed=seed)
+        train_segmenter(split, config, tmp_path / name, log=lambda line: None)
+        return hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).digest()
+
+    assert weights("first", 0) == weights("second", 0) != weights("third", 1)
+
+
+def test_a_finished_segmenter_is_reused_and_says_so(split, tmp_path):
+    said = []
+    trained = train_segmenter(split, SHORT, tmp_path / "segmenter", log=said.append)
+    assert said[0] == f"segmenter: step 3/3, {said[0].split(', ')[1]}"
+    stamp = (tmp_path / "segmenter" / "model.safetensors").stat().st_mtime_ns
+    again = train_segmenter(split, SHORT, tmp_path / "segmenter", log=said.append)
+    assert said[-1].startswith("segmenter: reused the one in")
+    assert (tmp_path / "segmenter" / "model.safetensors").stat().st_mtime_ns == stamp
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(trained(images), again(images))
+    assert again.settings == trained.settings and again.settings["rows"] == 6
+    assert Palette.load(tmp_path / "segmenter" / "palette.json") == PALETTE
+
+
+def test_other_rows_or_settings_train_anew_and_say_so(split, tmp_path):
+    said = []
+    train_segmenter(split, SHORT, tmp_path / "segmenter", log=said.append)
+    other = write_rectangles(tmp_path / "other", 4, seed=1)
+    assert train_segmenter(other, SHORT, tmp_path / "segmenter", log=said.append).settings["rows"] == 4
+    assert any("other rows or with other settings" in line for line in said)
+
+
+def test_a_damaged_segmenter_is_not_loaded_and_is_trained_again(split, tmp_path):
+    folder, said = tmp_path / "segmenter", []
+    train_segmenter(split, SHORT, folder, log=said.append)
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"model.safetensors does not match"):
+        load_segmenter(folder)
+    train_segmenter(split, SHORT, folder, log=said.append)
+    assert any("training it again" in line for line in said)
+    assert load_segmenter(folder).num_classes == 3
+
+
+def test_a_folder_of_something_else_is_left_alone(split, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds something else"):
+        train_segmenter(split, SHORT, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(UserError, match="at least 1"):
+        SegmenterConfig(steps=0)
