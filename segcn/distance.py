@@ -1,6 +1,7 @@
 """How far apart two sets of images are: Fréchet and kernel distance between their features."""
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def kernel_distance(real: torch.Tensor, synthetic: torch.Tensor) -> tuple[float,
     Bińkowski et al. 2018, arXiv:1801.01401: a KID where the features are Inception's.
     """
     subset_size = min(KERNEL_SUBSET_SIZE, len(real), len(synthetic))
-    metric = KernelInceptionDistance(_Given(real), subsets=KERNEL_SUBSETS, subset_size=subset_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that it keeps the features, which are here already
+        metric = KernelInceptionDistance(_Given(real), subsets=KERNEL_SUBSETS, subset_size=subset_size)
     metric.update(real.double(), real=True)
     metric.update(synthetic.double(), real=False)
     with torch.random.fork_rng(devices=[]):
