@@ -135,9 +135,7 @@ def _colour(image: torch.Tensor, draw: Draw) -> torch.Tensor:
     return F.adjust_hue(image, draw.hue) if draw.hue != 0 else image
 
 
-def _affine(
-    image: torch.Tensor, mask: torch.Tensor, draw: Draw
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _affine(image: torch.Tensor, mask: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotate, shift, scale and shear about the centre; image and mask by the same matrix."""
     inside = torch.ones_like(mask)
     shears = [draw.shear_x, draw.shear_y]

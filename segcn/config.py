@@ -112,7 +112,7 @@ class TrainConfig:
 
 
 OBSOLETE = {
-    "enable_xformers_memory_efficient_attention": "PyTorch's scaled-dot-product attention is used: as fast, nothing to install",
+    "enable_xformers_memory_efficient_attention": "PyTorch's own attention is used: as fast, nothing to install",
     "set_grads_to_none": "gradients are always set to None",
     "dataset_config_name": "a data set is a folder: give its path as --dataset_name",
     "image_column": "the column is called file_name",
@@ -195,17 +195,25 @@ class EvaluateConfig:
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {
     TrainConfig: {
         "sd15": {},
-        "tiny": dict(
-            resolution=128, train_batch_size=16, max_train_steps=400, learning_rate=5e-4, lr_scheduler="cosine",
-            lr_warmup_steps=20, proportion_empty_prompts=0.1, cache_draws=2, checkpointing_steps=200,
-            checkpoints_total_limit=2, validation_steps=100,
-        ),
+        "tiny": {
+            "resolution": 128,
+            "train_batch_size": 16,
+            "max_train_steps": 400,
+            "learning_rate": 5e-4,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 20,
+            "proportion_empty_prompts": 0.1,
+            "cache_draws": 2,
+            "checkpointing_steps": 200,
+            "checkpoints_total_limit": 2,
+            "validation_steps": 100,
+        },
     },
     SampleConfig: {
-        "sd15": dict(guidance_scale=7.5, num_inference_steps=20, scheduler="unipc"),
-        "tiny": dict(guidance_scale=3.0, num_inference_steps=10),
+        "sd15": {"num_inference_steps": 20, "guidance_scale": 7.5, "scheduler": "unipc"},
+        "tiny": {"num_inference_steps": 10, "guidance_scale": 3.0, "scheduler": "dpm"},
     },
-}  # fmt: skip
+}
 
 
 def preset_defaults(kind: type, preset: str) -> dict[str, Any]:

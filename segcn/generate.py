@@ -62,7 +62,7 @@ def load_painter(settings: SampleConfig, palette: Palette | None = None) -> Pain
 
 
 def find_controlnet(base_folder: str, palette: Palette | None = None) -> str:
-    """The newest finished ControlNet below outputs/ made for this base and palette, else the one shipped with the base."""
+    """The newest finished ControlNet below outputs/ for this base and palette, else the one shipped with the base."""
     candidates = []
     for run in OUTPUTS.glob("**/train_config.json"):
         folder, made_for = run.parent, json.loads(run.read_text())
@@ -135,13 +135,20 @@ def make_pipeline(painter: Painter, settings: SampleConfig, with_control: bool):
     if settings.scheduler not in SCHEDULERS:
         raise UserError(f"--scheduler: expected one of {', '.join(SCHEDULERS)}, found {settings.scheduler!r}")
     base = painter.base
-    parts = dict(vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer, unet=base.unet)
-    parts["scheduler"] = SCHEDULERS[settings.scheduler].from_config(base.scheduler.config)
-    nothing = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    parts = {
+        "vae": base.vae,
+        "text_encoder": base.text_encoder,
+        "tokenizer": base.tokenizer,
+        "unet": base.unet,
+        "scheduler": SCHEDULERS[settings.scheduler].from_config(base.scheduler.config),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
     if with_control:
-        pipe = StableDiffusionControlNetPipeline(**parts, **nothing, controlnet=painter.controlnet)
+        pipe = StableDiffusionControlNetPipeline(**parts, controlnet=painter.controlnet)
     else:
-        pipe = StableDiffusionPipeline(**parts, **nothing)
+        pipe = StableDiffusionPipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -159,9 +159,7 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _label(entry: dict) -> Label:
     unknown = set(entry) - {"id", "name", "colour", "ignore"}
     if unknown:
-        raise UserError(
-            f"label {entry}: expected the keys id, name, colour and ignore, found also {sorted(unknown)}"
-        )
+        raise UserError(f"label {entry}: expected the keys id, name, colour and ignore, found also {sorted(unknown)}")
     colour = entry["colour"]
     return Label(
         entry["id"],
@@ -200,9 +198,7 @@ def _is_byte(value: object) -> bool:
 def _check_unique(values: list, key: str) -> None:
     for value in values:
         if values.count(value) > 1:
-            raise UserError(
-                f"expected a different {key} for every label, found {value!r} {values.count(value)} times"
-            )
+            raise UserError(f"expected a different {key} for every label, found {value!r} {values.count(value)} times")
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -240,20 +236,14 @@ def _colour_name(code: int) -> str:
     return f"colour [{code >> 16}, {code >> 8 & 255}, {code & 255}]"
 
 
-def _refuse_reindexed(
-    values: np.ndarray, own_colours: list[int] | None, palette: Palette, path: str | Path
-) -> None:
+def _refuse_reindexed(values: np.ndarray, own_colours: list[int] | None, palette: Palette, path: str | Path) -> None:
     """Refuse a palette file that an image editor renumbered: its colours belong to other values."""
     if own_colours is None:
         return
     own = {value: tuple(own_colours[3 * value : 3 * value + 3]) for value in np.unique(values).tolist()}
     declared = {label.colour: label for label in palette.labels}
     moved = [value for value, colour in own.items() if colour in declared and declared[colour].id != value]
-    if (
-        moved
-        and len(set(own.values())) == len(own) > 1
-        and all(colour in declared for colour in own.values())
-    ):
+    if moved and len(set(own.values())) == len(own) > 1 and all(colour in declared for colour in own.values()):
         label = declared[own[moved[0]]]
         raise UserError(
             f"{path}: value {moved[0]} has the colour of {label.name!r}, id {label.id}: an image editor"

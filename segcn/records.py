@@ -56,9 +56,7 @@ class Split:
         for record in self.records:
             for path in (record.image, record.mask):
                 status = path.stat()
-                digest.update(
-                    f"{path.relative_to(self.folder)} {status.st_size} {status.st_mtime_ns}\n".encode()
-                )
+                digest.update(f"{path.relative_to(self.folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
 
@@ -131,9 +129,7 @@ def _find_metadata(path: Path, split: str | None) -> Path:
                 f"{path}: expected a folder, a metadata.csv or a metadata.jsonl, found a {path.suffix} file"
             )
         if split not in (None, "train", path.absolute().parent.name):
-            raise UserError(
-                f"{path}: this is one metadata file; to choose the split {split!r} name the folder above"
-            )
+            raise UserError(f"{path}: this is one metadata file; to choose the split {split!r} name the folder above")
         return path
     if not path.is_dir():
         raise UserError(f"{path}: no such folder or file; expected a data set folder (see data/README.md)")
@@ -142,9 +138,7 @@ def _find_metadata(path: Path, split: str | None) -> Path:
         chosen = own or chosen  # as in `datasets`, rows without splits are "train"
     if chosen is None:
         wanted = path / (split or "train")
-        raise UserError(
-            f"{path}: expected {' or '.join(METADATA)} in {path if split is None else wanted}, found none"
-        )
+        raise UserError(f"{path}: expected {' or '.join(METADATA)} in {path if split is None else wanted}, found none")
     return chosen
 
 
@@ -186,9 +180,7 @@ def _csv_fields(metadata: Path) -> Iterator[tuple[int, int, list[str]]]:
                 first = reader.line_num + 1
         except UnicodeDecodeError as error:
             byte = f"byte {error.object[error.start]:#x}"
-            raise UserError(
-                f"{metadata}: expected UTF-8 text, found {byte}; save the file as UTF-8"
-            ) from None
+            raise UserError(f"{metadata}: expected UTF-8 text, found {byte}; save the file as UTF-8") from None
         except csv.Error as error:
             raise UserError(f"{metadata}, line {first}: {error}; is a double quote left open?") from None
 
@@ -203,9 +195,7 @@ def _jsonl_rows(metadata: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
         except ValueError as error:
             raise UserError(f"{metadata}, line {line}: expected one JSON object a line: {error}") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(column, ""), str) for column in COLUMNS):
-            raise UserError(
-                f"{metadata}, line {line}: expected an object of strings, found {text.decode()[:80]}"
-            )
+            raise UserError(f"{metadata}, line {line}: expected an object of strings, found {text.decode()[:80]}")
         _check_columns(metadata, line, list(row))
         yield line, tuple(row[column] for column in COLUMNS)
 
@@ -232,9 +222,7 @@ def _field_problem(record: Record, fields: tuple[str, ...]) -> str | None:
 
 def _leaves_folder(name: str) -> bool:
     windows = PureWindowsPath(name)
-    return bool(
-        "\\" in name or "://" in name or windows.drive or windows.root or ".." in PurePosixPath(name).parts
-    )
+    return bool("\\" in name or "://" in name or windows.drive or windows.root or ".." in PurePosixPath(name).parts)
 
 
 def _file_problem(split: Split, record: Record, full: bool) -> str | None:
@@ -250,9 +238,7 @@ def _file_problem(split: Split, record: Record, full: bool) -> str | None:
     if mask.shape[::-1] != image_size:
         expected, found = "{} x {}".format(*image_size), "{} x {}".format(*mask.shape[::-1])
         name = str(record.mask.relative_to(split.folder))
-        return (
-            f"column {COLUMNS[1]}: expected a mask of its image's size, {expected}, found {found} in {name!r}"
-        )
+        return f"column {COLUMNS[1]}: expected a mask of its image's size, {expected}, found {found} in {name!r}"
     return None
 
 

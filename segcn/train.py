@@ -88,7 +88,10 @@ def batches(run: Run) -> DataLoader:
         accelerator.process_index,
         accelerator.num_processes,
     )
-    run.log.say(f"Training steps {run.step + 1} to {run.total_steps} on {accelerator.num_processes} process(es).")
+    left = f"steps {run.step + 1} to {run.total_steps} on {accelerator.num_processes} process(es)"
+    run.log.say(
+        f"Training {left}." if run.step < run.total_steps else f"Nothing left to do: all {run.step} steps stand."
+    )
     run.log.began(run.step)
     return DataLoader(run.examples, batch_sampler=plan, num_workers=config.dataloader_num_workers)
 

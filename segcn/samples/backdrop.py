@@ -131,6 +131,4 @@ class Backdrop:
         spine = np.stack([spine_x, ridge[crest] + down * (base + 0.04 - ridge[crest])], axis=1)
         slope = np.stack([xs[side], ridge[side]], axis=1)
         shade = self.lit((52, 50, 78)) * 0.8
-        self.canvas.fill(
-            [np.concatenate([slope, [(xs[side[-1]], base + 0.04)], spine[::-1]])], shade, opacity=0.42
-        )
+        self.canvas.fill([np.concatenate([slope, [(xs[side[-1]], base + 0.04)], spine[::-1]])], shade, opacity=0.42)

@@ -142,9 +142,7 @@ def write_landscapes(out, count, resolution=128, seed=0, test=None, workers=None
 def check_settings(samples):
     """UserError for counts, resolutions and seeds that make no sense."""
     if samples.count < 1 or (samples.test is not None and samples.test < 1):
-        raise UserError(
-            f"--count {samples.count} --test {samples.test}: expected at least 1 pair in each folder"
-        )
+        raise UserError(f"--count {samples.count} --test {samples.test}: expected at least 1 pair in each folder")
     if not 32 <= samples.resolution <= 1024:
         raise UserError(f"--resolution {samples.resolution}: expected 32 to 1024 px")
     if samples.seed < 0:

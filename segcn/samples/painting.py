@@ -42,9 +42,7 @@ class Painter(Backdrop):
         on_ground = (canvas.labels == GRASS)[..., None]
         canvas.image *= 1 + on_ground * (0.05 if self.season == "winter" else 0.11) * patches
         self.dots()
-        canvas.blend(
-            self.light.haze, self.light.mist * np.exp(-(((canvas.y - horizon) / 0.07) ** 2)) + 0 * canvas.x
-        )
+        canvas.blend(self.light.haze, self.light.mist * np.exp(-(((canvas.y - horizon) / 0.07) ** 2)) + 0 * canvas.x)
 
     def dots(self):
         """Flowers in spring, fallen leaves in autumn."""
@@ -108,9 +106,7 @@ class Painter(Backdrop):
             self.pine(about)
             return
         light, dark = (np.asarray(colour) * (1 + 0.07 * about["shade"]) for colour in self.nature.foliage)
-        self.canvas.fill(
-            about["foliage"], self.lit_ramp((light, light, dark), y - height, y - 0.26 * height), TREE
-        )
+        self.canvas.fill(about["foliage"], self.lit_ramp((light, light, dark), y - height, y - 0.26 * height), TREE)
         for puff in about["foliage"][1:]:
             middle = puff.mean(axis=0)
             small = (puff - middle) * 0.6 + middle - (0.03 * crown * self.shadow_side, 0.05 * height)

@@ -137,9 +137,7 @@ def pine_foliage(about):
     for top, bottom, width in ((0.48, 0.14, 1.0), (0.74, 0.37, 0.82), (1.0, 0.6, 0.6)):
         half = crown * width / 2
         tiers.append(
-            np.array(
-                [(x, y - top * height), (x + half, y - bottom * height), (x - half, y - bottom * height)]
-            )
+            np.array([(x, y - top * height), (x + half, y - bottom * height), (x - half, y - bottom * height)])
         )
     return tiers
 

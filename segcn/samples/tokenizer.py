@@ -4,6 +4,8 @@ Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909): any text
 use are one token each.
 """
 
+import json
+
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -12,10 +14,11 @@ from transformers import CLIPTokenizer
 WORD_END = "</w>"
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 OTHER_WORDS = (
-    "a an the of with and in on at by to from over under near behind beside between photo picture painting image aerial "
-    "satellite topographic shaded relief map tile earth ocean sea coast island desert sand forest jungle savanna shrub "
-    "grassland cropland field wetland tundra ice glacier urban city barren land soil rock hill valley bridge boat person "
-    "car animal flower red orange yellow green blue purple pink brown black white grey dark bright no none one two three"
+    "a an the of with and in on at by to from over under near behind beside between photo picture painting image "
+    "aerial satellite topographic shaded relief map tile earth ocean sea coast island desert sand forest jungle "
+    "savanna shrub grassland cropland field wetland tundra ice glacier urban city barren land soil rock hill valley "
+    "bridge boat person car animal flower red orange yellow green blue purple pink brown black white grey dark bright "
+    "no none one two three"
 )
 
 
@@ -34,7 +37,5 @@ def build_tokenizer(captions: list[str], length: int = 48) -> CLIPTokenizer:
 
 
 def _merges(tokenizer: Tokenizer) -> list:
-    import json
-
     pairs = json.loads(tokenizer.to_str())["model"]["merges"]
     return [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]

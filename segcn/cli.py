@@ -1,0 +1,95 @@
+"""The `segcn` command: each word below starts one function of the package."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from segcn.config import OUTPUTS, EvaluateConfig, GenerateConfig, InferConfig, TrainConfig, main_guard, parse
+from segcn.errors import UserError
+from segcn.home import use_writable_home
+
+COMMANDS = {
+    "run": "notebooks 01 to 05 in order: data, augmentation, training, generation, evaluation",
+    "samples": "paint the sample data (landscapes), or build the embedded base model (base)",
+    "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
+    "infer": "one mask and a prompt to one or more pictures",
+    "generate": "a folder of masks, or a data set, to a data set of new images",
+    "evaluate": "are the generated images close to real ones, and do they obey their masks?",
+}
+
+
+def main() -> None:
+    """Entry point of `segcn`."""
+    use_writable_home(OUTPUTS / ".home")
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+    elif words[0] not in COMMANDS:
+        print(f"Error: no command {words[0]!r}.\n\n{usage()}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        main_guard(lambda: globals()[f"do_{words[0]}"](sys.argv[2:]))
+
+
+def usage() -> str:
+    """The commands with one line each."""
+    lines = [f"  segcn {name:10} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["Usage: segcn COMMAND [--help]", *lines])
+
+
+def do_run(words: list[str]) -> None:
+    from segcn.run import RunConfig, run
+
+    run(parse(RunConfig, words, "segcn run"))
+
+
+def do_samples(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="segcn samples", allow_abbrev=False)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    landscapes = kinds.add_parser("landscapes", help="procedural landscapes with exact masks and captions")
+    landscapes.add_argument("out", type=Path)
+    landscapes.add_argument("--count", type=int, default=1024, help="rows (of the train split, with --test)")
+    landscapes.add_argument("--resolution", type=int, default=128, help="pixels a side")
+    landscapes.add_argument("--seed", type=int, default=0)
+    landscapes.add_argument("--test", type=int, help="rows of a test split: writes OUT/train and OUT/test")
+    base = kinds.add_parser("base", help="train the embedded base model: hours on a CPU; resumes")
+    base.add_argument("out", type=Path, help="model folder to write")
+    base.add_argument("--work", type=Path, default=OUTPUTS / "base", help="where its training state is kept")
+    base.add_argument("--smoke", action="store_true", help="three steps of everything, to see that it runs")
+    options = vars(parser.parse_args(words))
+    if options.pop("kind") == "landscapes":
+        from segcn.samples.landscapes import write_landscapes
+
+        write_landscapes(options["out"], **{name: value for name, value in options.items() if name != "out"})
+    else:
+        from segcn.samples.base import SMOKE, BaseRecipe, build_base
+
+        build_base(options["work"], options["out"], SMOKE if options["smoke"] else BaseRecipe())
+
+
+def do_train(words: list[str]) -> None:
+    from segcn.launch import training_command
+
+    sys.exit(subprocess.call(training_command(parse(TrainConfig, words, "segcn train"))))
+
+
+def do_infer(words: list[str]) -> None:
+    from segcn.infer import infer
+
+    print(infer(parse(InferConfig, words, "segcn infer")))
+
+
+def do_generate(words: list[str]) -> None:
+    from segcn.generate import generate_dataset
+
+    print(generate_dataset(parse(GenerateConfig, words, "segcn generate")))
+
+
+def do_evaluate(words: list[str]) -> None:
+    from segcn.evaluate import evaluate_folders, table
+
+    config = parse(EvaluateConfig, words, "segcn evaluate")
+    if not (config.real and config.synthetic):
+        raise UserError("segcn evaluate needs --real DATASET and --synthetic DATASET")
+    print(table(evaluate_folders(config)))
