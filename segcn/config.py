@@ -245,7 +245,10 @@ def parse(kind: type[Config], arguments: list[str], program: str) -> Config:
     if "preset" in {field.name for field in fields(kind)}:
         preset = parser.parse_known_args(arguments)[0].preset
         parser.set_defaults(**preset_defaults(kind, preset))
-    return parser.parse_args_into_dataclasses(arguments)[0]
+    config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if rest:
+        raise UserError(f"{program}: unknown {rest[0]!r}; {program} --help lists every flag")
+    return config
 
 
 def to_json(config: Any) -> str:

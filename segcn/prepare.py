@@ -63,6 +63,7 @@ def prepare(config: TrainConfig) -> Run:
     base = load_frozen(config, accelerator)
     config = dataclasses.replace(config, max_train_steps=total_steps(config, len(split), accelerator))
     claim(output_dir, config, split, base, accelerator, log)
+    start_trackers(config, accelerator)
     examples = make_examples(config, split, base, accelerator, log)
     controlnet = make_trainable(config, base)
     optimizer = make_optimizer(config, controlnet, accelerator)
@@ -167,6 +168,15 @@ def claim(output_dir: Path, config: TrainConfig, split: Split, base: models.Base
         output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(path, json.dumps(resolved, indent=1) + "\n")
         split.palette.save(output_dir / "palette.json")
+
+
+def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
+    """TensorBoard and the like, with every setting that they can show."""
+    if config.report_to != "none":
+        shown = {
+            key: value for key, value in json.loads(to_json(config)).items() if isinstance(value, int | float | str)
+        }
+        accelerator.init_trackers(config.tracker_project_name, shown)
 
 
 def make_examples(config: TrainConfig, split: Split, base: models.Base, accelerator, log: Log) -> latents.Examples:

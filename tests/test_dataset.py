@@ -26,9 +26,7 @@ def split(tmp_path):
     for row in range(3):
         pixels = noise.integers(0, 256, (20, 28, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{row}.png")
-        write_mask(
-            tmp_path / f"mask-{row}.png", noise.choice([0, 1, 255], (20, 28)).astype(np.uint8), PALETTE
-        )
+        write_mask(tmp_path / f"mask-{row}.png", noise.choice([0, 1, 255], (20, 28)).astype(np.uint8), PALETTE)
     PALETTE.save(tmp_path / "palette.json")
     write_metadata(tmp_path, [(f"{k}.png", f"mask-{k}.png", captions[k]) for k in range(3)])
     return read_split(tmp_path)

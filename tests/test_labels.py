@@ -27,9 +27,7 @@ SKY, TREE, LAKE = (
 )
 UNLABELLED = Label(IGNORE, "unlabelled", (1, 1, 1), ignore=True)
 PALETTE = Palette((SKY, TREE, LAKE, UNLABELLED))
-MASKS = arrays(
-    np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.sampled_from(PALETTE.ids)
-)
+MASKS = arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.sampled_from(PALETTE.ids))
 
 
 def save(path, values, **options):
@@ -71,19 +69,14 @@ def test_table_colours_declared_ids_and_leaves_the_rest_black():
 )
 def test_a_wrong_palette_is_refused(tmp_path, labels, words):
     path = tmp_path / "palette.json"
-    entries = [
-        {"id": label.id, "name": label.name, "colour": label.colour, "ignore": label.ignore}
-        for label in labels
-    ]
+    entries = [{"id": label.id, "name": label.name, "colour": label.colour, "ignore": label.ignore} for label in labels]
     path.write_text(json.dumps({"labels": entries}))
     with pytest.raises(UserError, match=words) as caught:
         Palette.load(path)
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"labels": [{"id": 0}]}', '{"labels": [{"color": 1}]}', '{"labels": [3]}']
-)
+@pytest.mark.parametrize("text", ["", "[]", '{"labels": [{"id": 0}]}', '{"labels": [{"color": 1}]}', '{"labels": [3]}'])
 def test_a_file_that_is_no_palette_is_refused(tmp_path, text):
     path = tmp_path / "palette.json"
     path.write_text(text)
@@ -140,9 +133,7 @@ def test_labels_marked_ignore_are_read_as_unlabelled(tmp_path):
     palette = Palette((SKY, Label(3, "void", (9, 9, 9), ignore=True)))
     mask = np.array([[0, 3, 255]], np.uint8)
     assert read_mask(save(tmp_path / "l.png", mask), palette).tolist() == [[0, 255, 255]]
-    assert read_mask(save(tmp_path / "rgb.png", colourise(mask[:, :2], palette)), palette).tolist() == [
-        [0, 255]
-    ]
+    assert read_mask(save(tmp_path / "rgb.png", colourise(mask[:, :2], palette)), palette).tolist() == [[0, 255]]
 
 
 def test_undeclared_values_are_counted(tmp_path):

@@ -135,9 +135,7 @@ def test_senseless_settings_are_refused(tmp_path, settings):
 
 def test_train_and_test_share_no_picture(tmp_path):
     out = write_landscapes(tmp_path, 6, resolution=32, test=4, workers=1)
-    train, test = (
-        {path.read_bytes() for path in out.glob(f"{name}/images/*.png")} for name in ("train", "test")
-    )
+    train, test = ({path.read_bytes() for path in out.glob(f"{name}/images/*.png")} for name in ("train", "test"))
     assert (len(train), len(test)) == (6, 4) and not train & test
     assert (out / "palette.json").is_file() and len(read_split(str(out), "test")) == 4
     assert len({split_seed(0, "train"), split_seed(0, "test"), 0}) == 3

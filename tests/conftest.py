@@ -1,0 +1,34 @@
+"""What many tests share: a small data set of landscapes and a random base of three narrow networks."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub must fail
+
+import numpy as np
+import pytest
+
+from segcn.samples.landscapes import write_landscapes
+
+
+@pytest.fixture(scope="session")
+def landscapes(tmp_path_factory):
+    """Folder with train/ (12 rows) and test/ (6 rows), 64 x 64."""
+    folder = tmp_path_factory.mktemp("data") / "landscapes"
+    write_landscapes(folder, 12, resolution=64, test=6, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_base(tmp_path_factory):
+    """A base in Stable Diffusion's layout with random weights: its pictures are noise, its code path is real."""
+    from segcn.samples.base import SMOKE, export_base
+    from segcn.samples.tokenizer import build_tokenizer
+    from segcn.samples.unet import Denoiser
+    from segcn.samples.vae import build_vae, standardise_latents
+
+    vae = build_vae(SMOKE.vae).eval()
+    standardise_latents(vae, np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8))
+    tokenizer = build_tokenizer(["a winter landscape at dusk with a lake"] * 3)
+    denoiser = Denoiser(SMOKE.unet, SMOKE.vae.latent_channels, tokenizer)
+    return export_base(tmp_path_factory.mktemp("models") / "base", SMOKE, vae, tokenizer, denoiser)

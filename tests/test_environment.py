@@ -1,0 +1,37 @@
+"""Promise: one list of dependencies, in pyproject.toml; environment.yml only points to it."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OTHER_NAMES = {"pillow": "PIL", "tensorboard": None, "jupyterlab": None, "scipy": None}  # None: used through another
+
+
+def test_conda_installs_what_pyproject_lists():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    plain = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert plain == [f"python{PROJECT['requires-python']}", "pip"] and pip == ["-e .[dev]"]
+
+
+def test_dev_is_test_and_samples():
+    extras = PROJECT["optional-dependencies"]
+    assert extras["dev"] == ["segcn[test,samples]"] and any(word.startswith("ruff") for word in extras["test"])
+
+
+def test_every_dependency_is_imported():
+    text = "\n".join(path.read_text() for path in (ROOT / "segcn").rglob("*.py"))
+    modules = set()
+    for node in ast.walk(ast.parse(text.replace("from __future__", "#"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add((node.module or "").split(".")[0])
+    for requirement in PROJECT["dependencies"]:
+        name = requirement.split(">=")[0]
+        module = OTHER_NAMES.get(name, name)
+        assert module is None or module in modules, f"{name} is listed but never imported"

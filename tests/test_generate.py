@@ -1,0 +1,141 @@
+"""Promise: an image depends on its seed and row alone, and what is written is a data set that can be trained on."""
+
+import dataclasses
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from segcn import models
+from segcn.config import GenerateConfig, InferConfig, make
+from segcn.errors import UserError
+from segcn.generate import Painter, find_controlnet, generate, generate_dataset, reconstruct_dataset
+from segcn.infer import infer
+from segcn.labels import read_mask
+from segcn.records import check_split, read_split
+
+
+@pytest.fixture(scope="module")
+def painter(random_base, landscapes):
+    base = models.load_base(random_base)
+    controlnet = models.make_controlnet(base.unet).eval()
+    return Painter(base, controlnet, read_split(landscapes, "test").palette, "random")
+
+
+@pytest.fixture
+def config(random_base, landscapes, tmp_path):
+    return make(
+        GenerateConfig,
+        "tiny",
+        pretrained_model_name_or_path=str(random_base),
+        controls=str(landscapes),
+        output_dir=str(tmp_path / "out"),
+        num_inference_steps=2,
+        batch_size=4,
+    )
+
+
+def pixels(folder):
+    return [np.asarray(Image.open(path)).astype(int) for path in sorted(Path(folder).glob("images/*.png"))]
+
+
+def test_a_generated_set_keeps_masks_and_captions_row_by_row(config, painter, landscapes):
+    out = read_split(generate_dataset(config, painter))
+    source = read_split(landscapes, "test")
+    check_split(out, full=True)
+    assert len(out) == len(source) == 6
+    for made, real in zip(out.records, source.records, strict=True):
+        assert made.caption == real.caption
+        assert np.array_equal(read_mask(made.mask, out.palette), read_mask(real.mask, source.palette))
+
+
+def test_a_generated_set_opens_with_load_dataset(config, painter, tmp_path):
+    out = generate_dataset(config, painter)
+    rows = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows.column_names == ["image", "conditioning_image", "text"] and len(rows) == 6
+    assert rows[0]["image"].size == rows[0]["conditioning_image"].size == (64, 64)
+
+
+def test_another_batch_size_moves_no_pixel_by_more_than_one_level(config, painter, tmp_path):
+    four = pixels(generate_dataset(config, painter))
+    other = dataclasses.replace(config, batch_size=1, output_dir=str(tmp_path / "other"))
+    one = pixels(generate_dataset(other, painter))
+    assert max(np.abs(a - b).max() for a, b in zip(four, one, strict=True)) <= 1
+    assert np.abs(four[0] - four[1]).mean() > 1
+
+
+def test_the_same_command_finishes_what_was_cut(config, painter, capsys):
+    whole = pixels(generate_dataset(config, painter))
+    out = Path(config.output_dir)
+    for name in ("images/000002.png", "images/000005.png", "metadata.csv"):
+        (out / name).unlink()
+    again = pixels(generate_dataset(config, painter))
+    assert "4 of 6 images stand already" in capsys.readouterr().out
+    assert max(np.abs(a - b).max() for a, b in zip(whole, again, strict=True)) <= 1
+    assert len(read_split(out)) == 6
+
+
+def test_other_settings_and_foreign_folders_are_refused(config, painter):
+    generate_dataset(config, painter)
+    with pytest.raises(UserError, match="seed: was 0, is 1"):
+        generate_dataset(dataclasses.replace(config, seed=1), painter)
+    with pytest.raises(UserError, match="was not written by segcn generate"):
+        generate_dataset(dataclasses.replace(config, output_dir=config.controls), painter)
+
+
+def test_masks_text_and_control_strength_are_used(config, painter, landscapes):
+    split = read_split(landscapes, "test")
+    masks = np.stack([read_mask(record.mask, split.palette) for record in split.records[:1]])
+    for block in painter.controlnet.controlnet_down_blocks:  # a new ControlNet is silent: give it a voice
+        block.weight.data += 0.3
+    shown = generate(painter, masks, ["a lake"], [0], config)
+    unseen = generate(painter, masks, ["a lake"], [0], dataclasses.replace(config, controlnet_conditioning_scale=0.0))
+    plain = generate(painter, None, ["a lake"], [0], config, size=(64, 64))
+    other = generate(painter, masks, ["a house"], [0], config)
+    assert np.abs(unseen.astype(int) - plain).max() <= 1
+    assert (shown != unseen).any() and (shown != other).any()
+
+
+def test_a_folder_of_masks_needs_a_prompt(config, painter, landscapes, tmp_path):
+    folder = dataclasses.replace(
+        config, controls=str(landscapes / "test" / "masks"), palette=str(landscapes / "palette.json")
+    )
+    with pytest.raises(UserError, match="--prompt"):
+        generate_dataset(folder, painter)
+    out = generate_dataset(dataclasses.replace(folder, prompt="a lake", limit=2), painter)
+    assert [record.caption for record in read_split(out).records] == ["a lake"] * 2
+
+
+def test_reconstructions_are_a_data_set_of_the_same_masks(painter, landscapes, tmp_path):
+    split = read_split(landscapes, "test")
+    out = read_split(reconstruct_dataset(split, painter.base, tmp_path / "seen"))
+    check_split(out, full=True)
+    assert len(out) == len(split)
+
+
+def test_infer_writes_one_picture_or_a_grid_and_never_overwrites(random_base, landscapes, tmp_path):
+    models.make_controlnet(models.load_base(random_base).unet).save_pretrained(tmp_path / "controlnet")
+    settings = make(
+        InferConfig,
+        "tiny",
+        pretrained_model_name_or_path=str(random_base),
+        controlnet_model_name_or_path=str(tmp_path / "controlnet"),
+        control_image=str(landscapes / "test" / "masks" / "000000.png"),
+        prompt=["a lake", "a house"],
+        num_images=2,
+        num_inference_steps=2,
+        output=str(tmp_path / "grid.png"),
+    )
+    assert Image.open(infer(settings)).size == (128, 128)
+    with pytest.raises(UserError, match="exists"):
+        infer(settings)
+
+
+def test_a_base_that_lacks_a_part_is_named(tmp_path):
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(UserError, match="vae"):
+        models.load_base(tmp_path)
+    with pytest.raises(UserError, match="no ControlNet"):
+        find_controlnet(str(tmp_path))

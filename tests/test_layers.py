@@ -1,0 +1,51 @@
+"""Promise: imports point downward, and the sample data are imported only from the top."""
+
+import ast
+from pathlib import Path
+
+import segcn
+
+PACKAGE = Path(segcn.__file__).parent
+FLOORS = [
+    {"errors", "seeds", "home", "loss"},
+    {"config", "labels", "checkpoint"},
+    {"records", "augment"},
+    {"dataset", "models", "distance"},
+    {"latents", "segmenter"},
+    {"generate", "watch"},
+    {"prepare", "infer", "evaluate"},
+    {"validate", "show", "charts", "launch"},
+    {"train", "widgets", "samples"},
+    {"workspace"},
+    {"run"},
+    {"cli"},
+]
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def imported(path):
+    """The rooms of ours that a file imports anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "segcn":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("segcn."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("segcn."))
+
+
+def test_imports_point_downward():
+    for path in PACKAGE.glob("*.py"):
+        if path.stem != "__init__":
+            upward = [name for name in imported(path) if FLOOR_OF[name] >= FLOOR_OF[path.stem]]
+            assert not upward, f"{path.name} imports {upward}"
+
+
+def test_sample_data_are_imported_only_from_the_top():
+    users = {path.stem for path in PACKAGE.glob("*.py") if "samples" in set(imported(path))}
+    assert users <= {"cli", "workspace"}
+
+
+def test_samples_stand_on_the_package_below_them():
+    for path in (PACKAGE / "samples").glob("*.py"):
+        assert all(FLOOR_OF[name] <= FLOOR_OF["samples"] for name in imported(path)), path
