@@ -141,7 +141,7 @@ def table(metrics: dict) -> str:
 def write_metrics(metrics: dict, path: str | Path) -> None:
     """Store the metrics as JSON, whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(path), json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(Path(path), json.dumps(metrics, indent=1, allow_nan=False) + "\n")
 
 
 def _batches(split: Split, segmenter: Segmenter, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

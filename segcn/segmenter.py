@@ -172,9 +172,7 @@ def _fit(segmenter: Segmenter, split: Split, config: SegmenterConfig, log: Calla
     device = segmenter.head.weight.device
     weights = class_weights(split).to(device)
     optimizer = torch.optim.AdamW(segmenter.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.steps + 1, pct_start=0.15
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
     segmenter.train()
     for step, (image, mask) in enumerate(_batches(split, config), start=1):
         image, mask = image.to(device, memory_format=torch.channels_last), mask.to(device)
