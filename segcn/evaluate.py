@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from segcn.augment import AUGMENTS
 from segcn.checkpoint import write_text
+from segcn.config import EvaluateConfig
 from segcn.dataset import PairedDataset
 from segcn.distance import (
     KERNEL_SUBSETS,
@@ -20,8 +21,8 @@ from segcn.distance import (
 )
 from segcn.errors import UserError
 from segcn.labels import IGNORE, Palette
-from segcn.records import Split
-from segcn.segmenter import Segmenter, SegmenterConfig, predict
+from segcn.records import Split, read_named_split, read_split
+from segcn.segmenter import Segmenter, SegmenterConfig, load_segmenter, predict, train_segmenter
 
 ROWS = {
     "real": "real (ceiling)",
@@ -64,6 +65,31 @@ def evaluate(
         "of_ceiling": _ratio(measured["synthetic"]["miou"], measured["real"]["miou"]),
         "distance": distance(real, synthetic, segmenter, batch_size, inception),
     }
+
+
+def evaluate_folders(config: EvaluateConfig, log: Callable[[str], None] = print) -> dict:
+    """`segcn evaluate`: read the data sets, load or train the segmenter, measure, and write the metrics as JSON."""
+    real, synthetic = read_named_split(config.real, "test"), read_split(config.synthetic)
+    output = Path(config.output) if config.output else Path(config.synthetic).absolute().parent / "metrics.json"
+    segmenter = _segmenter_for(config, real, output.parent / "segmenter", log)
+    others = [read_split(folder) if folder else None for folder in (config.floor, config.reconstructions)]
+    metrics = evaluate(real, synthetic, segmenter, *others, inception=config.inception_weights, log=log)
+    write_metrics(metrics, output)
+    log(f"Wrote {output}.")
+    return metrics
+
+
+def _segmenter_for(config: EvaluateConfig, real: Split, folder: Path, log: Callable[[str], None]) -> Segmenter:
+    """The one given, or one trained on the real images that are not tested on."""
+    if config.segmenter:
+        return load_segmenter(config.segmenter)
+    train = read_split(config.real, "train")
+    if train.metadata == real.metadata:
+        raise UserError(
+            f"--real {config.real} has no train/ and test/: the segmenter must not be trained on the images that it is "
+            "tested on. Split the data set, or give a trained segmenter by --segmenter."
+        )
+    return train_segmenter(train, SegmenterConfig(resolution=config.resolution, seed=config.seed), folder, log)
 
 
 def faithfulness(split: Split, segmenter: Segmenter, batch_size: int = 32) -> dict:

@@ -27,7 +27,7 @@ from segcn.dataset import to_control, to_image, to_uint8
 from segcn.errors import UserError
 from segcn.labels import Palette, find_palette, read_mask, write_mask
 from segcn.models import Base, load_base, load_controlnet, reconstruct
-from segcn.records import Split, read_image, read_split, write_metadata
+from segcn.records import Split, read_image, read_named_split, write_metadata
 
 SCHEDULERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -202,12 +202,6 @@ def read_controls(config: GenerateConfig) -> tuple[list[Path], list[str], Palett
         palette, captions = Palette.load(config.palette or find_palette(folder)), [""] * len(paths)
     captions = [config.prompt] * len(paths) if config.prompt is not None else captions
     return paths[: config.limit], captions[: config.limit], palette
-
-
-def read_named_split(folder: Path, name: str) -> Split:
-    """The named split of a folder of splits; a plain data set as it is."""
-    has_splits = folder.is_dir() and not any(folder.glob("metadata.*"))
-    return read_split(folder, name if has_splits else None)
 
 
 def claim_output(config: GenerateConfig, painter: Painter) -> Path:

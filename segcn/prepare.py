@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,14 +89,19 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
-    """One process or many, as launched."""
+    """One process or many, as launched; UserError if accelerate sees another number than the launcher started."""
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    return Accelerator(
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
+        cpu=world > 1 and not torch.cuda.is_available(),  # several processes on a CPU must be asked for
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / config.logging_dir)),
     )
+    if accelerator.num_processes != world:
+        raise UserError(f"the launcher started {world} processes, accelerate sees {accelerator.num_processes}")
+    return accelerator
 
 
 def quieten() -> None:

@@ -79,6 +79,13 @@ def read_split(dataset_name: str | Path, split: str | None = None) -> Split:
     return Split(metadata.parent, metadata, palette, tuple(records))
 
 
+def read_named_split(dataset_name: str | Path, name: str) -> Split:
+    """The named split of a folder of splits; a data set without splits as it is."""
+    folder = Path(dataset_name)
+    has_splits = folder.is_dir() and not any((folder / metadata).is_file() for metadata in METADATA)
+    return read_split(folder, name if has_splits else None)
+
+
 def check_split(split: Split, progress: bool = False, full: bool = False) -> None:
     """Open every image and decode every mask: same size, declared labels; `full` decodes the images too.
 
