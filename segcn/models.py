@@ -1,13 +1,14 @@
 """Base models and ControlNets: load, encode, decode, make, export. The only place that knows the latent scale."""
 
 import hashlib
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -52,8 +53,8 @@ def load_base(
     _check_layout(folder)
     hub = {key: value for key, value in hub.items() if value is not None}
     tokenizer_hub = {key: value for key, value in hub.items() if key != "variant"}
-    quiet = logging.getLogger("transformers")
-    level, _ = quiet.level, quiet.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **hub)
     parts = Base(
         folder=str(folder),
@@ -64,7 +65,6 @@ def load_base(
         unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **hub),
         scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
     )
-    quiet.setLevel(level)
     for part in (parts.vae, parts.text_encoder, parts.unet):
         part.requires_grad_(False).eval().to(device)
     return parts

@@ -7,17 +7,17 @@ import segcn
 
 PACKAGE = Path(segcn.__file__).parent
 FLOORS = [
-    {"errors", "seeds", "home", "loss"},
+    {"errors", "seeds", "home", "loss", "captions"},
     {"config", "labels", "checkpoint"},
     {"records", "augment"},
     {"dataset", "models", "distance"},
-    {"latents", "segmenter"},
+    {"latents", "segmenter", "show"},
     {"generate", "watch"},
-    {"prepare", "infer", "evaluate"},
-    {"validate", "show", "charts", "launch"},
-    {"train", "widgets", "samples"},
+    {"prepare", "infer", "evaluate", "widgets", "story"},
+    {"validate", "launch"},
+    {"train", "charts", "samples"},
     {"workspace"},
-    {"run"},
+    {"paint", "run"},
     {"cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
