@@ -1,0 +1,255 @@
+"""Pictures of pairs: grids, overlays, outlines, what augmentation does and what the network sees."""
+
+import logging
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from segcn.dataset import PairedDataset, Sample, to_uint8
+from segcn.labels import Palette, colourise, read_mask
+from segcn.loss import valid_cells
+from segcn.records import Split, read_image
+
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 100,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "text.parse_math": False,  # a caption may hold dollar signs
+}
+LINE = 0.15  # inches a line of text
+LETTERS = 17  # letters an inch
+GAP = 0.1  # inches between pictures
+
+
+def quiet() -> None:
+    """Set the figures' style and silence progress bars, notices and warnings about the future."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for library in ("transformers", "diffusers"):
+        os.environ[f"{library.upper()}_VERBOSITY"] = "error"  # for when it is imported later
+        library_logging = sys.modules.get(f"{library}.utils.logging")
+        if library_logging is not None:
+            library_logging.set_verbosity_error()
+            library_logging.disable_progress_bar()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    matplotlib.rcParams.update(STYLE)
+    _show_figures_in_notebooks()
+
+
+def grid(
+    rows: Sequence[Sequence[np.ndarray | None]],
+    heads: Sequence[str] = (),
+    left: Sequence[str] = (),
+    below: Sequence[Sequence[str]] = (),
+    width: float = 1.5,
+) -> Figure:
+    """Pictures (uint8 [H, W, 3], or None for a gap) in rows and columns of `width` inches, with texts around them.
+
+    heads: above each column; left: beside each row; below: under each picture.
+    """
+    first = next(picture for row in rows for picture in row if picture is not None)
+    height, columns = width * first.shape[0] / first.shape[1], max(map(len, rows))
+    notes = [[_wrap(text, width) for text in line] for line in below]
+    under = LINE * max([text.count("\n") + 1 for line in notes for text in line], default=0) + GAP
+    above, beside = (1.6 * LINE if heads else 0), (1.6 if left else 0)
+    total = (beside + columns * (width + GAP), above + len(rows) * (height + under))
+    figure = Figure(figsize=total)
+    for column, head in enumerate(heads):
+        centre = beside + column * (width + GAP) + width / 2
+        figure.text(centre / total[0], 1 - 0.3 * above / total[1], head, ha="center", va="top", weight="bold")
+    for number, row in enumerate(rows):
+        top = above + number * (height + under)
+        if left:
+            text = _wrap(left[number], beside - GAP)
+            figure.text(0, 1 - (top + height / 2) / total[1], text, va="center", fontsize=8)
+        for column, picture in enumerate(row):
+            box = (beside + column * (width + GAP), total[1] - top - height, width, height)
+            _place(figure, picture, [box[0] / total[0], box[1] / total[1], box[2] / total[0], box[3] / total[1]])
+            if notes and picture is not None:
+                at = (box[0] / total[0], (box[1] - GAP / 2) / total[1])
+                figure.text(*at, notes[number][column], va="top", fontsize=8, color="#333333", linespacing=1.1)
+    return figure
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, palette: Palette, strength: float = 0.5) -> np.ndarray:
+    """The palette's colours over the image, both uint8 [H, W, 3]; unlabelled pixels stay the image's."""
+    mixed = ((1 - strength) * image + strength * colourise(mask, palette)).round().astype(np.uint8)
+    return np.where((mask == 255)[..., None], image, mixed)
+
+
+def outlined(image: np.ndarray, mask: np.ndarray, colour: Sequence[int] = (255, 0, 255)) -> np.ndarray:
+    """The image with the borders between classes drawn one pixel wide, uint8 [H, W, 3]."""
+    border = np.zeros(mask.shape, bool)
+    border[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    border[1:] |= mask[1:] != mask[:-1]
+    drawn = image.copy()
+    drawn[border] = colour
+    return drawn
+
+
+def side_by_side(*pictures: np.ndarray, gap: int = 3) -> np.ndarray:
+    """Pictures of one height in a strip with thin white gaps, uint8 [H, sum of W, 3]."""
+    space = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
+    parts = [part for picture in pictures for part in (picture, space)]
+    return np.concatenate(parts[:-1], axis=1)
+
+
+def read_pair(split: Split, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image uint8 [H, W, 3] and class ids uint8 [H, W] of a row."""
+    return read_image(split[row].image), read_mask(split[row].mask, split.palette)
+
+
+def colours(mask: np.ndarray, split: Split) -> np.ndarray:
+    """Class ids, uint8 [..., H, W], in the colours of a split's palette, uint8 [..., H, W, 3]."""
+    return colourise(mask, split.palette)
+
+
+def compare(real: Split, painted: Split, rows: int = 8, columns: int = 2) -> Figure:
+    """The first rows: mask, real image and painted image, with the caption beneath."""
+    strips = []
+    for row in range(min(rows, len(real), len(painted))):
+        image, mask = read_pair(real, row)
+        strips.append(side_by_side(colours(mask, real), image, read_pair(painted, row)[0]))
+    return _sheet(strips, [record.caption for record in real.records], columns)
+
+
+def contact_sheet(split: Split, rows: int = 8, columns: int = 2) -> Figure:
+    """The first rows of a split: image, mask colours and both overlaid, with the caption beneath."""
+    strips = []
+    for row in range(min(rows, len(split))):
+        image, mask = read_pair(split, row)
+        strips.append(side_by_side(image, colourise(mask, split.palette), overlay(image, mask, split.palette)))
+    return _sheet(strips, [record.caption for record in split.records], columns)
+
+
+def legend(palette: Palette, columns: int = 5) -> Figure:
+    """Each label's colour, id and name."""
+    lines = -(-len(palette.labels) // columns)
+    figure = Figure(figsize=(1.7 * columns, 0.32 * lines))
+    axes = figure.add_axes([0, 0, 1, 1])
+    axes.set(xlim=(0, columns), ylim=(lines, 0))
+    axes.axis("off")
+    for place, label in enumerate(palette.labels):
+        line, column = divmod(place, columns)
+        swatch = {"facecolor": np.array(label.colour) / 255, "edgecolor": "#888888", "linewidth": 0.5}
+        axes.add_patch(matplotlib.patches.Rectangle((column + 0.02, line + 0.2), 0.16, 0.6, **swatch))
+        text = f"{label.id}  {label.name}" + (" (ignored)" if label.ignore else "")
+        axes.text(column + 0.24, line + 0.52, text, va="center")
+    return figure
+
+
+def checkerboard(image: np.ndarray, colours: np.ndarray, squares: int = 8) -> np.ndarray:
+    """Image and mask colours in alternating squares, uint8 [H, W, 3]: edges run on wherever the two are aligned."""
+    height, width = image.shape[:2]
+    down, across = np.arange(height) * squares // height, np.arange(width) * squares // width
+    return np.where(((down[:, None] + across) % 2 == 0)[..., None], image, colours)
+
+
+def hatched(picture: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """The picture, uint8 [H, W, 3], with grey stripes where `valid`, bool [H, W], is False."""
+    down, across = np.indices(valid.shape)
+    period = max(4, valid.shape[0] // 16)
+    stripes = np.where((down + across) % period < period / 2, 200, 150).astype(np.uint8)[..., None]
+    return np.where(valid[..., None], picture, stripes)
+
+
+def augmented(pairs: PairedDataset, row: int, draws: int = 10, columns: int = 5) -> Figure:
+    """One row as the first epochs see it, the mask's borders drawn on the image; out of frame is hatched."""
+    samples = [pairs.sample(row, epoch) for epoch in range(draws)]
+    pictures = [hatched(outlined(to_uint8(s.image), s.mask.numpy()), s.valid.numpy()) for s in samples]
+    notes = [_say(sample) for sample in samples]
+    return _sheet(pictures, notes, columns, width=1.8)
+
+
+def network_view(sample: Sample, palette: Palette, factor: int) -> Figure:
+    """What a training step is given: image, control, and the latent cells that count in the loss."""
+    valid = sample.valid.numpy()
+    control = (sample.control.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    cells = valid_cells(sample.valid[None], factor)[0].numpy()
+    shown = [to_uint8(sample.image), control, checkerboard(to_uint8(sample.image), control), _cells(cells, valid)]
+    size, side = valid.shape[0], cells.shape[0]
+    heads = ["image", "control", "checkerboard", "cells in the loss"]
+    notes = [
+        f"{_range(sample.image)}, 3 x {size} x {size}",
+        f"{_range(sample.control)}, 3 x {size} x {size}",
+        "edges run on: aligned",
+        f"{cells.sum()} of {side} x {side} cells",
+    ]
+    return grid([shown], heads, below=[notes], width=2.2)
+
+
+def least_in_frame(pairs: PairedDataset, row: int, epochs: int = 16) -> Sample:
+    """Of a row's first draws the one that moves most of the picture out of frame."""
+    return min((pairs.sample(row, epoch) for epoch in range(epochs)), key=lambda sample: sample.valid.sum().item())
+
+
+def _sheet(strips: list[np.ndarray], texts: Sequence[str], columns: int, width: float = 4.2) -> Figure:
+    """Strips in columns, each with its text beneath."""
+    lines = [slice(at, at + columns) for at in range(0, len(strips), columns)]
+    texts = texts[: len(strips)]
+    return grid([strips[line] for line in lines], below=[texts[line] for line in lines], width=width)
+
+
+def _cells(cells: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Latent cells, enlarged to pixels: white counts, grey does not, hatched is out of frame."""
+    factor = valid.shape[0] // cells.shape[0]
+    tones = np.where(cells, 240, 110).astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
+    tones[::factor] = tones[:, ::factor] = 90
+    return np.repeat(tones[..., None], 3, axis=2)
+
+
+def _range(tensor: torch.Tensor) -> str:
+    return f"{tensor.min().item():.2f} to {tensor.max().item():.2f}"
+
+
+def _say(sample: Sample) -> str:
+    """The draw in three short lines."""
+    draw = sample.draw
+    return (
+        f"turn {round(draw.angle):+d}°, scale {draw.scale:.2f}\n"
+        f"shift {round(100 * draw.translate_x):+d}%, {round(100 * draw.translate_y):+d}%\n"
+        f"shear {round(draw.shear_x):+d}°, {round(draw.shear_y):+d}°{', flipped' if draw.flip else ''}"
+    )
+
+
+def _wrap(text: str, width: float) -> str:
+    """Text in lines that fit `width` inches; lines that are there already stay."""
+    letters = max(8, int(width * LETTERS))
+    return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, letters) or [""])
+
+
+def _place(figure: Figure, picture: np.ndarray | None, box: list[float]) -> None:
+    if picture is None:
+        return
+    axes = figure.add_axes(box)
+    axes.imshow(picture, interpolation="antialiased")
+    axes.set_anchor("N")
+    axes.axis("off")
+
+
+def _show_figures_in_notebooks() -> None:
+    """Teach a running IPython to show a Figure as PNG; pyplot and its global state are not used."""
+    from IPython import get_ipython
+    from IPython.core.pylabtools import select_figure_formats
+
+    shell = get_ipython()
+    if shell is not None:
+        select_figure_formats(shell, {"png"}, bbox_inches="tight")
