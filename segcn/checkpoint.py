@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,11 @@ MANIFEST = "manifest.json"
 
 
 def commit(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """Let `write(folder)` fill a folder aside, then make it appear as output_dir/name in one step."""
+    """Let `write(folder)` fill a folder aside, then make it appear as output_dir/name in one step.
+
+    A folder of that name that was committed before is replaced; any other is set aside under a new name.
+    """
+    final = output_dir / name
     staged = output_dir / f".{name}.staged"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -30,8 +35,10 @@ def commit(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
     (staged / MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True))
     for path in [*_files(staged), *(p for p in staged.rglob("*") if p.is_dir()), staged]:
         _fsync(path)
-    final = output_dir / name
-    shutil.rmtree(final, ignore_errors=True)  # only ever one that failed verification or was refused above
+    if (final / MANIFEST).is_file():
+        shutil.rmtree(final)
+    elif final.exists():
+        os.replace(final, output_dir / f"{name}.set-aside-{time.time_ns()}")
     os.replace(staged, final)
     _fsync(output_dir)
     return final

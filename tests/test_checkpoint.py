@@ -81,3 +81,11 @@ def test_optimizer_state_survives_bit_for_bit(tmp_path):
     checkpoint.load_optimizer(fresh, tmp_path / "o.safetensors")
     step(resumed, fresh, 2)
     assert torch.equal(straight, resumed)
+
+
+def test_a_folder_of_the_users_is_set_aside_not_replaced(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "thesis.txt").write_text("years of work")
+    commit(tmp_path, 1)
+    assert [path.read_text() for path in tmp_path.glob("checkpoint-1.set-aside-*/thesis.txt")] == ["years of work"]
+    assert checkpoint.find_latest(tmp_path) == tmp_path / "checkpoint-1"

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from segcn import checkpoint
+from segcn.errors import UserError
 from segcn.records import read_split
 from segcn.samples.landscapes import write_landscapes
 from segcn.samples.tokenizer import build_tokenizer
@@ -34,7 +35,9 @@ SMOKE = BaseRecipe(
 
 
 def build_base(work: Path, out: Path, recipe: BaseRecipe = BaseRecipe(), log=print) -> Path:
-    """Run the whole recipe in `work` (it resumes there) and write the finished model folder to `out`."""
+    """Run the whole recipe in `work` (it resumes there) and write the finished model to `out`, which must not exist."""
+    if out.exists():
+        raise UserError(f"{out} exists: choose another folder for the finished model")
     torch.set_num_threads(os.cpu_count() or 1)
     images, masks, captions = load_landscapes(work, recipe)
     vae = train_vae(images, masks, recipe.vae, work / "vae", log)
