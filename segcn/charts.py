@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from segcn.captions import common_words
-from segcn.config import TrainConfig
+from segcn.config import TrainConfig, arguments_of, make
 from segcn.dataset import PairedDataset
 from segcn.labels import IGNORE, Palette, read_mask
 from segcn.launch import training_command, training_lines
@@ -133,9 +133,12 @@ def worth_printing(line: str, every: int = 50) -> bool:
 
 
 def command_text(config: TrainConfig, num_processes: int = 1) -> str:
-    """The command that `watch` starts, one setting a line, ready for a shell."""
-    words = [shlex.quote(word) for word in training_command(config, num_processes)]
-    return " ".join(words).replace(" --", " \\\n  --")
+    """The command that `watch` starts, ready for a shell; settings that are the preset's own are left out."""
+    words = training_command(config, num_processes)
+    start = words[: words.index("segcn.train") + 1]
+    usual = _options(arguments_of(make(TrainConfig, config.preset)))
+    lines = [option for option in _options(arguments_of(config)) if option not in usual]
+    return " \\\n  ".join([shlex.join(start), f"--preset {config.preset}", *lines])
 
 
 def print_seldom(line: str) -> None:
@@ -176,6 +179,12 @@ def _progress(folder: Path) -> Figure:
         axes.set_title(f"step {_step(sheets[-1])}: masks, and what is painted from them")
         axes.axis("off")
     return figure
+
+
+def _options(words: list[str]) -> list[str]:
+    """Each option with its values as one shell text."""
+    starts = [place for place, word in enumerate(words) if word.startswith("--")]
+    return [shlex.join(words[start:end]) for start, end in zip(starts, [*starts[1:], len(words)], strict=True)]
 
 
 def _step(sheet: Path) -> int:

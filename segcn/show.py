@@ -69,7 +69,7 @@ def grid(
     height, columns = width * first.shape[0] / first.shape[1], max(map(len, rows))
     notes = [[_wrap(text, width) for text in line] for line in below]
     under = LINE * max([text.count("\n") + 1 for line in notes for text in line], default=0) + GAP
-    above, beside = (1.6 * LINE if heads else 0), (1.6 if left else 0)
+    above, beside = (1.6 * LINE if heads else 0), _beside(left)
     total = (beside + columns * (width + GAP), above + len(rows) * (height + under))
     figure = Figure(figsize=total)
     for column, head in enumerate(heads):
@@ -234,6 +234,12 @@ def _wrap(text: str, width: float) -> str:
     """Text in lines that fit `width` inches; lines that are there already stay."""
     letters = max(8, int(width * LETTERS))
     return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, letters) or [""])
+
+
+def _beside(texts: Sequence[str], most: float = 1.6) -> float:
+    """Inches for texts at the left: as wide as the longest line, up to `most`."""
+    longest = max((len(line) for text in texts for line in text.split("\n")), default=-1)
+    return min(most, (longest + 1) / LETTERS + (GAP if texts else 0))
 
 
 def _place(figure: Figure, picture: np.ndarray | None, box: list[float]) -> None:
