@@ -26,7 +26,7 @@ from segcn.config import OUTPUTS, GenerateConfig, SampleConfig, main_guard, pars
 from segcn.dataset import to_control, to_image, to_uint8
 from segcn.errors import UserError
 from segcn.labels import Palette, find_palette, read_mask, write_mask
-from segcn.models import Base, load_base, load_controlnet, reconstruct
+from segcn.models import Base, load_base, load_controlnet, reconstruct, weights_digest
 from segcn.records import Split, read_image, read_named_split, write_metadata
 
 SCHEDULERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler}
@@ -225,7 +225,7 @@ def claim_output(config: GenerateConfig, painter: Painter) -> Path:
         ]
         if changed:
             raise UserError(f"{out} holds images made with other settings:\n  " + "\n  ".join(changed)
-                            + "\nChoose another --output_dir.")  # fmt: skip
+                            + "\nMove it away, or choose another --output_dir.")  # fmt: skip
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"--output_dir {out} is not empty and was not written by segcn generate: choose another.")
     for name in ("images", "masks"):

@@ -86,6 +86,14 @@ def base_fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def weights_digest(model: torch.nn.Module) -> str:
+    """16 hexadecimal digits that change with any weight."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def encode_moments(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
     """image [B,3,H,W] in [-1,1] -> the posterior's mean and log-variance, [B,2C,h,w]."""
     with torch.no_grad():

@@ -33,10 +33,6 @@ class Workspace:
         return self.folder / "generated_without_mask"
 
     @property
-    def recaptioned(self) -> Path:
-        return self.folder / "generated_other_captions"
-
-    @property
     def reconstructions(self) -> Path:
         return self.folder / "reconstructions"
 
