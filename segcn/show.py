@@ -33,7 +33,7 @@ STYLE = {
     "text.parse_math": False,  # a caption may hold dollar signs
 }
 LINE = 0.15  # inches a line of text
-LETTERS = 17  # letters an inch
+LETTERS = 16  # letters an inch
 GAP = 0.1  # inches between pictures
 
 

@@ -1,0 +1,199 @@
+import json
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from segcn import captions, charts, show, story
+from segcn.augment import AUGMENTS
+from segcn.config import TrainConfig, make, parse
+from segcn.dataset import PairedDataset
+from segcn.labels import Label, Palette
+from segcn.records import read_split
+from segcn.segmenter import build_segmenter
+
+PALETTE = Palette(
+    (Label(0, "sky", (0, 0, 255)), Label(1, "grass", (0, 255, 0)), Label(9, "void", (9, 9, 9), ignore=True))
+)
+
+
+@pytest.fixture(scope="module")
+def train(landscapes):
+    show.quiet()
+    return read_split(landscapes, "train")
+
+
+@pytest.fixture(scope="module")
+def test(landscapes):
+    return read_split(landscapes, "test")
+
+
+def pixels(figure):
+    """The figure as drawn, uint8 [H, W, 3]: drawing it is part of the proof."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def shows_something(figure):
+    return len(np.unique(pixels(figure).reshape(-1, 3), axis=0)) > 10
+
+
+def test_a_grid_places_every_picture_and_text():
+    red, blue = np.full((8, 8, 3), (255, 0, 0), np.uint8), np.full((8, 8, 3), (0, 0, 255), np.uint8)
+    figure = show.grid([[red, blue], [blue, None]], ["one", "two"], ["first", "second"], [["a", "b"], ["c", ""]])
+    drawn = pixels(figure)
+    assert len(figure.axes) == 3
+    assert {text.get_text() for text in figure.texts} >= {"one", "two", "first", "second", "a", "b", "c"}
+    assert (drawn == (255, 0, 0)).all(-1).sum() * 2 == pytest.approx((drawn == (0, 0, 255)).all(-1).sum(), rel=0.05)
+
+
+def test_no_two_pictures_of_a_grid_overlap():
+    picture = np.zeros((10, 30, 3), np.uint8)
+    figure = show.grid([[picture] * 3] * 2, ["a", "b", "c"], ["x", "y"], [["word " * 30] * 3] * 2)
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert not any(one.overlaps(other) for k, one in enumerate(boxes) for other in boxes[:k])
+    assert all(box.x0 >= 0 and box.x1 <= 1 and box.y0 >= 0 and box.y1 <= 1 for box in boxes)
+
+
+def test_captions_with_dollars_are_text():
+    show.quiet()
+    assert shows_something(show.grid([[np.zeros((8, 8, 3), np.uint8)]], below=[["costs $5 or $x_{$"]]))
+
+
+def test_the_overlay_keeps_unlabelled_pixels():
+    image, mask = np.full((2, 2, 3), 100, np.uint8), np.array([[0, 1], [255, 255]], np.uint8)
+    mixed = show.overlay(image, mask, PALETTE)
+    assert mixed[0].tolist() == [[50, 50, 178], [50, 178, 50]] and (mixed[1] == 100).all()
+
+
+def test_outlines_are_drawn_where_the_class_changes():
+    mask = np.zeros((4, 4), np.uint8)
+    mask[:, 2:] = 1
+    drawn = show.outlined(np.zeros((4, 4, 3), np.uint8), mask, (1, 2, 3))
+    assert (drawn[:, 2] == (1, 2, 3)).all() and drawn[:, [0, 1, 3]].sum() == 0
+
+
+def test_the_checkerboard_takes_half_from_each():
+    board = show.checkerboard(np.zeros((16, 16, 3), np.uint8), np.ones((16, 16, 3), np.uint8), squares=4)
+    assert board.mean() == 0.5 and board[0, 0, 0] == 0 and board[0, 4, 0] == 1 and board[4, 4, 0] == 0
+
+
+def test_hatching_leaves_valid_pixels_alone():
+    valid = np.eye(8, dtype=bool)
+    drawn = show.hatched(np.full((8, 8, 3), 7, np.uint8), valid)
+    assert (drawn[valid] == 7).all() and (drawn[~valid] >= 150).all()
+
+
+def test_pictures_of_a_data_set(train, test):
+    for figure in (show.contact_sheet(train, 3), show.legend(PALETTE), show.compare(test, test, 3)):
+        assert shows_something(figure)
+    assert [text.get_text().replace("\n", " ") for text in show.contact_sheet(train, 3).texts] == [
+        record.caption for record in train.records[:3]
+    ]
+
+
+def test_pictures_of_augmentation(train):
+    pairs = PairedDataset(train, 64, AUGMENTS["affine"], seed=0)
+    sample = show.least_in_frame(pairs, 0, epochs=4)
+    assert sample.valid.sum() == min(pairs.sample(0, epoch).valid.sum() for epoch in range(4))
+    assert shows_something(show.augmented(pairs, 0, draws=4)) and shows_something(show.network_view(sample, PALETTE, 8))
+
+
+def test_shares_add_up_and_leave_out_the_unlabelled(train):
+    shares = charts.class_shares(train)
+    assert shares.shape == (12, 256) and shares.sum(1) == pytest.approx(1) and (shares[:, 9:] == 0).all()
+    pairs = PairedDataset(train, 64, AUGMENTS["affine"], seed=0)
+    augmented = charts.augmented_shares(pairs, 20)
+    assert augmented.shape == (20, 256) and augmented.sum(1) == pytest.approx(1) and (augmented[:, 255] == 0).all()
+    for figure in (
+        charts.class_bars(train.palette, {"before": shares, "after": augmented}),
+        charts.area_per_class(train.palette, shares),
+        charts.word_bars([record.caption for record in train.records]),
+    ):
+        assert shows_something(figure)
+
+
+def test_smoothing_starts_unbiased_and_keeps_a_constant():
+    assert charts.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert charts.smooth([5.0, 0.0])[0] == pytest.approx(5.0)
+
+
+def test_the_loss_curve_of_nothing_and_of_something():
+    assert charts.loss_curve([]).axes[0].texts
+    entries = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
+    line = charts.loss_curve(entries).axes[0].lines[0]
+    assert list(line.get_xdata()) == list(range(1, 9))
+
+
+def test_only_some_step_lines_are_printed():
+    lines = [
+        "step 10/100  loss 0.5",
+        "step 50/100  loss 0.4",
+        "segmenter: step 100/100, loss 1",
+        "Saved x.",
+        "",
+        " 3%|#",
+    ]
+    assert [line for line in lines if charts.worth_printing(line)] == lines[1:4]
+
+
+def test_the_shown_command_gives_the_same_config():
+    config = make(TrainConfig, "tiny", dataset_name="my data", max_train_steps=7, validation_prompt=["a b", "c"])
+    words = shlex.split(charts.command_text(config).replace("\\\n", " "))
+    start = words.index("segcn.train") + 1
+    assert parse(TrainConfig, words[start:], "train") == config and len(words) - start < 12
+
+
+def test_validation_over_time_takes_first_and_last(tmp_path):
+    (tmp_path / "validation").mkdir()
+    for step in range(10, 101, 10):
+        Image.new("RGB", (64, 64), (step, 0, 0)).save(tmp_path / "validation" / f"step-{step:06d}.png")
+    figure = charts.validation_over_time(tmp_path, count=2, most=3)
+    words = [text.get_text() for text in figure.texts]
+    assert words[0] == "mask" and words[1] == "step 10" and words[-1] == "step 100" and len(figure.axes) == 8
+
+
+def test_captions_are_retold():
+    old = "an autumn landscape at dusk with a lake"
+    assert captions.retold(old) == "a spring landscape at dawn with a lake"
+    assert captions.retold("a winter landscape by day", 3, 3) == "an autumn landscape at dawn"
+    assert captions.other_captions(["a cat", "a dog", old]) == ["a dog", old, captions.retold(old)]
+    told = captions.variations(old, [])
+    assert told[0] == old and len(set(told)) == 4
+    assert captions.variations("a cat", ["a dog", "a cat", "a hen"], 3) == ["a cat", "a dog", "a hen"]
+    assert captions.common_words(["a red house", "the red car"], 1) == [("red", 2)]
+
+
+def test_the_judge_orders_images_by_agreement(test):
+    torch.manual_seed(0)
+    segmenter = build_segmenter(test.palette.num_classes, width=8)
+    segmenter.settings = {"resolution": 64}
+    judged = story.judge(test, segmenter)
+    scores = [one.agreement for one in judged]
+    assert sorted(one.row for one in judged) == list(range(6)) and scores == sorted(scores, reverse=True)
+    best = judged[0]
+    assert best.agreement == pytest.approx((best.wanted == best.found).mean())
+    assert shows_something(story.verdicts(judged, test.palette, 2)) and story.verdicts(judged[:1], test.palette)
+
+
+def test_the_story_shows_each_picture_in_its_place(test, tmp_path):
+    black = np.zeros((2, 64, 64, 3), np.uint8)
+    picture = story.tell(test, test, test, black, ["one", "a very long caption " * 20])
+    story.save_story(picture, tmp_path / "story.png")
+    drawn = np.asarray(Image.open(tmp_path / "story.png"))
+    assert drawn.shape[1] >= 1400
+    left = story.MARGIN + story.TEXT_WIDTH
+    column = slice(left + 4 * (story.SIDE + story.GAP), left + 4 * (story.SIDE + story.GAP) + story.SIDE)
+    assert (drawn[story.HEAD : story.HEAD + story.SIDE, column] == 0).all()
+    mask = np.asarray(story.enlarged(show.colours(show.read_pair(test, 0)[1], test), smooth=False))
+    assert (drawn[story.HEAD : story.HEAD + story.SIDE, left : left + story.SIDE] == mask).all()
+
+
+def test_bars_of_faithfulness_name_every_measured_set():
+    one = {"miou": 0.5, "per_class": {"sky": 0.5, "sun": None}}
+    figure = story.faithfulness_bars(json.loads(json.dumps({"faithfulness": {"real": one, "synthetic": one}})))
+    assert len(figure.axes[0].containers) == 2 and shows_something(figure)
