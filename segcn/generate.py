@@ -209,12 +209,11 @@ def claim_output(config: GenerateConfig, painter: Painter) -> Path:
     if not config.output_dir:
         raise UserError("--output_dir: expected a folder to write to, found nothing")
     out = Path(config.output_dir)
-    settings = asdict(config) | {
-        "controlnet": painter.controlnet_folder,
-        "base_fingerprint": painter.base.fingerprint,
-    }
-    for name in ("batch_size", "limit", "output_dir"):  # these change no image
+    settings = asdict(config) | {"base_fingerprint": painter.base.fingerprint}
+    for name in ("batch_size", "controlnet_model_name_or_path", "limit", "output_dir"):  # these change no image
         settings.pop(name)
+    if not config.without_control:
+        settings |= {"controlnet": painter.controlnet_folder, "controlnet_weights": weights_digest(painter.controlnet)}
     path = out / SETTINGS_FILE
     if path.is_file():
         old = json.loads(path.read_text())
