@@ -39,7 +39,7 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         torch.manual_seed(recipe.seed)
         self.text_encoder = build_text_encoder(recipe, tokenizer)
-        self.unet = build_unet(recipe, latent_channels)
+        self.unet = build_unet(recipe, latent_channels).to(memory_format=torch.channels_last)
 
     def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self.unet(noisy, timestep, self.text_encoder(tokens)[0]).sample
