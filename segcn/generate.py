@@ -18,7 +18,6 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
-from tqdm import tqdm
 
 from segcn import seeds
 from segcn.checkpoint import write_text
@@ -27,6 +26,7 @@ from segcn.dataset import to_control, to_image, to_uint8
 from segcn.errors import UserError
 from segcn.labels import Palette, find_palette, read_mask, write_mask
 from segcn.models import Base, load_base, load_controlnet, reconstruct, weights_digest
+from segcn.progress import Progress
 from segcn.records import Split, read_image, read_named_split, write_metadata
 
 SCHEDULERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler}
@@ -163,13 +163,15 @@ def generate_dataset(config: GenerateConfig, painter: Painter | None = None, log
     todo = [row for row, name in enumerate(names) if not (out / name).is_file()]
     if len(todo) < len(names):
         log(f"{out}: {len(names) - len(todo)} of {len(names)} images stand already and are kept.")
-    groups = list(batches_of(todo, masks, config.batch_size))
-    for group in tqdm(groups, desc="painting", unit="batch", disable=not groups, file=sys.stdout, mininterval=10):
+    told, done = Progress("painted", len(todo), log), 0
+    for group in batches_of(todo, masks, config.batch_size):
         stack = np.stack([masks[row] for row in group])
         shown = None if config.without_control else stack
         images = generate(painter, shown, [captions[row] for row in group], group, config, stack.shape[1:])
         for row, image in zip(group, images, strict=True):
             write_pair(out, row, image, masks[row], palette)
+        done += len(group)
+        told(done)
     return finish_dataset(out, captions, palette)
 
 

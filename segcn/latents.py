@@ -6,7 +6,6 @@ are sampled from them just in time. The files are plain .npy, memory-mapped, fil
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from segcn.dataset import PairedDataset, to_control
 from segcn.errors import UserError
 from segcn.loss import valid_cells
 from segcn.models import Base, encode_moments, encode_text
+from segcn.progress import Progress
 
 COMPLETE = "complete.json"
 BATCH = 16  # pictures encoded at once
@@ -151,7 +151,7 @@ def _fill(folder: Path, dataset: PairedDataset, base: Base, draws: int, accelera
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("moments", "masks", "frames", "done")}
     rank, world = accelerator.process_index, accelerator.num_processes
     keys = [(d, r) for d in range(draws) for r in range(rank, len(dataset), world) if not arrays["done"][d, r]]
-    began = reported = time.monotonic()
+    told = Progress("encoded", len(keys), log)
     for first in range(0, len(keys), BATCH):
         chunk = keys[first : first + BATCH]
         samples = [dataset.sample(row, draw) for draw, row in chunk]
@@ -164,10 +164,7 @@ def _fill(folder: Path, dataset: PairedDataset, base: Base, draws: int, accelera
             arrays[name].flush()
         for draw, row in chunk:
             arrays["done"][draw, row] = 1
-        if time.monotonic() - reported > 5:
-            reported = time.monotonic()
-            done = first + len(chunk)
-            log(f"  encoded {done} of {len(keys)}, {done / (reported - began):.0f} a second")
+        told(first + len(chunk))
     for array in arrays.values():
         array.flush()
 

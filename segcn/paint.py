@@ -1,10 +1,13 @@
 """The painting that notebooks 04 and 05 share: which ControlNet, with which settings, and what stands already."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 from segcn.config import GenerateConfig, make
+from segcn.errors import UserError
 from segcn.generate import SETTINGS_FILE, Painter, generate_dataset, load_painter
+from segcn.models import weights_digest
 from segcn.records import Split, read_split
 from segcn.workspace import Workspace
 
@@ -35,11 +38,14 @@ def open_painter(config: GenerateConfig, split: Split, log=print) -> Painter:
 def paint_once(config: GenerateConfig, painter: Painter, output_dir: Path, log=print, **changes) -> Split:
     """The data set in `output_dir`: as it stands, where it has enough rows, else painted now.
 
-    What notebook 04 painted with settings of its own is thus taken as it is.
+    What notebook 04 painted with settings of its own is thus taken as it is; UserError if other weights painted it.
     """
-    metadata = output_dir / "metadata.csv"
-    if metadata.is_file() and (output_dir / SETTINGS_FILE).is_file():
+    settings = output_dir / SETTINGS_FILE
+    if (output_dir / "metadata.csv").is_file() and settings.is_file():
         standing = read_split(output_dir)
+        weights = json.loads(settings.read_text()).get("controlnet_weights")
+        if weights not in (None, weights_digest(painter.controlnet)):
+            raise UserError(f"{output_dir} was painted by another ControlNet: move it away and run notebook 04 again")
         if config.limit is not None and len(standing) >= config.limit:
             log(f"{output_dir}: {len(standing)} images stand already.")
             return standing

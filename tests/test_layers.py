@@ -7,16 +7,16 @@ import segcn
 
 PACKAGE = Path(segcn.__file__).parent
 FLOORS = [
-    {"errors", "seeds", "home", "loss", "captions"},
+    {"errors", "seeds", "home", "loss", "captions", "progress"},
     {"config", "labels", "checkpoint"},
     {"records", "augment"},
     {"dataset", "models", "distance"},
     {"latents", "segmenter", "show"},
     {"generate", "watch"},
-    {"prepare", "infer", "evaluate", "widgets", "story"},
+    {"prepare", "infer", "evaluate", "widgets"},
     {"validate", "launch"},
     {"train", "charts", "samples"},
-    {"workspace"},
+    {"workspace", "story"},
     {"paint", "run"},
     {"cli"},
 ]
