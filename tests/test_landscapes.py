@@ -100,9 +100,9 @@ def test_written_folder_reads_back(tmp_path):
 def test_written_twice_is_reused(tmp_path, capsys):
     write_landscapes(tmp_path, 2, resolution=32, workers=1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    assert "reused" not in capsys.readouterr().out
+    assert "already stands here" not in capsys.readouterr().out
     write_landscapes(tmp_path, 2, resolution=32, workers=1)
-    assert "reused" in capsys.readouterr().out
+    assert "already stands here" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
 
 

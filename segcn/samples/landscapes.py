@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from segcn.errors import UserError
 from segcn.labels import Label, Palette, write_mask
+from segcn.progress import Progress
 from segcn.records import write_metadata
 from segcn.samples.painting import paint_scene
 from segcn.samples.scene import compose
@@ -183,13 +183,22 @@ def write_folder(folder, seed, count, resolution, workers=None):
         (folder / name).mkdir(parents=True, exist_ok=True)
     jobs = [(folder, seed, index, resolution) for index in range(count)]
     workers = min(workers or os.cpu_count() or 1, 1 + count // 32)
-    progress = {"total": count, "desc": folder.name, "unit": " pairs"}
     if workers == 1:
-        captions = list(tqdm(map(write_pair, jobs), **progress))
+        captions = collect(map(write_pair, jobs), folder, count)
     else:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            captions = list(tqdm(pool.imap(write_pair, jobs, chunksize=8), **progress))
+            captions = collect(pool.imap(write_pair, jobs, chunksize=8), folder, count)
+    print(f"{folder}: {count} pairs painted", flush=True)
     write_metadata(folder, [(*pair_names(index), caption) for index, caption in enumerate(captions)])
+
+
+def collect(captions, folder, count):
+    """The captions as a list, saying now and then how many pairs stand."""
+    told, collected = Progress(f"{folder.name}: painted", count), []
+    for caption in captions:
+        collected.append(caption)
+        told(len(collected))
+    return collected
 
 
 def write_pair(job):
