@@ -51,6 +51,7 @@ class SpokenEngine(NBClientEngine):
             return start(cell, cell_index, **more)
 
         manager.cell_start = cell_start
+        settings["extra_arguments"] = ["--log-level=ERROR"]  # of the kernel: no remarks on its transport
         return super().execute_managed_notebook(manager, kernel_name, **settings)
 
 
