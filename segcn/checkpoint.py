@@ -117,6 +117,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+    for parameter, entries in optimizer.state.items():  # fused kernels want the memory layout of the parameter
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def write_text(path: Path, text: str) -> None:

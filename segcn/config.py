@@ -199,7 +199,7 @@ PRESETS: dict[type, dict[str, dict[str, Any]]] = {
             "resolution": 128,
             "train_batch_size": 16,
             "max_train_steps": 400,
-            "learning_rate": 5e-4,
+            "learning_rate": 2e-3,
             "lr_scheduler": "cosine",
             "lr_warmup_steps": 20,
             "proportion_empty_prompts": 0.1,

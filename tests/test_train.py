@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(quick, straight, tmp_path
 
 def test_changed_settings_are_shown_and_refused(quick, straight):
     before = weights(straight)
-    with pytest.raises(UserError, match=r"learning_rate: was 0\.0005, is 0\.1"):
+    with pytest.raises(UserError, match=r"learning_rate: was 0\.002, is 0\.1"):
         train(quick(straight, learning_rate=0.1))
     assert weights(straight) == before
 
