@@ -93,3 +93,7 @@ def do_evaluate(words: list[str]) -> None:
     if not (config.real and config.synthetic):
         raise UserError("segcn evaluate needs --real DATASET and --synthetic DATASET")
     print(table(evaluate_folders(config)))
+
+
+if __name__ == "__main__":
+    main()

@@ -43,13 +43,14 @@ def training_lines(config: TrainConfig, num_processes: int = 1) -> Iterator[str]
         cwd=ROOT,
         start_new_session=True,
     )
-    last = ""
+    reason = ""
     try:
         with log.open("a") as file:
             for line in process.stdout:
                 file.write(line)
                 file.flush()
-                last = line.strip() or last
+                if not reason.startswith("Error:"):  # what follows it is the launcher's own traceback
+                    reason = line.strip() or reason
                 yield line.rstrip("\n")
         code = process.wait()
     finally:
@@ -57,4 +58,4 @@ def training_lines(config: TrainConfig, num_processes: int = 1) -> Iterator[str]
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(timeout=60)
     if code:
-        raise UserError(f"training ended with exit code {code}: {last} (the whole output: {log})")
+        raise UserError(f"training ended with exit code {code}: {reason} (the whole output: {log})")

@@ -25,7 +25,7 @@ class VaeRecipe:
     channels: tuple[int, ...] = (24, 48, 96, 128)  # width at 1/1, 1/2, 1/4 and 1/8 of the size
     latent_channels: int = 12
     edge_weight: float = 1.0  # of the error in horizontal and vertical differences
-    kl_weight: float = 5e-4  # of the mean Kullback-Leibler divergence of a latent number from a standard normal
+    kl_weight: float = 3e-5  # of the mean Kullback-Leibler divergence of a latent number from a standard normal
     seed: int = 0
 
 

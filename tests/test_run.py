@@ -1,0 +1,45 @@
+"""Promise: `segcn run` picks the notebooks asked for, passes on what each one knows, and names the cell that fails."""
+
+import nbformat
+import pytest
+
+from segcn import run
+from segcn.config import TrainConfig, make
+from segcn.errors import UserError
+from segcn.launch import training_lines
+from segcn.workspace import open_workspace
+
+
+def test_a_part_of_the_notebooks_can_be_chosen():
+    assert [path.stem for path in run.choose("03,4")] == ["03_train", "04_generate"]
+    assert [path.stem[:2] for path in run.choose("")] == ["01", "02", "03", "04", "05"]
+    with pytest.raises(UserError, match="no notebook 09"):
+        run.choose("03,09")
+
+
+def test_each_notebook_gets_the_settings_that_it_has():
+    config = run.RunConfig(max_train_steps=7, limit=9, dataset_name="mine")
+    given = [run.parameters_for(path, config) for path in run.choose("01,03,04")]
+    common = {"preset": "tiny", "dataset_name": "mine"}
+    assert given == [common, common | {"max_train_steps": 7}, common | {"limit": 9}]
+
+
+def test_a_failing_cell_is_named_and_the_executed_copy_kept(tmp_path):
+    cells = [nbformat.v4.new_markdown_cell("# Break"), nbformat.v4.new_code_cell("1 / 0")]
+    book = nbformat.v4.new_notebook(cells=cells)
+    book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(book, tmp_path / "broken.ipynb")
+    with pytest.raises(UserError, match=r"broken\.ipynb, cell 1: ZeroDivisionError"):
+        run.execute(tmp_path / "broken.ipynb", tmp_path / "out", {})
+    assert (tmp_path / "out" / "notebooks" / "broken.html").is_file()
+
+
+def test_the_sd15_preset_asks_for_what_it_needs():
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path"):
+        open_workspace("sd15")
+
+
+def test_failed_training_ends_with_its_own_message(tmp_path):
+    config = make(TrainConfig, "tiny", dataset_name=str(tmp_path), output_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="metadata"):
+        list(training_lines(config))
