@@ -96,12 +96,12 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Store an optimizer's state without pickle: tensors in safetensors, everything else as JSON in its metadata."""
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous().clone()
-            else:
-                scalars[f"{index}.{key}"] = value
+    for keys, value in _leaves(state["state"]):
+        name = "/".join(map(str, keys))
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.detach().cpu().contiguous().clone()
+        else:
+            scalars[name] = value
     rest = {"scalars": scalars, "param_groups": state["param_groups"]}
     save_file(tensors, path, metadata={"json": json.dumps(rest)})
 
@@ -114,13 +114,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         rest = json.loads(file.metadata()["json"])
     state: dict[int, dict] = {}
     for name, value in {**load_file(path), **rest["scalars"]}.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
+        index, *folders, key = name.split("/")
+        place = state.setdefault(int(index), {})
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
     for parameter, entries in optimizer.state.items():  # fused kernels want the memory layout of the parameter
         for key, value in entries.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _leaves(tree: dict, path: tuple = ()):
+    """(path, value) of every leaf of nested dictionaries: 8-bit optimizers nest their quantisation state."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -37,10 +37,9 @@ def quick(landscapes, random_base, tmp_path_factory):
         "cache_dir": str(tmp_path_factory.mktemp("cache")),
     }
 
-    def config(output_dir, **settings):
-        return make(
-            TrainConfig, "tiny", **(QUICK | shared | {"max_train_steps": 6, "output_dir": str(output_dir)} | settings)
-        )
+    def config(output_dir, preset="tiny", **settings):
+        given = QUICK | shared | {"max_train_steps": 6, "output_dir": str(output_dir)} | settings
+        return make(TrainConfig, preset, **given)
 
     return config
 
@@ -98,6 +97,16 @@ def test_a_run_that_was_cut_ends_with_the_same_bytes(quick, straight, tmp_path):
     optimizers = [run / "checkpoint-6" / "optimizer.safetensors" for run in (out, straight)]
     assert optimizers[0].read_bytes() == optimizers[1].read_bytes()
     assert log_of(out) == log_of(straight)
+
+
+def test_the_old_flags_train_and_resume(quick, tmp_path):
+    old = {"preset": "sd15", "use_8bit_adam": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+    whole = train(quick(tmp_path / "whole", **old, max_train_steps=4))
+    train(quick(tmp_path / "cut", **old, max_train_steps=3))
+    cut = train(quick(tmp_path / "cut", **old, max_train_steps=4))
+    saved = [ControlNetModel.from_pretrained(folder).state_dict() for folder in (cut, whole)]
+    assert all(torch.allclose(saved[0][key], saved[1][key], atol=1e-5) for key in saved[0])
+    assert [entry["step"] for entry in log_of(cut)] == [1, 2, 3, 4]
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(quick, straight, tmp_path, capsys):
