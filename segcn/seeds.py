@@ -16,9 +16,9 @@ def seed_of(*key: str | int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def generator(*key: str | int) -> torch.Generator:
-    """A fresh CPU generator that depends on the key alone."""
-    return torch.Generator().manual_seed(seed_of(*key))
+def generator(*key: str | int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A fresh generator that depends on the key alone; on another kind of device its numbers are other ones."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 def normal(shape: tuple[int, ...], *key: str | int) -> torch.Tensor:

@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub must fail
 
 import numpy as np
 import pytest
+import torch
 
 from segcn.samples.landscapes import write_landscapes
 
@@ -28,7 +29,8 @@ def random_base(tmp_path_factory):
     from segcn.samples.vae import build_vae, standardise_latents
 
     vae = build_vae(SMOKE.vae).eval()
-    standardise_latents(vae, np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
+    standardise_latents(vae, torch.from_numpy(pixels))
     tokenizer = build_tokenizer(["a winter landscape at dusk with a lake"] * 3)
     denoiser = Denoiser(SMOKE.unet, SMOKE.vae.latent_channels, tokenizer)
     return export_base(tmp_path_factory.mktemp("models") / "base", SMOKE, vae, tokenizer, denoiser)

@@ -55,7 +55,7 @@ def test_a_wrong_command_is_answered_in_one_line():
 
 
 def test_the_recipe_runs_resumes_and_never_overwrites(tmp_path):
-    recipe = dataclasses.replace(SMOKE, count=8, resolution=64)
+    recipe = dataclasses.replace(SMOKE, landscapes=8, resolution=64)
     out = build_base(tmp_path / "work", tmp_path / "base", recipe, log=lambda line: None)
     first = (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     said = []
@@ -72,7 +72,7 @@ def test_standardising_leaves_the_pictures_alone():
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         before = vae.decode(vae.encode(image).latent_dist.mean).sample
-        standardise_latents(vae, pixels)
+        standardise_latents(vae, torch.from_numpy(pixels))
         latents = vae.encode(image).latent_dist.mean
         assert torch.allclose(vae.decode(latents).sample, before, atol=1e-3)
     assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(12), atol=1e-3)

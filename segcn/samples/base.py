@@ -2,17 +2,17 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from segcn import checkpoint
 from segcn.errors import UserError
-from segcn.records import read_split
-from segcn.samples.landscapes import write_landscapes
+from segcn.samples.learning import to_pixels
+from segcn.samples.pictures import paint_pictures
 from segcn.samples.tokenizer import build_tokenizer
 from segcn.samples.unet import UnetRecipe, build_scheduler, train_denoiser
 from segcn.samples.vae import VaeRecipe, standardise_latents, train_vae
@@ -20,58 +20,49 @@ from segcn.samples.vae import VaeRecipe, standardise_latents, train_vae
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    count: int = 4096  # landscapes painted for it
+    landscapes: int = 32768  # painted for it
+    earth: int = 12288  # tiles of the train side of the earth
     resolution: int = 128  # pixels a side
-    seed: int = 1234567  # of the landscapes: not the seed of any sample data set
+    seed: int = 1234567  # of the pictures: not the seed of any sample data set
     vae: VaeRecipe = field(default_factory=VaeRecipe)
     unet: UnetRecipe = field(default_factory=UnetRecipe)
 
 
 SMOKE = BaseRecipe(
-    count=24,
-    vae=VaeRecipe(steps=3, channels=(8, 8, 16, 16)),
-    unet=UnetRecipe(steps=3, channels=(16, 32), text_layers=1),
+    landscapes=24,
+    earth=0,
+    vae=VaeRecipe(steps=3, batch_size=4, crop=64, channels=(8, 8, 16, 16)),
+    unet=UnetRecipe(steps=3, batch_size=8, channels=(16, 32), text_layers=1),
 )
 
 
-def build_base(work: Path, out: Path, recipe: BaseRecipe = BaseRecipe(), log=print) -> Path:
+def build_base(work: Path, out: Path, recipe: BaseRecipe = BaseRecipe(), log: Callable[[str], None] = print) -> Path:
     """Run the whole recipe in `work` (it resumes there) and write the finished model to `out`, which must not exist."""
     if out.exists():
         raise UserError(f"{out} exists: choose another folder for the finished model")
     torch.set_num_threads(os.cpu_count() or 1)
-    images, masks, captions = load_landscapes(work, recipe)
-    vae = train_vae(images, masks, recipe.vae, work / "vae", log)
-    standardise_latents(vae, images[:512])
-    tokenizer = build_tokenizer(captions)
-    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    latents = encode_views(vae, images, work / "latents.npy", log)
-    denoiser = train_denoiser(latents, tokens, tokenizer, recipe.unet, work / "unet", log)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pictures = paint_pictures(work / "pictures", recipe, log)
+    images = torch.from_numpy(pictures.images).to(device)
+    vae = train_vae(images, torch.from_numpy(pictures.masks).to(device), recipe.vae, work / "vae", log)
+    standardise_latents(vae, images[:: max(1, len(images) // 1024)])
+    tokenizer = build_tokenizer(pictures.captions)
+    tokens = tokenizer(pictures.captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    latents = encode_views(vae, images, work / "latents.npy", log).to(device)
+    denoiser = train_denoiser(latents, tokens.to(device), tokenizer, recipe.unet, work / "unet", log)
     return export_base(out, recipe, vae, tokenizer, denoiser)
 
 
-def load_landscapes(work: Path, recipe: BaseRecipe) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Paint the landscapes once and read them: images uint8 [N,R,R,3], masks uint8 [N,R,R], captions."""
-    folder = work / "landscapes"
-    write_landscapes(folder, recipe.count, resolution=recipe.resolution, seed=recipe.seed)
-    records = read_split(folder).records
-    images = np.stack([np.asarray(Image.open(record.image).convert("RGB")) for record in records])
-    masks = np.stack([np.asarray(Image.open(record.mask)) for record in records])
-    return images, masks, [record.caption for record in records]
-
-
 @torch.no_grad()
-def encode_views(vae, images: np.ndarray, path: Path, log=print, batch_size: int = 16) -> torch.Tensor:
-    """Latents float16 [2,N,C,h,w] of every picture and of its mirror image, kept in a file."""
+def encode_views(vae, images: torch.Tensor, path: Path, log=print, batch_size: int = 16) -> torch.Tensor:
+    """Latents float16 [2,N,C,h,w] of every picture (uint8 [N,H,W,3]) and of its mirror image, kept in a file."""
     if path.is_file():
         return torch.from_numpy(np.load(path))
     views = []
-    for number, view in enumerate((images, images[:, :, ::-1])):
+    for number, flip in enumerate((False, True)):
         log(f"Encoding view {number + 1} of 2: {len(images)} pictures.")
-        batches = range(0, len(view), batch_size)
-        pixels = (
-            torch.tensor(view[i : i + batch_size].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1 for i in batches
-        )
-        views.append(torch.cat([vae.encode(batch).latent_dist.mean.half() for batch in pixels]))
+        batches = (to_pixels(batch.flip(2) if flip else batch) for batch in images.split(batch_size))
+        views.append(torch.cat([vae.encode(batch).latent_dist.mean.half().cpu() for batch in batches]))
     latents = torch.stack(views)
     np.save(path.with_suffix(".staged.npy"), latents.numpy())
     os.replace(path.with_suffix(".staged.npy"), path)

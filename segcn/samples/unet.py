@@ -5,7 +5,6 @@ arXiv:2305.08891), so that night scenes can be as dark as they are; a tenth of t
 classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598); what is kept is an exponential moving average.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +15,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from segcn import seeds
-from segcn.samples.vae import resume, save, set_learning_rate
+from segcn.samples.learning import Learning, autocast, compiled
 
 
 @dataclass(frozen=True)
 class UnetRecipe:
-    steps: int = 2600  # optimizer steps
-    batch_size: int = 32  # latents a step
+    steps: int = 20000  # optimizer steps
+    batch_size: int = 256  # latents a step
     learning_rate: float = 1e-3  # peak, after a warm-up of 100 steps and before a cosine to zero
     channels: tuple[int, ...] = (96, 128, 160)  # width at 16 x 16, 8 x 8 and 4 x 4 latents
     text_width: int = 128
     text_layers: int = 3
     caption_drop: float = 0.1  # share of captions left empty
-    ema_decay: float = 0.998
+    ema_decay: float = 0.999
     seed: int = 0
 
 
@@ -103,28 +102,19 @@ def train_denoiser(
     log=print,
 ) -> Denoiser:
     """Train on latents [V,N,C,h,w] (V views of N pictures) and tokens [N,L]; returns the moving average. Resumes."""
-    pair = Pair(Denoiser(recipe, latents.shape[2], tokenizer), recipe.ema_decay)
-    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
-    optimizer = torch.optim.AdamW(pair.live.parameters(), lr=recipe.learning_rate, fused=True)
+    device = latents.device
+    pair = Pair(Denoiser(recipe, latents.shape[2], tokenizer), recipe.ema_decay).to(device)
+    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0].to(device)
     scheduler = build_scheduler()
-    start = resume(folder, pair, optimizer, log)
-    began, recent = time.monotonic(), []
-    for step in range(start, recipe.steps):
-        set_learning_rate(optimizer, recipe.learning_rate, step, recipe.steps)
+    learning = Learning("unet", pair, recipe, folder, log)
+    denoise = compiled(pair.live, device)
+    for step in learning.steps():
         clean, ids, noise, timestep = draw_batch(latents, tokens, empty, recipe, step)
-        prediction = pair.live(scheduler.add_noise(clean, noise, timestep), timestep, ids)
-        loss = F.mse_loss(prediction, scheduler.get_velocity(clean, noise, timestep))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(pair.live.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        with autocast(device):
+            prediction = denoise(scheduler.add_noise(clean, noise, timestep), timestep, ids)
+        target = scheduler.get_velocity(clean, noise, timestep)
+        learning.descend(F.mse_loss(prediction.float(), target))
         pair.average.update_parameters(pair.live)
-        recent = [*recent[-99:], loss.item()]
-        if (step + 1) % 100 == 0:
-            pace = (time.monotonic() - began) / (step + 1 - start)
-            log(f"unet step {step + 1}/{recipe.steps} loss {sum(recent) / len(recent):.4f} {pace:.2f} s/step")
-        if (step + 1) % 500 == 0 or step + 1 == recipe.steps:
-            save(folder, step + 1, pair, optimizer)
     return pair.average.module.eval()
 
 
@@ -134,17 +124,18 @@ class Pair(torch.nn.Module):
     def __init__(self, model: Denoiser, decay: float):
         super().__init__()
         self.live = model
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
 
 
 def draw_batch(latents, tokens, empty, recipe: UnetRecipe, step: int):
     """Clean latents [B,C,h,w], tokens [B,L], noise and timesteps [B] of a step: a function of (seed, step) alone."""
-    generator = seeds.generator("unet batch", recipe.seed, step)
-    size = (recipe.batch_size,)
-    rows = torch.randint(latents.shape[1], size, generator=generator)
-    views = torch.randint(latents.shape[0], size, generator=generator)
-    dropped = torch.rand(size, generator=generator) < recipe.caption_drop
+    device, size = latents.device, (recipe.batch_size,)
+    generator = seeds.generator("unet batch", recipe.seed, step, device=device)
+    where = {"generator": generator, "device": device}
+    rows = torch.randint(latents.shape[1], size, **where)
+    views = torch.randint(latents.shape[0], size, **where)
+    dropped = torch.rand(size, **where) < recipe.caption_drop
     clean = latents[views, rows].float()
     ids = torch.where(dropped[:, None], empty, tokens[rows])
-    noise = torch.randn(clean.shape, generator=generator)
-    return clean, ids, noise, torch.randint(1000, size, generator=generator)
+    noise = torch.randn(clean.shape, **where)
+    return clean, ids, noise, torch.randint(1000, size, **where)
