@@ -36,7 +36,7 @@ class Base:
     @property
     def latent_factor(self) -> int:
         """Pixels a side of one latent cell."""
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        return _factor(self.vae_config)
 
 
 def load_base(
@@ -72,6 +72,16 @@ def load_base(
     return parts
 
 
+def latent_factor(folder: str | Path) -> int:
+    """Pixels a side of one latent cell of a base whose weights need not be loaded for it."""
+    _check_layout(folder)
+    return _factor(AutoencoderKL.load_config(folder, subfolder="vae"))
+
+
+def _factor(vae_config: dict[str, Any]) -> int:
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
 def load_tokenizer(folder: str | Path, name: str | None = None, hub: dict | None = None) -> CLIPTokenizer:
     """The base's tokenizer, or another one by name."""
     where = {} if name else {"subfolder": "tokenizer"}
@@ -79,13 +89,25 @@ def load_tokenizer(folder: str | Path, name: str | None = None, hub: dict | None
 
 
 def base_fingerprint(folder: str | Path) -> str:
-    """16 hexadecimal digits that change with any weight file's size or time, or any config's text."""
+    """16 hexadecimal digits that change with any config's text and with any training of the weights."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*/*")):
         if path.parent.name in LAYOUT and path.is_file():
-            content = path.read_bytes() if path.suffix == ".json" else str(path.stat().st_size).encode()
-            digest.update(path.relative_to(folder).as_posix().encode() + content)
+            digest.update(path.relative_to(folder).as_posix().encode() + _sampled(path))
     return digest.hexdigest()[:16]
+
+
+def _sampled(path: Path, blocks: int = 64, block: int = 2**16) -> bytes:
+    """A file's size and, of a file over 4 MiB, evenly spaced blocks of 64 KiB: gigabytes are told apart at once."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= blocks * block:
+            return file.read()
+        content = str(size).encode()
+        for number in range(blocks):
+            file.seek((size - block) * number // (blocks - 1))
+            content += file.read(block)
+    return content
 
 
 def weights_digest(model: torch.nn.Module) -> str:
