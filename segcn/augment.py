@@ -110,6 +110,11 @@ def apply(
     return _affine(image, mask, draw)
 
 
+def centre_square(mask: torch.Tensor, resolution: int) -> torch.Tensor:
+    """What `apply` leaves of a mask that is not augmented: uint8 [1, H, W] -> uint8 [1, R, R]."""
+    return _crop(mask, mask, (0.5, 0.5, 1.0), resolution)[1]
+
+
 def _crop(
     image: torch.Tensor, mask: torch.Tensor, crop: tuple[float, float, float], resolution: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ Names are those of diffusers' train_controlnet.py and pipelines wherever these h
 
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -140,6 +141,7 @@ class SampleConfig:
         None, "ControlNet folder; none: the newest trained one whose palette matches, else the shipped one"
     )
     palette: str | None = flag(None, "palette.json of the masks; none: found beside them, else the ControlNet's")
+    resolution: int | None = flag(None, "pixels a side of the masks' centred square; none: whole masks as they are")
     num_inference_steps: int = flag(20, "denoising steps")
     guidance_scale: float = flag(4.0, "weight of the text (classifier-free guidance); 1: off")
     controlnet_conditioning_scale: float = flag(1.0, "weight of the mask; 0: ignored")
@@ -166,7 +168,7 @@ class GenerateConfig(SampleConfig):
     """A folder of masks, or a data set, to a data set of new images."""
 
     controls: str = flag("", "data set, or a folder of mask files")
-    split: str = flag("test", "which split of a data set that has several")
+    split: str = flag("test", "which split of a data set that has several; train[24:]: its rows from the 25th on")
     output_dir: str = flag("", "data set folder to write")
     prompt: str | None = flag(None, "one text for all; none: the captions of the data set")
     limit: int | None = flag(None, "use only the first rows")
@@ -187,7 +189,7 @@ class EvaluateConfig:
         None, "weights-inception-2015-12-05-6726825d.pth, for FID and KID as published"
     )
     output: str | None = flag(None, "metrics.json to write; none: beside the synthetic data set")
-    resolution: int = flag(128, "pixels a side that the segmenter sees")
+    resolution: int | None = flag(None, "pixels a side that the segmenter sees; none: those of the generated images")
     seed: int = flag(0, "of the segmenter's training")
 
 
@@ -279,6 +281,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line for each setting that differs and may not, when a run goes on."""
     names = [name for name in new if name not in FREE_TO_CHANGE and name != "hub_token"]
     return [f"{name}: was {old.get(name)!r}, is {new[name]!r}" for name in names if old.get(name) != new[name]]
+
+
+def total_steps(config: TrainConfig, rows: int, num_processes: int = 1) -> int:
+    """Optimizer steps of a whole training."""
+    per_step = config.train_batch_size * config.gradient_accumulation_steps * num_processes
+    return config.max_train_steps or math.ceil(config.num_train_epochs * rows / per_step)
 
 
 def main_guard(program: Any) -> None:

@@ -1,13 +1,14 @@
 """A row and an epoch in, tensors out: image, control, mask, valid pixels, caption and the original."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from segcn.augment import AugmentConfig, Draw, apply, draw
+from segcn.augment import AugmentConfig, Draw, apply, centre_square, draw
 from segcn.errors import UserError
 from segcn.labels import Palette, colourise, read_mask
 from segcn.records import Split, read_image
@@ -66,6 +67,12 @@ class PairedDataset(Dataset):
             expected, found = "{1} x {0}".format(*image.shape), "{1} x {0}".format(*mask.shape)
             raise UserError(f"{where}: {record.mask}: expected its image's size, {expected}, found {found}")
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)[None]
+
+
+def read_control_mask(path: str | Path, palette: Palette, resolution: int | None = None) -> np.ndarray:
+    """A mask file as class ids, uint8 [R, R], its centred square as training sees it; without R as on disk, [H, W]."""
+    mask = read_mask(path, palette)
+    return mask if resolution is None else centre_square(torch.from_numpy(mask)[None], resolution)[0].numpy()
 
 
 def to_image(pixels: torch.Tensor) -> torch.Tensor:

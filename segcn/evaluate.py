@@ -21,7 +21,7 @@ from segcn.distance import (
 )
 from segcn.errors import UserError
 from segcn.labels import IGNORE, Palette
-from segcn.records import Split, read_named_split, read_split
+from segcn.records import Split, read_image, read_named_split, read_split
 from segcn.segmenter import Segmenter, SegmenterConfig, load_segmenter, predict, train_segmenter
 
 ROWS = {
@@ -71,7 +71,8 @@ def evaluate_folders(config: EvaluateConfig, log: Callable[[str], None] = print)
     """`segcn evaluate`: read the data sets, load or train the segmenter, measure, and write the metrics as JSON."""
     real, synthetic = read_named_split(config.real, "test"), read_split(config.synthetic)
     output = Path(config.output) if config.output else Path(config.synthetic).absolute().parent / "metrics.json"
-    segmenter = _segmenter_for(config, real, output.parent / "segmenter", log)
+    resolution = config.resolution or min(read_image(synthetic[0].image).shape[:2])
+    segmenter = _segmenter_for(config, real, resolution, output.parent / "segmenter", log)
     others = [read_split(folder) if folder else None for folder in (config.floor, config.reconstructions)]
     metrics = evaluate(real, synthetic, segmenter, *others, inception=config.inception_weights, log=log)
     write_metrics(metrics, output)
@@ -79,7 +80,7 @@ def evaluate_folders(config: EvaluateConfig, log: Callable[[str], None] = print)
     return metrics
 
 
-def _segmenter_for(config: EvaluateConfig, real: Split, folder: Path, log: Callable[[str], None]) -> Segmenter:
+def _segmenter_for(config: EvaluateConfig, real: Split, resolution: int, folder: Path, log: Callable) -> Segmenter:
     """The one given, or one trained on the real images that are not tested on."""
     if config.segmenter:
         return load_segmenter(config.segmenter)
@@ -89,7 +90,7 @@ def _segmenter_for(config: EvaluateConfig, real: Split, folder: Path, log: Calla
             f"--real {config.real} has no train/ and test/: the segmenter must not be trained on the images that it is "
             "tested on. Split the data set, or give a trained segmenter by --segmenter."
         )
-    return train_segmenter(train, SegmenterConfig(resolution=config.resolution, seed=config.seed), folder, log)
+    return train_segmenter(train, SegmenterConfig(resolution=resolution, seed=config.seed), folder, log)
 
 
 def faithfulness(split: Split, segmenter: Segmenter, batch_size: int = 32) -> dict:

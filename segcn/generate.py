@@ -20,14 +20,15 @@ from diffusers import (
 from PIL import Image
 
 from segcn import seeds
+from segcn.augment import AUGMENTS
 from segcn.checkpoint import write_text
 from segcn.config import OUTPUTS, GenerateConfig, SampleConfig, main_guard, parse
-from segcn.dataset import to_control, to_image, to_uint8
+from segcn.dataset import PairedDataset, read_control_mask, to_control, to_uint8
 from segcn.errors import UserError
-from segcn.labels import Palette, find_palette, read_mask, write_mask
+from segcn.labels import Palette, find_palette, write_mask
 from segcn.models import Base, load_base, load_controlnet, reconstruct, weights_digest
 from segcn.progress import Progress
-from segcn.records import Split, read_image, read_named_split, write_metadata
+from segcn.records import Split, read_named_split, write_metadata
 
 SCHEDULERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -98,7 +99,10 @@ def generate(
     height, width = size or masks.shape[1:]
     factor = painter.base.latent_factor
     if height % factor or width % factor:
-        raise UserError(f"expected sides that are multiples of {factor}, found {width} x {height}")
+        raise UserError(
+            f"expected masks with sides that are multiples of {factor}, found {width} x {height}: "
+            "--resolution paints their centred square at a size of your own"
+        )
     shape = (painter.base.unet.config.in_channels, height // factor, width // factor)
     noise = torch.stack([seeds.normal(shape, "paint", settings.seed, row) for row in rows])
     pipe = make_pipeline(painter, settings, with_control=masks is not None)
@@ -158,7 +162,7 @@ def generate_dataset(config: GenerateConfig, painter: Painter | None = None, log
     paths, captions, palette = read_controls(config)
     painter = painter or load_painter(config, palette)
     out = claim_output(config, painter)
-    masks = [read_mask(path, palette) for path in paths]
+    masks = [read_control_mask(path, palette, config.resolution) for path in paths]
     names = [f"images/{row:06d}.png" for row in range(len(paths))]
     todo = [row for row, name in enumerate(names) if not (out / name).is_file()]
     if len(todo) < len(names):
@@ -253,17 +257,17 @@ def finish_dataset(out: Path, captions: list[str], palette: Palette) -> Path:
     return out
 
 
-def reconstruct_dataset(split: Split, base: Base, out: Path, limit: int | None = None, batch_size: int = 16) -> Path:
-    """The real images of a split through the autoencoder and back, as a data set: the ceiling of a latent model."""
-    records = split.records[:limit]
+def reconstruct_dataset(split: Split, base: Base, out: Path, resolution: int, batch_size: int = 16) -> Path:
+    """The real images through the autoencoder and back, as a data set: the ceiling of a latent model."""
+    pairs = PairedDataset(split, resolution, AUGMENTS["none"], seed=0)
     for name in ("images", "masks"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    for first in range(0, len(records), batch_size):
-        group = records[first : first + batch_size]
-        pixels = torch.stack([torch.from_numpy(read_image(record.image)).permute(2, 0, 1) for record in group])
-        for record, image in zip(group, to_uint8(reconstruct(base.vae, to_image(pixels))), strict=True):
-            write_pair(out, record.row, image, read_mask(record.mask, split.palette), split.palette)
-    return finish_dataset(out, [record.caption for record in records], split.palette)
+    for first in range(0, len(pairs), batch_size):
+        samples = [pairs.sample(row, 0) for row in range(first, min(first + batch_size, len(pairs)))]
+        images = to_uint8(reconstruct(base.vae, torch.stack([sample.image for sample in samples])))
+        for row, (sample, image) in enumerate(zip(samples, images, strict=True), first):
+            write_pair(out, row, image, sample.mask.numpy(), split.palette)
+    return finish_dataset(out, [record.caption for record in split.records], split.palette)
 
 
 def main() -> None:

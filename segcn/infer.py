@@ -6,9 +6,10 @@ import numpy as np
 from PIL import Image
 
 from segcn.config import InferConfig
+from segcn.dataset import read_control_mask
 from segcn.errors import UserError
 from segcn.generate import generate, load_painter
-from segcn.labels import Palette, find_palette, read_mask
+from segcn.labels import Palette, find_palette
 
 
 def infer(config: InferConfig) -> Path:
@@ -22,7 +23,7 @@ def infer(config: InferConfig) -> Path:
     if not mask_path.is_file():
         raise UserError(f"--control_image {mask_path}: expected a mask file, found none")
     painter = load_painter(config, palette_of(mask_path, config))
-    mask = read_mask(mask_path, painter.palette)
+    mask = read_control_mask(mask_path, painter.palette, config.resolution)
     captions = [prompt for prompt in config.prompt for _ in range(config.num_images)]
     rows = list(range(config.num_images)) * len(config.prompt)
     images = np.concatenate(

@@ -64,6 +64,11 @@ class Palette:
         return tuple(label.name for label in self.labels)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the labels that are not ignored."""
+        return tuple(label.name for label in self.labels if not label.ignore)
+
+    @property
     def ids(self) -> tuple[int, ...]:
         return tuple(label.id for label in self.labels)
 

@@ -4,12 +4,12 @@ import dataclasses
 import json
 from pathlib import Path
 
-from segcn.config import GenerateConfig, make
-from segcn.errors import UserError
-from segcn.generate import SETTINGS_FILE, Painter, generate_dataset, load_painter
-from segcn.models import weights_digest
+from segcn.config import GenerateConfig, SampleConfig, make
+from segcn.generate import SETTINGS_FILE, Painter, claim_output, generate_dataset, load_painter
 from segcn.records import Split, read_split
 from segcn.workspace import Workspace
+
+MODELS = {"preset", "pretrained_model_name_or_path", "controlnet_model_name_or_path", "palette"}
 
 
 def painting_config(ws: Workspace, **settings) -> GenerateConfig:
@@ -22,10 +22,20 @@ def painting_config(ws: Workspace, **settings) -> GenerateConfig:
         pretrained_model_name_or_path=str(ws.base),
         controlnet_model_name_or_path=str(ws.controlnet) if finished else None,
         controls=str(ws.dataset),
-        split="test",
+        split=ws.split_names[1],
         output_dir=str(ws.generated),
-        **given,
+        **{"resolution": ws.resolution()} | given,
     )
+
+
+def as_painted(config: GenerateConfig) -> GenerateConfig:
+    """The config with the sampling settings that the data set in its output_dir records, if one stands there."""
+    record = Path(config.output_dir) / SETTINGS_FILE
+    if not record.is_file():
+        return config
+    names = {field.name for field in dataclasses.fields(SampleConfig)} - MODELS | {"prompt"}
+    recorded = json.loads(record.read_text())
+    return dataclasses.replace(config, **{name: recorded[name] for name in names & set(recorded)})
 
 
 def open_painter(config: GenerateConfig, split: Split, log=print) -> Painter:
@@ -35,19 +45,22 @@ def open_painter(config: GenerateConfig, split: Split, log=print) -> Painter:
     return painter
 
 
-def paint_once(config: GenerateConfig, painter: Painter, output_dir: Path, log=print, **changes) -> Split:
-    """The data set in `output_dir`: as it stands, where it has enough rows, else painted now.
+def paint_once(config: GenerateConfig, painter: Painter, log=print) -> Split:
+    """The data set in output_dir, as it stands where it has enough rows, else painted now.
 
-    What notebook 04 painted with settings of its own is thus taken as it is; UserError if other weights painted it.
+    UserError if it was painted by other weights, from other masks or with other settings.
     """
-    settings = output_dir / SETTINGS_FILE
-    if (output_dir / "metadata.csv").is_file() and settings.is_file():
-        standing = read_split(output_dir)
-        weights = json.loads(settings.read_text()).get("controlnet_weights")
-        if weights not in (None, weights_digest(painter.controlnet)):
-            raise UserError(f"{output_dir} was painted by another ControlNet: move it away and run notebook 04 again")
+    folder = claim_output(config, painter)
+    if (folder / "metadata.csv").is_file():
+        standing = read_split(folder)
         if config.limit is not None and len(standing) >= config.limit:
-            log(f"{output_dir}: {len(standing)} images stand already.")
+            log(f"{folder}: {len(standing)} images stand already.")
             return standing
-    generate_dataset(dataclasses.replace(config, output_dir=str(output_dir), **changes), painter, log)
-    return read_split(output_dir)
+    generate_dataset(config, painter, log)
+    return read_split(folder)
+
+
+def paint_floor(config: GenerateConfig, painter: Painter, folder: Path, limit: int, log=print) -> Split:
+    """The same as `config`, but painted without being shown the mask: a data set in `folder`."""
+    floor = dataclasses.replace(config, output_dir=str(folder), without_control=True, limit=limit)
+    return paint_once(floor, painter, log)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import math
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from diffusers.optimization import get_scheduler
 
 from segcn import checkpoint, latents, models
 from segcn.augment import AUGMENTS
-from segcn.config import OBSOLETE, OUTPUTS, TrainConfig, differences, to_json
+from segcn.config import OBSOLETE, OUTPUTS, TrainConfig, differences, to_json, total_steps
 from segcn.dataset import PairedDataset
 from segcn.errors import UserError
 from segcn.records import Split, check_split, read_split
@@ -60,9 +59,9 @@ def prepare(config: TrainConfig) -> Run:
     split = read_rows(config)
     if accelerator.is_main_process:
         check_split(split, progress=False)
-    log.say(f"{len(split)} rows, {split.palette.num_classes} classes: every mask decodes to declared labels.")
+    log.say(f"{len(split)} rows, {len(split.palette.class_names)} classes: every mask decodes to declared labels.")
     base = load_frozen(config, accelerator)
-    config = dataclasses.replace(config, max_train_steps=total_steps(config, len(split), accelerator))
+    config = dataclasses.replace(config, max_train_steps=total_steps(config, len(split), accelerator.num_processes))
     claim(output_dir, config, split, base, accelerator, log)
     start_trackers(config, accelerator)
     examples = make_examples(config, split, base, accelerator, log)
@@ -138,12 +137,6 @@ def load_frozen(config: TrainConfig, accelerator: Accelerator) -> models.Base:
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     return base
-
-
-def total_steps(config: TrainConfig, rows: int, accelerator: Accelerator) -> int:
-    """Optimizer steps of the whole run."""
-    per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    return config.max_train_steps or math.ceil(config.num_train_epochs * rows / per_step)
 
 
 def claim(output_dir: Path, config: TrainConfig, split: Split, base: models.Base, accelerator, log: Log) -> None:

@@ -5,9 +5,10 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -80,10 +81,15 @@ def read_split(dataset_name: str | Path, split: str | None = None) -> Split:
 
 
 def read_named_split(dataset_name: str | Path, name: str) -> Split:
-    """The named split of a folder of splits; a data set without splits as it is."""
+    """The named split of a folder of splits; a data set without splits as it is.
+
+    As in `datasets`, "train[24:]" is train from its 25th row on and "train[:24]" what comes before.
+    """
     folder = Path(dataset_name)
     has_splits = folder.is_dir() and not any((folder / metadata).is_file() for metadata in METADATA)
-    return read_split(folder, name if has_splits else None)
+    name, first, last = re.fullmatch(r"([^[]*)(?:\[(\d*):(\d*)\])?", name).groups()
+    split = read_split(folder, name if has_splits else None)
+    return replace(split, records=split.records[int(first or 0) : int(last) if last else None])
 
 
 def check_split(split: Split, progress: bool = False, full: bool = False) -> None:

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import papermill
@@ -16,7 +16,6 @@ from segcn.checkpoint import write_text
 from segcn.config import OUTPUTS, ROOT, flag
 from segcn.errors import UserError
 from segcn.evaluate import table
-from segcn.workspace import from_root
 
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -27,9 +26,13 @@ class RunConfig:
 
     preset: str = flag("tiny", "tiny (embedded base, landscapes, 15 minutes on two cores) or sd15", ("tiny", "sd15"))
     pretrained_model_name_or_path: str = flag("", "base model folder; none: the embedded base")
-    dataset_name: str = flag("", "data set folder with train/ and test/; none: the sample landscapes")
+    dataset_name: str = flag("", "data set folder, or its metadata.csv; none: the sample landscapes")
     output_dir: str = flag("", "where everything goes; none: outputs/PRESET")
-    max_train_steps: int | None = flag(None, "optimizer steps of notebook 03; none: the preset's")
+    resolution: int | None = flag(None, "pixels a side, of training and painting; none: 128, or 512 of sd15")
+    max_train_steps: int | None = flag(None, "optimizer steps; none: 400, or one pass over the data of sd15")
+    train_batch_size: int | None = flag(None, "rows a step; none: 16, or 4 of sd15")
+    batch_size: int | None = flag(None, "pictures painted at once; none: 16")
+    mixed_precision: str | None = flag(None, "of training and painting; none: no", ("no", "fp16", "bf16"))
     limit: int | None = flag(None, "held-out masks to paint and score; none: 128")
     seed: int | None = flag(None, "of training and painting; none: 0")
     only: str = flag("", "a part of the notebooks, such as 03,04")
@@ -60,7 +63,8 @@ papermill_engines.register("spoken", SpokenEngine)
 
 def run(config: RunConfig) -> Path:
     """Execute the chosen notebooks and return the run folder; UserError names the notebook and cell that failed."""
-    out = from_root(config.output_dir) if config.output_dir else OUTPUTS / config.preset
+    config = from_here(config)
+    out = Path(config.output_dir)
     chosen = choose(config.only)
     began = time.monotonic()
     for number, notebook in enumerate(chosen, 1):
@@ -68,6 +72,13 @@ def run(config: RunConfig) -> Path:
         execute(notebook, out, parameters_for(notebook, config))
     summarise(out, time.monotonic() - began)
     return out
+
+
+def from_here(config: RunConfig) -> RunConfig:
+    """The config with absolute paths: those of a command line count from the folder it is given in."""
+    paths = {name: getattr(config, name) for name in ("pretrained_model_name_or_path", "dataset_name", "output_dir")}
+    absolute = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path}
+    return replace(config, **{"output_dir": str(OUTPUTS / config.preset)} | absolute)
 
 
 def choose(only: str) -> list[Path]:

@@ -100,17 +100,18 @@ def train_segmenter(
     config: SegmenterConfig,
     output_dir: str | Path,
     log: Callable[[str], None] = print,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> Segmenter:
     """Train on the rows of `split` for a fixed number of steps, store it in `output_dir` and return it.
 
     A finished one of the same rows and settings is reused, another one replaced; `log` is told which. The
-    same arguments give the same bytes on the same machine. UserError if `output_dir` holds something else.
+    same arguments give the same bytes on the same CPU; `device` None is a GPU where there is one. UserError if
+    `output_dir` holds something else.
     """
     output_dir, fingerprint = Path(output_dir), _fingerprint(split, config)
     if _stands(output_dir, fingerprint, log):
         return load_segmenter(output_dir, device)
-    segmenter = build_segmenter(split.palette.num_classes, config.width, config.seed).to(device)
+    segmenter = build_segmenter(split.palette.num_classes, config.width, config.seed).to(_device(device))
     _fit(segmenter, split, config, log)
     segmenter.settings = {
         **asdict(config), "num_classes": segmenter.num_classes, "rows": len(split), "fingerprint": fingerprint
@@ -120,8 +121,11 @@ def train_segmenter(
     return segmenter
 
 
-def load_segmenter(folder: str | Path, device: str = "cpu") -> Segmenter:
-    """Read a folder that `train_segmenter` wrote, in evaluation mode; UserError if it is not whole."""
+def load_segmenter(folder: str | Path, device: str | None = None) -> Segmenter:
+    """Read a folder that `train_segmenter` wrote, in evaluation mode; UserError if it is not whole.
+
+    device: none: a GPU where there is one.
+    """
     folder = Path(folder)
     wrong = checkpoint.problem(folder)
     if wrong:
@@ -130,7 +134,7 @@ def load_segmenter(folder: str | Path, device: str = "cpu") -> Segmenter:
     segmenter = build_segmenter(settings["num_classes"], settings["width"])
     segmenter.load_state_dict(load_file(folder / "model.safetensors"))
     segmenter.settings = settings
-    return segmenter.to(device)
+    return segmenter.to(_device(device))
 
 
 @torch.no_grad()
@@ -211,6 +215,10 @@ def _rows(count: int, config: SegmenterConfig) -> Iterator[tuple[int, int]]:
     while True:
         yield from ((epoch, row) for row in seeds.permutation(count, "segmenter", config.seed, "rows", epoch))
         epoch += 1
+
+
+def _device(name: str | None) -> str:
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _fingerprint(split: Split, config: SegmenterConfig) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from segcn.augment import AUGMENTS
 from segcn.dataset import PairedDataset, Sample, to_uint8
 from segcn.labels import Palette, colourise, read_mask
 from segcn.loss import valid_cells
@@ -112,9 +113,12 @@ def side_by_side(*pictures: np.ndarray, gap: int = 3) -> np.ndarray:
     return np.concatenate(parts[:-1], axis=1)
 
 
-def read_pair(split: Split, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image uint8 [H, W, 3] and class ids uint8 [H, W] of a row."""
-    return read_image(split[row].image), read_mask(split[row].mask, split.palette)
+def read_pair(split: Split, row: int, resolution: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Image uint8 [H, W, 3] and class ids uint8 [H, W] of a row; with a resolution R the centred square, [R, R]."""
+    if resolution is None:
+        return read_image(split[row].image), read_mask(split[row].mask, split.palette)
+    sample = PairedDataset(split, resolution, AUGMENTS["none"], seed=0).sample(row, 0)
+    return to_uint8(sample.image), sample.mask.numpy()
 
 
 def colours(mask: np.ndarray, split: Split) -> np.ndarray:
@@ -126,8 +130,10 @@ def compare(real: Split, painted: Split, rows: int = 8, columns: int = 2) -> Fig
     """The first rows: mask, real image and painted image, with the caption beneath."""
     strips = []
     for row in range(min(rows, len(real), len(painted))):
-        image, mask = read_pair(real, row)
-        strips.append(side_by_side(colours(mask, real), image, read_pair(painted, row)[0]))
+        picture, mask = read_pair(painted, row)
+        height, width = mask.shape
+        image = read_pair(real, row, height if height == width else None)[0]
+        strips.append(side_by_side(colours(mask, real), image, picture))
     return _sheet(strips, [record.caption for record in real.records], columns)
 
 

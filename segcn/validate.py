@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from segcn.config import SampleConfig, make
+from segcn.dataset import read_control_mask
 from segcn.generate import Painter, generate
-from segcn.labels import read_mask, resize_mask
 from segcn.prepare import Run
 
 
@@ -36,7 +36,7 @@ def paint_validation(run: Run) -> None:
 
 def validation_pairs(run: Run) -> tuple[np.ndarray, list[str]]:
     """Masks uint8 [N,R,R] and a prompt for each; a single mask or prompt is repeated."""
-    images, prompts, side = run.config.validation_image, run.config.validation_prompt, run.config.resolution
+    images, prompts = run.config.validation_image, run.config.validation_prompt
     count = max(len(images), len(prompts))
-    masks = [resize_mask(read_mask(path, run.split.palette), (side, side)) for path in images]
+    masks = [read_control_mask(path, run.split.palette, run.config.resolution) for path in images]
     return np.stack((masks * count)[:count]), (list(prompts) * count)[:count]

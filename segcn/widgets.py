@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from segcn.config import SampleConfig, make
+from segcn.dataset import read_control_mask
 from segcn.errors import UserError
 from segcn.generate import Painter, generate
-from segcn.labels import Palette, colourise, read_mask, write_mask
+from segcn.labels import Palette, colourise, write_mask
 from segcn.records import COLUMNS, Split, read_split, write_metadata
 
 SIDE = 320  # px of the panel's two pictures
@@ -120,7 +121,8 @@ class Panel(w.VBox):
 
     def _make_controls(self, defaults: SampleConfig) -> None:
         wide, style = w.Layout(width="380px"), {"description_width": "100px"}
-        options = [(f"{r.row}: {r.caption[:60]}", r.row) for r in self.split.records[:LISTED_ROWS]]
+        captions = [record.caption[:60] for record in self.split.records[:LISTED_ROWS]]
+        options = [(f"{row}: {caption}", row) for row, caption in enumerate(captions)]
         shared = {"layout": wide, "style": style, "continuous_update": False}
         self.row = w.Dropdown(options=options, description="mask", layout=wide, style=style)
         self.prompt = w.Textarea(description="prompt", layout=w.Layout(width="380px", height="80px"), style=style)
@@ -157,7 +159,7 @@ class Panel(w.VBox):
         """Show the chosen row's mask and put its caption into the prompt."""
         record = self.split[self.row.value]
         try:
-            self.mask = read_mask(record.mask, self.split.palette)
+            self.mask = read_control_mask(record.mask, self.split.palette, self.defaults.resolution)
         except UserError as error:
             self.status.value = f"Error: {error}"
             return

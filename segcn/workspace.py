@@ -1,14 +1,17 @@
 """Where a notebook run keeps its things: one folder below outputs/, the same names in every notebook."""
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from segcn.config import BASE, OUTPUTS, ROOT
+from segcn.config import BASE, OUTPUTS, ROOT, TrainConfig, make
 from segcn.errors import UserError
-from segcn.records import Split, read_split
+from segcn.records import METADATA, Split, read_named_split, read_split
 from segcn.samples.landscapes import write_landscapes
 
 SAMPLE_ROWS = {"train": 1024, "test": 128}
+HELD_OUT = 128  # rows at most, of a data set without test/
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,31 @@ class Workspace:
     def story(self) -> Path:
         return self.folder / "story.png"
 
+    @cached_property
+    def split_names(self) -> tuple[str, str]:
+        """The rows to train on and those held out: train and test, or else train without its last eighth, and that."""
+        if any((self.dataset / "test" / name).is_file() for name in METADATA):
+            return "train", "test"
+        rows = len(read_split(self.dataset, "train"))
+        kept = rows - max(2, min(HELD_OUT, rows // 8))
+        if kept < 1:
+            raise UserError(f"{self.dataset}: expected at least 3 rows, some of them to hold out, found {rows}")
+        return f"train[:{kept}]", f"train[{kept}:]"
+
     def train_split(self) -> Split:
         """The rows to train on."""
-        return read_split(self.dataset, "train")
+        return read_named_split(self.dataset, self.split_names[0])
 
     def test_split(self) -> Split:
-        """The rows held out; UserError if the data set has no test/ folder."""
-        return read_split(self.dataset, "test")
+        """The rows held out."""
+        return read_named_split(self.dataset, self.split_names[1])
+
+    def resolution(self) -> int:
+        """Pixels a side of the painted pictures: those of the training in `controlnet`, else the preset's."""
+        trained = self.controlnet / "train_config.json"
+        if trained.is_file():
+            return json.loads(trained.read_text())["resolution"]
+        return make(TrainConfig, self.preset).resolution
 
 
 def open_workspace(
@@ -63,7 +84,7 @@ def open_workspace(
     """Resolve notebook parameters; "" means the embedded base, the sample landscapes and outputs/PRESET.
 
     Relative paths count from the repository's root, wherever the kernel started. The landscapes are painted into
-    data/landscapes at the first use.
+    data/landscapes at the first use. Of a data set without test/, the last rows are held out, and that is said.
     """
     folder = from_root(output_dir) if output_dir else OUTPUTS / preset
     if preset == "sd15" and not (pretrained_model_name_or_path and dataset_name):
@@ -71,7 +92,10 @@ def open_workspace(
     base = from_root(pretrained_model_name_or_path) if pretrained_model_name_or_path else BASE
     dataset = from_root(dataset_name) if dataset_name else sample_landscapes()
     folder.mkdir(parents=True, exist_ok=True)
-    return Workspace(preset, dataset, base, folder)
+    ws = Workspace(preset, dataset, base, folder)
+    if ws.split_names[1] != "test":
+        print(f"{dataset} has no test/: its last {len(ws.test_split())} rows are held out, and not trained on")
+    return ws
 
 
 def sample_landscapes() -> Path:

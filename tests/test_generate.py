@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcn import models
+from segcn import models, paint
+from segcn.augment import AUGMENTS
 from segcn.config import GenerateConfig, InferConfig, make
+from segcn.dataset import PairedDataset, read_control_mask
 from segcn.errors import UserError
 from segcn.generate import Painter, find_controlnet, generate, generate_dataset, reconstruct_dataset
 from segcn.infer import infer
-from segcn.labels import read_mask
+from segcn.labels import read_mask, write_mask
 from segcn.records import check_split, read_split
 
 
@@ -108,9 +110,46 @@ def test_a_folder_of_masks_needs_a_prompt(config, painter, landscapes, tmp_path)
     assert [record.caption for record in read_split(out).records] == ["a lake"] * 2
 
 
+def test_the_centred_square_of_any_mask_is_painted_at_a_resolution(config, painter, landscapes, tmp_path):
+    source = read_split(landscapes, "test")
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    write_mask(wide / "mask.png", read_mask(source[0].mask, source.palette)[:50], source.palette)
+    source.palette.save(wide / "palette.json")
+    whole = dataclasses.replace(config, controls=str(wide), prompt="a lake")
+    with pytest.raises(UserError, match="--resolution"):
+        generate_dataset(whole, painter)
+    square = dataclasses.replace(whole, resolution=32, output_dir=str(tmp_path / "square"))
+    made = read_split(generate_dataset(square, painter))
+    check_split(made, full=True)
+    assert Image.open(made[0].image).size == (32, 32)
+
+
+def test_the_painted_mask_is_the_one_of_training(landscapes):
+    split = read_split(landscapes, "test")
+    sample = PairedDataset(split, 40, AUGMENTS["none"], seed=0).sample(0, 0)
+    assert np.array_equal(read_control_mask(split[0].mask, split.palette, 40), sample.mask.numpy())
+
+
+def test_a_set_that_stands_is_taken_with_its_settings_or_refused(config, painter, capsys):
+    generate_dataset(dataclasses.replace(config, guidance_scale=3.0, limit=4), painter)
+    again = paint.as_painted(config)
+    assert again == dataclasses.replace(config, guidance_scale=3.0)
+    assert len(paint.paint_once(dataclasses.replace(again, limit=2), painter)) == 4
+    assert "4 images stand already" in capsys.readouterr().out
+    louder = models.make_controlnet(painter.base.unet)
+    louder.controlnet_mid_block.weight.data += 1
+    with pytest.raises(UserError, match="controlnet_weights: was"):
+        paint.paint_once(again, dataclasses.replace(painter, controlnet=louder))
+
+
+def test_the_latent_factor_is_known_without_the_weights(painter, random_base):
+    assert models.latent_factor(random_base) == painter.base.latent_factor == 8
+
+
 def test_reconstructions_are_a_data_set_of_the_same_masks(painter, landscapes, tmp_path):
     split = read_split(landscapes, "test")
-    out = read_split(reconstruct_dataset(split, painter.base, tmp_path / "seen"))
+    out = read_split(reconstruct_dataset(split, painter.base, tmp_path / "seen", resolution=64))
     check_split(out, full=True)
     assert len(out) == len(split)
 

@@ -4,13 +4,15 @@ import re
 from itertools import pairwise
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 from diffusers import ControlNetModel
 from PIL import Image
 
 from segcn.config import ROOT
-from segcn.records import check_split, read_split
+from segcn.labels import Label, Palette, read_mask, write_mask
+from segcn.records import check_split, read_image, read_split, write_metadata
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 COMMON = {"preset", "pretrained_model_name_or_path", "dataset_name", "output_dir"}
@@ -67,19 +69,43 @@ def test_it_mentions_no_place_of_one_machine(path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, landscapes, random_base):
-    """Notebooks 01 to 05 in order with toy sizes, from a folder that is not the repository's."""
+def own_data(tmp_path_factory, landscapes):
+    """A user's own data: 18 rows of 64 x 56 pixels without test/, other classes with gaps in their ids."""
+    folder = tmp_path_factory.mktemp("own") / "data"
+    palette = Palette(
+        (Label(1, "air", (9, 9, 200)), Label(4, "land", (9, 200, 9)), Label(7, "thing", (200, 9, 9)),
+         Label(255, "void", (0, 0, 0), ignore=True))
+    )  # fmt: skip
+    classes = np.array([1, 1, 1, 4, 4, 4, 7, 7, 255], np.uint8)
+    rows = []
+    for record in [*read_split(landscapes, "train").records, *read_split(landscapes, "test").records]:
+        names = f"photos/{len(rows)}.png", f"labels/{len(rows)}.png"
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(read_image(record.image)[:56]).save(folder / names[0])
+        mask = read_mask(record.mask, read_split(landscapes, "test").palette)[:56]
+        write_mask(folder / names[1], classes[mask], palette)
+        rows.append((*names, f"a scene with number {len(rows)}"))
+    palette.save(folder / "palette.json")
+    write_metadata(folder, rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, own_data, random_base):
+    """Notebooks 01 to 05 in order on own base and data with toy sizes, from a folder that is not the repository's."""
     folder = tmp_path_factory.mktemp("run")
     common = {
+        "preset": "sd15",
         "pretrained_model_name_or_path": str(random_base),
-        "dataset_name": str(landscapes),
+        "dataset_name": str(own_data / "metadata.csv"),
         "output_dir": str(folder / "out"),
     }
     toy = {
         "02_paired_augmentation": {"resolution": 64},
         "03_train": {"max_train_steps": 4, "train_batch_size": 2, "resolution": 64, "validation_steps": 2},
-        "04_generate": {"limit": 4, "num_inference_steps": 2},
-        "05_evaluate": {"limit": 4, "floor_limit": 3, "segmenter_steps": 3},
+        "04_generate": {"limit": 4, "num_inference_steps": 2, "guidance_scale": 3.0},
+        "05_evaluate": {"limit": 4, "floor_limit": 1, "segmenter_steps": 3},
     }
     books = {}
     for name in NAMES:
@@ -108,12 +134,36 @@ def pictures(book):
 def test_every_notebook_runs_headless(run):
     out, _ = run
     assert ControlNetModel.from_pretrained(out / "controlnet")
-    assert [len(read_split(out / name)) for name in ("generated", "reconstructions", "painted")] == [4, 4, 1]
-    assert len(read_split(out / "generated_without_mask")) == 3
+    assert [len(read_split(out / name)) for name in ("generated", "reconstructions", "painted")] == [2, 2, 1]
+    assert len(read_split(out / "generated_without_mask")) == 1
     for name in ("generated", "painted"):
         check_split(read_split(out / name))
     assert set(json.loads((out / "metrics.json").read_text())["faithfulness"]) >= {"real", "synthetic", "floor"}
     assert Image.open(out / "story.png").width >= 1400
+
+
+def test_pictures_and_judge_have_the_resolution_of_the_training(run):
+    out, _ = run
+    for name in ("generated", "generated_without_mask", "reconstructions", "painted"):
+        assert Image.open(read_split(out / name)[0].image).size == (64, 64)
+    assert json.loads((out / "metrics.json").read_text())["segmenter"]["resolution"] == 64
+
+
+def test_the_held_out_rows_are_said_and_not_trained_on(run, own_data):
+    out, books = run
+    assert "its last 2 rows are held out" in printed(books["01_inspect_data"])
+    assert json.loads((out / "controlnet" / "train_config.json").read_text())["max_train_samples"] == 16
+    captions = [record.caption for record in read_split(own_data).records]
+    assert [record.caption for record in read_split(out / "generated").records] == captions[16:]
+
+
+def test_the_floor_has_the_settings_of_the_generated_set(run):
+    names = ("generated", "generated_without_mask")
+    made, floor = (json.loads((run[0] / name / "generation.json").read_text()) for name in names)
+    assert made.items() - floor.items() <= {("without_control", False)} | {
+        (name, made[name]) for name in ("controlnet", "controlnet_weights")
+    }
+    assert (floor["num_inference_steps"], floor["guidance_scale"], floor["resolution"]) == (2, 3.0, 64)
 
 
 def test_the_runs_are_free_of_litter(run):

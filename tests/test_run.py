@@ -1,12 +1,15 @@
 """Promise: `segcn run` picks the notebooks asked for, passes on what each one knows, and names the cell that fails."""
 
+from pathlib import Path
+
 import nbformat
 import pytest
 
 from segcn import run
-from segcn.config import TrainConfig, make
+from segcn.config import OUTPUTS, TrainConfig, make
 from segcn.errors import UserError
 from segcn.launch import training_lines
+from segcn.records import read_split
 from segcn.workspace import open_workspace
 
 
@@ -32,6 +35,31 @@ def test_a_failing_cell_is_named_and_the_executed_copy_kept(tmp_path):
     with pytest.raises(UserError, match=r"broken\.ipynb, cell 1: ZeroDivisionError"):
         run.execute(tmp_path / "broken.ipynb", tmp_path / "out", {})
     assert (tmp_path / "out" / "notebooks" / "broken.html").is_file()
+
+
+def test_paths_of_the_command_line_count_from_where_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = run.from_here(run.RunConfig(dataset_name="mine"))
+    assert config.dataset_name == str(tmp_path / "mine") and config.pretrained_model_name_or_path == ""
+    assert config.output_dir == str(OUTPUTS / "tiny")
+
+
+def test_without_a_test_folder_the_last_rows_are_held_out(landscapes, tmp_path):
+    whole = read_split(landscapes, "train")
+    ws = open_workspace(dataset_name=str(landscapes / "train" / "metadata.csv"), output_dir=str(tmp_path))
+    assert (ws.train_split().records, ws.test_split().records) == (whole.records[:10], whole.records[10:])
+    split = open_workspace(dataset_name=str(landscapes), output_dir=str(tmp_path))
+    assert (len(split.train_split()), len(split.test_split())) == (12, 6)
+
+
+def test_too_few_rows_to_hold_some_out_are_refused(landscapes, tmp_path):
+    for name in ("palette.json", "train/metadata.csv", "train/images", "train/masks"):
+        (tmp_path / Path(name).name).symlink_to(landscapes / name)
+    (tmp_path / "metadata.csv").unlink()
+    rows = (landscapes / "train" / "metadata.csv").read_text().splitlines()
+    (tmp_path / "metadata.csv").write_text("\n".join(rows[:3]) + "\n")
+    with pytest.raises(UserError, match="expected at least 3 rows, some of them to hold out, found 2"):
+        open_workspace(dataset_name=str(tmp_path), output_dir=str(tmp_path / "out"))
 
 
 def test_the_sd15_preset_asks_for_what_it_needs():
