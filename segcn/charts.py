@@ -1,5 +1,6 @@
 """Charts: classes, captions, and the loss and pictures of a training while it runs."""
 
+import contextlib
 import re
 import shlex
 import time
@@ -116,11 +117,12 @@ def watch(config: TrainConfig, num_processes: int = 1, every: float = 5.0) -> No
 
     folder, shown_at = Path(config.output_dir), time.monotonic()
     handle = display(_progress(folder), display_id=True)
-    for line in training_lines(config, num_processes):
-        print_seldom(line)
-        if time.monotonic() - shown_at > every:
-            handle.update(_progress(folder))
-            shown_at = time.monotonic()
+    with contextlib.closing(training_lines(config, num_processes)) as lines:
+        for line in lines:
+            print_seldom(line)
+            if time.monotonic() - shown_at > every:
+                handle.update(_progress(folder))
+                shown_at = time.monotonic()
     handle.update(_progress(folder))
 
 

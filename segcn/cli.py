@@ -1,7 +1,8 @@
 """The `segcn` command: each word below starts one function of the package."""
 
 import argparse
-import subprocess
+import contextlib
+import signal
 import sys
 from pathlib import Path
 
@@ -69,9 +70,16 @@ def do_samples(words: list[str]) -> None:
 
 
 def do_train(words: list[str]) -> None:
-    from segcn.launch import training_command
+    from segcn.launch import STOPPED, training_lines
 
-    sys.exit(subprocess.call(training_command(parse(TrainConfig, words, "segcn train"))))
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: the training commits a checkpoint
+    try:
+        with contextlib.closing(training_lines(parse(TrainConfig, words, "segcn train"))) as lines:
+            for line in lines:
+                print(line, flush=True)
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
 
 
 def do_infer(words: list[str]) -> None:

@@ -1,14 +1,18 @@
 """Start training as its own processes under accelerate, and stop them together."""
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-from segcn.config import ROOT, TrainConfig, arguments_of
+from segcn.config import TrainConfig, arguments_of
 from segcn.errors import UserError
+
+LAUNCHERS_OWN = (" ", "Traceback", "subprocess.CalledProcessError", "torch.distributed.elastic")
+STOPPED = 143  # the exit code of a training that was stopped
 
 
 def training_command(config: TrainConfig, num_processes: int = 1) -> list[str]:
@@ -27,35 +31,68 @@ def training_command(config: TrainConfig, num_processes: int = 1) -> list[str]:
 
 
 def training_lines(config: TrainConfig, num_processes: int = 1) -> Iterator[str]:
-    """Run the training, yield each line that it prints, and keep them in output_dir/log.txt.
+    """Run the training and yield each line that it prints.
 
-    The processes end when the reader stops or is interrupted. Raises UserError if training fails.
+    Interrupted, it lets the processes commit a checkpoint, and yields what they say, before KeyboardInterrupt goes on;
+    they are stopped too when the reader leaves. A message of the training ("Error: ...") is raised as UserError
+    without the launcher's traceback that follows it; another failure is named by its last line.
     """
-    log = Path(config.output_dir) / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        training_command(config, num_processes),
+    process = start(training_command(config, num_processes))
+    said, last = [], ""  # its message, and its last line that is not the launcher's
+    try:
+        for line in lines_of(process):
+            if said or line.startswith("Error: "):
+                said.append(line)
+            else:
+                last = last if line.startswith(LAUNCHERS_OWN) else line.strip() or last
+                yield line
+    except BaseException:  # interrupted, or the reader left
+        stop(process)
+        process.stdout.read()  # to its end: the launcher may be gone before the training is
+        raise
+    finally:
+        code = process.wait()
+    if code:
+        raise UserError(message(said) if said else f"training ended with exit code {code}: {last}")
+
+
+def lines_of(process: subprocess.Popen) -> Iterator[str]:
+    """What a training prints; an interruption stops it, and is raised when its last line is read."""
+    interruption = None
+    while True:
+        try:
+            yield from (line.rstrip("\n") for line in process.stdout)
+            break
+        except KeyboardInterrupt as error:
+            if interruption:
+                raise
+            interruption = error
+            stop(process)
+    if interruption:
+        raise interruption
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    """The command in a session of its own, so that Ctrl-C reaches it through `stop` alone; its output is one stream."""
+    return subprocess.Popen(
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
-        cwd=ROOT,
+        errors="replace",
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
         start_new_session=True,
     )
-    reason = ""
-    try:
-        with log.open("a") as file:
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                if not reason.startswith("Error:"):  # what follows it is the launcher's own traceback
-                    reason = line.strip() or reason
-                yield line.rstrip("\n")
-        code = process.wait()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=60)
-    if code:
-        raise UserError(f"training ended with exit code {code}: {reason} (the whole output: {log})")
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ask every process of the training to commit a checkpoint and end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+
+
+def message(said: list[str]) -> str:
+    """The training's own message, of several lines perhaps, without what launcher and other processes add to it."""
+    foreign = re.compile(r"Traceback |Error: |[EWI]\d{4} ")
+    end = next((place for place, line in enumerate(said[1:], 1) if foreign.match(line)), len(said))
+    return "\n".join(said[:end]).removeprefix("Error: ")

@@ -158,9 +158,7 @@ def claim(output_dir: Path, config: TrainConfig, split: Split, base: models.Base
             )
         for line in changed:
             log.say(f"Changed: {line}")
-    elif output_dir.exists() and any(
-        entry.name not in {"log.txt", config.logging_dir} for entry in output_dir.iterdir()
-    ):
+    elif output_dir.exists() and any(entry.name != config.logging_dir for entry in output_dir.iterdir()):
         raise UserError(f"{output_dir} is not empty and holds no run of segcn: choose another --output_dir.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -6,9 +6,8 @@ import nbformat
 import pytest
 
 from segcn import run
-from segcn.config import OUTPUTS, TrainConfig, make
+from segcn.config import OUTPUTS
 from segcn.errors import UserError
-from segcn.launch import training_lines
 from segcn.records import read_split
 from segcn.workspace import open_workspace
 
@@ -65,9 +64,3 @@ def test_too_few_rows_to_hold_some_out_are_refused(landscapes, tmp_path):
 def test_the_sd15_preset_asks_for_what_it_needs():
     with pytest.raises(UserError, match="--pretrained_model_name_or_path"):
         open_workspace("sd15")
-
-
-def test_failed_training_ends_with_its_own_message(tmp_path):
-    config = make(TrainConfig, "tiny", dataset_name=str(tmp_path), output_dir=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="metadata"):
-        list(training_lines(config))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
-from segcn import latents
+from segcn import checkpoint, latents
 from segcn.config import TrainConfig, arguments_of, make
 from segcn.errors import UserError
 from segcn.labels import read_mask
+from segcn.launch import message
 from segcn.records import read_split
 from segcn.train import train
 
@@ -208,6 +210,38 @@ def test_the_command_ends_with_one_message_and_no_traceback(quick, landscapes, t
     words = arguments_of(quick(tmp_path / "out", dataset_name=str(data)))
     done = subprocess.run([sys.executable, "-m", "segcn.train", *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "masks/000003.png" in done.stderr
+
+
+def segcn_train(config, **settings):
+    """`segcn train` as a process of its own, its two streams captured."""
+    words = [sys.executable, "-m", "segcn.cli", "train", *arguments_of(config)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+
+
+def test_segcn_train_says_a_mistake_in_one_line(quick, tmp_path):
+    process = segcn_train(quick("out", dataset_name="missing"), cwd=tmp_path)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in out
+    assert error == "Error: missing: no such folder or file; expected a data set folder (see data/README.md)\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_stopped_segcn_train_commits_its_checkpoint(quick, tmp_path, number):
+    config = quick(tmp_path / "out", max_train_steps=100000, checkpointing_steps=100000)
+    process = segcn_train(config)
+    while not process.stdout.readline().startswith("step 2/"):
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 143 and not error
+    assert "Stopped by SIGTERM at step" in out.splitlines()[-1]
+    assert checkpoint.find_latest(tmp_path / "out", print)
+
+
+def test_a_message_of_several_lines_is_told_from_what_follows_it():
+    said = ["Error: a run with other settings:", "  seed: was 0, is 1", "E1122 17:00 torch", "Traceback (m"]
+    assert message(said) == "a run with other settings:\n  seed: was 0, is 1"
 
 
 def test_masks_in_the_fixture_hold_several_classes(landscapes):
