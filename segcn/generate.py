@@ -1,5 +1,6 @@
 """Masks and captions to images: one, or a data set. Widget, notebook, command line and validation all come here."""
 
+import copy
 import json
 import os
 import sys
@@ -105,7 +106,8 @@ def generate(
         )
     shape = (painter.base.unet.config.in_channels, height // factor, width // factor)
     noise = torch.stack([seeds.normal(shape, "paint", settings.seed, row) for row in rows])
-    pipe = make_pipeline(painter, settings, with_control=masks is not None)
+    controlnet = None if masks is None else embedding_once(painter.controlnet, len(captions))
+    pipe = make_pipeline(painter.base, settings, controlnet)
     control = {}
     if masks is not None:
         control = {
@@ -134,11 +136,33 @@ def generate(
     return (images * 255).round().astype(np.uint8)
 
 
-def make_pipeline(painter: Painter, settings: SampleConfig, with_control: bool):
+class EmbeddedOnce(torch.nn.Module):
+    """Embeds the control in the first step and keeps it: it is the same in each step and in both halves of guidance."""
+
+    def __init__(self, embedding: torch.nn.Module, pictures: int):
+        super().__init__()
+        self.embedding, self.pictures, self.kept = embedding, pictures, None
+
+    def forward(self, control: torch.Tensor) -> torch.Tensor:
+        """control [B or 2B, 3, H, W], B the number of pictures -> [B or 2B, C, h, w]."""
+        if self.kept is None:
+            once = self.embedding(control[: self.pictures])
+            self.kept = torch.cat([once] * (len(control) // self.pictures))
+        return self.kept
+
+
+def embedding_once(controlnet: ControlNetModel, pictures: int) -> ControlNetModel:
+    """The ControlNet, its weights shared, for a single call of a pipeline: its control must not change."""
+    shared = copy.copy(controlnet)
+    embedding = EmbeddedOnce(controlnet.controlnet_cond_embedding, pictures)
+    shared._modules = {**controlnet._modules, "controlnet_cond_embedding": embedding}
+    return shared
+
+
+def make_pipeline(base: Base, settings: SampleConfig, controlnet: ControlNetModel | None = None):
     """diffusers' own pipeline around the loaded parts, without a safety checker (it blacks pictures out)."""
     if settings.scheduler not in SCHEDULERS:
         raise UserError(f"--scheduler: expected one of {', '.join(SCHEDULERS)}, found {settings.scheduler!r}")
-    base = painter.base
     parts = {
         "vae": base.vae,
         "text_encoder": base.text_encoder,
@@ -149,8 +173,8 @@ def make_pipeline(painter: Painter, settings: SampleConfig, with_control: bool):
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
-    if with_control:
-        pipe = StableDiffusionControlNetPipeline(**parts, controlnet=painter.controlnet)
+    if controlnet is not None:
+        pipe = StableDiffusionControlNetPipeline(**parts, controlnet=controlnet)
     else:
         pipe = StableDiffusionPipeline(**parts)
     pipe.set_progress_bar_config(disable=True)

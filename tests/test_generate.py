@@ -1,5 +1,6 @@
 """Promise: an image depends on its seed and row alone, and what is written is a data set that can be trained on."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -98,6 +99,24 @@ def test_masks_text_and_control_strength_are_used(config, painter, landscapes):
     other = generate(painter, masks, ["a house"], [0], config)
     assert np.abs(unseen.astype(int) - plain).max() <= 1
     assert (shown != unseen).any() and (shown != other).any()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_the_control_is_embedded_once_and_no_picture_changes(config, painter, landscapes, monkeypatch, guidance):
+    split = read_split(landscapes, "test")
+    masks = np.stack([read_mask(record.mask, split.palette) for record in split.records[:2]])
+    settings = dataclasses.replace(config, num_inference_steps=3, guidance_scale=guidance)
+    heard = dataclasses.replace(painter, controlnet=copy.deepcopy(painter.controlnet))
+    for block in heard.controlnet.controlnet_down_blocks:
+        block.weight.data += 0.3
+    sizes = []
+    embedding = heard.controlnet.controlnet_cond_embedding
+    embedding.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    once = generate(heard, masks, ["a lake"] * 2, [0, 1], settings)
+    assert sizes == [2] and heard.controlnet.controlnet_cond_embedding is embedding
+    monkeypatch.setattr("segcn.generate.embedding_once", lambda controlnet, pictures: controlnet)
+    always = generate(heard, masks, ["a lake"] * 2, [0, 1], settings)
+    assert len(sizes) == 4 and np.abs(once.astype(int) - always).max() <= 1
 
 
 def test_a_folder_of_masks_needs_a_prompt(config, painter, landscapes, tmp_path):
