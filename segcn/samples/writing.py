@@ -49,7 +49,7 @@ class SampleSet:
     resolution: int  # px
     seed: int
     test: int | None  # pairs in test; None writes one folder
-    kind: str = "landscapes"
+    kind: str
     version: int = 1  # changes whenever a pixel does
 
     def folders(self, out: Path) -> list[tuple[Path, str, int, int]]:

@@ -1,0 +1,190 @@
+"""The tiles of the Earth: deterministic, train and test apart, masks that fit the pictures, truthful captions."""
+
+import importlib.metadata
+import pickle
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from segcn.errors import UserError
+from segcn.records import check_split, read_split
+from segcn.samples.earth import (
+    BANDS,
+    CLASS_OF_IGBP,
+    PALETTE,
+    PICTURES,
+    draw_corner,
+    load_rasters,
+    majority,
+    painter,
+    tile,
+    write_earth,
+)
+
+NAMES = [name for _, name, _ in PALETTE]
+PLACES = {  # name of the class: latitude, longitude
+    "Sahara": ("desert", 23, 10),
+    "Amazon": ("forest", -5, -63),
+    "Pacific": ("water", 0, -150),
+    "Greenland": ("snow", 68, -42),
+    "Ukraine": ("cropland", 48.5, 32),
+    "Kazakhstan": ("grassland", 48, 68),
+    "Lake Superior": ("water", 47.6, -87.5),
+    "Australia's middle": ("shrubland", -25, 128),
+    "Llanos": ("savanna", 6, -69),
+}
+
+
+@pytest.fixture(scope="module")
+def rasters():
+    return load_rasters()
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    return {side: [tile(0, index, side=side) for index in range(60)] for side in BANDS}
+
+
+def window(rasters, lat, lon, reach=4):
+    row, column = round((90 - lat) * rasters.density), round((lon + 180) * rasters.density)
+    return rasters.mask[row - reach : row + reach, column - reach : column + reach]
+
+
+def test_same_arguments_same_tile(tiles):
+    again = tile(0, 7, side="test")
+    assert np.array_equal(again.image, tiles["test"][7].image) and np.array_equal(again.mask, tiles["test"][7].mask)
+    assert again.caption == tiles["test"][7].caption
+
+
+def test_every_index_seed_and_side_is_another_tile(tiles):
+    assert len({each.image.tobytes() for side in tiles.values() for each in side}) == 120
+    assert tile(1, 0).image.tobytes() != tiles["train"][0].image.tobytes()
+
+
+@pytest.mark.parametrize("resolution", [32, 256])
+def test_shapes_and_types(resolution):
+    shown = tile(0, 3, resolution)
+    assert shown.image.shape == (resolution, resolution, 3) and shown.image.dtype == np.uint8
+    assert shown.mask.shape == (resolution, resolution) and shown.mask.dtype == np.uint8
+
+
+def test_train_and_test_share_no_pixel(rasters, tiles):
+    seen = {side: np.zeros(rasters.mask.shape, bool) for side in BANDS}
+    for side, cut in tiles.items():
+        for each in cut:
+            row, column = round((90 - each.north) * 10), round((each.west + 180) * 10)
+            seen[side][row : row + 128, column : column + 128] = True
+            assert np.array_equal(rasters.mask[row : row + 128, column : column + 128], each.mask)
+    assert seen["train"].any() and seen["test"].any() and not (seen["train"] & seen["test"]).any()
+
+
+@given(st.integers(0, 2**64 - 1), st.sampled_from(list(BANDS)), st.integers(32, 512))
+def test_a_tile_stays_in_its_band_and_on_the_map(seed, side, resolution):
+    density = 10 if resolution <= 256 else 20
+    row, column = draw_corner(np.random.default_rng(seed), resolution, side, density)
+    west, east = column / density - 180, (column + resolution) / density - 180
+    assert any(low <= west and east <= high for low, high in BANDS[side])
+    assert 90 - row / density <= 75 and 90 - (row + resolution) / density >= -75
+
+
+def test_bands_share_the_globe():
+    bands = sorted(band for side in BANDS.values() for band in side)
+    assert bands[0][0] == -180 and bands[-1][1] == 180
+    assert all(left[1] == right[0] for left, right in pairwise(bands))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_known_places_have_their_class(rasters, place):
+    name, lat, lon = PLACES[place]
+    assert NAMES[int(np.bincount(window(rasters, lat, lon).ravel()).argmax())] == name
+
+
+@pytest.mark.parametrize("style", ["shaded relief", "topographic"])
+def test_coastlines_of_mask_and_picture_coincide(rasters, style):
+    """Blueness goes with water best where nothing is shifted."""
+    picture = rasters.pictures[style][400:1300, 200:3400].astype(np.int16)
+    blueness = np.clip(picture[..., 2] - picture[..., 0], -30, 60).ravel()
+
+    def fit(down, right):
+        water = rasters.mask[400 + down : 1300 + down, 200 + right : 3400 + right] == 0
+        return np.corrcoef(blueness, water.ravel())[0, 1]
+
+    assert fit(0, 0) > 0.8 and fit(0, 0) > max(fit(1, 0), fit(-1, 0), fit(0, 1), fit(0, -1))
+
+
+def test_tiles_hold_land_and_several_classes(tiles):
+    for each in tiles["train"] + tiles["test"]:
+        shares = np.bincount(each.mask.ravel(), minlength=8) / each.mask.size
+        assert shares[0] <= 0.70 and (shares >= 0.01).sum() >= 3
+
+
+def test_every_style_and_class_occurs_on_both_sides(tiles):
+    for cut in tiles.values():
+        assert {each.style for each in cut} == set(PICTURES)
+        assert set(np.unique([each.mask for each in cut]).tolist()) == set(range(8))
+
+
+def test_captions_name_what_the_mask_shows_largest_first(tiles):
+    for each in tiles["train"] + tiles["test"]:
+        intro, listed = each.caption.split(" of ")
+        named = listed.replace(" and ", ", ").split(", ")
+        shares = {name: float((each.mask == label).mean()) for label, name, _ in PALETTE}
+        order = sorted((name for name in NAMES if shares[name] >= 0.05), key=shares.get, reverse=True)
+        assert intro == PICTURES[each.style][1] and len(named) == min(4, len(order))
+        assert [shares[name] for name in named] == [shares[name] for name in order[:4]]
+
+
+def test_every_land_cover_class_has_a_place():
+    assert len(CLASS_OF_IGBP) == 17 and set(CLASS_OF_IGBP.tolist()) == set(range(8))
+
+
+def test_majority_drops_specks_and_keeps_edges():
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 8:], mask[4, 3] = 5, 7
+    expected = np.repeat([[0] * 4 + [5] * 4], 8, axis=0)
+    assert np.array_equal(majority(mask, 2), expected) and majority(mask, 1)[4, 3] == 0
+
+
+def test_written_folder_reads_back_and_is_reused(tmp_path, capsys):
+    out = write_earth(tmp_path / "set", 3, resolution=32, seed=5, test=2, workers=1)
+    split = read_split(str(out), "train")
+    check_split(split)
+    assert len(split) == 3 and len(read_split(str(out), "test")) == 2 and split.palette.names == tuple(NAMES)
+    assert np.array(Image.open(out / "test/masks/000001.png")).shape == (32, 32)
+    assert "10.5067/MODIS/MCD12C1.006" in (out / "README.md").read_text()
+    write_earth(out, 3, resolution=32, seed=5, test=2, workers=1)
+    assert "already stands here" in capsys.readouterr().out
+
+
+def test_one_folder_holds_train_tiles(tmp_path):
+    out = write_earth(tmp_path, 2, resolution=32, seed=9, workers=1)
+    assert np.array_equal(np.asarray(Image.open(out / "images/000001.png")), tile(9, 1, 32).image)
+    assert read_split(str(out))[1].caption == tile(9, 1, 32).caption
+
+
+def test_painters_travel_to_other_processes():
+    sent = pickle.loads(pickle.dumps(painter("test")))
+    assert np.array_equal(sent(0, 1, 32).image, tile(0, 1, 32, "test").image)
+
+
+def test_other_folders_and_senseless_settings_are_refused(tmp_path):
+    with pytest.raises(UserError, match="32 to 512"):
+        write_earth(tmp_path / "new", 1, resolution=1024)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="something else than earth"):
+        write_earth(tmp_path, 2, resolution=32)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_without_the_extra_the_command_that_mends_it_is_named(tmp_path, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    with pytest.raises(UserError, match=r"pip install 'segcn\[samples\]'.*pip install -e '.\[samples\]'"):
+        write_earth(tmp_path / "set", 1)
+    assert not (tmp_path / "set").exists()
