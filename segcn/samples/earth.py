@@ -43,7 +43,7 @@ BANDS = {  # degrees of longitude; a tile never leaves its band, so no test pixe
 SOUTH, NORTH = -60, 70  # degrees of latitude
 RESOLUTIONS = (32, 512)  # px; 512 at 20 px a degree still fits the narrowest band
 LEAST_LAND, LEAST_CLASSES, LEAST_SHARE = 0.30, 3, 0.01  # of a tile; redrawn otherwise
-WANTED_SHARE = 0.05  # of one class, drawn evenly for each tile, so that rare classes are seen too
+WANTED_SHARE = 0.02  # of one class, drawn evenly for each tile, so that rare classes are seen too
 GAMMA = {"satellite": 0.7}  # Blue Marble is dark: forests are nearly black
 NAMED_SHARE, MOST_NAMED = 0.05, 4  # what the caption names
 
