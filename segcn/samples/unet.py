@@ -20,7 +20,7 @@ from segcn.samples.learning import Learning, autocast, compiled
 
 @dataclass(frozen=True)
 class UnetRecipe:
-    steps: int = 20000  # optimizer steps
+    steps: int = 15300  # optimizer steps
     batch_size: int = 256  # latents a step
     learning_rate: float = 1e-3  # peak, after a warm-up of 100 steps and before a cosine to zero
     channels: tuple[int, ...] = (96, 128, 160)  # width at 16 x 16, 8 x 8 and 4 x 4 latents
