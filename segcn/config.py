@@ -215,8 +215,7 @@ PRESETS: dict[type, dict[str, dict[str, Any]]] = {
         "sd15": {"num_inference_steps": 20, "guidance_scale": 7.5, "scheduler": "unipc"},
         "tiny": {
             "num_inference_steps": 10,
-            "guidance_scale": 1.5,
-            "controlnet_conditioning_scale": 1.5,
+            "guidance_scale": 2.5,
             "scheduler": "dpm",
         },
     },

