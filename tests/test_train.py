@@ -215,7 +215,13 @@ def test_the_command_ends_with_one_message_and_no_traceback(quick, landscapes, t
 def segcn_train(config, **settings):
     """`segcn train` as a process of its own, its two streams captured."""
     words = [sys.executable, "-m", "segcn.cli", "train", *arguments_of(config)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, preexec_fn=hear_interrupts, **streams, **settings)
+
+
+def hear_interrupts():
+    """As at a terminal, also where a shell started the tests in the background and made them deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_segcn_train_says_a_mistake_in_one_line(quick, tmp_path):
