@@ -6,13 +6,23 @@ import signal
 import sys
 from pathlib import Path
 
-from segcn.config import OUTPUTS, EvaluateConfig, GenerateConfig, InferConfig, TrainConfig, main_guard, parse
+from segcn.config import (
+    OUTPUTS,
+    DoctorConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    InferConfig,
+    TrainConfig,
+    main_guard,
+    parse,
+)
 from segcn.errors import UserError
 from segcn.home import use_writable_home
 
 COMMANDS = {
     "run": "notebooks 01 to 05 in order: data, augmentation, training, generation, evaluation",
     "samples": "make the sample data (landscapes, earth), or build the embedded base model (base)",
+    "validate": "check a data set: decode every file and report every fault with its row",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
     "infer": "one mask and a prompt to one or more pictures",
     "generate": "a folder of masks, or a data set, to a data set of new images",
@@ -77,6 +87,21 @@ def do_samples(words: list[str]) -> None:
         from segcn.samples.base import SMOKE, BaseRecipe, build_base
 
         build_base(options["work"], options["out"], SMOKE if options["smoke"] else BaseRecipe())
+
+
+def do_validate(words: list[str]) -> None:
+    from segcn.doctor import examine, quarantine
+    from segcn.report import summary, write_report
+
+    first = ["--dataset_name"] if words and not words[0].startswith("-") else []
+    config = parse(DoctorConfig, first + words, "segcn validate")
+    checkup = examine(config)
+    report = write_report(checkup, config)
+    print("\n".join(summary(checkup)))
+    if config.quarantine:
+        print(quarantine(checkup, config.quarantine))
+    print(f"report: {report}")
+    sys.exit(1 if checkup.errors else 0)
 
 
 def do_train(words: list[str]) -> None:

@@ -193,6 +193,22 @@ class EvaluateConfig:
     seed: int = flag(0, "of the segmenter's training")
 
 
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Decode every file of a data set and report what is wrong with it; exit code 1 where training would be wrong."""
+
+    dataset_name: str = flag("", "data set folder, or its metadata.csv; may stand first without the flag")
+    output_dir: str | None = flag(
+        None, "folder of doctor.html and doctor.json; none: outputs/doctor/<data set>-<fingerprint>"
+    )
+    quarantine: str | None = flag(
+        None, "OUT.csv to write the good rows to; the bad ones go to OUT.bad.csv with the reason"
+    )
+    pretrained_model_name_or_path: str = flag(str(BASE), "base model, for the length of captions in its tokens")
+    max_pixels: int = flag(89_478_485, "pixels of an image that are refused unread; the default is Pillow's limit")
+    examples: int = flag(4, "pictures in the report of each kind of fault")
+
+
 # What a preset changes. sd15 keeps diffusers' training defaults.
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {
     TrainConfig: {

@@ -1,16 +1,14 @@
 """The rows of a data set: read metadata.csv or metadata.jsonl, refuse what is wrong with it, and write it."""
 
-import csv
 import hashlib
-import io
-import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from os.path import isfile  # False for a name that is too long, where Path.is_file raises
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,8 +16,8 @@ from tqdm import tqdm
 
 from segcn.errors import UserError
 from segcn.labels import UNREADABLE, Palette, find_palette, read_mask
+from segcn.metadata import COLUMNS, Line, read_lines, write_csv
 
-COLUMNS = ("file_name", "conditioning_image_file_name", "text")
 METADATA = ("metadata.csv", "metadata.jsonl")
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 
@@ -33,6 +31,14 @@ class Record:
     image: Path
     mask: Path
     caption: str
+
+
+class Problem(NamedTuple):
+    """What is wrong with a row as written."""
+
+    kind: str  # metadata, path, missing or caption
+    file: str  # the file it is about, as written; "" where it is about the row
+    message: str
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,7 @@ class Split:
         digest = hashlib.sha256(self.metadata.read_bytes() + self.palette.fingerprint.encode())
         for record in self.records:
             for path in (record.image, record.mask):
-                status = path.stat()
-                digest.update(f"{path.relative_to(self.folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+                digest.update(f"{path.relative_to(self.folder)} {_stamp(path)}\n".encode())
         return digest.hexdigest()[:16]
 
 
@@ -66,18 +71,32 @@ def read_split(dataset_name: str | Path, split: str | None = None) -> Split:
 
     UserError names the file and the line of the first row that is wrong, and how many more rows are.
     """
+    found, problems = scan_split(dataset_name, split)
+    if not found.records:
+        raise UserError(f"{found.metadata}: expected at least one row under the header, found none")
+    _raise_first(found.metadata, found.records, [row[0].message if row else None for row in problems])
+    return found
+
+
+def scan_split(dataset_name: str | Path, split: str | None = None) -> tuple[Split, list[list[Problem]]]:
+    """As `read_split`, but rows that are wrong are kept: every row, and the problems of each as it is written."""
     metadata = _find_metadata(Path(dataset_name), split)
     palette = Palette.load(find_palette(metadata.parent))
-    rows = _jsonl_rows(metadata) if metadata.suffix == ".jsonl" else _csv_rows(metadata)
     records, problems = [], []
-    for row, (line, fields) in enumerate(rows):
-        record = Record(row, line, metadata.parent / fields[0], metadata.parent / fields[1], fields[2])
-        records.append(record)
-        problems.append(_field_problem(record, fields))
-    if not records:
-        raise UserError(f"{metadata}: expected at least one row under the header, found none")
-    _raise_first(metadata, records, problems)
-    return Split(metadata.parent, metadata, palette, tuple(records))
+    for row, line in enumerate(read_lines(metadata)):
+        image, mask, caption = line.fields
+        records.append(Record(row, line.number, metadata.parent / image, metadata.parent / mask, caption))
+        problems.append(list(_line_problems(records[-1], line)))
+    return Split(metadata.parent, metadata, palette, tuple(records)), problems
+
+
+def find_splits(dataset_name: str | Path) -> dict[str, Path]:
+    """The metadata file of every split by name, train first; a data set without splits is "train" alone."""
+    path = Path(dataset_name)
+    folders = sorted(path.iterdir()) if path.is_dir() and _metadata_in(path) is None else []
+    found = {folder.name: _metadata_in(folder) for folder in folders if folder.is_dir()}
+    splits = {name: metadata for name, metadata in found.items() if metadata is not None}
+    return dict(sorted(splits.items(), key=lambda item: item[0] != "train")) or {"train": _find_metadata(path, None)}
 
 
 def read_named_split(dataset_name: str | Path, name: str) -> Split:
@@ -108,12 +127,19 @@ def check_split(split: Split, progress: bool = False, full: bool = False) -> Non
 
 def read_image(path: str | Path) -> np.ndarray:
     """Read a photo upright (by its EXIF orientation), uint8 [H, W, 3]; UserError where it is broken."""
+    return read_turned_image(path)[0]
+
+
+def read_turned_image(path: str | Path) -> tuple[np.ndarray, int]:
+    """As `read_image`, and the EXIF orientation it was stored with (1: upright)."""
     try:
         with Image.open(path) as image:
+            orientation = image.getexif().get(ORIENTATION, 1)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
-                return np.repeat((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-            return np.array(image.convert("RGB"))
+                pixels = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+                return np.repeat(pixels[..., None], 3, axis=2), orientation
+            return np.array(image.convert("RGB")), orientation
     except UNREADABLE as error:
         raise UserError(f"{path}: the image cannot be read: {error}") from None
 
@@ -124,17 +150,8 @@ def write_metadata(folder: str | Path, rows: Iterable[tuple[str, str, str]]) -> 
     Line breaks in a caption become spaces. The order of the columns matters: `datasets` takes the first
     `*_file_name` column for the image.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows((image, mask, " ".join(caption.split())) for image, mask, caption in rows)
-    path = Path(folder) / "metadata.csv"
-    staged = path.with_name(f".metadata.csv.{os.getpid()}")
-    with staged.open("wb") as file:
-        file.write(text.getvalue().encode())
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    path = Path(folder) / METADATA[0]
+    write_csv(path, COLUMNS, ((image, mask, " ".join(caption.split())) for image, mask, caption in rows))
     return path
 
 
@@ -165,75 +182,26 @@ def _metadata_in(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _csv_rows(metadata: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yield (line, fields in the order of COLUMNS) of every row that is not blank."""
-    rows = _csv_fields(metadata)
-    header = next(rows, (1, 1, []))[2]
-    _check_columns(metadata, 1, header)
-    for first, last, fields in rows:
-        if last > first:
-            raise UserError(
-                f"{metadata}, line {first}: the row goes on to line {last}; is a double quote left open?"
-                " (captions with line breaks belong in metadata.jsonl)"
-            )
-        if fields and len(fields) != len(header):
-            raise UserError(
-                f"{metadata}, line {first}: expected {len(header)} fields, found {len(fields)}: {fields};"
-                ' a caption with a comma stands in double quotes, e.g. "a hill, at dusk"'
-            )
-        if fields:
-            yield first, tuple(fields[header.index(column)] for column in COLUMNS)
-
-
-def _csv_fields(metadata: Path) -> Iterator[tuple[int, int, list[str]]]:
-    """Yield (first line, last line, fields) of every row, the header and blank ones too."""
-    first = 1
-    with metadata.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            for fields in reader:
-                yield first, reader.line_num, fields
-                first = reader.line_num + 1
-        except UnicodeDecodeError as error:
-            byte = f"byte {error.object[error.start]:#x}"
-            raise UserError(f"{metadata}: expected UTF-8 text, found {byte}; save the file as UTF-8") from None
-        except csv.Error as error:
-            raise UserError(f"{metadata}, line {first}: {error}; is a double quote left open?") from None
-
-
-def _jsonl_rows(metadata: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yield (line, fields in the order of COLUMNS) of every line that is not blank."""
-    for line, text in enumerate(metadata.read_bytes().splitlines(), start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text.decode("utf-8-sig"))
-        except ValueError as error:
-            raise UserError(f"{metadata}, line {line}: expected one JSON object a line: {error}") from None
-        if not isinstance(row, dict) or not all(isinstance(row.get(column, ""), str) for column in COLUMNS):
-            raise UserError(f"{metadata}, line {line}: expected an object of strings, found {text.decode()[:80]}")
-        _check_columns(metadata, line, list(row))
-        yield line, tuple(row[column] for column in COLUMNS)
-
-
-def _check_columns(metadata: Path, line: int, columns: list[str]) -> None:
-    wanted = ",".join(COLUMNS)
-    missing = [column for column in COLUMNS if columns.count(column) != 1]
-    if missing:
-        raise UserError(
-            f"{metadata}, line {line}: expected the column {missing[0]} once (the columns are {wanted}),"
-            f" found {','.join(columns) or 'nothing'}"
-        )
-
-
-def _field_problem(record: Record, fields: tuple[str, ...]) -> str | None:
-    """What is wrong with a row as written, or None."""
-    for column, name, path in zip(COLUMNS[:2], fields[:2], (record.image, record.mask), strict=True):
+def _line_problems(record: Record, line: Line) -> Iterator[Problem]:
+    """All that is wrong with a row as written; the files of a row whose line is broken are not looked for."""
+    if line.fault is not None:
+        yield Problem(line.fault[0], "", line.fault[1])
+    if line.fault is not None and line.fault[0] == "metadata":
+        return
+    for column, name, path in zip(COLUMNS[:2], line.fields[:2], (record.image, record.mask), strict=True):
         if _leaves_folder(name):
-            return f"column {column}: expected a path inside the folder, written with /, found {name!r}"
-        if not path.is_file():
-            return f"column {column}: expected a file, found none at {name!r} (looked for {path})"
-    return None if record.caption.strip() else "column text: expected a caption, found an empty one"
+            expected = "expected a path inside the folder, written with /"
+            yield Problem("path", name, f"column {column}: {expected}, found {name!r}")
+        elif not isfile(path):
+            expected = f"expected a file, found none at {name!r}"
+            yield Problem("missing", name, f"column {column}: {expected} (looked for {path})")
+    if line.fault is None and not record.caption.strip():
+        yield Problem("caption", "", "column text: expected a caption, found an empty one")
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat() if isfile(path) else None
+    return f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
 
 
 def _leaves_folder(name: str) -> bool:

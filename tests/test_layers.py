@@ -8,12 +8,12 @@ import segcn
 PACKAGE = Path(segcn.__file__).parent
 FLOORS = [
     {"errors", "seeds", "home", "loss", "captions", "progress"},
-    {"config", "labels", "checkpoint"},
+    {"config", "labels", "checkpoint", "metadata"},
     {"records", "augment"},
-    {"dataset", "models", "distance"},
-    {"latents", "segmenter", "show"},
-    {"generate", "watch"},
-    {"prepare", "infer", "evaluate", "widgets"},
+    {"dataset", "models", "distance", "scan"},
+    {"latents", "segmenter", "show", "findings"},
+    {"generate", "watch", "doctor"},
+    {"prepare", "infer", "evaluate", "widgets", "report"},
     {"validate", "launch"},
     {"train", "charts", "samples"},
     {"workspace", "story"},

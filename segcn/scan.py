@@ -1,0 +1,148 @@
+"""What the doctor must know of every file, from decoding each exactly once, on all cores."""
+
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from segcn.errors import UserError
+from segcn.labels import UNREADABLE, Palette, read_mask
+from segcn.progress import Progress
+from segcn.records import ORIENTATION, read_turned_image
+
+LOSSY = ("JPEG", "MPO")
+
+
+class Fault(NamedTuple):
+    """Why a file is of no use: undecodable, truncated, too_large or labels."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """An image file; without a size where it could not be decoded."""
+
+    fault: Fault | None = None
+    size: tuple[int, int] | None = None  # (width, height), upright
+    orientation: int = 1  # EXIF; 1: stored upright
+    checksum: int = 0  # CRC-32 of the decoded pixels
+    thumb: np.ndarray | None = None  # uint8 [8, 9], grey
+
+    @property
+    def identity(self) -> tuple:
+        """Equal for images with the same pixels; the checksum is quick, the thumb makes up for its few bits."""
+        return self.size, self.checksum, self.thumb.tobytes()
+
+
+@dataclass(frozen=True)
+class MaskFacts:
+    """A mask file; without a size where it could not be read as class ids."""
+
+    fault: Fault | None = None
+    size: tuple[int, int] | None = None  # (width, height), as stored
+    orientation: int = 1  # EXIF, which masks are read without
+    lossy: str = ""  # the format, where it changes labels
+    counts: np.ndarray | None = None  # uint32 [256], pixels of each class id; 255 unlabelled
+
+
+class Header(NamedTuple):
+    """What a file says of itself before it is decoded."""
+
+    format: str
+    orientation: int
+
+
+def scan_images(paths: Iterable[Path], max_pixels: int, log: Callable[[str], None] = print) -> dict[Path, ImageFacts]:
+    """Decode every image once."""
+    return _scan(partial(image_facts, max_pixels=max_pixels), paths, "images decoded", log)
+
+
+def scan_masks(
+    paths: Iterable[Path], palette: Palette, max_pixels: int, log: Callable[[str], None] = print
+) -> dict[Path, MaskFacts]:
+    """Read every mask once."""
+    return _scan(partial(mask_facts, palette=palette, max_pixels=max_pixels), paths, "masks read", log)
+
+
+def image_facts(path: Path, max_pixels: int) -> ImageFacts:
+    """Size, orientation, checksum and thumb of an image, or its fault."""
+    header = read_header(path, max_pixels)
+    if isinstance(header, Fault):
+        return ImageFacts(header)
+    try:
+        pixels, orientation = read_turned_image(path)
+    except Exception as error:  # decoders of broken files raise anything
+        return ImageFacts(_decode_fault(path, error))
+    return ImageFacts(None, pixels.shape[1::-1], orientation, zlib.crc32(pixels), grey_thumb(pixels))
+
+
+def mask_facts(path: Path, palette: Palette, max_pixels: int) -> MaskFacts:
+    """Size, format, orientation and pixels of each class of a mask, or its fault."""
+    header = read_header(path, max_pixels)
+    if isinstance(header, Fault):
+        return MaskFacts(header)
+    lossy = header.format if header.format in LOSSY else ""
+    try:
+        mask = read_mask(path, palette)
+    except Exception as error:  # decoders of broken files raise anything
+        fault = _decode_fault(path, error)
+        return MaskFacts(fault, lossy=lossy if fault.kind == "labels" else "")
+    counts = np.bincount(mask.ravel(), minlength=256).astype(np.uint32)
+    return MaskFacts(None, mask.shape[::-1], header.orientation, lossy, counts)
+
+
+def read_header(path: Path, max_pixels: int) -> Header | Fault:
+    """Format and EXIF orientation; a picture above the limit is refused before it takes any memory."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                return Fault("too_large", f"{width} x {height} pixels, the limit is {max_pixels:,} (--max_pixels)")
+            late = image.format == "PNG" and "exif" not in image.info  # asking for it would decode the file
+            return Header(image.format or "", 1 if late else image.getexif().get(ORIENTATION, 1))
+    except Image.DecompressionBombError as error:
+        return Fault("too_large", str(error))
+    except Exception as error:  # decoders of broken files raise anything
+        return Fault("undecodable", str(error).replace(f"{str(path)!r}", "").strip())
+
+
+def grey_thumb(pixels: np.ndarray) -> np.ndarray:
+    """The picture, uint8 [H, W, 3], as 9 x 8 grey means, uint8 [8, 9]."""
+    return np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX))
+
+
+def dhash(thumbs: np.ndarray) -> np.ndarray:
+    """Thumbs, uint8 [N, 8, 9] -> uint64 [N], one bit for each step to the right: is it brighter there?"""
+    brighter = thumbs[:, :, 1:] > thumbs[:, :, :-1]
+    return np.packbits(brighter.reshape(len(thumbs), 64), axis=1).view(np.uint64)[:, 0]
+
+
+def _decode_fault(path: Path, error: Exception) -> Fault:
+    """Broken files fail in Pillow, which is the error or its context; the rest are values without a label."""
+    message = str(error).removeprefix(f"{path}: ")
+    if not isinstance(error, UserError):
+        return Fault("undecodable", f"{type(error).__name__}: {error}")
+    if not isinstance(error.__context__, UNREADABLE):
+        return Fault("labels", message)
+    return Fault("truncated" if "truncated" in str(error.__context__).lower() else "undecodable", message)
+
+
+def _scan(facts: Callable, paths: Iterable[Path], what: str, log: Callable[[str], None]) -> dict:
+    """The facts of each path; threads, since Pillow decodes outside the interpreter lock."""
+    unique = list(dict.fromkeys(paths))
+    progress, found = Progress(what, len(unique), log), {}
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, (path, fact) in enumerate(zip(unique, pool.map(facts, unique), strict=True), start=1):
+            found[path] = fact
+            progress(done)
+    return found

@@ -1,0 +1,291 @@
+"""Promise: every fault of a data set is found with its row and file, whatever else is wrong with it."""
+
+import csv
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segcn import cli
+from segcn.config import DoctorConfig
+from segcn.doctor import examine, quarantine
+from segcn.errors import UserError
+from segcn.findings import KINDS, NEAR, Finding, nearest
+from segcn.labels import Label, Palette, write_mask
+from segcn.metadata import COLUMNS
+from segcn.records import check_split, read_split, write_metadata
+from segcn.report import as_html, as_json, summary
+from segcn.scan import ImageFacts, MaskFacts, dhash, image_facts, mask_facts
+
+PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0))))
+SIZE = (40, 32)  # (height, width)
+
+
+def photo(seed, size=SIZE):
+    """Blocks of random grey, unlike for every seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (size[0] // 4, size[1] // 4, 1), np.uint8)
+    return Image.fromarray(blocks.repeat(4, 0).repeat(4, 1).repeat(3, 2))
+
+
+def make_split(folder, rows, first=0):
+    """Pairs of 32 x 40 pixels that show both classes; the palette is for the caller to write."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    mask = np.indices(SIZE).sum(0).astype(np.uint8) // 36
+    for row in range(rows):
+        photo(first + row).save(folder / f"images/{row}.png")
+        write_mask(folder / f"masks/{row}.png", mask, PALETTE)
+    write_metadata(folder, [(f"images/{k}.png", f"masks/{k}.png", f"a tree, number {k}") for k in range(rows)])
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    data = make_split(tmp_path / "pairs", 4)
+    PALETTE.save(data / "palette.json")
+    return data
+
+
+@pytest.fixture
+def splits(tmp_path):
+    data = tmp_path / "pairs"
+    make_split(data / "train", 4), make_split(data / "test", 3, first=100)
+    PALETTE.save(data / "palette.json")
+    return data
+
+
+def check(folder, **settings):
+    return examine(DoctorConfig(dataset_name=str(folder), **settings), log=lambda line: None)
+
+
+def found(folder, **settings):
+    """(kind, row, file) of every finding."""
+    return [(item.kind, item.row, item.file) for item in check(folder, **settings).findings]
+
+
+def set_caption(folder, row, caption):
+    rows = list(csv.reader((folder / "metadata.csv").open()))
+    rows[row + 1][2] = caption
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_a_clean_set_has_no_finding(folder, splits):
+    assert found(splits) == []
+    checkup = check(folder)
+    assert checkup.findings == () and checkup.files == 8
+    assert [entry["masks"] for entry in checkup.classes["train"]] == [4, 4, 0]
+    assert sum(entry["pixels"] for entry in checkup.classes["train"]) == 4 * SIZE[0] * SIZE[1]
+    assert checkup.captions["train"]["different"] == 4
+
+
+def test_missing_truncated_and_undecodable_files(folder):
+    (folder / "images/0.png").unlink()
+    photo(1).save(folder / "images/1.png", format="BMP")
+    (folder / "images/1.png").write_bytes((folder / "images/1.png").read_bytes()[:-50])
+    (folder / "masks/2.png").write_bytes(b"nothing")
+    assert found(folder) == [
+        ("missing", 0, "images/0.png"),
+        ("truncated", 1, "images/1.png"),
+        ("undecodable", 2, "masks/2.png"),
+    ]
+
+
+def test_sizes_and_rotations(folder):
+    write_mask(folder / "masks/0.png", np.zeros((8, 8), np.uint8), PALETTE)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(1).save(folder / "images/1.png", exif=exif)  # upright it is 40 x 32, its mask is not turned
+    exif[0x0112] = 3
+    photo(2).save(folder / "images/2.png", exif=exif)
+    assert found(folder) == [
+        ("size", 0, "masks/0.png"),
+        ("rotation", 1, "masks/1.png"),
+        ("exif", 1, "images/1.png"),
+        ("exif", 2, "images/2.png"),
+    ]
+
+
+def test_masks_in_a_lossy_format_and_with_undeclared_labels(folder):
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(folder / "masks/0.png", format="JPEG")
+    mask = np.zeros(SIZE, np.uint8)
+    mask[:2, :5], mask[4] = 9, 200
+    Image.fromarray(mask).save(folder / "masks/1.png")
+    findings = check(folder).findings
+    assert [(item.kind, item.row) for item in findings] == [("lossy_mask", 0), ("labels", 1)]
+    assert "value 200 (32 pixels), value 9 (10 pixels)" in findings[1].message
+
+
+def test_a_picture_above_the_limit_is_refused_by_its_header(folder):
+    photo(0, (400, 320)).save(folder / "images/0.png")
+    assert ("too_large", 0, "images/0.png") in found(folder, max_pixels=10_000)
+
+
+def test_captions_that_are_empty_or_no_words_or_too_long(folder):
+    set_caption(folder, 0, "  ")
+    set_caption(folder, 1, "2024")
+    set_caption(folder, 2, "a hill " * 40 + "and the END")
+    findings = check(folder).findings
+    assert [(item.kind, item.row) for item in findings] == [("caption", 0), ("caption_words", 1), ("caption_long", 2)]
+    assert findings[2].message.endswith("and the end'") and "of 48 tokens" in findings[2].message
+
+
+def test_lines_that_cannot_be_read_are_collected(folder):
+    with (folder / "metadata.csv").open("ab") as file:
+        file.write(b"images/0.png,masks/0.png,a,b\nimages/0.png,masks/0.png,caf\xe9\n../x.png,masks/0.png,a tree\n")
+        file.write(b'images/0.png,masks/0.png,"an open quote\n')
+    findings = [item for item in check(folder).findings if item.severity == "error"]
+    assert [(item.kind, item.line) for item in findings] == [("metadata", k) for k in (6, 7, 9)] + [("path", 8)]
+    assert "0xe9" in findings[1].message and "\udce9" not in json.dumps([item.message for item in findings])
+
+
+def test_jsonl_rows_of_other_types_are_collected(folder):
+    (folder / "metadata.csv").unlink()
+    rows = [["images/0.png", "masks/0.png", 5], ["images/1.png", 1, "a"], ["images/2.png", "masks/2.png", "a tree"]]
+    lines = [json.dumps(dict(zip(COLUMNS, row, strict=True))) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join([*lines, "{", "[]"]))
+    kinds = {(item.kind, item.line) for item in check(folder).errors}
+    assert kinds == {("caption", 1), ("metadata", 2), ("metadata", 4), ("metadata", 5)}
+
+
+def test_a_file_name_that_no_file_can_have_is_missing(folder):
+    rows = (folder / "metadata.csv").read_text().replace("images/1.png", "x" * 300)
+    (folder / "metadata.csv").write_text(rows)
+    assert found(folder) == [("missing", 1, "x" * 300)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"])
+def test_no_broken_file_stops_the_check_up(folder, form):
+    generator = np.random.default_rng(0)
+    path, mask = folder / "images/0.png", folder / "masks/0.png"
+    photo(0).save(path, format=form)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(40):
+        broken = whole.copy()
+        broken[generator.integers(0, len(whole), 8)] = generator.integers(0, 256, 8)
+        path.write_bytes(broken.tobytes())
+        mask.write_bytes(broken.tobytes())
+        assert isinstance(image_facts(path, 10**6), ImageFacts)
+        assert isinstance(mask_facts(mask, PALETTE, 10**6), MaskFacts)
+
+
+def test_copies_within_a_split_and_across_splits(splits):
+    photo(0).save(splits / "train/images/3.png", compress_level=0)  # other bytes, the same pixels
+    photo(1).save(splits / "test/images/0.png")
+    changed = np.array(photo(2))
+    changed[:2, :2] ^= 1
+    Image.fromarray(changed).save(splits / "test/images/1.png")
+    findings = check(splits).findings
+    assert [(item.kind, item.split, item.row) for item in findings] == [
+        ("leak", "test", 0),
+        ("near_duplicate", "test", 1),
+        ("duplicate", "train", 3),
+    ]
+    assert findings[1].other == ("train", 2) and "train line 4: images/2.png" in findings[1].message
+
+
+def test_a_class_that_never_occurs_and_another_palette(splits):
+    more = Palette((*PALETTE.labels, Label(2, "lake", (0, 0, 255))))
+    more.save(splits / "test/palette.json")
+    findings = check(splits).findings
+    assert [(item.kind, item.split) for item in findings] == [("palette", "test"), ("class_absent", "test")]
+    assert "lake" in findings[1].message
+
+
+def test_nearest_counts_the_bits_that_differ():
+    generator = np.random.default_rng(0)
+    hashes, others = (generator.integers(0, 1 << 63, n, np.uint64) for n in (50, 3000))
+    others[1234] = hashes[7] ^ np.uint64(0b1011)
+    best, bits = nearest(hashes, others)
+    assert (best[7], bits[7]) == (1234, 3)
+    assert bits[8] == min(bin(int(hashes[8]) ^ int(other)).count("1") for other in others) > NEAR
+    assert nearest(hashes, others[:0])[1].min() > 64
+
+
+def test_the_hash_has_a_bit_for_each_step_that_brightens():
+    thumb = np.zeros((2, 8, 9), np.uint8)
+    thumb[1, 0, 1:] = 1
+    assert [int(value).bit_count() for value in dhash(thumb)] == [0, 1]
+
+
+def test_quarantine_parts_the_rows_and_overwrites_nothing(folder):
+    (folder / "images/0.png").unlink()
+    set_caption(folder, 2, "")
+    checkup = check(folder)
+    assert "2 good rows, 2 bad ones" in quarantine(checkup, folder / "good.csv")
+    good = read_split(folder / "good.csv")
+    check_split(good, full=True)
+    assert [record.image.name for record in good.records] == ["1.png", "3.png"]
+    bad = list(csv.DictReader((folder / "good.bad.csv").open()))
+    assert [row["file_name"] for row in bad] == ["images/0.png", "images/2.png"]
+    assert bad[0]["reason"].startswith("missing: ") and bad[1]["reason"].startswith("caption: ")
+    with pytest.raises(UserError, match="is there already"):
+        quarantine(checkup, folder / "good.csv")
+    with pytest.raises(UserError, match="is there already"):
+        check(folder, quarantine=str(folder / "good.csv"))
+
+
+def test_quarantine_of_splits_lies_above_them(splits, tmp_path):
+    (splits / "test/masks/0.png").unlink()
+    checkup = check(splits)
+    quarantine(checkup, splits / "good.csv")
+    assert [len(read_split(splits / f"good.{name}.csv")) for name in ("train", "test")] == [4, 2]
+    with pytest.raises(UserError, match="or above it"):
+        quarantine(checkup, splits / "train/good.csv")
+
+
+def test_the_page_escapes_what_comes_from_the_data_set(folder):
+    set_caption(folder, 0, "<script>alert(1)</script> " * 20)
+    rows = (folder / "metadata.csv").read_text().replace("images/1.png", "images/<b>&1.png")
+    (folder / "metadata.csv").write_text(rows)
+    checkup = check(folder)
+    page = as_html(checkup, DoctorConfig())
+    assert "<script>" not in page and "<b>&1" not in page
+    assert "&lt;script&gt;" in page and "&lt;b&gt;&amp;1.png" in page
+
+
+def test_the_page_shows_undeclared_labels_and_broken_rows(folder):
+    Image.fromarray(np.full(SIZE, 9, np.uint8)).save(folder / "masks/0.png")
+    (folder / "masks/1.png").write_bytes(b"nothing")
+    write_mask(folder / "masks/2.png", np.zeros((8, 8), np.uint8), PALETTE)
+    checkup = check(folder)
+    page = as_html(checkup, DoctorConfig())
+    assert page.count("data:image/png;base64,") == 5  # image and mask, but of the broken mask
+    assert "http" not in page  # it needs no other file
+
+
+def test_the_summary_fits_twenty_lines(folder):
+    checkup = check(folder)
+    every = tuple(Finding(kind, "x", "train", 0, 2, "a.png") for kind in KINDS)
+    lines = summary(replace(checkup, findings=every))
+    assert len(lines) <= 18 and "training would fail" in lines[-1]
+    assert as_json(checkup, DoctorConfig())["errors"] == 0
+
+
+def test_the_command_writes_elsewhere_and_its_exit_code_says_whether_to_train(folder, tmp_path, monkeypatch, capsys):
+    def validate(*words):
+        monkeypatch.setattr(sys, "argv", ["segcn", "validate", str(folder), *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code
+
+    before = sorted(folder.rglob("*"))
+    out = tmp_path / "report"
+    set_caption(folder, 0, "2024")
+    assert validate("--output_dir", str(out)) == 0  # a warning alone
+    assert sorted(path.name for path in out.iterdir()) == ["doctor.html", "doctor.json"]
+    (folder / "masks/1.png").write_bytes(b"nothing")
+    assert validate("--output_dir", str(out)) == 1
+    assert json.loads((out / "doctor.json").read_text())["errors"] == 1
+    assert "masks/1.png" in capsys.readouterr().out
+    assert validate("--output_dir", str(folder / "report")) == 2
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_base_without_a_tokenizer_is_named(folder, tmp_path):
+    with pytest.raises(UserError, match="no tokenizer in"):
+        check(folder, pretrained_model_name_or_path=str(tmp_path))
