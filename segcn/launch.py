@@ -34,7 +34,7 @@ def training_lines(config: TrainConfig, num_processes: int = 1) -> Iterator[str]
     """Run the training and yield each line that it prints.
 
     Interrupted, it lets the processes commit a checkpoint, and yields what they say, before KeyboardInterrupt goes on;
-    they are stopped too when the reader leaves. A message of the training ("Error: ...") is raised as UserError
+    where the reader is interrupted, or leaves, they are stopped too, and what they say is printed. A message of the training ("Error: ...") is raised as UserError
     without the launcher's traceback that follows it; another failure is named by its last line.
     """
     process = start(training_command(config, num_processes))
@@ -46,9 +46,11 @@ def training_lines(config: TrainConfig, num_processes: int = 1) -> Iterator[str]
             else:
                 last = last if line.startswith(LAUNCHERS_OWN) else line.strip() or last
                 yield line
-    except BaseException:  # interrupted, or the reader left
+    except BaseException:  # the reader was interrupted, or left
         stop(process)
-        process.stdout.read()  # to its end: the launcher may be gone before the training is
+        for line in process.stdout:  # to its end: the launcher may be gone before the training is
+            if not line.startswith(LAUNCHERS_OWN):
+                print(line, end="", flush=True)
         raise
     finally:
         code = process.wait()
