@@ -34,8 +34,9 @@ def training_lines(config: TrainConfig, num_processes: int = 1) -> Iterator[str]
     """Run the training and yield each line that it prints.
 
     Interrupted, it lets the processes commit a checkpoint, and yields what they say, before KeyboardInterrupt goes on;
-    where the reader is interrupted, or leaves, they are stopped too, and what they say is printed. A message of the training ("Error: ...") is raised as UserError
-    without the launcher's traceback that follows it; another failure is named by its last line.
+    where the reader is interrupted, or leaves, they are stopped too, and what they say is printed. A message of the
+    training ("Error: ...") is raised as UserError without the launcher's traceback that follows it; another failure is
+    named by its last line.
     """
     process = start(training_command(config, num_processes))
     said, last = [], ""  # its message, and its last line that is not the launcher's

@@ -95,9 +95,9 @@ def tell(real: Split, painted: Split, floor: Split, recaptioned: np.ndarray, cap
     width = 2 * (MARGIN + TEXT_WIDTH) + columns * SIDE + (columns - 1) * GAP
     sheet = Image.new("RGB", (width, HEAD + len(recaptioned) * (SIDE + GAP) + MARGIN), "white")
     pen, left = ImageDraw.Draw(sheet), MARGIN + TEXT_WIDTH
-    pen.text((MARGIN, HEAD / 2), "caption", INK, _font(20, bold=True), anchor="lm")
+    pen.text((MARGIN, HEAD / 2), "caption", INK, _font(17, bold=True), anchor="lm")
     for column, head in enumerate(HEADS):
-        pen.text((left + column * (SIDE + GAP) + SIDE / 2, HEAD / 2), head, INK, _font(20, bold=True), anchor="mm")
+        pen.text((left + column * (SIDE + GAP) + SIDE / 2, HEAD / 2), head, INK, _font(17, bold=True), anchor="mm")
     for row, other in enumerate(recaptioned):
         image, mask = read_pair(real, row)
         pictures = [enlarged(colourise(mask, real.palette), smooth=False)]
