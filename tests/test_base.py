@@ -64,6 +64,8 @@ def test_the_recipe_runs_resumes_and_never_overwrites(tmp_path):
     assert sum("Resuming" in line for line in said) == 2
     with pytest.raises(UserError, match="exists"):
         build_base(tmp_path / "work", out, recipe)
+    with pytest.raises(UserError, match="--work"):
+        build_base(tmp_path / "work", tmp_path / "other", SMOKE)
 
 
 def test_standardising_leaves_the_pictures_alone():

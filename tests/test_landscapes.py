@@ -9,8 +9,9 @@ from PIL import Image
 from segcn.errors import UserError
 from segcn.records import check_split, read_split
 from segcn.samples.canvas import rasterise, rectangle
-from segcn.samples.landscapes import PALETTE, SEASONS, TIMES, paint, split_seed, write_landscapes
+from segcn.samples.landscapes import PALETTE, SEASONS, TIMES, paint, write_landscapes
 from segcn.samples.scene import SMALLEST
+from segcn.samples.writing import split_seed
 
 NAMED = {
     "cloud": ("clouds",),

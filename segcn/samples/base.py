@@ -40,6 +40,7 @@ def build_base(work: Path, out: Path, recipe: BaseRecipe = BaseRecipe(), log: Ca
     """Run the whole recipe in `work` (it resumes there) and write the finished model to `out`, which must not exist."""
     if out.exists():
         raise UserError(f"{out} exists: choose another folder for the finished model")
+    claim_work(work, recipe)
     torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pictures = paint_pictures(work / "pictures", recipe, log)
@@ -51,6 +52,15 @@ def build_base(work: Path, out: Path, recipe: BaseRecipe = BaseRecipe(), log: Ca
     latents = encode_views(vae, images, work / "latents.npy", log).to(device)
     denoiser = train_denoiser(latents, tokens.to(device), tokenizer, recipe.unet, work / "unet", log)
     return export_base(out, recipe, vae, tokenizer, denoiser)
+
+
+def claim_work(work: Path, recipe: BaseRecipe) -> None:
+    """Write the recipe to `work`, or hold it against the one that stands there; UserError where they differ."""
+    path, wanted = work / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n"
+    if work.is_dir() and any(work.iterdir()) and not (path.is_file() and path.read_text() == wanted):
+        raise UserError(f"{work} holds something else than the state of this recipe: choose another folder by --work")
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(path, wanted)
 
 
 @torch.no_grad()

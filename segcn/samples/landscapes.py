@@ -13,7 +13,6 @@ from segcn.samples.painting import paint_scene
 from segcn.samples.scene import compose
 from segcn.samples.things import CLOUD, HOUSE, MOUNTAIN, TREE
 from segcn.samples.writing import Kind, SampleSet, as_palette, write_set
-from segcn.samples.writing import split_seed as split_seed
 
 PALETTE = (
     (0, "sky", (70, 130, 180)),

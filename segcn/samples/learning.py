@@ -81,9 +81,9 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """Compiled into CUDA graphs on a GPU, where launching small kernels takes most of the time; elsewhere as it is."""
-    return torch.compile(function, mode="reduce-overhead") if device.type == "cuda" else function
+def compiled(function: Callable, device: torch.device, mode: str = "default") -> Callable:
+    """Compiled where it pays, on a GPU; "reduce-overhead" makes CUDA graphs, for many small kernels."""
+    return torch.compile(function, mode=mode) if device.type == "cuda" else function
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:

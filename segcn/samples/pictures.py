@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from segcn.checkpoint import write_text
+from segcn.samples.earth import tile
+from segcn.samples.landscapes import paint
 
 EARTH_IDS = 32  # added to the class ids of earth tiles, so that no class of theirs is one of the landscapes'
 
@@ -54,11 +56,7 @@ def write_pictures(folder: Path, recipe, log: Callable[[str], None]) -> None:
 def paint_one(recipe, row: int) -> tuple[np.ndarray, np.ndarray, str]:
     """Image, class ids and caption of one row: the landscapes come first."""
     if row < recipe.landscapes:
-        from segcn.samples.landscapes import paint
-
         landscape = paint(recipe.seed, row, recipe.resolution)
         return landscape.image, landscape.mask, landscape.caption
-    from segcn.samples.earth import tile
-
     found = tile(recipe.seed, row - recipe.landscapes, recipe.resolution, side="train")
-    return found.image, np.where(found.mask == 255, 255, found.mask + EARTH_IDS).astype(np.uint8), found.caption
+    return found.image, found.mask + np.uint8(EARTH_IDS), found.caption

@@ -107,7 +107,7 @@ def train_denoiser(
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0].to(device)
     scheduler = build_scheduler()
     learning = Learning("unet", pair, recipe, folder, log)
-    denoise = compiled(pair.live, device)
+    denoise = compiled(pair.live, device, "reduce-overhead")
     for step in learning.steps():
         clean, ids, noise, timestep = draw_batch(latents, tokens, empty, recipe, step)
         with autocast(device):
