@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from segcn.arguments import arguments_of, make
 from segcn.captions import common_words
-from segcn.config import TrainConfig, arguments_of, make
+from segcn.config import TrainConfig
 from segcn.dataset import PairedDataset
 from segcn.labels import IGNORE, Palette, read_mask
 from segcn.launch import training_command, training_lines

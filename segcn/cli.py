@@ -6,16 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
-from segcn.config import (
-    OUTPUTS,
-    DoctorConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    InferConfig,
-    TrainConfig,
-    main_guard,
-    parse,
-)
+from segcn.arguments import main_guard, parse
+from segcn.config import OUTPUTS, DoctorConfig, EvaluateConfig, GenerateConfig, InferConfig, TrainConfig
 from segcn.errors import UserError
 from segcn.home import use_writable_home
 

@@ -8,8 +8,8 @@ from PIL import Image
 from segcn.config import InferConfig
 from segcn.dataset import read_control_mask
 from segcn.errors import UserError
-from segcn.generate import generate, load_painter
 from segcn.labels import Palette, find_palette
+from segcn.pipeline import generate, load_painter
 
 
 def infer(config: InferConfig) -> Path:

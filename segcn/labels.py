@@ -40,8 +40,10 @@ class Palette:
             raise UserError("the palette has no class: expected 1 to 255 labels without ignore")
         for label in self.labels:
             _check_label(label)
-        for key in ("id", "name", "colour"):
+        for key in ("id", "name"):
             _check_unique([getattr(label, key) for label in self.labels], key)
+        ignored = {label.colour for label in self.labels if label.ignore}  # these may share one
+        _check_unique([*(label.colour for label in self.labels if not label.ignore), *ignored], "colour")
 
     @classmethod
     def load(cls, path: str | Path) -> "Palette":

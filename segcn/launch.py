@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from segcn.config import TrainConfig, arguments_of
+from segcn.arguments import arguments_of
+from segcn.config import TrainConfig
 from segcn.errors import UserError
 
 LAUNCHERS_OWN = (" ", "Traceback", "subprocess.CalledProcessError", "torch.distributed.elastic")

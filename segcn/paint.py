@@ -4,8 +4,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from segcn.config import GenerateConfig, SampleConfig, make
-from segcn.generate import SETTINGS_FILE, Painter, claim_output, generate_dataset, load_painter
+from segcn.arguments import make
+from segcn.config import GenerateConfig, SampleConfig
+from segcn.generate import SETTINGS_FILE, claim_output, generate_dataset
+from segcn.pipeline import Painter, load_painter
 from segcn.records import Split, read_split
 from segcn.workspace import Workspace
 

@@ -15,8 +15,9 @@ from diffusers import ControlNetModel
 from diffusers.optimization import get_scheduler
 
 from segcn import checkpoint, latents, models
+from segcn.arguments import to_json
 from segcn.augment import AUGMENTS
-from segcn.config import OBSOLETE, OUTPUTS, TrainConfig, differences, to_json, total_steps
+from segcn.config import OBSOLETE, OUTPUTS, TrainConfig, differences, total_steps
 from segcn.dataset import PairedDataset
 from segcn.errors import UserError
 from segcn.records import Split, check_split, read_split

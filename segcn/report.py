@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from segcn.config import DoctorConfig, to_json
+from segcn.arguments import to_json
+from segcn.config import DoctorConfig
 from segcn.doctor import Checkup, default_folder, refuse_inside
 from segcn.findings import KINDS, Case, Finding
 from segcn.labels import IGNORE, Label, Palette, colourise, read_mask

@@ -8,7 +8,8 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from segcn import checkpoint, latents, models
-from segcn.config import TrainConfig, main_guard, parse
+from segcn.arguments import main_guard, parse
+from segcn.config import TrainConfig
 from segcn.errors import UserError
 from segcn.loss import diffusion_loss
 from segcn.prepare import RUN_FILE, Run, prepare

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from segcn.config import SampleConfig, make
+from segcn.arguments import make
+from segcn.config import SampleConfig
 from segcn.dataset import read_control_mask
-from segcn.generate import Painter, generate
+from segcn.pipeline import Painter, generate
 from segcn.prepare import Run
 
 

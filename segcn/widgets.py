@@ -12,11 +12,12 @@ import ipywidgets as w
 import numpy as np
 from PIL import Image
 
-from segcn.config import SampleConfig, make
+from segcn.arguments import make
+from segcn.config import SampleConfig
 from segcn.dataset import read_control_mask
 from segcn.errors import UserError
-from segcn.generate import Painter, generate
 from segcn.labels import Palette, colourise, write_mask
+from segcn.pipeline import Painter, generate
 from segcn.records import COLUMNS, Split, read_split, write_metadata
 
 SIDE = 320  # px of the panel's two pictures

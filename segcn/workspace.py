@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from segcn.config import BASE, OUTPUTS, ROOT, TrainConfig, make
+from segcn.arguments import make
+from segcn.config import BASE, OUTPUTS, ROOT, TrainConfig
 from segcn.errors import UserError
 from segcn.records import METADATA, Split, read_named_split, read_split
 from segcn.samples.landscapes import write_landscapes

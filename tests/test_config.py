@@ -2,7 +2,8 @@
 
 import pytest
 
-from segcn.config import OBSOLETE, GenerateConfig, SampleConfig, TrainConfig, arguments_of, differences, make, parse
+from segcn.arguments import arguments_of, make, parse
+from segcn.config import OBSOLETE, GenerateConfig, SampleConfig, TrainConfig, differences
 from segcn.errors import UserError
 
 OLD_COMMAND = (

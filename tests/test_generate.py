@@ -10,13 +10,15 @@ import pytest
 from PIL import Image
 
 from segcn import models, paint
+from segcn.arguments import make
 from segcn.augment import AUGMENTS
-from segcn.config import GenerateConfig, InferConfig, make
+from segcn.config import GenerateConfig, InferConfig
 from segcn.dataset import PairedDataset, read_control_mask
 from segcn.errors import UserError
-from segcn.generate import Painter, find_controlnet, generate, generate_dataset, reconstruct_dataset
+from segcn.generate import generate_dataset, reconstruct_dataset
 from segcn.infer import infer
 from segcn.labels import read_mask, write_mask
+from segcn.pipeline import Painter, find_controlnet, generate
 from segcn.records import check_split, read_split
 
 
@@ -114,7 +116,7 @@ def test_the_control_is_embedded_once_and_no_picture_changes(config, painter, la
     embedding.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     once = generate(heard, masks, ["a lake"] * 2, [0, 1], settings)
     assert sizes == [2] and heard.controlnet.controlnet_cond_embedding is embedding
-    monkeypatch.setattr("segcn.generate.embedding_once", lambda controlnet, pictures: controlnet)
+    monkeypatch.setattr("segcn.pipeline.embedding_once", lambda controlnet, pictures: controlnet)
     always = generate(heard, masks, ["a lake"] * 2, [0, 1], settings)
     assert len(sizes) == 4 and np.abs(once.astype(int) - always).max() <= 1
 

@@ -9,9 +9,9 @@ PACKAGE = Path(segcn.__file__).parent
 FLOORS = [
     {"errors", "seeds", "home", "loss", "captions", "progress"},
     {"config", "labels", "checkpoint", "metadata"},
-    {"records", "augment"},
+    {"records", "augment", "arguments"},
     {"dataset", "models", "distance", "scan"},
-    {"latents", "segmenter", "show", "findings"},
+    {"latents", "segmenter", "show", "findings", "pipeline"},
     {"generate", "watch", "doctor"},
     {"prepare", "infer", "evaluate", "widgets", "report"},
     {"validate", "launch"},

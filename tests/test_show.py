@@ -8,8 +8,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from segcn import captions, charts, show, story
+from segcn.arguments import make, parse
 from segcn.augment import AUGMENTS
-from segcn.config import TrainConfig, make, parse
+from segcn.config import TrainConfig
 from segcn.dataset import PairedDataset
 from segcn.labels import Label, Palette
 from segcn.records import read_split

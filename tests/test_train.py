@@ -14,7 +14,8 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
 from segcn import checkpoint, latents
-from segcn.config import TrainConfig, arguments_of, make
+from segcn.arguments import arguments_of, make
+from segcn.config import TrainConfig
 from segcn.errors import UserError
 from segcn.labels import read_mask
 from segcn.launch import message

@@ -6,10 +6,11 @@ import pytest
 from PIL import Image
 
 from segcn import models, widgets
-from segcn.config import SampleConfig, make
+from segcn.arguments import make
+from segcn.config import SampleConfig
 from segcn.errors import UserError
-from segcn.generate import Painter
 from segcn.labels import Label, Palette, read_mask
+from segcn.pipeline import Painter
 from segcn.records import read_split
 
 SETTINGS = make(SampleConfig, "tiny", num_inference_steps=2)
