@@ -139,11 +139,10 @@ def _halves(target: Path, split: str, splits: int) -> tuple[Path, Path]:
 def _fields(case: Case, folder: Path) -> tuple[str, str, str]:
     """The row as it is written in a metadata file in `folder`; names that lead nowhere stay as they were."""
     record = case.record
-    paths = (record.image, record.mask)
+    names = (record.image_name, record.mask_name)
     if case.readable:
-        names = [relpath(path.absolute(), folder).replace("\\", "/") for path in paths]
-    else:
-        names = [str(path.relative_to(case.folder) if path.is_relative_to(case.folder) else path) for path in paths]
+        paths = (record.image, record.mask)
+        names = (relpath(path.absolute(), folder).replace("\\", "/") for path in paths)
     return (*names, " ".join(record.caption.split()))
 
 
@@ -197,15 +196,16 @@ def _palette_findings(splits: dict[str, Split]) -> Iterator[Finding]:
 
 def _captions(cases: Sequence[Case], splits: Iterable[str], tokenizer) -> tuple[list[Finding], dict[str, dict]]:
     """Captions that are too long, and the statistics of each split's captions."""
-    told = [case for case in cases if case.record.caption.strip()]
+    told = [(case, caption) for case in cases for caption in case.record.captions if caption.strip()]
     limit = tokenizer.model_max_length
-    tokens = [len(ids) for ids in tokenizer([case.record.caption for case in told]).input_ids] if told else []
+    tokens = [len(ids) for ids in tokenizer([caption for _, caption in told]).input_ids] if told else []
     long = findings.long_findings(told, tokens, lambda caption: _cut_off(tokenizer, caption), limit)
     of_split = {
-        name: [(case, n) for case, n in zip(told, tokens, strict=True) if case.split == name] for name in splits
+        name: [(caption, count) for (case, caption), count in zip(told, tokens, strict=True) if case.split == name]
+        for name in splits
     }
     return list(long), {
-        name: findings.caption_statistics([case.record.caption for case, _ in pairs], [n for _, n in pairs], limit)
+        name: findings.caption_statistics([caption for caption, _ in pairs], [count for _, count in pairs], limit)
         for name, pairs in of_split.items()
     }
 

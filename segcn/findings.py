@@ -16,6 +16,7 @@ NEAR = 4  # bits of 64 in which the hashes of near-duplicates differ at most
 BLOCK = 1 << 18  # pairs of hashes compared at once: they fit a cache
 KINDS = {  # kind: (severity, title, what to do)
     "metadata": ("error", "line that cannot be read", "mend the line: the three columns, quotes, UTF-8"),
+    "repeated": ("error", "row that stands twice", "remove one of them"),
     "path": ("error", "path that leaves the folder", "move the file below the folder of its metadata.csv; write /"),
     "missing": ("error", "file that is missing", "mend the path, or remove the row"),
     "truncated": ("error", "file that is cut short", "copy the file again, or remove the row"),
@@ -68,15 +69,15 @@ class Case(NamedTuple):
 
     @property
     def readable(self) -> bool:
-        """Whether its files may be looked at: the line is whole and its paths stay in the folder."""
-        return not any(problem.kind in ("metadata", "path") for problem in self.problems)
+        """Whether its files are looked at: the line is whole, not a repeated one, and its paths stay in the folder."""
+        return not any(problem.kind in ("metadata", "repeated", "path") for problem in self.problems)
 
     def finding(self, kind: str, message: str, file: Path | str = "", other: "Case | None" = None) -> Finding:
         name = str(file.relative_to(self.folder)) if isinstance(file, Path) else file
         return Finding(kind, message, self.split, self.record.row, self.record.line, name, other and other.key)
 
     def __str__(self) -> str:
-        return f"{self.split} line {self.record.line}: {self.record.image.relative_to(self.folder)}"
+        return f"{self.split} line {self.record.line}: {self.record.image_name}"
 
 
 def cases_of(name: str, split: Split, problems: Iterable[Sequence[Problem]]) -> list[Case]:
@@ -88,9 +89,9 @@ def written_findings(case: Case) -> Iterator[Finding]:
     """Faults of the row as written, and captions without a letter."""
     for problem in case.problems:
         yield case.finding(problem.kind, problem.message, problem.file)
-    caption = case.record.caption.strip()
-    if caption and case.readable and not any(letter.isalpha() for letter in caption):
-        yield case.finding("caption_words", f"expected words, found {caption[:80]!r}")
+    for caption in case.record.captions if case.readable else ():
+        if caption.strip() and not any(letter.isalpha() for letter in caption):
+            yield case.finding("caption_words", f"expected words, found {caption.strip()[:80]!r}")
 
 
 def file_findings(case: Case, image: ImageFacts | None, mask: MaskFacts | None) -> Iterator[Finding]:
@@ -116,11 +117,13 @@ def _size_fault(image: ImageFacts, mask: MaskFacts) -> tuple[str, str]:
     return "size", message
 
 
-def long_findings(cases: Sequence[Case], tokens: Sequence[int], cut: Callable[[str], str], limit: int):
+def long_findings(
+    told: Sequence[tuple[Case, str]], tokens: Sequence[int], cut: Callable[[str], str], limit: int
+) -> Iterator[Finding]:
     """Captions of more tokens than the text encoder sees, with what it does not see."""
-    for case, count in zip(cases, tokens, strict=True):
+    for (case, caption), count in zip(told, tokens, strict=True):
         if count > limit:
-            yield case.finding("caption_long", f"{count} of {limit} tokens; cut off: {cut(case.record.caption)!r}")
+            yield case.finding("caption_long", f"{count} of {limit} tokens; cut off: {cut(caption)!r}")
 
 
 def copy_findings(cases: Sequence[Case], images: dict[Path, ImageFacts]) -> Iterator[Finding]:

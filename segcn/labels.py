@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 
 from segcn.errors import UserError
+from segcn.files import open_image
 
 IGNORE = 255
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+LOSSY = ("JPEG", "MPO")  # formats that change labels
 LOW_BIT_GREY = {
     "L;2": 85,
     "L;4": 17,
@@ -125,17 +126,16 @@ def read_mask(path: str | Path, palette: Palette) -> np.ndarray:
     Palette, grey, 1-bit and 16-bit files hold ids; RGB files are read through the palette's colours (alpha is
     unused). UserError names the values or colours that the palette lacks, with their pixel counts.
     """
-    try:
-        with Image.open(path) as image:
-            stretch = LOW_BIT_GREY.get(_raw_mode(image), 1)
-            image.load()
-            lossy = image.format in ("JPEG", "MPO")
-            colour_coded = image.mode not in ("P", "PA", "L", "LA", "1") and not image.mode.startswith("I")
-            values = np.asarray(image.convert("RGB") if colour_coded else image)
-            values = values[..., 0] if image.mode in ("PA", "LA") else values
-            own_colours = image.getpalette() if image.mode == "P" else None
-    except UNREADABLE as error:
-        raise UserError(f"{path}: the mask cannot be read: {error}") from None
+    with open_image(path, "mask") as image:
+        stretch = LOW_BIT_GREY.get(_raw_mode(image), 1)
+        image.load()
+        lossy = image.format in LOSSY
+        if image.mode == "F":
+            raise UserError(f"{path}: expected whole numbers, class ids, found a mask of fractions (mode F)")
+        colour_coded = image.mode not in ("P", "PA", "L", "LA", "1") and not image.mode.startswith("I")
+        values = np.asarray(image.convert("RGB") if colour_coded else image)
+        values = values[..., 0] if image.mode in ("PA", "LA") else values
+        own_colours = image.getpalette() if image.mode == "P" else None
     if colour_coded:
         return _ids_of_colours(values, palette, path, lossy)
     ids = _ids_of_values(values.astype(np.int32) // stretch, palette, path, lossy)

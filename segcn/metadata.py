@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +12,17 @@ from typing import NamedTuple
 from segcn.errors import UserError
 
 COLUMNS = ("file_name", "conditioning_image_file_name", "text")
+STRAY = re.compile("[\ud800-\udfff]")  # half a character: a byte that was not UTF-8
+SWALLOWED = re.compile(r"""\n[^\n]*\.(?:png|jpe?g|webp|tiff?|bmp|gif)"?\s*,""", re.IGNORECASE)
 
 
 class Line(NamedTuple):
-    """One row: its first line, counted from 1, its fields in the order of COLUMNS ("" where it has none)."""
+    """One row: its first line, counted from 1, and its fields ("" and no captions where it has none)."""
 
     number: int
-    fields: tuple[str, str, str]
+    image: str
+    mask: str
+    captions: tuple[str, ...]
     fault: tuple[str, str] | None = None  # kind (metadata or caption) and message
 
 
@@ -26,15 +31,24 @@ def read_lines(metadata: Path) -> Iterator[Line]:
     return _jsonl_lines(metadata) if metadata.suffix == ".jsonl" else _csv_lines(metadata)
 
 
+def write_jsonl(path: Path, rows: Iterable[tuple[str, str, str | Sequence[str]]]) -> None:
+    """Write one object a row as UTF-8, whole or not at all; a row may have several captions."""
+    _write(path, "".join(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n" for row in rows))
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a table as UTF-8, whole or not at all."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
+    _write(path, text.getvalue())
+
+
+def _write(path: Path, text: str) -> None:
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     with staged.open("wb") as file:
-        file.write(text.getvalue().encode())
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
     staged.replace(path)
@@ -43,16 +57,17 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) 
 def _csv_lines(metadata: Path) -> Iterator[Line]:
     rows = _csv_rows(metadata)
     header, fault = next(rows, (1, [], None))[1:]
-    fault = fault or _column_fault(header)
+    fault = fault or _header_fault(header)
     if fault:
         raise UserError(f"{metadata}, line 1: {fault}")
+    image, mask, text = (header.index(column) for column in COLUMNS)
     for number, fields, fault in rows:
-        fault = fault or _count_fault(header, fields)
-        if fault:
-            padded = fields + [""] * len(header)
-            yield Line(number, _in_order(dict(zip(header, padded, strict=False))), ("metadata", fault))
-        elif fields:
-            yield Line(number, _in_order(dict(zip(header, fields, strict=True))))
+        if fault is None and len(fields) == len(header):
+            yield Line(number, fields[image], fields[mask], (fields[text],))
+        elif fault or fields:
+            padded = [_clean(field) for field in fields] + [""] * len(header)
+            fault = fault or _count_fault(header, fields)
+            yield Line(number, padded[image], padded[mask], (padded[text],), ("metadata", fault))
 
 
 def _csv_rows(metadata: Path) -> Iterator[tuple[int, list[str], str | None]]:
@@ -62,67 +77,103 @@ def _csv_rows(metadata: Path) -> Iterator[tuple[int, list[str], str | None]]:
         reader = csv.reader(file, strict=True)
         while True:
             try:
-                fields, fault = next(reader), None
+                fields = next(reader)
+                fault = _text_fault("".join(fields)) or (_swallowed(fields) if reader.line_num > first else None)
             except StopIteration:
                 return
             except csv.Error as error:
                 fields, fault = [], f"{error}; is a double quote left open?"
-            if reader.line_num > first and not fault:
-                fault = (
-                    f"the row goes on to line {reader.line_num}; is a double quote left open?"
-                    " (captions with line breaks belong in metadata.jsonl)"
-                )
-            yield first, [_clean(field) for field in fields], _encoding_fault(fields) or fault
+            yield first, fields, fault
             first = reader.line_num + 1
 
 
-def _encoding_fault(fields: list[str]) -> str | None:
-    """Bytes that are not UTF-8 arrive as lone surrogates."""
-    strays = [letter for field in fields for letter in field if "\udc80" <= letter <= "\udcff"]
-    return f"expected UTF-8 text, found byte {ord(strays[0]) - 0xDC00:#x}; save the file as UTF-8" if strays else None
+def _text_fault(text: str) -> str | None:
+    """NUL bytes, and bytes that are not UTF-8, which arrive as lone surrogates."""
+    if "\0" in text:
+        return "expected text, found a NUL byte; save the file as UTF-8"
+    if text.isascii() or (stray := STRAY.search(text)) is None:
+        return None
+    return f"expected UTF-8 text, found byte {ord(stray[0]) - 0xDC00:#x}; save the file as UTF-8"
+
+
+def _swallowed(fields: list[str]) -> str | None:
+    """A quote that is left open swallows rows up to the next one: such a field names a picture on a later line."""
+    if any(SWALLOWED.search(field) for field in fields):
+        return "a quoted field goes on over a line that names a picture; is a double quote left open?"
+    return None
 
 
 def _clean(field: str) -> str:
-    """Lone surrogates, which no file can hold, become question marks."""
-    return field if field.isascii() else field.encode("utf-8", "replace").decode()
+    """Lone surrogates, which no file can hold, and NUL become question marks."""
+    return field if field.isprintable() else field.encode("utf-8", "replace").decode().replace("\0", "?")
 
 
 def _count_fault(header: list[str], fields: list[str]) -> str | None:
-    if not fields or len(fields) == len(header):
-        return None
     return (
-        f"expected {len(header)} fields, found {len(fields)}: {fields};"
+        f"expected {len(header)} fields, found {len(fields)}: {_clean(str(fields))};"
         ' a caption with a comma stands in double quotes, e.g. "a hill, at dusk"'
     )
 
 
 def _jsonl_lines(metadata: Path) -> Iterator[Line]:
-    for number, text in enumerate(metadata.read_bytes().splitlines(), start=1):
-        if text.strip():
-            try:
-                row = json.loads(text.decode("utf-8-sig"))
-            except ValueError as error:
-                yield Line(number, ("", "", ""), ("metadata", f"expected one JSON object a line: {error}"))
-                continue
-            yield Line(number, _in_order(row if isinstance(row, dict) else {}), _row_fault(row))
+    with metadata.open("rb") as file:
+        for number, text in enumerate(file, start=1):
+            if text.strip():
+                yield _jsonl_line(number, text)
 
 
-def _row_fault(row: object) -> tuple[str, str] | None:
+def _jsonl_line(number: int, text: bytes) -> Line:
+    try:
+        row = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        return Line(number, "", "", (), ("metadata", f"expected one JSON object a line: {error}"))
     if not isinstance(row, dict):
-        return "metadata", f"expected an object of strings, found {_clean(str(row))[:80]}"
+        return Line(number, "", "", (), ("metadata", f"expected an object of strings, found {_shown(row)}"))
+    image, mask, told = (row.get(column) for column in COLUMNS)
+    names = [_clean(name) if isinstance(name, str) else "" for name in (image, mask)]
+    captions = told if isinstance(told, list) else [told]
+    written = tuple(_clean(caption) for caption in captions if isinstance(caption, str))
+    return Line(number, *names, written, _row_fault(row, captions))
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return row
+
+
+def _row_fault(row: dict[str, object], captions: list[object]) -> tuple[str, str] | None:
     missing = _column_fault(list(row))
     if missing:
         return "metadata", missing
-    wrong = [column for column in COLUMNS if not isinstance(row[column], str) or _clean(row[column]) != row[column]]
-    if not wrong:
+    for column in COLUMNS[:2]:
+        if not _is_text(row[column]):
+            return "metadata", f"column {column}: expected a string, found {_shown(row[column])}"
+    if captions and all(map(_is_text, captions)):
         return None
-    kind = "caption" if wrong == [COLUMNS[2]] else "metadata"
-    return kind, f"column {wrong[0]}: expected an object of strings, found {_clean(str(row[wrong[0]]))[:80]}"
+    return "caption", f"column {COLUMNS[2]}: expected a string, or a list of strings, found {_shown(row[COLUMNS[2]])}"
 
 
-def _in_order(row: dict[str, object]) -> tuple[str, str, str]:
-    values = [row.get(column, "") for column in COLUMNS]
-    return tuple(_clean(value) if isinstance(value, str) else "" for value in values)
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value and not STRAY.search(value)
+
+
+def _shown(value: object) -> str:
+    return _clean(repr(value))[:80]
+
+
+def _header_fault(header: list[str]) -> str | None:
+    fault = _column_fault(header)
+    if fault is None and header.index(COLUMNS[0]) > header.index(COLUMNS[1]):
+        return (
+            f"expected {COLUMNS[0]} before {COLUMNS[1]}, found {','.join(header)};"
+            " datasets takes the first column of file names for the image: swap the columns"
+        )
+    if fault and len(header) == 1 and (mark := re.search(r"[;\t|]", header[0])):
+        fault += f"; separate the fields by commas, not by {mark[0]!r}"
+    return fault
 
 
 def _column_fault(columns: list[str]) -> str | None:

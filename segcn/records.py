@@ -1,42 +1,56 @@
 """The rows of a data set: read metadata.csv or metadata.jsonl, refuse what is wrong with it, and write it."""
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from os.path import isfile  # False for a name that is too long, where Path.is_file raises
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from tqdm import tqdm
 
 from segcn.errors import UserError
-from segcn.labels import UNREADABLE, Palette, find_palette, read_mask
-from segcn.metadata import COLUMNS, Line, read_lines, write_csv
+from segcn.files import Boundary, open_image
+from segcn.labels import Palette, find_palette, read_mask
+from segcn.metadata import COLUMNS, Line, read_lines, write_csv, write_jsonl
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One row: `row` counts from 0, `line` is the line of the metadata file, counted from 1."""
 
     row: int
     line: int
-    image: Path
-    mask: Path
-    caption: str
+    folder: str
+    image_name: str  # as written, relative to the folder
+    mask_name: str
+    captions: tuple[str, ...]  # one of them is drawn in each epoch
+
+    @property
+    def image(self) -> Path:
+        return Path(self.folder, self.image_name)
+
+    @property
+    def mask(self) -> Path:
+        return Path(self.folder, self.mask_name)
+
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0] if self.captions else ""
 
 
 class Problem(NamedTuple):
     """What is wrong with a row as written."""
 
-    kind: str  # metadata, path, missing or caption
+    kind: str  # metadata, repeated, path, missing or caption
     file: str  # the file it is about, as written; "" where it is about the row
     message: str
 
@@ -61,8 +75,8 @@ class Split:
         """16 hexadecimal digits that change with the metadata, the palette, any file's size or time."""
         digest = hashlib.sha256(self.metadata.read_bytes() + self.palette.fingerprint.encode())
         for record in self.records:
-            for path in (record.image, record.mask):
-                digest.update(f"{path.relative_to(self.folder)} {_stamp(path)}\n".encode())
+            for name in (record.image_name, record.mask_name):
+                digest.update(f"{name} {_stamp(f'{record.folder}/{name}')}\n".encode())
         return digest.hexdigest()[:16]
 
 
@@ -78,15 +92,15 @@ def read_split(dataset_name: str | Path, split: str | None = None) -> Split:
     return found
 
 
-def scan_split(dataset_name: str | Path, split: str | None = None) -> tuple[Split, list[list[Problem]]]:
+def scan_split(dataset_name: str | Path, split: str | None = None) -> tuple[Split, list[Sequence[Problem]]]:
     """As `read_split`, but rows that are wrong are kept: every row, and the problems of each as it is written."""
     metadata = _find_metadata(Path(dataset_name), split)
     palette = Palette.load(find_palette(metadata.parent))
+    folder, check = str(metadata.parent), LineCheck(metadata.parent)
     records, problems = [], []
     for row, line in enumerate(read_lines(metadata)):
-        image, mask, caption = line.fields
-        records.append(Record(row, line.number, metadata.parent / image, metadata.parent / mask, caption))
-        problems.append(list(_line_problems(records[-1], line)))
+        records.append(Record(row, line.number, folder, line.image, line.mask, line.captions))
+        problems.append(check(line))
     return Split(metadata.parent, metadata, palette, tuple(records)), problems
 
 
@@ -132,26 +146,29 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def read_turned_image(path: str | Path) -> tuple[np.ndarray, int]:
     """As `read_image`, and the EXIF orientation it was stored with (1: upright)."""
-    try:
-        with Image.open(path) as image:
-            orientation = image.getexif().get(ORIENTATION, 1)
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                pixels = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-                return np.repeat(pixels[..., None], 3, axis=2), orientation
-            return np.array(image.convert("RGB")), orientation
-    except UNREADABLE as error:
-        raise UserError(f"{path}: the image cannot be read: {error}") from None
+    with open_image(path) as image:
+        orientation = image.getexif().get(ORIENTATION, 1)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            pixels = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+            return np.repeat(pixels[..., None], 3, axis=2), orientation
+        return np.array(image.convert("RGB")), orientation
 
 
-def write_metadata(folder: str | Path, rows: Iterable[tuple[str, str, str]]) -> Path:
-    """Write metadata.csv from rows of (image file, mask file, caption), whole or not at all.
+def write_metadata(folder: str | Path, rows: Iterable[tuple[str, str, str | Sequence[str]]]) -> Path:
+    """Write rows of (image file, mask file, caption or captions), whole or not at all.
 
-    Line breaks in a caption become spaces. The order of the columns matters: `datasets` takes the first
-    `*_file_name` column for the image.
+    It is metadata.csv, or metadata.jsonl where a row has several captions; line breaks in captions become spaces. The
+    order of the columns matters: `datasets` takes the first `*_file_name` column for the image.
     """
-    path = Path(folder) / METADATA[0]
-    write_csv(path, COLUMNS, ((image, mask, " ".join(caption.split())) for image, mask, caption in rows))
+    told = [(image, mask, [said] if isinstance(said, str) else list(said)) for image, mask, said in rows]
+    rows = [(image, mask, [" ".join(caption.split()) for caption in captions]) for image, mask, captions in told]
+    several = any(len(captions) > 1 for _, _, captions in rows)
+    path = Path(folder) / METADATA[1 if several else 0]
+    if several:
+        write_jsonl(path, ((image, mask, said if len(said) > 1 else said[0]) for image, mask, said in rows))
+    else:
+        write_csv(path, COLUMNS, ((image, mask, said[0]) for image, mask, said in rows))
     return path
 
 
@@ -182,31 +199,43 @@ def _metadata_in(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _line_problems(record: Record, line: Line) -> Iterator[Problem]:
-    """All that is wrong with a row as written; the files of a row whose line is broken are not looked for."""
+class LineCheck:
+    """What is wrong with each row as written; made for a million rows: nothing is kept of them but a hash."""
+
+    def __init__(self, folder: Path):
+        self._boundary = Boundary(folder)
+        self._line_of: dict[int, int] = {}
+
+    def __call__(self, line: Line) -> Sequence[Problem]:
+        """All that is wrong with a row; the files of a row whose line is broken are not looked for."""
+        number, image, mask, captions, fault = line
+        if fault is not None and fault[0] == "metadata":
+            return (Problem(fault[0], "", fault[1]),)
+        first = self._line_of.setdefault(hash((image, mask, captions)), number)
+        files = self._boundary.problem(image), self._boundary.problem(mask)
+        if files == (None, None) and fault is None and first == number and all(map(str.strip, captions)):
+            return ()
+        return list(_explained(line, first, files))
+
+
+def _explained(line: Line, first: int, files: Sequence[tuple[str, str] | None]) -> Iterator[Problem]:
     if line.fault is not None:
         yield Problem(line.fault[0], "", line.fault[1])
-    if line.fault is not None and line.fault[0] == "metadata":
-        return
-    for column, name, path in zip(COLUMNS[:2], line.fields[:2], (record.image, record.mask), strict=True):
-        if _leaves_folder(name):
-            expected = "expected a path inside the folder, written with /"
-            yield Problem("path", name, f"column {column}: {expected}, found {name!r}")
-        elif not isfile(path):
-            expected = f"expected a file, found none at {name!r}"
-            yield Problem("missing", name, f"column {column}: {expected} (looked for {path})")
-    if line.fault is None and not record.caption.strip():
-        yield Problem("caption", "", "column text: expected a caption, found an empty one")
+    if first != line.number:
+        yield Problem("repeated", "", f"the row says the same as line {first}; remove one of them")
+    for column, name, problem in zip(COLUMNS[:2], (line.image, line.mask), files, strict=True):
+        if problem is not None:
+            yield Problem(problem[0], name, f"column {column}: {problem[1]}")
+    if line.fault is None and not all(map(str.strip, line.captions)):
+        yield Problem("caption", "", f"column {COLUMNS[2]}: expected a caption, found an empty one")
 
 
-def _stamp(path: Path) -> str:
-    status = path.stat() if isfile(path) else None
-    return f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
-
-
-def _leaves_folder(name: str) -> bool:
-    windows = PureWindowsPath(name)
-    return bool("\\" in name or "://" in name or windows.drive or windows.root or ".." in PurePosixPath(name).parts)
+def _stamp(path: str) -> str:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _file_problem(split: Split, record: Record, full: bool) -> str | None:
@@ -221,19 +250,16 @@ def _file_problem(split: Split, record: Record, full: bool) -> str | None:
         return f"column {COLUMNS[1]}: {error}"
     if mask.shape[::-1] != image_size:
         expected, found = "{} x {}".format(*image_size), "{} x {}".format(*mask.shape[::-1])
-        name = str(record.mask.relative_to(split.folder))
-        return f"column {COLUMNS[1]}: expected a mask of its image's size, {expected}, found {found} in {name!r}"
+        expected = f"expected a mask of its image's size, {expected}"
+        return f"column {COLUMNS[1]}: {expected}, found {found} in {record.mask_name!r}"
     return None
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
     """(width, height) from the file's header, as the photo is shown."""
-    try:
-        with Image.open(path) as image:
-            sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
-            return image.size[::-1] if sideways else image.size
-    except UNREADABLE as error:
-        raise UserError(f"{path}: the image cannot be read: {error}") from None
+    with open_image(path) as image:
+        sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
+        return image.size[::-1] if sideways else image.size
 
 
 def _raise_first(metadata: Path, records: Iterable[Record], problems: list[str | None]) -> None:

