@@ -1,9 +1,11 @@
 """The data set doctor: decodes every file once, collects every fault, and parts the good rows from the bad."""
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from os.path import isfile, relpath
 from pathlib import Path
@@ -22,7 +24,6 @@ class Checkup:
     """All that was found out about a data set."""
 
     dataset: Path
-    fingerprint: str
     splits: dict[str, Split]
     cases: tuple[Case, ...]
     findings: tuple[Finding, ...]
@@ -34,6 +35,22 @@ class Checkup:
     @property
     def errors(self) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """That of each split; rows whose files are not looked at count by their line alone."""
+        return {
+            name: replace(
+                split, records=tuple(case.record for case in _of_split(name, self.cases) if case.readable)
+            ).fingerprint
+            for name, split in self.splits.items()
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the only split, or of all together."""
+        each = list(self.fingerprints.values())
+        return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()[:16]
 
     @property
     def bad_rows(self) -> dict[tuple[str, int], list[Finding]]:
@@ -68,7 +85,6 @@ def examine(config: DoctorConfig, log: Callable[[str], None] = print) -> Checkup
     found = sorted([*found, *long], key=lambda finding: order.index(finding.kind))
     return Checkup(
         Path(config.dataset_name),
-        _fingerprint(cases, splits),
         splits,
         tuple(cases),
         tuple(found),
@@ -101,6 +117,16 @@ def quarantine(checkup: Checkup, target: str | Path) -> str:
         counts = [counts[0] + len(good), counts[1] + len(rest)]
     written = ", ".join(str(path) for halves in plan.values() for path in halves)
     return f"quarantine: {counts[0]} good rows, {counts[1]} bad ones: {written}"
+
+
+def find_report(split: Split) -> tuple[Path, int] | None:
+    """The newest doctor.html below outputs/ on these very rows and files, and how many errors it has in them."""
+    found = []
+    for path in (OUTPUTS / "doctor").glob("*/doctor.json"):
+        for told in json.loads(path.read_text(encoding="utf-8")).get("splits", {}).values():
+            if told["fingerprint"] == split.fingerprint:
+                found.append((path.stat().st_mtime, path.with_suffix(".html"), told["errors"]))
+    return max(found)[1:] if found else None
 
 
 def default_folder(checkup: Checkup) -> Path:
@@ -228,12 +254,3 @@ def _load_tokenizer(folder: str):
     if len(tokenizer) < 256:  # a folder without one gives an empty tokenizer
         raise UserError(f"--pretrained_model_name_or_path: no tokenizer in {folder}")
     return tokenizer
-
-
-def _fingerprint(cases: Sequence[Case], splits: dict[str, Split]) -> str:
-    """That of the split, or of all splits together; rows whose files are not looked for count by their line alone."""
-    parts = []
-    for name, split in splits.items():
-        records = tuple(case.record for case in _of_split(name, cases) if case.readable)
-        parts.append(replace(split, records=records).fingerprint)
-    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()[:16]

@@ -115,8 +115,8 @@ def find_palette(folder: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     raise UserError(
-        f"{folder}: no palette.json here or in the folder above; write one that gives each class of the"
-        ' masks an id, name, colour, e.g. {"labels": [{"id": 0, "name": "sky", "colour": [135, 206, 235]}]}'
+        f"{folder}: no palette.json here or in the folder above, which gives each class of the masks an id, a name"
+        f" and a colour; segcn palette {folder} proposes one from the masks"
     )
 
 

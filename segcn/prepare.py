@@ -19,6 +19,7 @@ from segcn.arguments import to_json
 from segcn.augment import AUGMENTS
 from segcn.config import OBSOLETE, OUTPUTS, TrainConfig, differences, total_steps
 from segcn.dataset import PairedDataset
+from segcn.doctor import find_report
 from segcn.errors import UserError
 from segcn.records import Split, check_split, read_split
 from segcn.watch import Log
@@ -59,8 +60,7 @@ def prepare(config: TrainConfig) -> Run:
     explain_obsolete(config, log)
     split = read_rows(config)
     if accelerator.is_main_process:
-        check_split(split, progress=False)
-    log.say(f"{len(split)} rows, {len(split.palette.class_names)} classes: every mask decodes to declared labels.")
+        check_rows(config, split, output_dir, log)
     base = load_frozen(config, accelerator)
     config = dataclasses.replace(config, max_train_steps=total_steps(config, len(split), accelerator.num_processes))
     claim(output_dir, config, split, base, accelerator, log)
@@ -123,6 +123,24 @@ def read_rows(config: TrainConfig) -> Split:
     """The training rows, cut at --max_train_samples."""
     split = read_split(config.dataset_name, "train")
     return dataclasses.replace(split, records=split.records[: config.max_train_samples])
+
+
+def check_rows(config: TrainConfig, split: Split, output_dir: Path, log: Log) -> None:
+    """Decode every file before step 0, unless the doctor did, or this run when it began; nothing has changed since."""
+    run, rows = output_dir / RUN_FILE, f"{len(split)} rows, {len(split.palette.class_names)} classes"
+    if run.is_file() and json.loads(run.read_text()).get("data_fingerprint") == split.fingerprint:
+        return log.say(f"{rows}: checked when this run began.")
+    report = find_report(read_split(config.dataset_name, "train"))
+    if report is None:
+        check_split(split, log.say)
+        return log.say(f"{rows}: every image and mask decodes, to declared labels only.")
+    page, errors = report
+    if errors:
+        raise UserError(
+            f"{split.metadata}: segcn validate found {errors} errors in these rows, see {page}; mend them, or train on"
+            f" the good rows: segcn validate {config.dataset_name} --quarantine {split.folder}/good.csv"
+        )
+    log.say(f"{rows}: sound, says {page}.")
 
 
 def load_frozen(config: TrainConfig, accelerator: Accelerator) -> models.Base:

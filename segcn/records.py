@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import ImageOps
-from tqdm import tqdm
 
 from segcn.errors import UserError
 from segcn.files import Boundary, open_image
 from segcn.labels import Palette, find_palette, read_mask
 from segcn.metadata import COLUMNS, Line, read_lines, write_csv, write_jsonl
+from segcn.progress import Progress
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 class Record(NamedTuple):
@@ -128,14 +128,17 @@ def read_named_split(dataset_name: str | Path, name: str) -> Split:
     return replace(split, records=split.records[int(first or 0) : int(last) if last else None])
 
 
-def check_split(split: Split, progress: bool = False, full: bool = False) -> None:
-    """Open every image and decode every mask: same size, declared labels; `full` decodes the images too.
+def check_split(split: Split, log: Callable[[str], None] | None = None) -> None:
+    """Decode every image and mask, on all cores: same size, declared labels.
 
-    UserError names the first row that fails and how many more do.
+    UserError names the first row that fails and how many more do. `log` is told how far it is.
     """
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(partial(_file_problem, split, full=full), split.records)
-        problems = list(tqdm(found, "checking", len(split), disable=not progress))
+    told = Progress("rows checked", len(split), log) if log else lambda done: None
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problems = []
+        for problem in pool.map(partial(_file_problem, split), split.records):
+            problems.append(problem)
+            told(len(problems))
     _raise_first(split.metadata, split.records, problems)
 
 
@@ -238,10 +241,10 @@ def _stamp(path: str) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def _file_problem(split: Split, record: Record, full: bool) -> str | None:
+def _file_problem(split: Split, record: Record) -> str | None:
     """What is wrong with a row's files, or None."""
     try:
-        image_size = read_image(record.image).shape[1::-1] if full else _upright_size(record.image)
+        image_size = read_image(record.image).shape[1::-1]
     except UserError as error:
         return f"column {COLUMNS[0]}: {error}"
     try:
@@ -253,13 +256,6 @@ def _file_problem(split: Split, record: Record, full: bool) -> str | None:
         expected = f"expected a mask of its image's size, {expected}"
         return f"column {COLUMNS[1]}: {expected}, found {found} in {record.mask_name!r}"
     return None
-
-
-def _upright_size(path: Path) -> tuple[int, int]:
-    """(width, height) from the file's header, as the photo is shown."""
-    with open_image(path) as image:
-        sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
-        return image.size[::-1] if sideways else image.size
 
 
 def _raise_first(metadata: Path, records: Iterable[Record], problems: list[str | None]) -> None:

@@ -67,7 +67,14 @@ def as_json(checkup: Checkup, config: DoctorConfig) -> dict:
     return {
         "dataset": str(checkup.dataset),
         "fingerprint": checkup.fingerprint,
-        "rows": {name: len(split) for name, split in checkup.splits.items()},
+        "splits": {
+            name: {
+                "rows": len(split),
+                "fingerprint": checkup.fingerprints[name],
+                "errors": sum(finding.split in (name, "") for finding in checkup.errors),
+            }
+            for name, split in checkup.splits.items()
+        },
         "files": checkup.files,
         "seconds": round(checkup.seconds, 3),
         "errors": len(checkup.errors),

@@ -4,20 +4,22 @@ import csv
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from segcn import cli
-from segcn.config import DoctorConfig
+from segcn import cli, doctor
+from segcn.config import DoctorConfig, TrainConfig
 from segcn.doctor import examine, quarantine
 from segcn.errors import UserError
 from segcn.findings import KINDS, NEAR, Finding, nearest
 from segcn.labels import Label, Palette, write_mask
 from segcn.metadata import COLUMNS
 from segcn.records import check_split, read_split, write_metadata
-from segcn.report import as_html, as_json, summary
+from segcn.prepare import check_rows
+from segcn.report import as_html, as_json, summary, write_report
 from segcn.scan import ImageFacts, MaskFacts, dhash, image_facts, mask_facts
 
 PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0))))
@@ -218,7 +220,7 @@ def test_quarantine_parts_the_rows_and_overwrites_nothing(folder):
     checkup = check(folder)
     assert "2 good rows, 2 bad ones" in quarantine(checkup, folder / "good.csv")
     good = read_split(folder / "good.csv")
-    check_split(good, full=True)
+    check_split(good)
     assert [record.image.name for record in good.records] == ["1.png", "3.png"]
     bad = list(csv.DictReader((folder / "good.bad.csv").open()))
     assert [row["file_name"] for row in bad] == ["images/0.png", "images/2.png"]
@@ -284,6 +286,30 @@ def test_the_command_writes_elsewhere_and_its_exit_code_says_whether_to_train(fo
     assert "masks/1.png" in capsys.readouterr().out
     assert validate("--output_dir", str(folder / "report")) == 2
     assert sorted(folder.rglob("*")) == before
+
+
+def test_training_trusts_a_report_on_these_very_files_and_refuses_one_with_errors(folder, tmp_path, monkeypatch):
+    def reported():
+        write_report(check(folder), DoctorConfig(dataset_name=str(folder)))
+        return doctor.find_report(read_split(folder))
+
+    said = []
+    config, log = TrainConfig(dataset_name=str(folder)), SimpleNamespace(say=said.append)
+    monkeypatch.setattr(doctor, "OUTPUTS", tmp_path / "outputs")
+    assert doctor.find_report(read_split(folder)) is None
+    check_rows(config, read_split(folder), tmp_path, log)
+    page, errors = reported()
+    assert errors == 0 and page.is_file()
+    check_rows(config, read_split(folder), tmp_path, log)
+    assert "every image and mask decodes" in said[0] and str(page) in said[1]
+
+    Image.new("L", (4, 4)).save(folder / "masks/1.png")
+    assert doctor.find_report(read_split(folder)) is None  # the report was on other files
+    with pytest.raises(UserError, match=r"line 3 \(row 1\)"):
+        check_rows(config, read_split(folder), tmp_path, log)
+    assert reported()[1] == 1
+    with pytest.raises(UserError, match="found 1 errors in these rows.*--quarantine"):
+        check_rows(config, read_split(folder), tmp_path, log)
 
 
 def test_a_base_without_a_tokenizer_is_named(folder, tmp_path):

@@ -49,7 +49,7 @@ def pixels(folder):
 def test_a_generated_set_keeps_masks_and_captions_row_by_row(config, painter, landscapes):
     out = read_split(generate_dataset(config, painter))
     source = read_split(landscapes, "test")
-    check_split(out, full=True)
+    check_split(out)
     assert len(out) == len(source) == 6
     for made, real in zip(out.records, source.records, strict=True):
         assert made.caption == real.caption
@@ -142,7 +142,7 @@ def test_the_centred_square_of_any_mask_is_painted_at_a_resolution(config, paint
         generate_dataset(whole, painter)
     square = dataclasses.replace(whole, resolution=32, output_dir=str(tmp_path / "square"))
     made = read_split(generate_dataset(square, painter))
-    check_split(made, full=True)
+    check_split(made)
     assert Image.open(made[0].image).size == (32, 32)
 
 
@@ -171,7 +171,7 @@ def test_the_latent_factor_is_known_without_the_weights(painter, random_base):
 def test_reconstructions_are_a_data_set_of_the_same_masks(painter, landscapes, tmp_path):
     split = read_split(landscapes, "test")
     out = read_split(reconstruct_dataset(split, painter.base, tmp_path / "seen", resolution=64))
-    check_split(out, full=True)
+    check_split(out)
     assert len(out) == len(split)
 
 
