@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from segcn.arguments import main_guard, parse
-from segcn.config import OUTPUTS, DoctorConfig, EvaluateConfig, GenerateConfig, InferConfig, TrainConfig
+from segcn.config import OUTPUTS, DoctorConfig, EvaluateConfig, GenerateConfig, InferConfig, PaletteConfig, TrainConfig
 from segcn.errors import UserError
 from segcn.home import use_writable_home
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "run": "notebooks 01 to 05 in order: data, augmentation, training, generation, evaluation",
     "samples": "make the sample data (landscapes, earth), or build the embedded base model (base)",
     "validate": "check a data set: decode every file and report every fault with its row",
+    "palette": "write a palette.json for masks that have none: a ready one, or one proposed from them",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
     "infer": "one mask and a prompt to one or more pictures",
     "generate": "a folder of masks, or a data set, to a data set of new images",
@@ -94,6 +95,13 @@ def do_validate(words: list[str]) -> None:
         print(quarantine(checkup, config.quarantine))
     print(f"report: {report}")
     sys.exit(1 if checkup.errors else 0)
+
+
+def do_palette(words: list[str]) -> None:
+    from segcn.palette import make_palette
+
+    first = ["--dataset_name"] if words and not words[0].startswith("-") else []
+    print(f"palette: {make_palette(parse(PaletteConfig, first + words, 'segcn palette'))}")
 
 
 def do_train(words: list[str]) -> None:

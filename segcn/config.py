@@ -203,6 +203,18 @@ class DoctorConfig:
     examples: int = flag(4, "pictures in the report of each kind of fault")
 
 
+@dataclass(frozen=True)
+class PaletteConfig:
+    """Write a palette.json for masks that have none: a ready one that they fit, or one proposed from what they hold."""
+
+    dataset_name: str = flag("", "folder of masks, or data set folder; may stand first without the flag")
+    ready: str | None = flag(
+        None, "ready palette: ade20k, cityscapes, voc, coco-stuff, binary ...; an unknown name lists all"
+    )
+    names: str | None = flag(None, "names of the proposed classes in the order of their ids: sky,grass,lake")
+    output: str | None = flag(None, "PALETTE.json to write; none: palette.json in the folder")
+
+
 # What a preset changes. sd15 keeps diffusers' training defaults.
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {
     TrainConfig: {

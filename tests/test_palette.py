@@ -1,0 +1,346 @@
+import json
+import os
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segcn.cli import main
+from segcn.errors import UserError
+from segcn.labels import Label, Palette, read_mask, write_mask
+from segcn.palette import READY, check, make_palette, propose, ready, spread_colours, table
+from segcn.survey import mask_files, survey
+
+ANCHORS = [
+    ("ade20k", 150, 1, "wall", (120, 120, 120)),
+    ("ade20k", 150, 3, "sky", (6, 230, 230)),
+    ("ade20k", 150, 150, "flag", (92, 0, 255)),
+    ("ade20k-from-0", 150, 0, "wall", (120, 120, 120)),
+    ("ade20k-from-0", 150, 149, "flag", (92, 0, 255)),
+    ("cityscapes", 19, 0, "road", (128, 64, 128)),
+    ("cityscapes", 19, 13, "car", (0, 0, 142)),
+    ("cityscapes", 19, 18, "bicycle", (119, 11, 32)),
+    ("cityscapes-labelids", 19, 7, "road", (128, 64, 128)),
+    ("cityscapes-labelids", 19, 26, "car", (0, 0, 142)),
+    ("cityscapes-labelids", 19, 33, "bicycle", (119, 11, 32)),
+    ("voc", 21, 0, "background", (0, 0, 0)),
+    ("voc", 21, 15, "person", (192, 128, 128)),
+    ("voc", 21, 20, "tvmonitor", (0, 64, 128)),
+    ("coco-stuff", 171, 0, "person", (0, 192, 64)),
+    ("coco-stuff", 171, 12, "stop sign", (0, 0, 224)),
+    ("coco-stuff", 171, 156, "sky-other", (64, 224, 64)),
+    ("coco-stuff", 171, 181, "wood", (64, 64, 0)),
+    ("coco-stuff-from-0", 171, 11, "stop sign", (0, 0, 224)),
+    ("coco-stuff-from-0", 171, 170, "wood", (64, 64, 0)),
+    ("binary", 2, 1, "foreground", (255, 255, 255)),
+]
+
+
+def blocks(values, count=3):
+    """Masks, uint8 [48, 16], that hold all these values."""
+    for k in range(count):
+        yield np.resize(np.roll(np.asarray(values, np.uint8), k), 48).repeat(16).reshape(48, 16)
+
+
+def write(folder, masks, save=lambda path, mask: Image.fromarray(mask).save(path)):
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for k, mask in enumerate(masks):
+        paths.append(folder / f"{k:03}.png")
+        save(paths[-1], mask)
+    return paths
+
+
+def command(monkeypatch, capsys, *words):
+    """Exit code, standard output and standard error of `segcn palette`."""
+    monkeypatch.setattr(sys, "argv", ["segcn", "palette", *map(str, words)])
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.mark.parametrize(("name", "classes", "id", "label", "colour"), ANCHORS)
+def test_ready_palettes_have_the_published_classes_and_colours(name, classes, id, label, colour):
+    palette = ready(name)
+    assert len(palette.class_names) == classes
+    assert [(found.name, found.colour, found.ignore) for found in palette.labels if found.id == id] == [
+        (label, colour, False)
+    ]
+
+
+def test_ready_palettes_say_what_is_unlabelled():
+    ignored = {name: [label.id for label in ready(name).labels if label.ignore] for name in READY}
+    assert ignored["ade20k"] == [0] and ignored["binary"] == []
+    assert ignored["cityscapes-labelids"] == [0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30]
+    assert all(ignored[name] == [255] for name in ("ade20k-from-0", "cityscapes", "voc", "coco-stuff"))
+    assert ready("voc").table[255].tolist() == [224, 224, 192]
+
+
+def test_ways_to_number_the_same_classes_agree_on_names_and_colours():
+    for first, second in (("ade20k", "ade20k-from-0"), ("coco-stuff", "coco-stuff-from-0")):
+        classes = [[(x.name, x.colour) for x in ready(n).labels if not x.ignore] for n in (first, second)]
+        assert classes[0] == classes[1]
+    assert [x.id for x in ready("coco-stuff-from-0").labels] == [*range(171), 255]
+    assert set(range(182)) - set(ready("coco-stuff").ids) == {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
+    trained, raw = ({x.name: x.colour for x in ready(n).labels if not x.ignore} for n in READY[2:4])
+    assert trained == raw
+
+
+def test_every_ready_palette_is_packaged():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["package-data"]["segcn"] == ["palettes/*.json"]
+    assert sorted(READY) == sorted(path.stem for path in (Path(__file__).parents[1] / "segcn/palettes").iterdir())
+    with pytest.raises(UserError, match="no ready palette 'ade'; there are ade20k, ade20k-from-0, cityscapes"):
+        ready("ade")
+
+
+SAVED = {
+    "L": lambda path, mask: Image.fromarray(mask).save(path),
+    "P": lambda path, mask: write_mask(path, mask, ready("voc")),
+    "P without colours": lambda path, mask: write_mask(path, mask, Palette((Label(9, "x", (0, 0, 0)),))),
+    "I;16": lambda path, mask: Image.fromarray(mask.astype(np.uint16)).save(path),
+    "LA": lambda path, mask: Image.fromarray(np.dstack([mask, mask * 0 + 9]), "LA").save(path),
+    "RGB": lambda path, mask: Image.fromarray(ready("voc").table[mask]).save(path),
+    "RGBA": lambda path, mask: Image.fromarray(np.dstack([ready("voc").table[mask], mask])).save(path),
+    "1": lambda path, mask: Image.fromarray(mask.astype(bool)).save(path),
+    "L;2": lambda path, mask: Image.fromarray(mask).save(path, bits=2),
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_the_proposed_palette_reads_the_masks_back_however_they_were_saved(tmp_path, kind):
+    few = kind in ("1", "L;2")
+    masks = list(blocks([0, 0, 0, 1] if few else [0, 0, 0, 2, 2, 7, 15]))
+    paths = write(tmp_path, masks, SAVED[kind])
+    palette = propose(paths)
+    read = np.stack([read_mask(path, palette) for path in paths])
+    if kind.startswith("RGB"):  # numbered by their pixels, most first
+        assert palette.ids == (0, 1, 2, 3)
+        assert (np.diff(np.bincount(read.ravel())) <= 0).all()
+        assert (palette.table[read] == ready("voc").table[np.stack(masks)]).all()
+    else:
+        assert (read == np.stack(masks)).all()
+        assert palette.ids == ((0, 1) if few else (0, 2, 7, 15))
+    assert palette.names == tuple(f"class_{id}" for id in palette.ids)
+
+
+def test_a_palette_file_keeps_its_colours_and_255_is_unlabelled(tmp_path):
+    palette = propose(write(tmp_path, blocks([0, 2, 15, 255]), SAVED["P"]))
+    assert [(x.id, x.colour, x.ignore) for x in palette.labels] == [
+        (0, (0, 0, 0), False),
+        (2, (0, 128, 0), False),
+        (15, (192, 128, 128), False),
+        (255, (224, 224, 192), True),
+    ]
+
+
+def test_colours_that_look_the_same_are_not_kept(tmp_path):
+    ramp = Palette(tuple(Label(k, str(k), (k, k, k)) for k in range(9)))
+    paths = write(tmp_path, blocks([1, 2, 3]), lambda path, mask: write_mask(path, mask, ramp))
+    palette = propose(paths)
+    assert [label.colour for label in palette.labels] == list(spread_colours()[:3])
+    assert read_mask(paths[0], palette)[0, 0] == 1
+
+
+def test_spread_colours_lie_far_apart_and_from_black():
+    colours = np.array([(0, 0, 0), *spread_colours()[:24]])
+    distances = np.linalg.norm(colours[:, None] - colours, axis=-1) + 999 * np.eye(25)
+    assert distances.min() > 64
+    assert len(set(spread_colours())) == 510
+
+
+def test_files_that_an_editor_numbered_anew_are_refused(tmp_path):
+    def by_first_appearance(path, mask):
+        found, first = np.unique(mask, return_index=True)
+        order = found[np.argsort(first)]
+        image = Image.fromarray(np.argsort(order)[np.searchsorted(found, mask)].astype(np.uint8))
+        image.putpalette(ready("voc").table[order].tobytes())
+        image.save(path)
+
+    masks = [np.uint8([[0, 0, 0, 15, 2]]), np.uint8([[15, 15, 15, 2, 0]])]
+    with pytest.raises(UserError, match=r"numbered each file anew.*Save the masks as RGB"):
+        propose(write(tmp_path, masks, by_first_appearance))
+
+
+def test_names_are_given_in_the_order_of_ids(tmp_path):
+    paths = write(tmp_path, blocks([0, 3, 9, 255]))
+    assert propose(paths, ["sky", "hill", "lake"]).names == ("sky", "hill", "lake", "unlabelled")
+    with pytest.raises(UserError, match=r"expected 3 names for the classes 0 #ffffff, 3 #\w+, 9 #\w+, found 2"):
+        propose(paths, ["sky", "hill"])
+    with pytest.raises(UserError, match="different name"):
+        propose(paths, ["sky", "sky", "lake"])
+
+
+def test_values_that_are_no_class_ids_are_counted(tmp_path):
+    mask = np.array([[0, 1, 300, 300, 1000]], np.uint16)
+    paths = write(tmp_path, [mask, mask, mask % 256])
+    with pytest.raises(UserError, match=r"value 300 \(4 pixels in 2 files, e.g. .*000.png\), value 1000 \(2 pixels"):
+        propose(paths)
+    depth = write(tmp_path / "depth", [np.arange(400, dtype=np.uint16).reshape(20, 20)])
+    with pytest.raises(UserError, match=r"000.png: .*found 400 values; from 0 to 399: is it a depth map"):
+        propose(depth)
+
+
+def test_black_and_white_bytes_are_explained(tmp_path):
+    paths = write(tmp_path, blocks([0, 255]))
+    for attempt in (lambda: propose(paths), lambda: check(paths, ready("binary"))):
+        with pytest.raises(UserError, match="save each as 1-bit"):
+            attempt()
+    for path in paths:
+        Image.open(path).convert("1").save(path)  # as the message says
+    assert propose(paths).ids == (0, 1) and check(paths, ready("binary")) == []
+
+
+def test_smoothed_colours_are_named_with_their_pixels(tmp_path):
+    def smooth(path, mask):
+        Image.fromarray(ready("ade20k").table[mask]).resize((61, 61), Image.Resampling.BICUBIC).save(path)
+
+    noise = np.random.default_rng(0).choice(np.uint8([1, 2, 3]), (1, 20, 20))
+    with pytest.raises(UserError, match=r"000.png: .*colours; was it smoothed.*: #\w{6} \([\d,]+ pixels\)"):
+        propose(write(tmp_path, noise, smooth))
+    many = np.random.default_rng(0).integers(0, 256, (2, 10, 20, 3), np.uint8)
+    with pytest.raises(UserError, match="found 400 colours in all masks"):
+        propose(write(tmp_path / "many", many))
+
+
+def test_jpeg_mixed_and_broken_masks_are_refused_by_name(tmp_path):
+    paths = write(tmp_path, blocks([0, 1]))
+    jpeg = tmp_path / "photo.jpg"
+    Image.new("RGB", (8, 8)).save(jpeg)
+    with pytest.raises(UserError, match=r"photo.jpg: .*compression changes labels"):
+        propose([*paths, jpeg])
+    colour = write(tmp_path / "rgb", blocks([0, 1]), SAVED["RGB"])
+    with pytest.raises(UserError, match=r"one kind, found colours in .*rgb/000.png and class ids in .*000.png"):
+        propose(paths + colour)
+    paths[1].write_bytes(paths[1].read_bytes()[:40])
+    with pytest.raises(UserError, match=r"001.png: the mask cannot be read"):
+        propose(paths)
+    with pytest.raises(UserError, match="expected masks, found none"):
+        propose([])
+
+
+def test_masks_that_do_not_fit_are_told_which_ready_palette_does(tmp_path):
+    raw = write(tmp_path / "raw", blocks([0, 7, 21, 26]))
+    with pytest.raises(UserError, match=r"value 21 \(\d+ pixels in 3 files.*palettes fit: .*cityscapes-labelids"):
+        check(raw, ready("cityscapes"))
+    with pytest.raises(UserError, match=r"value 150 .*these ready palettes fit: ade20k, coco-stuff"):
+        check(write(tmp_path / "ade", blocks([0, 1, 150])), ready("ade20k-from-0"))
+    with pytest.raises(UserError, match=r"colour #010203 .*no ready palette fits"):
+        strange = np.full((1, 4, 4, 3), (1, 2, 3), np.uint8)
+        check(write(tmp_path / "strange", strange), ready("voc"))
+
+
+def test_a_shifted_zero_label_is_told_as_far_as_it_can_be(tmp_path):
+    open_question = write(tmp_path / "open", blocks([0, 3, 3, 13]))
+    for name, words in (
+        ("ade20k", r"fit ade20k-from-0 as well\. Here value 3 .* 'sky', there it is 'floor'"),
+        ("ade20k-from-0", r"fit ade20k as well\. Here value 3 .* 'floor', there it is 'sky'"),
+    ):
+        (warning,) = check(open_question, ready(name))
+        assert re.search(words, warning), warning
+    exported = write(tmp_path / "exported", blocks([0, 3, 13, 255]))
+    assert check(exported, ready("ade20k-from-0")) == []
+    assert "255 occurs" in check(exported, ready("ade20k"))[0]
+    assert check(write(tmp_path / "full", blocks([0, 1, 150])), ready("ade20k")) == []
+
+
+def test_colours_of_palette_files_settle_how_they_are_numbered(tmp_path):
+    paths = write(tmp_path, blocks([0, 3, 13]), lambda path, mask: write_mask(path, mask, ready("ade20k-from-0")))
+    assert check(paths, ready("ade20k-from-0")) == []
+    with pytest.raises(UserError, match=r"value 0 has the colour of id 1 .*palettes fit: ade20k-from-0"):
+        check(paths, ready("ade20k"))
+
+
+def test_masks_are_found_where_a_data_set_keeps_them(tmp_path, landscapes):
+    flat = write(tmp_path / "flat", blocks([0, 1]))
+    assert mask_files(tmp_path / "flat") == flat
+    nested = write(tmp_path / "nested/masks", blocks([0, 1]))
+    write(tmp_path / "nested/images", blocks([5]))
+    assert mask_files(tmp_path / "nested") == nested
+    split = [*write(tmp_path / "split/test/masks", blocks([1])), *write(tmp_path / "split/train/masks", blocks([0]))]
+    assert mask_files(tmp_path / "split") == split
+    assert len(mask_files(landscapes)) == 18
+    assert mask_files(landscapes / "train") == mask_files(landscapes / "train/metadata.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="expected mask files here"):
+        mask_files(tmp_path / "empty")
+
+
+def test_only_regular_files_inside_the_folder_are_masks(tmp_path):
+    (outside,) = write(tmp_path / "outside", blocks([7], 1))
+    folder = tmp_path / "data"
+    paths = write(folder / "masks", blocks([0, 1]))
+    (folder / "masks/link.png").symlink_to(outside)
+    (folder / "masks/folder.png").mkdir()
+    (folder / "masks/._000.png").write_bytes(b"what a Mac leaves behind")
+    os.mkfifo(folder / "masks/pipe.png")
+    assert mask_files(folder) == mask_files(folder / "masks") == paths
+    rows = ["a.png,masks/000.png,a", "b.png,../b.png,b", "c.png,masks/link.png,c", "d.png,masks/9.png,d"]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,conditioning_image_file_name,text", *rows]))
+    said = []
+    assert mask_files(folder, said.append) == paths[:1]
+    assert said == ["Left out: 3 rows whose mask is not to be found; segcn validate names them"]
+
+
+def test_the_table_shows_the_labels_that_occur(tmp_path):
+    found = survey(write(tmp_path, blocks([*range(40), 255])))
+    lines = table(ready("ade20k"), found)
+    assert lines[0].split() == ["id", "name", "colour", "pixels", "files"]
+    assert len(lines) == 33 and lines[-1].endswith("that occur in no mask") and "more" in lines[-2]
+    assert "\x1b[48;2;120;120;120m" in "\n".join(table(ready("ade20k"), found, swatches=True))
+
+
+def test_the_command_proposes_and_never_overwrites(tmp_path, monkeypatch, capsys):
+    paths = write(tmp_path / "masks", blocks([0, 0, 0, 4]))
+    code, out, _ = command(monkeypatch, capsys, tmp_path, "--names", "sky, far hill")
+    assert code == 0 and "far hill" in out and "\x1b" not in out
+    assert out.splitlines()[-1] == f"palette: {tmp_path / 'palette.json'}"
+    palette = Palette.load(tmp_path / "palette.json")
+    assert palette.names == ("sky", "far hill")
+    assert read_mask(paths[0], palette).max() == 4
+    code, _, err = command(monkeypatch, capsys, tmp_path)
+    assert code == 2 and "never overwritten: remove it, or name another file with --output" in err
+    assert Palette.load(tmp_path / "palette.json") == palette
+
+
+def test_the_command_writes_a_ready_palette(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "voc.json"
+    assert command(monkeypatch, capsys, "--ready", "voc", "--output", target)[0] == 0
+    assert Palette.load(target) == ready("voc")
+    masks = write(tmp_path / "masks", blocks([0, 3, 13]))[0].parent
+    code, out, _ = command(monkeypatch, capsys, masks, "--ready", "ade20k")
+    assert code == 0 and "Warning: the values fit ade20k-from-0 as well" in out
+    assert json.loads((masks / "palette.json").read_text())["labels"][3]["name"] == "sky"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "segcn palette needs masks"),
+        (["--ready", "voc"], "segcn palette needs masks"),
+        (["--ready", "pascal"], "there are ade20k"),
+        (["nowhere"], "no such folder"),
+        (["nowhere", "--ready", "voc", "--names", "a"], "one of --ready and --names"),
+        (["--ready", "voc", "--output", "no/such/folder.json"], "cannot be written"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_message(tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(monkeypatch, capsys, *words)
+    assert code == 2 and err.startswith("Error: ") and told in err
+
+
+def test_a_link_in_the_way_is_not_written_through(tmp_path):
+    from segcn.config import PaletteConfig
+
+    (tmp_path / "palette.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UserError, match="never overwritten"):
+        make_palette(PaletteConfig(ready="voc", output=str(tmp_path / "palette.json")))
