@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from segcn.config import PRESETS
 from segcn.errors import UserError
+from segcn.files import SYMLINKS
 
 Config = TypeVar("Config")
 
@@ -44,6 +46,8 @@ def parse(kind: type[Config], arguments: list[str], program: str) -> Config:
     config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if rest:
         raise UserError(f"{program}: unknown {rest[0]!r}; {program} --help lists every flag")
+    if getattr(config, "allow_symlinks", False):
+        os.environ[SYMLINKS] = "1"  # for the processes and notebooks that this one starts, too
     return config
 
 

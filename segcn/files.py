@@ -26,7 +26,7 @@ KINDS = {
     stat.S_IFBLK: "a device",
 }
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such pictures are refused here, by MAX_PIXELS
+warnings.filterwarnings("ignore", module=r"PIL\.")  # pictures that it only warns of are refused here
 Image.init()
 READABLE = tuple(name for name in FORMATS if name in Image.OPEN)
 

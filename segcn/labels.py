@@ -248,10 +248,13 @@ def _refuse_reindexed(values: np.ndarray, own_colours: list[int] | None, palette
     if own_colours is None:
         return
     own = {value: tuple(own_colours[3 * value : 3 * value + 3]) for value in np.unique(values).tolist()}
-    declared = {label.colour: label for label in palette.labels}
-    moved = [value for value, colour in own.items() if colour in declared and declared[colour].id != value]
+    declared: dict[tuple, list[Label]] = {}  # labels marked ignore may share a colour
+    for label in palette.labels:
+        declared.setdefault(label.colour, []).append(label)
+    moved = [value for value, colour in own.items() if colour in declared
+             and value not in [label.id for label in declared[colour]]]  # fmt: skip
     if moved and len(set(own.values())) == len(own) > 1 and all(colour in declared for colour in own.values()):
-        label = declared[own[moved[0]]]
+        label = declared[own[moved[0]]][0]
         raise UserError(
             f"{path}: value {moved[0]} has the colour of {label.name!r}, id {label.id}: an image editor"
             " seems to have renumbered this palette file; save the mask as RGB, which is read by its colours"

@@ -161,14 +161,14 @@ def _is_text(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    return _clean(repr(value))[:80]
+    return _clean(repr(value))[:120]
 
 
 def _header_fault(header: list[str]) -> str | None:
     fault = _column_fault(header)
     if fault is None and header.index(COLUMNS[0]) > header.index(COLUMNS[1]):
         return (
-            f"expected {COLUMNS[0]} before {COLUMNS[1]}, found {','.join(header)};"
+            f"expected {COLUMNS[0]} before {COLUMNS[1]}, found {_shown(','.join(header))};"
             " datasets takes the first column of file names for the image: swap the columns"
         )
     if fault and len(header) == 1 and (mark := re.search(r"[;\t|]", header[0])):
@@ -182,5 +182,5 @@ def _column_fault(columns: list[str]) -> str | None:
         return None
     return (
         f"expected the column {missing[0]} once (the columns are {','.join(COLUMNS)}),"
-        f" found {_clean(','.join(columns)) or 'nothing'}"
+        f" found {_shown(','.join(columns)) if columns else 'nothing'}"
     )

@@ -35,6 +35,7 @@ class RunConfig:
     mixed_precision: str | None = flag(None, "of training and painting; none: no", ("no", "fp16", "bf16"))
     limit: int | None = flag(None, "held-out masks to paint and score; none: 128")
     seed: int | None = flag(None, "of training and painting; none: 0")
+    allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
     only: str = flag("", "a part of the notebooks, such as 03,04")
 
 

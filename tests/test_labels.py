@@ -198,3 +198,15 @@ def test_colourise_takes_stacks():
     mask = np.array([[[0, 1]], [[7, 255]]], np.uint8)
     assert colourise(mask, PALETTE).shape == (2, 1, 2, 3)
     assert colourise(mask, PALETTE)[1, 0, 0].tolist() == [0, 0, 200]
+
+
+def test_ignored_labels_may_share_a_colour(tmp_path):
+    ignored = [Label(id, f"void {id}", (0, 0, 0), ignore=True) for id in (0, 1, 4)]
+    palette = Palette((*ignored, Label(7, "road", (128, 64, 128))))
+    mask = np.array([[0, 1, 4, 7]], np.uint8)
+    write_mask(tmp_path / "mask.png", mask, palette)
+    Image.fromarray(colourise(mask, palette)).save(tmp_path / "rgb.png")
+    for name in ("mask.png", "rgb.png"):
+        assert read_mask(tmp_path / name, palette).tolist() == [[255, 255, 255, 7]]
+    with pytest.raises(UserError, match="different colour for every label"):
+        Palette((*ignored, Label(7, "road", (0, 0, 0))))

@@ -116,7 +116,7 @@ def test_columns_are_read_by_name_and_others_are_left_alone(folder):
         ("", "line 1", "file_name"),
         (HEADER + "\n", "metadata.csv", "at least one row"),
         ("file_name,text\nimages/0.png,a\n", "line 1", "conditioning_image_file_name"),
-        ("image,mask,text\n", "line 1", "found image,mask,text"),
+        ("image,mask,text\n", "line 1", "found 'image,mask,text'"),
         (f"{HEADER},text\n", "line 1", "column text once"),
         (
             f"{HEADER}\nimages/0.png,masks/0.png,a\nimages/9.png,masks/0.png,a\n",

@@ -1,0 +1,237 @@
+"""Promise: what is odd but right is accepted and read exactly: the same ids, pixels and captions."""
+
+import io
+import json
+import os
+import struct
+import zlib
+
+import malformed
+import numpy as np
+import pytest
+from malformed import COLOURS, HEADER, MASK, PALETTE, csv_of, encoded, file_of, jsonl, photo
+from PIL import Image
+
+from segcn.labels import IGNORE, read_mask
+from segcn.records import check_split, read_image, read_split
+
+FIRST = "images/0.png,masks/0.png"
+
+
+def caption(text, written=None):
+    """(change, captions of the first row) of a metadata.csv with one row."""
+    written = text if written is None else written
+    return csv_of(f"{HEADER}\n{FIRST},{written}\n".encode()), (text,)
+
+
+def lines(*rows):
+    """(change, captions) of a metadata.jsonl of these objects or bytes."""
+
+    def change(folder):
+        (folder / "metadata.csv").unlink()
+        data = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        (folder / "metadata.jsonl").write_bytes(b"\n".join(data))
+
+    return change
+
+
+def renamed(name):
+    """The first image has another name."""
+
+    def change(folder):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "images/0.png").rename(folder / name)
+        escaped = name.replace('"', '""')
+        csv_of(f'{HEADER}\n"{escaped}",masks/0.png,a hill\n'.encode())(folder)
+
+    return change
+
+
+def low_bit(bits):
+    """MASK with 1 where it is 7, in a grey PNG of few bits a pixel, which Pillow reads stretched."""
+    rows = np.where(MASK == 7, 1, MASK)
+    packed = [np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits :].ravel()).tobytes() for row in rows]
+    data = b""
+    header = struct.pack(">IIBBBBB", MASK.shape[1], MASK.shape[0], bits, 0, 0, 0, 0)
+    stream = zlib.compress(b"".join(b"\0" + row for row in packed))
+    for kind, body in ((b"IHDR", header), (b"IDAT", stream), (b"IEND", b"")):
+        data += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+def indexed(mode, **options):
+    image = Image.fromarray(MASK)
+    image.putpalette(PALETTE.table.tobytes())
+    return encoded(image.convert(mode) if mode != "P" else image, "PNG", **options)
+
+
+def exif_of(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def link_inside(folder):
+    (folder / "images/0.png").rename(folder / "images/real.png")
+    (folder / "images/0.png").symlink_to("real.png")
+
+
+def linked_folder_inside(folder):
+    (folder / "images").rename(folder / "photos")
+    (folder / "images").symlink_to("photos")
+
+
+def hard_link(folder):
+    os.link(folder / "images/0.png", folder / "images/twin.png")
+    csv_of(f"{HEADER}\nimages/twin.png,masks/0.png,a hill\n")(folder)
+
+
+def folder_is_a_link(folder):
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to(folder.with_name("elsewhere"))
+
+
+ROW = f"{FIRST},a hill"
+METADATA = {
+    "byte order mark": (csv_of(f"\ufeff{HEADER}\n{ROW}\n"), ("a hill",)),
+    "Windows line ends": (csv_of(f"{HEADER}\r\n{ROW}\r\n"), ("a hill",)),
+    "old Mac line ends": (csv_of(f"{HEADER}\r{ROW}\r"), ("a hill",)),
+    "no line end": (csv_of(f"{HEADER}\n{ROW}"), ("a hill",)),
+    "blank lines": (csv_of(f"{HEADER}\n\n\n{ROW}\n\n"), ("a hill",)),
+    "all quoted": (csv_of('"' + f'{HEADER}"\n"{ROW}"\n'.replace(",", '","')), ("a hill",)),
+    "text first": (csv_of(f"text,{HEADER[:-5]}\na hill,{FIRST}\n"), ("a hill",)),
+    "more columns": (csv_of(f"id,{HEADER},score\n7,{ROW},0.5\n"), ("a hill",)),
+    "a million columns' worth": (csv_of(f"{HEADER},x" + "y" * 10**5 + f"\n{ROW},\n"), ("a hill",)),
+    "comma": caption("a hill, at dusk", '"a hill, at dusk"'),
+    "quotes": caption('a "red" house', '"a ""red"" house"'),
+    "quotes in a bare field": caption('a 5" pipe'),
+    "line break": caption("a hill\nat dusk", '"a hill\nat dusk"'),
+    "Windows line break": caption("a hill\r\nat dusk", '"a hill\r\nat dusk"'),
+    "four lines": caption("a\n\nb, c\nd", '"a\n\nb, c\nd"'),
+    "accents": caption("un arbre isolé"),
+    "Chinese": caption("黄昏的山"),
+    "Arabic": caption("تلة عند الغسق"),
+    "emoji": caption("a 🌲 and a 👩‍🌾"),
+    "combining": caption("e\u0301te\u0301"),
+    "spaces around": caption("  a hill  "),
+    "a number": caption("2024"),
+    "NULL as a word": caption("NULL"),
+    "a formula": caption("=1+1"),
+    "HTML": caption("<b>a hill</b>"),
+    "100,000 letters": caption("hill " * 20_000),
+    "jsonl": (lines(jsonl(0)), ("a hill",)),
+    "jsonl, byte order mark": (lines(b"\xef\xbb\xbf" + json.dumps(jsonl(0)).encode()), ("a hill",)),
+    "jsonl, Windows line ends": (lines(json.dumps(jsonl(0)).encode() + b"\r"), ("a hill",)),
+    "jsonl, blank lines": (lines(b"", jsonl(0), b"  ", b""), ("a hill",)),
+    "jsonl, more keys": (lines(jsonl(0) | {"score": 0.5, "tags": [1, {"a": None}]}), ("a hill",)),
+    "jsonl, several captions": (lines(jsonl(0, text=["a hill", "a\nhill"])), ("a hill", "a\nhill")),
+    "jsonl, one caption in a list": (lines(jsonl(0, text=["a hill"])), ("a hill",)),
+    "jsonl, escapes": (lines(jsonl(0, text="\U0001f332 é")), ("\U0001f332 é",)),
+    "jsonl, a separator of lines": (
+        lines(json.dumps(jsonl(0, text="a\u2028b"), ensure_ascii=False).encode()),
+        ("a\u2028b",),
+    ),
+    "the same pair, another caption": (csv_of(f"{HEADER}\n{ROW}\n{FIRST},a lake\n"), ("a hill",)),
+}
+PLACES = {
+    name: renamed(f"images/{name}")
+    for name in ("a b.png", "a..b.png", "..a.png", "é.png", "山.png", "100%.png", "#1.png", "a&b.png", "x'y.png",
+                 'x"y.png', ".hidden.png", "no suffix", "a,b.png", "deep/er/0.png", "0.jpg.png", "-rf.png", "con.png")
+} | {"link inside": link_inside, "linked folder inside": linked_folder_inside, "hard link": hard_link,
+     "the folder is a link": folder_is_a_link}  # fmt: skip
+BLACK_AND_WHITE = Image.fromarray((MASK == 1).astype(np.uint8) * 255).convert("1")
+SEVEN = np.where(MASK == 7, IGNORE, MASK)
+MASKS = {
+    "P": (indexed("P"), MASK),
+    "P of few colours": (encoded(Image.open(io.BytesIO(indexed("P"))).copy(), "PNG", bits=4), MASK),
+    "PA": (encoded(Image.merge("LA", [Image.fromarray(MASK), Image.fromarray(MASK)]), "PNG"), MASK),
+    "L": (encoded(MASK, "PNG"), MASK),
+    "1-bit": (
+        encoded(BLACK_AND_WHITE, "PNG"),
+        (MASK == 1).astype(int),
+    ),
+    "1-bit TIFF": (
+        encoded(BLACK_AND_WHITE, "TIFF"),
+        (MASK == 1).astype(int),
+    ),
+    "2-bit grey": (low_bit(2), np.where(MASK == 7, 1, MASK)),
+    "4-bit grey": (low_bit(4), np.where(MASK == 7, 1, MASK)),
+    "I;16": (encoded(MASK.astype(np.uint16), "PNG"), MASK),
+    "I;16 TIFF": (encoded(MASK.astype(np.uint16), "TIFF"), MASK),
+    "I;16B TIFF": (encoded(Image.frombytes("I;16B", MASK.shape[::-1], MASK.astype(">u2").tobytes()), "TIFF"), MASK),
+    "32-bit TIFF": (encoded(MASK.astype(np.int32), "TIFF"), MASK),
+    "RGB": (encoded(COLOURS, "PNG"), MASK),
+    "RGBA": (encoded(np.dstack([COLOURS, MASK * 30]), "PNG"), MASK),
+    "RGB BMP": (encoded(COLOURS, "BMP"), MASK),
+    "RGB PPM": (encoded(COLOURS, "PPM"), MASK),
+    "lossless WebP": (encoded(COLOURS, "WEBP", lossless=True), MASK),
+    "GIF": (encoded(Image.open(io.BytesIO(indexed("P"))).copy(), "GIF", optimize=False), MASK),
+    "compressed TIFF": (encoded(MASK, "TIFF", compression="tiff_lzw"), MASK),
+    "unlabelled": (encoded(SEVEN.astype(np.uint8), "PNG"), SEVEN),
+    "unlabelled, 16 bits": (encoded(SEVEN.astype(np.uint16), "PNG"), SEVEN),
+    "all unlabelled": (encoded(np.full_like(MASK, 255), "PNG"), np.full_like(MASK, 255)),
+}
+PHOTO = photo(0)
+GREY = PHOTO[..., 0]
+IMAGES = {
+    "grey": (encoded(GREY, "PNG"), np.dstack([GREY] * 3)),
+    "grey with alpha": (encoded(Image.fromarray(np.dstack([GREY, GREY]), "LA"), "PNG"), np.dstack([GREY] * 3)),
+    "alpha": (encoded(np.dstack([PHOTO, GREY]), "PNG"), PHOTO),
+    "palette": (encoded(COLOURS, "PNG"), COLOURS),
+    "16-bit grey": (encoded(GREY.astype(np.uint16) << 8, "PNG"), np.dstack([GREY] * 3)),
+    "1-bit": (encoded(BLACK_AND_WHITE, "PNG"), np.dstack([(MASK == 1) * 255] * 3)),
+    "BMP": (encoded(PHOTO, "BMP"), PHOTO),
+    "TIFF": (encoded(PHOTO, "TIFF"), PHOTO),
+    "lossless WebP": (encoded(PHOTO, "WEBP", lossless=True), PHOTO),
+    "JPEG 2000": (encoded(PHOTO, "JPEG2000", irreversible=False), PHOTO),
+    "upside down": (encoded(PHOTO, "PNG", exif=exif_of(3)), PHOTO[::-1, ::-1]),
+    "sideways": (encoded(PHOTO.transpose(1, 0, 2), "PNG", exif=exif_of(5)), PHOTO),
+}
+
+
+def first_row(folder):
+    split = read_split(folder)
+    check_split(split)
+    return split[0], split.palette
+
+
+def test_there_are_fifty():
+    assert len(METADATA) + len(PLACES) + len(MASKS) + len(IMAGES) >= 50
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_captions_are_read_exactly(tmp_path, name):
+    change, captions = METADATA[name]
+    change(malformed.sound(tmp_path / "pairs"))
+    record, _ = first_row(tmp_path / "pairs")
+    assert record.captions == captions
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_files_are_found(tmp_path, name):
+    PLACES[name](malformed.sound(tmp_path / "pairs"))
+    record, palette = first_row(tmp_path / "pairs")
+    assert (read_image(record.image) == PHOTO).all() and (read_mask(record.mask, palette) == MASK).all()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_give_their_ids(tmp_path, name):
+    data, ids = MASKS[name]
+    file_of("masks/0.png", data)(malformed.sound(tmp_path / "pairs"))
+    record, palette = first_row(tmp_path / "pairs")
+    assert (read_mask(record.mask, palette) == ids).all()
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_give_their_pixels(tmp_path, name):
+    data, pixels = IMAGES[name]
+    file_of("images/0.png", data)(malformed.sound(tmp_path / "pairs"))
+    assert (read_image(first_row(tmp_path / "pairs")[0].image) == pixels).all()
+
+
+def test_a_link_out_of_the_folder_is_read_when_asked_for(tmp_path, monkeypatch):
+    folder = malformed.sound(tmp_path / "pairs")
+    (folder / "images").rename(tmp_path / "elsewhere")
+    (folder / "images").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setenv("SEGCN_ALLOW_SYMLINKS", "1")
+    assert (read_image(first_row(folder)[0].image) == PHOTO).all()
