@@ -2,18 +2,30 @@
 
 import argparse
 import contextlib
+import itertools
+import os
 import signal
 import sys
 from pathlib import Path
 
 from segcn.arguments import main_guard, parse
-from segcn.config import OUTPUTS, DoctorConfig, EvaluateConfig, GenerateConfig, InferConfig, PaletteConfig, TrainConfig
+from segcn.config import (
+    OUTPUTS,
+    DoctorConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    ImportConfig,
+    InferConfig,
+    PaletteConfig,
+    TrainConfig,
+)
 from segcn.errors import UserError
 from segcn.home import use_writable_home
 
 COMMANDS = {
     "run": "notebooks 01 to 05 in order: data, augmentation, training, generation, evaluation",
     "samples": "make the sample data (landscapes, earth), or build the embedded base model (base)",
+    "import": "pictures and masks, metadata files, parquet or saved datasets to a data set of this package",
     "validate": "check a data set: decode every file and report every fault with its row",
     "palette": "write a palette.json for masks that have none: a ready one, or one proposed from them",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
@@ -80,6 +92,20 @@ def do_samples(words: list[str]) -> None:
         from segcn.samples.base import SMOKE, BaseRecipe, build_base
 
         build_base(options["work"], options["out"], SMOKE if options["smoke"] else BaseRecipe())
+
+
+def do_import(words: list[str]) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched; read when huggingface_hub is first imported
+    from segcn.importer import import_dataset
+
+    places = list(itertools.takewhile(lambda word: not word.startswith("-"), words))[:2]
+    first = [word for pair in zip(("--source", "--out"), places, strict=False) for word in pair]
+    config = parse(ImportConfig, first + words[len(places) :], "segcn import")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half written goes again
+    try:
+        import_dataset(config)
+    except KeyboardInterrupt:
+        sys.exit("Stopped: nothing was written.")
 
 
 def do_validate(words: list[str]) -> None:

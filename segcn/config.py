@@ -215,6 +215,32 @@ class PaletteConfig:
     output: str | None = flag(None, "PALETTE.json to write; none: palette.json in the folder")
 
 
+@dataclass(frozen=True)
+class ImportConfig:
+    """Write a data set of the contract (data/README.md) from pairs of files, a metadata file or a saved `datasets`."""
+
+    source: str = flag("", "folder, or a .csv, .jsonl, .json or .parquet file; may stand first without the flag")
+    out: str = flag("", "data set folder to write, empty or absent; may stand second without the flag")
+    files: str = flag(
+        "copy",
+        "copy: bytes unchanged; symlink: link to them; rewrite: leave them, write metadata to OUT, a folder above them",
+        ("copy", "symlink", "rewrite"),
+    )
+    palette: str | None = flag(
+        None, "a ready palette's name (segcn palette), or a palette.json; none: found at SOURCE, else proposed"
+    )
+    caption: str | None = flag(
+        None, "for rows without one; {classes} stands for those in the mask, largest first: 'a scene of {classes}'"
+    )
+    image_column: str | None = flag(None, "column of the images; none: file_name, or image")
+    conditioning_image_column: str | None = flag(
+        None, "column of the masks; none: conditioning_image_file_name, or conditioning_image"
+    )
+    caption_column: str | None = flag(None, "column of the captions; none: text")
+    image_suffix: str = flag("", "ending of the pictures' names that their masks lack: _leftImg8bit")
+    mask_suffix: str = flag("", "ending of the masks' names that their pictures lack: _mask")
+
+
 # What a preset changes. sd15 keeps diffusers' training defaults.
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {
     TrainConfig: {

@@ -1,0 +1,459 @@
+"""Promise: what people have becomes a data set of the contract, pixel for pixel, or a message says why not."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segcn import cli
+from segcn.config import ImportConfig
+from segcn.errors import UserError
+from segcn.importer import classes_of, import_dataset
+from segcn.labels import Label, Palette, read_mask, write_mask
+from segcn.records import check_split, read_image, read_split
+
+PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0)), Label(2, "house", (200, 0, 0))))
+SIZE = (8, 6)  # (height, width)
+
+
+def photo(k):
+    return np.random.default_rng(k).integers(0, 256, (*SIZE, 3), np.uint8)
+
+
+def mask(k):
+    """More sky than trees; a house in every second."""
+    ids = np.zeros(SIZE, np.uint8)
+    ids[5:] = 1
+    ids[7, : 3 + k % 3] = 2 * (k % 2)
+    return ids
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_files(folder, rows=3, first=0, images="images", masks="masks", ending=""):
+    for name in (images, masks):
+        (folder / name).mkdir(parents=True)
+    for k in range(first, first + rows):
+        Image.fromarray(photo(k)).save(folder / images / f"p{k}.png")
+        write_mask(folder / masks / f"p{k}{ending}.png", mask(k), PALETTE)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Three pairs below images/ and masks/, with a palette.json."""
+    folder = make_files(tmp_path / "source")
+    PALETTE.save(folder / "palette.json")
+    return folder
+
+
+def run(source, out, **settings):
+    """The lines of an import that leaves its source as it was."""
+    lines = []
+    before = state(Path(source))
+    import_dataset(ImportConfig(source=str(source), out=str(out), **settings), lines.append)
+    assert settings.get("files") == "rewrite" or state(Path(source)) == before
+    return lines
+
+
+def state(path):
+    return {file: file.lstat().st_mtime_ns for file in [path, *path.rglob("*")] if file.exists()}
+
+
+def refused(source, out, **settings):
+    """The message of an import that writes nothing."""
+    before = set(Path(out).parent.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        run(source, out, **settings)
+    assert set(Path(out).parent.rglob("*")) == before
+    return str(caught.value)
+
+
+def assert_pairs(out, numbers, split=None):
+    """The rows are these photos and masks, in this order; returns their captions."""
+    found = read_split(out, split)
+    check_split(found)
+    assert len(found) == len(numbers)
+    for record, k in zip(found.records, numbers, strict=True):
+        assert np.array_equal(read_image(record.image), photo(k))
+        assert np.array_equal(read_mask(record.mask, found.palette), mask(k))
+    return [record.captions for record in found.records]
+
+
+def opened(out, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from datasets import load_dataset
+
+    return load_dataset(str(out), cache_dir=str(Path(out).parent / "cache"))
+
+
+def rows_of(numbers, image, conditioning_image="masks/p{}.png", text="number {}"):
+    return [(image.format(k), conditioning_image.format(k), text.format(k)) for k in numbers]
+
+
+def write_table(path, header, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def saved(numbers, features=True, text="number {}"):
+    """A `datasets` object with the pictures inside."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Picture
+
+    columns = {
+        "image": [{"bytes": png(photo(k)), "path": None} for k in numbers],
+        "conditioning_image": [{"bytes": png(mask(k)), "path": None} for k in numbers],
+        "text": [text.format(k) for k in numbers],
+    }
+    kinds = Features({"image": Picture(), "conditioning_image": Picture(), "text": Value("string")})
+    return Dataset.from_dict(columns, features=kinds if features else None)
+
+
+def test_pairs_of_files_by_name_with_their_classes_as_captions(source, tmp_path, monkeypatch):
+    lines = run(source, tmp_path / "out", caption="a scene with {classes}")
+    told = assert_pairs(tmp_path / "out", range(3))
+    assert told == [
+        ("a scene with sky and tree",),
+        ("a scene with sky, tree and house",),
+        ("a scene with sky and tree",),
+    ]
+    assert (tmp_path / "out/images/000001.png").read_bytes() == (source / "images/p1.png").read_bytes()
+    assert (tmp_path / "out/masks/000001.png").read_bytes() == (source / "masks/p1.png").read_bytes()
+    assert "3 rows; 3 classes: sky, tree, house" in lines[-2] and lines[-1].startswith("next: segcn validate ")
+    rows = opened(tmp_path / "out", monkeypatch)["train"]
+    assert rows.column_names == ["image", "conditioning_image", "text"]
+    assert np.array_equal(np.asarray(rows[1]["image"]), photo(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "source"]
+
+
+def test_classes_are_named_from_the_largest_down():
+    ids = np.array([[2, 2, 2, 0, 0, 1, 255, 255, 255, 255]], np.uint8)
+    assert classes_of(ids, PALETTE) == "house, sky and tree"
+    assert classes_of(ids[:, :3], PALETTE) == "house"
+
+
+def test_text_files_are_captions_and_each_line_is_one(source, tmp_path, monkeypatch):
+    (source / "captions").mkdir()
+    (source / "captions/p0.txt").write_text("first\n\n  second \n")
+    (source / "images/p1.txt").write_text("one")
+    assert "expected a caption, found none; --caption" in refused(source, tmp_path / "out")
+    run(source, tmp_path / "out", caption="a picture")
+    assert assert_pairs(tmp_path / "out", range(3)) == [("first", "second"), ("one",), ("a picture",)]
+    assert opened(tmp_path / "out", monkeypatch)["train"].num_rows == 3
+
+
+def test_folders_below_are_paired_by_their_whole_path_and_suffixes_are_cut(tmp_path):
+    folder = tmp_path / "city"
+    for split, first in (("train", 0), ("val", 2)):
+        make_files(folder, 2, first, f"leftImg8bit/{split}/a", f"gtFine/{split}/a", "_gtFine_labelIds")
+        Image.fromarray(photo(9)).save(folder / f"gtFine/{split}/a/p{first}_gtFine_color.png")
+    message = refused(folder, tmp_path / "out", caption="a street")
+    assert "2 pictures in" in message and "a/p0, a/p1" in message and "_gtFine_" in message
+    unnamed = refused(folder, tmp_path / "out", caption="{classes}", mask_suffix="_gtFine_labelIds")
+    assert "have no names" in unnamed and "segcn palette" in unnamed
+    lines = run(folder, tmp_path / "out", caption="a street", mask_suffix="_gtFine_labelIds")
+    assert any("proposed from 4 masks" in line for line in lines) and "train 2 rows, val 2 rows" in lines[-2]
+    assert_pairs(tmp_path / "out", [0, 1]), assert_pairs(tmp_path / "out", [2, 3], "val")
+    assert (tmp_path / "out/palette.json").is_file() and not (tmp_path / "out/val/palette.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: (s / "masks/p1.png").unlink(), ["1 pictures in", "have no mask: p1", "--mask_suffix"]),
+        (lambda s: (s / "images/p2.png").unlink(), ["1 masks in", "have no picture: p2"]),
+        (lambda s: (s / "images/p0.jpg").write_bytes(b""), ["one file of each name", "p0.jpg and p0.png"]),
+        (lambda s: (s / "labels").mkdir(), ["expected one of these folders", "masks and labels"]),
+        (lambda s: [p.unlink() for p in (s / "masks").iterdir()], ["masks: expected pictures", "found none"]),
+        (lambda s: ((s / "masks/p1.png").unlink(), os.mkfifo(s / "masks/p1.png")), ["have no mask: p1"]),
+    ],
+)
+def test_files_that_are_no_pairs_are_named(source, tmp_path, change, words):
+    change(source)
+    message = refused(source, tmp_path / "out", caption="a")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("files", ["copy", "symlink"])
+def test_an_old_metadata_file_with_paths_of_every_kind(source, tmp_path, monkeypatch, files):
+    """Absolute, with .., relative to the current folder, through a link and with backslashes; columns of its own."""
+    (source / "old").mkdir()
+    (source / "old/link.png").symlink_to(source / "images/p2.png")
+    monkeypatch.chdir(source)
+    rows = [
+        (str(source / "images/p0.png"), "../masks/p0.png", "absolute, and above"),
+        ("images/p1.png", "masks\\p1.png", "two\nlines"),
+        ("link.png", str(source / "masks/p2.png"), "a link"),
+    ]
+    table = write_table(source / "old/rows.csv", ("photo", "seg", "says"), rows)
+    columns = {"image_column": "photo", "conditioning_image_column": "seg", "caption_column": "says"}
+    assert "expected a column file_name or" in refused(table, tmp_path / "out")
+    lines = run(table, tmp_path / "out", files=files, **columns)
+    monkeypatch.setenv("SEGCN_ALLOW_SYMLINKS", "1")
+    assert assert_pairs(tmp_path / "out", range(3)) == [("absolute, and above",), ("two lines",), ("a link",)]
+    assert opened(tmp_path / "out", monkeypatch)["train"][1]["text"] == "two lines"
+    links = [path.is_symlink() for path in (tmp_path / "out").rglob("*.png")]
+    assert links == [files == "symlink"] * 6
+    assert lines[-1].endswith("--allow_symlinks") == (files == "symlink")
+
+
+def test_links_are_not_allowed_any_longer_than_the_check(source, tmp_path):
+    run(source, tmp_path / "out", caption="a", files="symlink")
+    assert "SEGCN_ALLOW_SYMLINKS" not in os.environ
+    with pytest.raises(UserError, match="allow_symlinks"):
+        read_split(tmp_path / "out")
+
+
+def test_rewrite_writes_metadata_and_palette_and_nothing_else(source, tmp_path):
+    rows = rows_of(range(3), str(source / "images/p{}.png"), str(source / "masks/p{}.png"))
+    table = write_table(tmp_path / "rows.csv", ("image", "conditioning_image", "text"), rows)
+    (source / "palette.json").rename(tmp_path / "palette.json")
+    before = set(source.rglob("*"))
+    run(table, source, files="rewrite")
+    assert assert_pairs(source, range(3)) == [("number 0",), ("number 1",), ("number 2",)]
+    assert set(source.rglob("*")) - before == {source / "metadata.csv", source / "palette.json"}
+    assert "images/p1.png,masks/p1.png,number 1" in (source / "metadata.csv").read_text()
+    assert "metadata.csv is there already" in refused(table, source, files="rewrite")
+    assert "expected a file below" in refused(table, source / "masks", files="rewrite")
+
+
+def test_rewrite_of_splits_and_of_another_palette(tmp_path):
+    for name, first in (("train", 0), ("test", 3)):
+        make_files(tmp_path / "data" / name, 2, first)
+    run(tmp_path / "data", tmp_path / "data", files="rewrite", caption="a")
+    assert_pairs(tmp_path / "data", [0, 1]), assert_pairs(tmp_path / "data", [3, 4], "test")
+    (tmp_path / "data/train/metadata.csv").unlink(), (tmp_path / "data/test/metadata.csv").unlink()
+    message = refused(tmp_path / "data", tmp_path / "data", files="rewrite", caption="a", palette="voc")
+    assert "palette.json is another one and is never overwritten" in message
+
+
+def test_jsonl_keeps_lists_of_captions_and_rows_of_one_pair_become_one(source, tmp_path, monkeypatch):
+    rows = [
+        {"image": "images/p0.png", "conditioning_image": "masks/p0.png", "text": ["a", "b"]},
+        {"image": "images/p1.png", "conditioning_image": "masks/p1.png", "text": "c"},
+        {"image": "images/p0.png", "conditioning_image": "masks/p0.png", "text": "d"},
+    ]
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(source, tmp_path / "out")
+    assert assert_pairs(tmp_path / "out", [0, 1]) == [("a", "b", "d"), ("c",)]
+    assert opened(tmp_path / "out", monkeypatch)["train"]["text"] == [["a", "b", "d"], ["c"]]
+    (source / "prompt.json").write_text(json.dumps(rows[1:2]))
+    run(source / "prompt.json", tmp_path / "array")
+    assert assert_pairs(tmp_path / "array", [1]) == [("c",)]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (("https://a.org/p.png", "masks/p0.png", "a"), ["line 3: column image", "URL", "never downloaded"]),
+        (("images/p9.png", "masks/p0.png", "a"), ["line 3", "found none at 'images/p9.png' (looked for"]),
+        (("images", "masks/p0.png", "a"), ["line 3", "expected a regular file"]),
+        (("images/p0.png", "", "a"), ["line 3: column conditioning_image", "expected a file"]),
+        (("images/p0.png", "masks/p0.png", " "), ["line 3: column text", "--caption"]),
+        (("images/p0.png", "masks/p0.png"), ["line 3", "expected 3 fields, found 2"]),
+        (("images/p0.png", "masks/p0.png", "a\nimages/p1.png,masks/p1.png,b"), ["line 3", "double quote"]),
+    ],
+)
+def test_a_wrong_row_is_named_by_its_line_before_anything_is_written(source, tmp_path, row, words):
+    header = ("image", "conditioning_image", "text")
+    write_table(source / "metadata.csv", header, [*rows_of([0], "images/p{}.png"), row])
+    message = refused(source, tmp_path / "out")
+    assert all(word in message for word in ["metadata.csv", *words]), message
+
+
+def test_the_message_counts_the_rows_that_fail_too(source, tmp_path):
+    header = ("file_name", "conditioning_image_file_name", "text")
+    write_table(source / "metadata.csv", header, rows_of(range(5), "nowhere/{}.png"))
+    assert "line 2" in refused(source, tmp_path / "out") and "4 more of 5" in refused(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("features", [True, False])
+def test_a_saved_dataset(tmp_path, monkeypatch, features):
+    saved(range(3), features).save_to_disk(tmp_path / "saved")
+    run(tmp_path / "saved", tmp_path / "out")
+    assert assert_pairs(tmp_path / "out", range(3)) == [("number 0",), ("number 1",), ("number 2",)]
+    assert (tmp_path / "out/images/000002.png").read_bytes() == png(photo(2))
+    assert opened(tmp_path / "out", monkeypatch)["train"].num_rows == 3
+    assert "use --files copy" in refused(tmp_path / "saved", tmp_path / "links", files="symlink")
+    assert "use --files copy" in refused(tmp_path / "saved", tmp_path, files="rewrite")
+
+
+def test_a_saved_dataset_of_splits(tmp_path, monkeypatch):
+    from datasets import DatasetDict
+
+    splits = DatasetDict(train=saved([0, 1]), validation=saved([2]), test=saved([3]))
+    splits.save_to_disk(tmp_path / "saved")
+    PALETTE.save(tmp_path / "saved/palette.json")
+    run(tmp_path / "saved", tmp_path / "out")
+    for split, numbers in (("train", [0, 1]), ("validation", [2]), ("test", [3])):
+        assert_pairs(tmp_path / "out", numbers, split)
+    assert {name: len(rows) for name, rows in opened(tmp_path / "out", monkeypatch).items()} == {
+        "train": 2, "validation": 1, "test": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["", "data"])
+def test_parquet_files_by_the_split_in_their_names(tmp_path, folder):
+    (tmp_path / "hub" / folder).mkdir(parents=True)
+    for name, numbers in (
+        ("train-00000-of-00002", [0]),
+        ("train-00001-of-00002", [1, 2]),
+        ("test-00000-of-00001", [3]),
+    ):
+        saved(numbers, features=name.startswith("train")).to_parquet(tmp_path / "hub" / folder / f"{name}.parquet")
+    run(tmp_path / "hub", tmp_path / "out")
+    assert assert_pairs(tmp_path / "out", [0, 1, 2]) == [("number 0",), ("number 1",), ("number 2",)]
+    assert_pairs(tmp_path / "out", [3], "test")
+
+
+def test_one_parquet_file_with_raw_bytes_lists_and_columns_of_its_own(tmp_path, monkeypatch):
+    import pyarrow
+    from pyarrow.parquet import write_table as write_parquet
+
+    jpeg = io.BytesIO()
+    Image.fromarray(photo(0)).save(jpeg, "JPEG")
+    columns = {"a": [jpeg.getvalue()] * 2, "b": [png(mask(0))] * 2, "c": [["one", "two"], ["three"]], "n": [1, 2]}
+    write_parquet(pyarrow.table(columns), tmp_path / "rows.parquet")
+    names = {"image_column": "a", "conditioning_image_column": "b", "caption_column": "c"}
+    run(tmp_path / "rows.parquet", tmp_path / "out", **names)
+    record = read_split(tmp_path / "out")[0]
+    assert record.captions == ("one", "two") and record.image.read_bytes() == jpeg.getvalue()
+    assert record.image_name == "images/000000.jpg"
+    assert opened(tmp_path / "out", monkeypatch)["train"]["text"] == [["one", "two"], ["three"]]
+    message = refused(tmp_path / "rows.parquet", tmp_path / "more", **names | {"image_column": "n"})
+    assert "rows.parquet: cannot be read as pictures in n and b" in message
+    assert "expected a column file_name or" in refused(tmp_path / "rows.parquet", tmp_path / "more")
+
+
+def test_a_parquet_row_without_a_picture_or_with_a_url_is_named(tmp_path):
+    import pyarrow
+    from pyarrow.parquet import write_table as write_parquet
+
+    for cell, words in ((None, "expected a file, found"), ("https://a.org/p.png", "never downloaded")):
+        columns = {"image": ["x.png", cell], "conditioning_image": [png(mask(0))] * 2, "text": ["a", "b"]}
+        Image.fromarray(photo(0)).save(tmp_path / "x.png")
+        write_parquet(pyarrow.table(columns), tmp_path / "rows.parquet")
+        message = refused(tmp_path / "rows.parquet", tmp_path / "out")
+        assert "rows.parquet, row 1: column image" in message and words in message
+
+
+def test_folders_of_splits_each_of_a_kind_of_its_own(tmp_path):
+    make_files(tmp_path / "data/train", 2)
+    (tmp_path / "data/test").mkdir()
+    saved([2]).to_parquet(tmp_path / "data/test/0000.parquet")
+    make_files(tmp_path / "data/validation", 1, first=3)
+    header = ("image", "conditioning_image", "text")
+    write_table(tmp_path / "data/validation/metadata.csv", header, rows_of([3], "images/p{}.png"))
+    run(tmp_path / "data", tmp_path / "out", caption="no words")
+    assert assert_pairs(tmp_path / "out", [0, 1]) == [("no words",)] * 2
+    assert assert_pairs(tmp_path / "out", [2], "test") == [("number 2",)]
+    assert assert_pairs(tmp_path / "out", [3], "validation") == [("number 3",)]
+
+
+def test_more_than_ten_thousand_rows_are_spread_over_folders(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("segcn.placing.MANY", 2)
+    run(source, tmp_path / "out", caption="a")
+    assert_pairs(tmp_path / "out", range(3))
+    names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*/*.png"))
+    assert names[:3] == ["images/00/000000.png", "images/00/000001.png", "images/01/000002.png"]
+    assert opened(tmp_path / "out", monkeypatch)["train"].num_rows == 3
+
+
+def test_where_it_may_not_write(source, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    assert "not empty" in refused(source, tmp_path / "full", caption="a")
+    assert "not empty" in refused(source, tmp_path / "full/mine.txt", caption="a")
+    assert "never changed" in refused(source, source / "out", caption="a")
+    assert "needs two places" in refused(source, "", caption="a")
+    assert "no such folder" in refused(tmp_path / "nowhere", tmp_path / "out")
+    assert "expected images/ and masks/" in refused(tmp_path / "full", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    run(source, tmp_path / "empty", caption="a")
+    assert_pairs(tmp_path / "empty", range(3))
+
+
+def test_a_palette_by_name_file_or_beside_the_source(source, tmp_path):
+    assert "voc" in refused(source, tmp_path / "out", caption="a", palette="nowhere.json")
+    assert "--palette" in refused(source, tmp_path / "out", caption="a", palette="binary")  # there is no id 2
+    other = Palette((*PALETTE.labels, Label(9, "lake", (0, 0, 255))))
+    other.save(tmp_path / "other.json")
+    run(source, tmp_path / "named", caption="a", palette=str(tmp_path / "other.json"))
+    assert read_split(tmp_path / "named").palette == other
+    assert f"palette: {source / 'palette.json'}" in run(source, tmp_path / "found", caption="a")
+    assert read_split(tmp_path / "found").palette == PALETTE
+
+
+def test_what_cannot_be_trained_on_is_written_and_named(source, tmp_path):
+    (source / "images/p1.png").write_bytes(b"nothing")
+    with pytest.raises(UserError) as caught:
+        run(source, tmp_path / "out", caption="a")
+    for words in ("out is written, but", "metadata.csv, line 3 (row 1)", "segcn validate", "--quarantine"):
+        assert words in str(caught.value)
+    assert len(read_split(tmp_path / "out")) == 3
+
+
+def test_an_import_that_stops_half_way_leaves_no_data_set(source, tmp_path, monkeypatch):
+    real, calls = shutil.copyfile, []
+
+    def stops(file, target):
+        calls.append(file)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(file, target)
+
+    monkeypatch.setattr("segcn.placing.shutil.copyfile", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", caption="a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    monkeypatch.setattr("segcn.placing.shutil.copyfile", real)
+    run(source, tmp_path / "out", caption="a")
+    assert_pairs(tmp_path / "out", range(3))
+
+
+def test_a_killed_import_leaves_a_folder_that_is_no_data_set_and_the_next_one_says_so(source, tmp_path):
+    code = (
+        "import os, signal, sys, segcn.importer as room; from segcn.config import ImportConfig\n"
+        "room._write = lambda *words: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "room.import_dataset(ImportConfig(source=sys.argv[1], out=sys.argv[2], caption='a'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(source), str(tmp_path / "out")])
+    assert done.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    left = next(tmp_path.glob("out.partial-*"))
+    with pytest.raises(UserError, match="found none"):
+        read_split(left)
+    told = "\n".join(run(source, tmp_path / "out", caption="a"))
+    assert f"{left} was left by an import that was killed" in told and left.is_dir()
+    assert_pairs(tmp_path / "out", range(3))
+
+
+def test_the_command(source, tmp_path, monkeypatch, capsys):
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["segcn", "import", *map(str, words)])
+        cli.main()
+        return capsys.readouterr().out
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert "next: segcn validate" in command(source, tmp_path / "out", "--caption", "a view of {classes}")
+        assert assert_pairs(tmp_path / "out", range(3))[0] == ("a view of sky and tree",)
+        with pytest.raises(SystemExit) as stopped:
+            command(source, tmp_path / "out")
+        assert stopped.value.code == 2 and "not empty" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGTERM, handler)
