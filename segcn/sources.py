@@ -199,7 +199,7 @@ def _of_parquet(folder: Path, paths: list[Path], config: ImportConfig) -> Source
     try:
         count = sum(read_metadata(path).num_rows for path in paths)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{folder}: a parquet file cannot be read: {error}") from None
+        raise UserError(f"{paths[0] if len(paths) == 1 else folder}: parquet cannot be read: {error}") from None
     dataset = load_dataset("parquet", data_files=[str(path) for path in paths], split="train", streaming=True)
     name = str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     return Source(folder, count, partial(arrow_rows, dataset, name, paths[0].parent, config))
