@@ -1,4 +1,4 @@
-"""Captions: count their words, and tell them otherwise."""
+"""Captions: count their words, tell them otherwise, and mirror them."""
 
 import re
 from collections import Counter
@@ -6,6 +6,13 @@ from collections.abc import Iterable, Sequence
 
 WORDS = (("spring", "summer", "autumn", "winter"), ("dawn", "by day", "dusk", "night"))
 AT = {"dawn": "at dawn", "by day": "by day", "dusk": "at dusk", "night": "at night"}
+SIDE = re.compile(r"(?<![^\W\d_])(?:top|bottom|upper|lower)?(?:left|right)", re.IGNORECASE)
+MIRRORED = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+MIRRORED |= {new: old for old, new in MIRRORED.items()}
+MIRRORED_WORD = re.compile(
+    r"(?<![^\W\d_])((?i:top|bottom|upper|lower)?)(left|right|Left|Right|LEFT|RIGHT)"
+    r"((?i:most|wards?|hand|handed|side)?)(?![^\W\d_])"
+)
 DULL = {"a", "an", "and", "at", "by", "in", "of", "on", "the", "to", "with"}
 
 
@@ -36,6 +43,24 @@ def variations(caption: str, others: Sequence[str], count: int = 4) -> list[str]
     """The caption and `count` - 1 different ones: each season at another time of day, or else captions of `others`."""
     told = [retold(caption, turn, turn) for turn in range(count)]
     return list(dict.fromkeys([*told, *others]))[:count]
+
+
+def says_a_side(caption: str) -> bool:
+    """Whether a word starts with left or right: also leftovers, to be on the safe side."""
+    return SIDE.search(caption) is not None
+
+
+def mirrored(caption: str) -> str:
+    """The caption of the mirrored picture: left and right exchanged, also in leftmost, left-hand or Upper-Left.
+
+    Mirrored twice it is the same again. Meanings are not known: "right behind" becomes "left behind".
+    """
+    return MIRRORED_WORD.sub(lambda found: found[1] + MIRRORED[found[2]] + found[3], caption)
+
+
+def cannot_be_mirrored(caption: str) -> bool:
+    """Whether a word that may say a side is none of those that `mirrored` knows."""
+    return says_a_side(MIRRORED_WORD.sub("", caption))
 
 
 def _season(article: str | None, season: str, turn: int) -> str:

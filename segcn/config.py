@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]  # the repository; every default path is below it
 OUTPUTS = ROOT / "outputs"
 BASE = ROOT / "data" / "base"
+FITS = ("crop", "pad", "stretch")
 
 
 def flag(default: Any, help: str, choices: tuple | None = None) -> Any:
@@ -48,7 +49,16 @@ class TrainConfig:
     cache_draws: int = flag(4, "augmented draws kept per row; epoch e uses draw e modulo this")
     # the picture and its augmentation
     resolution: int = flag(512, "pixels a side")
-    augment: str = flag("affine", "paired augmentation: affine or none", ("affine", "none"))
+    fit: str = flag("crop", "what makes a picture square: crop cuts its middle, pad adds a border, stretch", FITS)
+    augment: str = flag(
+        "affine",
+        "paired augmentation: affine or none, and changes to it, as in affine,degrees=20,fill=cover; its fields are "
+        "degrees=10 translate=0.1 scale_min=0.9 scale_max=1.2 shear=5 hflip=0.5 crop_min=1 crop_shift=1 "
+        "brightness=0.1 contrast=0.1 saturation=0.1 hue=0 fill=ignore|cover sided_captions=skip|rewrite",
+    )
+    class_balance: float = flag(
+        0.0, "repeat rows with classes that a smaller share of the rows shows than this, such as 0.3; 0: off"
+    )
     proportion_empty_prompts: float = flag(0.0, "share of captions replaced by the empty one, 0 to 1")
     # optimization
     max_train_steps: int | None = flag(None, "optimizer steps; none: --num_train_epochs")
@@ -135,7 +145,8 @@ class SampleConfig:
         None, "ControlNet folder; none: the newest trained one whose palette matches, else the shipped one"
     )
     palette: str | None = flag(None, "palette.json of the masks; none: found beside them, else the ControlNet's")
-    resolution: int | None = flag(None, "pixels a side of the masks' centred square; none: whole masks as they are")
+    resolution: int | None = flag(None, "pixels a side of the square that --fit makes of a mask; none: as it is")
+    fit: str = flag("crop", "how --resolution makes a mask square: crop, pad or stretch, as in training", FITS)
     num_inference_steps: int = flag(20, "denoising steps")
     guidance_scale: float = flag(4.0, "weight of the text (classifier-free guidance); 1: off")
     controlnet_conditioning_scale: float = flag(1.0, "weight of the mask; 0: ignored")
@@ -185,6 +196,7 @@ class EvaluateConfig:
     output: str | None = flag(None, "metrics.json to write; none: beside the synthetic data set")
     resolution: int | None = flag(None, "pixels a side that the segmenter sees; none: those of the generated images")
     seed: int = flag(0, "of the segmenter's training")
+    fit: str = flag("crop", "how images become square: crop, pad or stretch; with --segmenter: as it was trained", FITS)
 
 
 @dataclass(frozen=True)
@@ -271,12 +283,13 @@ PRESETS: dict[type, dict[str, dict[str, Any]]] = {
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line for each setting that differs and may not, when a run goes on."""
+    """One line for each setting that differs and may not, when a run goes on; unrecorded: the default."""
+    old = dataclasses.asdict(TrainConfig()) | old
     names = [name for name in new if name not in FREE_TO_CHANGE and name != "hub_token"]
     return [f"{name}: was {old.get(name)!r}, is {new[name]!r}" for name in names if old.get(name) != new[name]]
 
 
-def total_steps(config: TrainConfig, rows: int, num_processes: int = 1) -> int:
-    """Optimizer steps of a whole training."""
+def total_steps(config: TrainConfig, shown: int, num_processes: int = 1) -> int:
+    """Optimizer steps of a whole training; `shown`: rows in all its epochs, repeated ones counted each time."""
     per_step = config.train_batch_size * config.gradient_accumulation_steps * num_processes
-    return config.max_train_steps or math.ceil(config.num_train_epochs * rows / per_step)
+    return config.max_train_steps or math.ceil(shown / per_step)

@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from segcn import seeds
 from segcn.augment import AugmentConfig, Draw, apply, centre_square, draw
+from segcn.captions import mirrored
 from segcn.errors import UserError
+from segcn.geometry import Box, boxes
 from segcn.labels import Palette, colourise, read_mask
 from segcn.records import Split, read_image
 
@@ -21,7 +24,7 @@ class Sample(NamedTuple):
     control: torch.Tensor  # float32 [3, R, R] in [0, 1], the palette's colours; black where out of frame
     mask: torch.Tensor  # uint8 [R, R], class ids, 255 unlabelled
     valid: torch.Tensor  # bool [R, R], False where out of frame
-    caption: str
+    caption: str  # the one drawn, mirrored where the picture is and the configuration asks for it
     original: torch.Tensor  # uint8 [3, H, W], as on disk
     draw: Draw
 
@@ -29,11 +32,12 @@ class Sample(NamedTuple):
 class PairedDataset(Dataset):
     """The rows of a split, augmented anew in each epoch; index i is row i % len of epoch i // len."""
 
-    def __init__(self, split: Split, resolution: int, augment: AugmentConfig, seed: int):
+    def __init__(self, split: Split, resolution: int, augment: AugmentConfig, seed: int, fit: str = "crop"):
         self.split = split
         self.resolution = resolution
         self.augment = augment
         self.seed = seed
+        self.fit = fit  # crop, pad or stretch: how a picture that is not square becomes one
 
     def __len__(self) -> int:
         return len(self.split)
@@ -48,12 +52,35 @@ class PairedDataset(Dataset):
 
     def sample(self, row: int, epoch: int) -> Sample:
         """One row as that epoch sees it, the same whenever asked for; UserError if its files do not fit."""
-        caption = self.split[row].caption
         original, original_mask = self._read(row)
-        drawn = draw(self.augment, self.seed, epoch, row, caption)
+        drawn = self.draw(row, epoch)
         image, mask, valid = apply(original, original_mask, drawn, self.resolution)
         control = to_control(mask[0], self.split.palette) * valid
-        return Sample(to_image(image), control, mask[0], valid[0], caption, original, drawn)
+        return Sample(
+            to_image(image), control, mask[0], valid[0], self.caption(row, epoch, drawn.flip), original, drawn
+        )
+
+    def draw(self, row: int, epoch: int) -> Draw:
+        """What is drawn for a row and epoch; whether it may be flipped depends on all captions of the row."""
+        told = "\n".join(self.split[row].captions)
+        return draw(self.augment, self.seed, epoch, row, told, self.fit)
+
+    def caption(self, row: int, epoch: int, flip: bool) -> str:
+        """One of the row's captions, by (seed, epoch, row); `flip` says whether its picture is mirrored."""
+        captions = self.split[row].captions
+        chosen = 0 if len(captions) == 1 else seeds.integer(len(captions), "caption", self.seed, epoch, row)
+        return mirrored(captions[chosen]) if flip and self.augment.sided_captions == "rewrite" else captions[chosen]
+
+    def captions(self) -> Iterator[str]:
+        """Every caption that a sample may have, each once."""
+        told: set[str] = set()
+        flips = self.augment.hflip > 0 and self.augment.sided_captions == "rewrite"
+        for record in self.split.records:
+            for caption in record.captions:
+                for form in {caption: None, mirrored(caption): None} if flips else (caption,):
+                    if form not in told:
+                        told.add(form)
+                        yield form
 
     def _read(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [3, H, W] and uint8 [1, H, W] from the files of a row."""
@@ -69,10 +96,22 @@ class PairedDataset(Dataset):
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)[None]
 
 
-def read_control_mask(path: str | Path, palette: Palette, resolution: int | None = None) -> np.ndarray:
-    """A mask file as class ids, uint8 [R, R], its centred square as training sees it; without R as on disk, [H, W]."""
+def read_control_mask(
+    path: str | Path, palette: Palette, resolution: int | None = None, fit: str = "crop"
+) -> np.ndarray:
+    """A mask file as class ids, uint8 [R, R], the square that training sees; without R as on disk, [H, W]."""
+    return read_framed_mask(path, palette, resolution, fit)[0]
+
+
+def read_framed_mask(
+    path: str | Path, palette: Palette, resolution: int | None = None, fit: str = "crop"
+) -> tuple[np.ndarray, Box]:
+    """As `read_control_mask`, and the part of it that holds picture: all of it, but for what is padded."""
     mask = read_mask(path, palette)
-    return mask if resolution is None else centre_square(torch.from_numpy(mask)[None], resolution)[0].numpy()
+    if resolution is None:
+        return mask, Box(0, 0, *mask.shape)
+    frame = boxes(Draw(fit=fit), mask.shape, resolution)[1]
+    return centre_square(torch.from_numpy(mask)[None], resolution, fit)[0].numpy(), frame
 
 
 def to_image(pixels: torch.Tensor) -> torch.Tensor:

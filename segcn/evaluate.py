@@ -47,7 +47,7 @@ def evaluate(
 
     real: held-out images, which give the ceiling; synthetic: painted from masks; floor: painted without,
     beside the masks that they were not shown; reconstructions: real images through the VAE alone. Every image is seen
-    the way the segmenter was trained: its centred square, resized once to the segmenter's resolution.
+    the way the segmenter was trained: made square as its `fit` says, resized once to its resolution.
     inception: weights for FID and KID (see `find_inception`); without them the segmenter's features are used.
     UserError names the row of a broken image, or says which palettes or classes differ.
     """
@@ -71,7 +71,7 @@ def evaluate_folders(config: EvaluateConfig, log: Callable[[str], None] = print)
     """`segcn evaluate`: read the data sets, load or train the segmenter, measure, and write the metrics as JSON."""
     real, synthetic = read_named_split(config.real, "test"), read_split(config.synthetic)
     output = Path(config.output) if config.output else Path(config.synthetic).absolute().parent / "metrics.json"
-    resolution = config.resolution or min(read_image(synthetic[0].image).shape[:2])
+    resolution = config.resolution or _side(synthetic, config.fit)
     segmenter = _segmenter_for(config, real, resolution, output.parent / "segmenter", log)
     others = [read_split(folder) if folder else None for folder in (config.floor, config.reconstructions)]
     metrics = evaluate(real, synthetic, segmenter, *others, inception=config.inception_weights, log=log)
@@ -90,7 +90,7 @@ def _segmenter_for(config: EvaluateConfig, real: Split, resolution: int, folder:
             f"--real {config.real} has no train/ and test/: the segmenter must not be trained on the images that it is "
             "tested on. Split the data set, or give a trained segmenter by --segmenter."
         )
-    return train_segmenter(train, SegmenterConfig(resolution=resolution, seed=config.seed), folder, log)
+    return train_segmenter(train, SegmenterConfig(resolution=resolution, seed=config.seed, fit=config.fit), folder, log)
 
 
 def faithfulness(split: Split, segmenter: Segmenter, batch_size: int = 32) -> dict:
@@ -173,7 +173,8 @@ def write_metrics(metrics: dict, path: str | Path) -> None:
 
 def _batches(split: Split, segmenter: Segmenter, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (images [B, 3, R, R] in [-1, 1], masks uint8 [B, R, R]), the rows in order, not augmented."""
-    pairs = PairedDataset(split, _resolution(segmenter), AUGMENTS["none"], seed=0)
+    fit = segmenter.settings.get("fit", SegmenterConfig.fit)
+    pairs = PairedDataset(split, _resolution(segmenter), AUGMENTS["none"], 0, fit)
     for start in range(0, len(pairs), batch_size):
         batch = [pairs.sample(row, 0) for row in range(start, min(start + batch_size, len(pairs)))]
         yield torch.stack([sample.image for sample in batch]), torch.stack([sample.mask for sample in batch])
@@ -195,6 +196,11 @@ def _check_classes(split: Split, palette: Palette, segmenter: Segmenter) -> None
             f"{split.folder}: expected the {segmenter.num_classes} classes of the segmenter, found "
             f"{split.palette.num_classes}; train a segmenter on this data set"
         )
+
+
+def _side(split: Split, fit: str) -> int:
+    """Pixels a side of the square that was painted: what is padded was cut off again."""
+    return (max if fit == "pad" else min)(read_image(split[0].image).shape[:2])
 
 
 def _resolution(segmenter: Segmenter) -> int:

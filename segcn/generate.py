@@ -15,8 +15,9 @@ from segcn.arguments import main_guard, parse
 from segcn.augment import AUGMENTS
 from segcn.checkpoint import write_text
 from segcn.config import GenerateConfig
-from segcn.dataset import PairedDataset, read_control_mask, to_uint8
+from segcn.dataset import PairedDataset, read_framed_mask, to_uint8
 from segcn.errors import UserError
+from segcn.geometry import boxes
 from segcn.labels import Palette, find_palette, write_mask
 from segcn.models import Base, reconstruct, weights_digest
 from segcn.pipeline import Painter, generate, load_painter
@@ -32,7 +33,8 @@ def generate_dataset(config: GenerateConfig, painter: Painter | None = None, log
     paths, captions, palette = read_controls(config)
     painter = painter or load_painter(config, palette)
     out = claim_output(config, painter)
-    masks = [read_control_mask(path, palette, config.resolution) for path in paths]
+    framed = [read_framed_mask(path, palette, config.resolution, config.fit) for path in paths]
+    masks, frames = [mask for mask, _ in framed], [frame for _, frame in framed]
     names = [f"images/{row:06d}.png" for row in range(len(paths))]
     todo = [row for row, name in enumerate(names) if not (out / name).is_file()]
     if len(todo) < len(names):
@@ -43,7 +45,7 @@ def generate_dataset(config: GenerateConfig, painter: Painter | None = None, log
         shown = None if config.without_control else stack
         images = generate(painter, shown, [captions[row] for row in group], group, config, stack.shape[1:])
         for row, image in zip(group, images, strict=True):
-            write_pair(out, row, image, masks[row], palette)
+            write_pair(out, row, frames[row].of(image), frames[row].cut(masks[row]), palette)
         done += len(group)
         told(done)
     return finish_dataset(out, captions, palette)
@@ -92,7 +94,7 @@ def claim_output(config: GenerateConfig, painter: Painter) -> Path:
         settings |= {"controlnet": painter.controlnet_folder, "controlnet_weights": weights_digest(painter.controlnet)}
     path = out / SETTINGS_FILE
     if path.is_file():
-        old = json.loads(path.read_text())
+        old = asdict(GenerateConfig()) | json.loads(path.read_text())
         changed = [
             f"{name}: was {old.get(name)!r}, is {settings[name]!r}"
             for name in settings
@@ -127,16 +129,19 @@ def finish_dataset(out: Path, captions: list[str], palette: Palette) -> Path:
     return out
 
 
-def reconstruct_dataset(split: Split, base: Base, out: Path, resolution: int, batch_size: int = 16) -> Path:
+def reconstruct_dataset(
+    split: Split, base: Base, out: Path, resolution: int, batch_size: int = 16, fit: str = "crop"
+) -> Path:
     """The real images through the autoencoder and back, as a data set: the ceiling of a latent model."""
-    pairs = PairedDataset(split, resolution, AUGMENTS["none"], seed=0)
+    pairs = PairedDataset(split, resolution, AUGMENTS["none"], 0, fit)
     for name in ("images", "masks"):
         (out / name).mkdir(parents=True, exist_ok=True)
     for first in range(0, len(pairs), batch_size):
         samples = [pairs.sample(row, 0) for row in range(first, min(first + batch_size, len(pairs)))]
         images = to_uint8(reconstruct(base.vae, torch.stack([sample.image for sample in samples])))
         for row, (sample, image) in enumerate(zip(samples, images, strict=True), first):
-            write_pair(out, row, image, sample.mask.numpy(), split.palette)
+            frame = boxes(sample.draw, tuple(sample.original.shape[1:]), resolution)[1]
+            write_pair(out, row, frame.of(image), frame.cut(sample.mask.numpy()), split.palette)
     return finish_dataset(out, [record.caption for record in split.records], split.palette)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from segcn.config import InferConfig
-from segcn.dataset import read_control_mask
+from segcn.dataset import read_framed_mask
 from segcn.errors import UserError
 from segcn.labels import Palette, find_palette
 from segcn.pipeline import generate, load_painter
@@ -23,7 +23,7 @@ def infer(config: InferConfig) -> Path:
     if not mask_path.is_file():
         raise UserError(f"--control_image {mask_path}: expected a mask file, found none")
     painter = load_painter(config, palette_of(mask_path, config))
-    mask = read_control_mask(mask_path, painter.palette, config.resolution)
+    mask, frame = read_framed_mask(mask_path, painter.palette, config.resolution, config.fit)
     captions = [prompt for prompt in config.prompt for _ in range(config.num_images)]
     rows = list(range(config.num_images)) * len(config.prompt)
     images = np.concatenate(
@@ -32,6 +32,7 @@ def infer(config: InferConfig) -> Path:
             for i in range(0, len(captions), 8)
         ]
     )
+    images = np.stack([frame.of(image) for image in images])
     lines = images.reshape(len(config.prompt), config.num_images, *images.shape[1:])
     sheet = np.concatenate([np.concatenate(list(line), axis=1) for line in lines])
     output.parent.mkdir(parents=True, exist_ok=True)

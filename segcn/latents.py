@@ -6,6 +6,7 @@ are sampled from them just in time. The files are plain .npy, memory-mapped, fil
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from segcn import seeds
+from segcn.balance import Stream
 from segcn.checkpoint import write_text
 from segcn.dataset import PairedDataset, to_control
 from segcn.errors import UserError
@@ -23,6 +25,7 @@ from segcn.models import Base, encode_moments, encode_text
 from segcn.progress import Progress
 
 COMPLETE = "complete.json"
+LAYOUT = 2  # of the files; another number makes other folders
 BATCH = 16  # pictures encoded at once
 
 
@@ -34,12 +37,28 @@ class LatentCache:
         self.moments = np.load(folder / "moments.npy", mmap_mode="r")  # float16 [K,N,2C,h,w]
         self.masks = np.load(folder / "masks.npy", mmap_mode="r")  # uint8 [K,N,R,R], class ids
         self.frames = np.load(folder / "frames.npy", mmap_mode="r")  # uint8 [K,N,R*R/8], packed valid pixels
-        self.text = np.load(folder / "text.npy")  # float16 [M,L,D]; the empty caption comes first
-        self.text_of_row = np.load(folder / "text_of_row.npy")  # int32 [N]
+        self.text = np.load(folder / "text.npy", mmap_mode="r")  # float16 [M,L,D], one for each of captions.json
+        hashes = np.array([seeds.seed_of(caption) for caption in json.loads((folder / "captions.json").read_text())])
+        self._order = np.argsort(hashes)
+        self._hashes = hashes[self._order]  # 16 bytes a caption stay in memory, not the captions
+
+    def __reduce__(self):
+        return LatentCache, (self.folder,)  # a process that reads data opens the files itself
+
+    def text_of(self, caption: str) -> np.ndarray:
+        """float16 [L,D]; KeyError for a caption that was not embedded."""
+        key = seeds.seed_of(caption)
+        place = np.searchsorted(self._hashes, key)
+        if place == len(self._hashes) or self._hashes[place] != key:
+            raise KeyError(caption)
+        return self.text[self._order[place]]
 
 
 class Examples(Dataset):
-    """What a training step needs of (epoch, row): moments or image, control, valid cells, text, noise, timestep."""
+    """What a training step needs of (visit, row): moments or image, control, valid cells, text, noise, timestep.
+
+    The visits of a row are numbered from 0; without class balance its visit in each epoch is the epoch.
+    """
 
     def __init__(self, dataset: PairedDataset, cache: LatentCache | None, factor: int, latent_shape, settings):
         self.dataset = dataset
@@ -52,44 +71,46 @@ class Examples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | str | int]:
-        epoch, row = key
+        visit, row = key
         seed = self.settings["seed"]
-        dropped = seeds.uniform("caption drop", seed, epoch, row) < self.settings["empty_prompts"]
-        example = self._uncached(row, epoch, dropped) if self.cache is None else self._cached(row, epoch, dropped)
+        dropped = seeds.uniform("caption drop", seed, visit, row) < self.settings["empty_prompts"]
+        example = self._uncached(row, visit, dropped) if self.cache is None else self._cached(row, visit, dropped)
         return example | {
-            "posterior": seeds.normal(self.latent_shape, "posterior", seed, epoch, row),
-            "noise": seeds.normal(self.latent_shape, "noise", seed, epoch, row),
-            "timestep": seeds.integer(self.settings["timesteps"], "timestep", seed, epoch, row),
+            "posterior": seeds.normal(self.latent_shape, "posterior", seed, visit, row),
+            "noise": seeds.normal(self.latent_shape, "noise", seed, visit, row),
+            "timestep": seeds.integer(self.settings["timesteps"], "timestep", seed, visit, row),
             "row": row,
         }
 
-    def _uncached(self, row: int, epoch: int, dropped: bool) -> dict:
-        sample = self.dataset.sample(row, epoch)
+    def _uncached(self, row: int, visit: int, dropped: bool) -> dict:
+        sample = self.dataset.sample(row, visit)
         cells = valid_cells(sample.valid[None], self.factor)[0]
         caption = "" if dropped else sample.caption
         return {"image": sample.image, "control": sample.control, "cells": cells, "caption": caption}
 
-    def _cached(self, row: int, epoch: int, dropped: bool) -> dict:
-        cache, draw = self.cache, epoch % self.settings["draws"]
+    def _cached(self, row: int, visit: int, dropped: bool) -> dict:
+        cache, draw = self.cache, visit % self.settings["draws"]
         side = self.dataset.resolution
         valid = torch.from_numpy(np.unpackbits(cache.frames[draw, row], count=side * side)).bool().view(side, side)
-        text = cache.text[0 if dropped else cache.text_of_row[row]]
+        caption = "" if dropped else self.dataset.caption(row, visit, self.dataset.draw(row, draw).flip)
         return {
             "moments": torch.from_numpy(cache.moments[draw, row].astype(np.float32)),
             "control": to_control(np.array(cache.masks[draw, row]), self.dataset.split.palette) * valid,
             "cells": valid_cells(valid[None], self.factor)[0],
-            "text": torch.from_numpy(text.astype(np.float32)),
+            "text": torch.from_numpy(cache.text_of(caption).astype(np.float32)),
         }
 
 
 def cache_key(dataset: PairedDataset, base_fingerprint: str, draws: int) -> str:
-    """16 hexadecimal digits that change with data, augmentation, seed, resolution, base or K."""
+    """16 hexadecimal digits that change with data, augmentation, seed, resolution, fit, base or K."""
     parts = [
+        LAYOUT,
         dataset.split.fingerprint,
         len(dataset),
         asdict(dataset.augment),
         dataset.seed,
         dataset.resolution,
+        dataset.fit,
     ]
     return hashlib.sha256(json.dumps([*parts, base_fingerprint, draws]).encode()).hexdigest()[:16]
 
@@ -137,13 +158,19 @@ def _allocate(folder: Path, rows: int, draws: int, latent_shape, resolution: int
 
 
 def _write_text_embeddings(folder: Path, dataset: PairedDataset, base: Base) -> None:
-    captions = [record.caption for record in dataset.split.records]
-    unique = list(dict.fromkeys(["", *captions]))
-    place = {caption: index for index, caption in enumerate(unique)}
-    chunks = [unique[i : i + 64] for i in range(0, len(unique), 64)]
-    text = torch.cat([encode_text(base, chunk).cpu().half() for chunk in chunks])
-    np.save(folder / "text.npy", text.numpy())
-    np.save(folder / "text_of_row.npy", np.array([place[caption] for caption in captions], np.int32))
+    """captions.json, the empty one first, and text.npy, 64 of them at a time: it may be larger than the memory."""
+    if (folder / "text.npy").is_file():
+        return
+    captions = list(dict.fromkeys(["", *dataset.captions()]))
+    write_text(folder / "captions.json", json.dumps(captions, ensure_ascii=False, indent=0))
+    aside, text = folder / "text.staged.npy", None
+    for first in range(0, len(captions), 64):
+        embedded = encode_text(base, captions[first : first + 64]).cpu().half().numpy()
+        if text is None:
+            text = np.lib.format.open_memmap(aside, "w+", np.float16, (len(captions), *embedded.shape[1:]))
+        text[first : first + len(embedded)] = embedded
+    text.flush()
+    os.replace(aside, folder / "text.npy")
 
 
 def _fill(folder: Path, dataset: PairedDataset, base: Base, draws: int, accelerator, log: Callable) -> None:
@@ -169,35 +196,24 @@ def _fill(folder: Path, dataset: PairedDataset, base: Base, draws: int, accelera
         array.flush()
 
 
-def row_of(position: int, rows: int, seed: int, orders: dict[int, list[int]]) -> tuple[int, int]:
-    """The (epoch, row) at a position of the endless stream of rows: each epoch is its own permutation.
-
-    `orders` remembers the permutations of epochs in use. The stream does not depend on batch size or processes.
-    """
-    epoch, place = divmod(position, rows)
-    if epoch not in orders:
-        orders.clear()
-        orders[epoch] = seeds.permutation(rows, "rows", seed, epoch)
-    return epoch, orders[epoch][place]
-
-
 class Plan:
-    """Batches of (epoch, row) keys for one process from an optimizer step on: a batch sampler.
+    """Batches of (visit, row) keys for one process from an optimizer step on: a batch sampler.
 
     Micro-batch a of step t on process r takes positions ((t A + a) W + r) B to + B of the stream of rows.
     """
 
-    def __init__(self, rows: int, seed: int, start: int, stop: int, accumulate: int, batch: int, rank=0, world=1):
+    def __init__(
+        self, rows: int, seed: int, start: int, stop: int, accumulate: int, batch: int, rank=0, world=1, repeats=None
+    ):
         if rows < 1:
             raise UserError("the data set has no rows")
-        self.rows, self.seed, self.micro = rows, seed, range(start * accumulate, stop * accumulate)
+        self.stream, self.micro = Stream(rows, seed, repeats), range(start * accumulate, stop * accumulate)
         self.batch, self.rank, self.world = batch, rank, world
 
     def __len__(self) -> int:
         return len(self.micro)
 
     def __iter__(self):
-        orders: dict[int, list[int]] = {}
         for micro in self.micro:
             first = (micro * self.world + self.rank) * self.batch
-            yield [row_of(first + i, self.rows, self.seed, orders) for i in range(self.batch)]
+            yield [self.stream[first + i] for i in range(self.batch)]

@@ -26,7 +26,7 @@ def painting_config(ws: Workspace, **settings) -> GenerateConfig:
         controls=str(ws.dataset),
         split=ws.split_names[1],
         output_dir=str(ws.generated),
-        **{"resolution": ws.resolution()} | given,
+        **{"resolution": ws.resolution(), "fit": ws.fit()} | given,
     )
 
 

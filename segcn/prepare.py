@@ -8,15 +8,16 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import ControlNetModel
 from diffusers.optimization import get_scheduler
 
-from segcn import checkpoint, latents, models
+from segcn import balance, checkpoint, latents, models
 from segcn.arguments import to_json
-from segcn.augment import AUGMENTS
+from segcn.augment import AugmentConfig
 from segcn.config import OBSOLETE, OUTPUTS, TrainConfig, differences, total_steps
 from segcn.dataset import PairedDataset
 from segcn.doctor import find_report
@@ -42,6 +43,7 @@ class Run:
     schedule: torch.optim.lr_scheduler.LRScheduler
     examples: latents.Examples
     log: Log
+    repeats: np.ndarray | None  # how often each row stands in an epoch; None: once
     step: int = 0
     stop_signal: list[int] = field(default_factory=list)
 
@@ -62,7 +64,9 @@ def prepare(config: TrainConfig) -> Run:
     if accelerator.is_main_process:
         check_rows(config, split, output_dir, log)
     base = load_frozen(config, accelerator)
-    config = dataclasses.replace(config, max_train_steps=total_steps(config, len(split), accelerator.num_processes))
+    repeats = make_repeats(config, split, accelerator, log)
+    shown = balance.Stream(len(split), config.seed, repeats).start(config.num_train_epochs)
+    config = dataclasses.replace(config, max_train_steps=total_steps(config, shown, accelerator.num_processes))
     claim(output_dir, config, split, base, accelerator, log)
     start_trackers(config, accelerator)
     examples = make_examples(config, split, base, accelerator, log)
@@ -70,7 +74,7 @@ def prepare(config: TrainConfig) -> Run:
     optimizer = make_optimizer(config, controlnet, accelerator)
     schedule = make_schedule(config, optimizer)
     controlnet, optimizer = accelerator.prepare(controlnet, optimizer)
-    return Run(config, accelerator, output_dir, split, base, controlnet, optimizer, schedule, examples, log)
+    return Run(config, accelerator, output_dir, split, base, controlnet, optimizer, schedule, examples, log, repeats)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -78,6 +82,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     dataset = config.dataset_name or config.train_data_dir
     if dataset is None:
         raise UserError("--dataset_name: expected a data set folder or its metadata.csv, found nothing")
+    AugmentConfig.parse(config.augment)
+    if not 0 <= config.class_balance <= 1:
+        raise UserError(f"--class_balance: expected a share of the rows, 0 to 1, found {config.class_balance}")
     prompts, images = config.validation_prompt or [], config.validation_image or []
     if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
         raise UserError(
@@ -197,16 +204,16 @@ def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
 
 def make_examples(config: TrainConfig, split: Split, base: models.Base, accelerator, log: Log) -> latents.Examples:
     """The source of training examples; with the cache, both encoders leave memory."""
-    dataset = PairedDataset(split, config.resolution, AUGMENTS[config.augment], config.seed)
+    augment = AugmentConfig.parse(config.augment)
+    dataset = PairedDataset(split, config.resolution, augment, config.seed, config.fit)
     factor = base.latent_factor
     if config.resolution % factor:
         raise UserError(f"--resolution: expected a multiple of {factor}, found {config.resolution}")
     side = config.resolution // factor
     shape = (base.unet.config.in_channels, side, side)
-    cache, draws = None, 1 if config.augment == "none" else config.cache_draws
+    cache, draws = None, 1 if augment.still else config.cache_draws
     if config.cache == "latents":
-        root = Path(config.cache_dir) if config.cache_dir else OUTPUTS / "cache"
-        folder = root / latents.cache_key(dataset, base.fingerprint, draws)
+        folder = cache_root(config) / latents.cache_key(dataset, base.fingerprint, draws)
         cache = latents.build(folder, dataset, base, draws, shape, accelerator, log.say)
     if cache is not None and not config.validation_image:
         base.vae = base.text_encoder = None
@@ -217,6 +224,18 @@ def make_examples(config: TrainConfig, split: Split, base: models.Base, accelera
         "draws": draws,
     }
     return latents.Examples(dataset, cache, factor, shape, settings)
+
+
+def cache_root(config: TrainConfig) -> Path:
+    """The folder of what is computed once for all runs."""
+    return Path(config.cache_dir) if config.cache_dir else OUTPUTS / "cache"
+
+
+def make_repeats(config: TrainConfig, split: Split, accelerator, log: Log) -> np.ndarray | None:
+    """How often each row stands in an epoch, for --class_balance."""
+    if not config.class_balance:
+        return None
+    return balance.balanced(split, config.class_balance, cache_root(config), accelerator, log.say)
 
 
 def make_trainable(config: TrainConfig, base: models.Base) -> ControlNetModel:

@@ -36,6 +36,7 @@ class SegmenterConfig:
     width: int = 32  # channels at half resolution
     resolution: int = 128  # px, the side of the square training images
     seed: int = 0
+    fit: str = "crop"  # how images become square: crop, pad or stretch
 
     def __post_init__(self):
         if min(self.steps, self.batch_size, self.width, self.resolution) < 1:
@@ -203,7 +204,7 @@ def _undo_weights(segmenter: Segmenter, weights: torch.Tensor) -> None:
 
 def _batches(split: Split, config: SegmenterConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (image [B, 3, R, R] in [-1, 1], mask uint8 [B, R, R]) of every step, each epoch reordered."""
-    pairs = PairedDataset(split, config.resolution, AUGMENT, config.seed)
+    pairs = PairedDataset(split, config.resolution, AUGMENT, config.seed, config.fit)
     samples = (pairs.sample(row, epoch) for epoch, row in _rows(len(split), config))
     for _ in range(config.steps):
         batch = [next(samples) for _ in range(config.batch_size)]

@@ -113,11 +113,13 @@ def side_by_side(*pictures: np.ndarray, gap: int = 3) -> np.ndarray:
     return np.concatenate(parts[:-1], axis=1)
 
 
-def read_pair(split: Split, row: int, resolution: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Image uint8 [H, W, 3] and class ids uint8 [H, W] of a row; with a resolution R the centred square, [R, R]."""
+def read_pair(
+    split: Split, row: int, resolution: int | None = None, fit: str = "crop"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image uint8 [H, W, 3] and class ids uint8 [H, W] of a row; with a resolution R the square that `fit` makes."""
     if resolution is None:
         return read_image(split[row].image), read_mask(split[row].mask, split.palette)
-    sample = PairedDataset(split, resolution, AUGMENTS["none"], seed=0).sample(row, 0)
+    sample = PairedDataset(split, resolution, AUGMENTS["none"], 0, fit).sample(row, 0)
     return to_uint8(sample.image), sample.mask.numpy()
 
 
@@ -126,13 +128,16 @@ def colours(mask: np.ndarray, split: Split) -> np.ndarray:
     return colourise(mask, split.palette)
 
 
-def compare(real: Split, painted: Split, rows: int = 8, columns: int = 2) -> Figure:
-    """The first rows: mask, real image and painted image, with the caption beneath."""
+def compare(real: Split, painted: Split, rows: int = 8, columns: int = 2, fit: str = "crop") -> Figure:
+    """The first rows: mask, real image, made square as for painting, and painted image, with the caption beneath."""
     strips = []
     for row in range(min(rows, len(real), len(painted))):
         picture, mask = read_pair(painted, row)
         height, width = mask.shape
-        image = read_pair(real, row, height if height == width else None)[0]
+        side = max(height, width) if fit == "pad" or height == width else None
+        image = read_pair(real, row, side, fit)[0]
+        top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+        image = image[top : top + height, left : left + width]
         strips.append(side_by_side(colours(mask, real), image, picture))
     return _sheet(strips, [record.caption for record in real.records], columns)
 

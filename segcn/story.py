@@ -44,7 +44,8 @@ def first_rows(split: Split, limit: int) -> Split:
 
 def judge(split: Split, segmenter: Segmenter, batch_size: int = 32) -> list[Judged]:
     """Every image of a split held against its mask, the best first."""
-    pairs = PairedDataset(split, segmenter.settings["resolution"], AUGMENTS["none"], seed=0)
+    seen = segmenter.settings
+    pairs = PairedDataset(split, seen["resolution"], AUGMENTS["none"], 0, seen.get("fit", "crop"))
     judged = []
     for start in range(0, len(pairs), batch_size):
         samples = [pairs.sample(row, 0) for row in range(start, min(start + batch_size, len(pairs)))]
@@ -86,12 +87,15 @@ def faithfulness_bars(metrics: dict) -> Figure:
     return figure
 
 
-def tell(real: Split, painted: Split, floor: Split, recaptioned: np.ndarray, captions: Sequence[str]) -> Image.Image:
+def tell(
+    real: Split, painted: Split, floor: Split, recaptioned: np.ndarray, captions: Sequence[str], fit: str = "crop"
+) -> Image.Image:
     """The story: rows of mask, real image and three painted ones, captions left and right of them.
 
-    recaptioned: uint8 [N, H, W, 3], row k painted from mask k and captions[k]; N rows are told.
+    recaptioned: uint8 [N, H, W, 3], row k painted from mask k and captions[k]; N rows are told, all
+    pictures made square as in training.
     """
-    columns = len(HEADS)
+    columns, side = len(HEADS), None if fit == "crop" else recaptioned.shape[1]
     width = 2 * (MARGIN + TEXT_WIDTH) + columns * SIDE + (columns - 1) * GAP
     sheet = Image.new("RGB", (width, HEAD + len(recaptioned) * (SIDE + GAP) + MARGIN), "white")
     pen, left = ImageDraw.Draw(sheet), MARGIN + TEXT_WIDTH
@@ -99,9 +103,10 @@ def tell(real: Split, painted: Split, floor: Split, recaptioned: np.ndarray, cap
     for column, head in enumerate(HEADS):
         pen.text((left + column * (SIDE + GAP) + SIDE / 2, HEAD / 2), head, INK, _font(17, bold=True), anchor="mm")
     for row, other in enumerate(recaptioned):
-        image, mask = read_pair(real, row)
+        image, mask = read_pair(real, row, side, fit)
+        others = [read_pair(split, row, side, fit)[0] for split in (painted, floor)]
         pictures = [enlarged(colourise(mask, real.palette), smooth=False)]
-        pictures += [enlarged(shown) for shown in (image, read_pair(painted, row)[0], read_pair(floor, row)[0], other)]
+        pictures += [enlarged(shown) for shown in (image, *others, other)]
         top = HEAD + row * (SIDE + GAP)
         for column, picture in enumerate(pictures):
             sheet.paste(picture, (left + column * (SIDE + GAP), top))

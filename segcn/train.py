@@ -88,6 +88,7 @@ def batches(run: Run) -> DataLoader:
         config.train_batch_size,
         accelerator.process_index,
         accelerator.num_processes,
+        run.repeats,
     )
     left = f"steps {run.step + 1} to {run.total_steps} on {accelerator.num_processes} process(es)"
     run.log.say(

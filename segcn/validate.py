@@ -39,5 +39,5 @@ def validation_pairs(run: Run) -> tuple[np.ndarray, list[str]]:
     """Masks uint8 [N,R,R] and a prompt for each; a single mask or prompt is repeated."""
     images, prompts = run.config.validation_image, run.config.validation_prompt
     count = max(len(images), len(prompts))
-    masks = [read_control_mask(path, run.split.palette, run.config.resolution) for path in images]
+    masks = [read_control_mask(path, run.split.palette, run.config.resolution, run.config.fit) for path in images]
     return np.stack((masks * count)[:count]), (list(prompts) * count)[:count]

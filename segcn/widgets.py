@@ -160,7 +160,7 @@ class Panel(w.VBox):
         """Show the chosen row's mask and put its caption into the prompt."""
         record = self.split[self.row.value]
         try:
-            self.mask = read_control_mask(record.mask, self.split.palette, self.defaults.resolution)
+            self.mask = read_control_mask(record.mask, self.split.palette, self.defaults.resolution, self.defaults.fit)
         except UserError as error:
             self.status.value = f"Error: {error}"
             return

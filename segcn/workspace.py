@@ -73,10 +73,16 @@ class Workspace:
 
     def resolution(self) -> int:
         """Pixels a side of the painted pictures: those of the training in `controlnet`, else the preset's."""
-        trained = self.controlnet / "train_config.json"
-        if trained.is_file():
-            return json.loads(trained.read_text())["resolution"]
-        return make(TrainConfig, self.preset).resolution
+        return self._trained("resolution")
+
+    def fit(self) -> str:
+        """How pictures become square: as in that training."""
+        return self._trained("fit")
+
+    def _trained(self, name: str):
+        """A setting of the training in `controlnet`, else the preset's."""
+        recorded, default = self.controlnet / "train_config.json", getattr(make(TrainConfig, self.preset), name)
+        return json.loads(recorded.read_text()).get(name, default) if recorded.is_file() else default
 
 
 def open_workspace(

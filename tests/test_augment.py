@@ -1,5 +1,5 @@
 import dataclasses
-import math
+import json
 
 import numpy as np
 import pytest
@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from segcn.augment import AUGMENTS, AugmentConfig, Draw, apply, draw
+from segcn.arguments import parse
+from segcn.augment import AUGMENTS, AugmentConfig, Draw, apply, centre_square, draw, matrix, to_output, to_source
+from segcn.captions import cannot_be_mirrored, mirrored, says_a_side
+from segcn.config import FITS, TrainConfig
 from segcn.errors import UserError
 from segcn.labels import IGNORE
 
@@ -98,19 +101,11 @@ def test_the_same_draw_gives_the_same_bytes_of_the_stated_shapes(seed):
 
 
 def distance_inside(drawn, resolution):
-    """Signed distance in pixels from the frame, positive inside, of where each output pixel comes from.
-
-    The matrix is rotation times shear times scale about the centre, as torchvision documents `affine`.
-    """
-    angle, shear_x, shear_y = map(math.radians, (drawn.angle, drawn.shear_x, drawn.shear_y))
-    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    shear_down = np.array([[1, 0], [-math.tan(shear_y), 1]])
-    shear_along = np.array([[1, -math.tan(shear_x)], [0, 1]])
-    matrix = drawn.scale * rotation @ shear_down @ shear_along
-    y, x = np.mgrid[:resolution, :resolution] + 0.5 - resolution / 2
-    placed = np.stack([x - drawn.translate_x * resolution, y - drawn.translate_y * resolution])
-    source = np.einsum("ij,jhw->ihw", np.linalg.inv(matrix), placed)
-    return resolution / 2 - np.abs(source).max(axis=0)
+    """Signed distance in pixels from the frame, positive inside, of where each output pixel comes from."""
+    y, x = np.mgrid[:resolution, :resolution]
+    drawn = dataclasses.replace(drawn, crop=(0.5, 0.5, 1.0))
+    source = to_source(np.stack([x, y], axis=-1), drawn, (resolution, resolution), resolution)
+    return resolution / 2 - np.abs(source - (resolution - 1) / 2).max(axis=-1)
 
 
 @FEW
@@ -197,10 +192,206 @@ def test_about_half_are_flipped_and_captions_with_a_side_never():
 
 
 def test_impossible_settings_and_pairs_are_refused():
-    with pytest.raises(UserError, match="scale_min"):
-        AugmentConfig(scale_min=2.0)
-    with pytest.raises(UserError, match="crop_min"):
-        AugmentConfig(crop_min=0.0)
+    for wrong in ({"scale_min": 2.0}, {"crop_min": 0.0}, {"shear": 90.0}, {"hflip": float("nan")}, {"fill": "edge"}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            AugmentConfig(**wrong)
     image, mask = random_pair(8)
     with pytest.raises(ValueError, match="one size"):
         apply(image, mask[..., 1:], Draw(), 16)
+
+
+GRIDS = (96, 96), (96, 130), (150, 110)
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("config", [GEOMETRY, WILD_GEOMETRY, dataclasses.replace(WILD_GEOMETRY, fill="cover")])
+def test_pixels_land_where_the_matrix_says(config, fit):
+    """1000 draws: a picture whose colours are its coordinates, beside the coordinates that `to_source` gives."""
+    for seed in range(112):
+        size = GRIDS[seed % len(GRIDS)]
+        y, x = np.mgrid[: size[0], : size[1]]
+        picture = torch.from_numpy(np.stack([x, y, x]).astype(np.uint8))
+        drawn, resolution = draw(config, seed, 0, 0, fit=fit), max(size)
+        image, _, valid = apply(picture, torch.zeros(1, *size, dtype=torch.uint8), drawn, resolution)
+        y, x = np.mgrid[:resolution, :resolution]
+        predicted = to_source(np.stack([x, y], -1), drawn, size, resolution)
+        inner = interior(valid).numpy() & (predicted > 2).all(-1) & (predicted < np.array(size[::-1]) - 3).all(-1)
+        error = np.abs(image[:2].permute(1, 2, 0).numpy() - predicted)[inner]
+        grown = max(1.0, 1 / drawn.scale)  # source pixels that one output pixel spans
+        assert len(error) and error.max() <= 1.0 * grown and error.mean() < 0.5, (seed, fit, error.max())
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_masks_land_where_the_matrix_says_within_half_a_pixel(fit):
+    for seed in range(350):
+        size, resolution = GRIDS[seed % len(GRIDS)], 150
+        drawn = draw(WILD_GEOMETRY, seed, 1, 2, fit=fit)
+        drawn = dataclasses.replace(drawn, crop=(*drawn.crop[:2], 1.0))
+        columns = torch.arange(size[1], dtype=torch.uint8).expand(1, *size)
+        _, mask, valid = apply(torch.zeros(3, *size, dtype=torch.uint8), columns, drawn, resolution)
+        down, across = np.nonzero((valid & (mask != IGNORE))[0].numpy())
+        predicted = to_source(np.stack([across, down], -1), drawn, size, resolution)[:, 0]
+        error = np.abs(mask[0].numpy()[down, across] - predicted)
+        nearest = 0.5 + 0.75 * size[1] / resolution  # in its square NEAREST, and in the moved one NEAREST again
+        assert error.max() <= max(nearest, 0.5 + 0.75 * max(size) / resolution) + 0.01
+
+
+@FEW
+@given(seed=SEEDS, fit=st.sampled_from(FITS), width=st.integers(20, 60), resolution=st.sampled_from([16, 64]))
+def test_there_and_back_is_the_same_point(seed, fit, width, resolution):
+    drawn = draw(WILD, seed, 0, 0, fit=fit)
+    points = np.random.default_rng(seed).uniform(-50, 100, (20, 2))
+    there = to_output(points, drawn, (40, width), resolution)
+    np.testing.assert_allclose(to_source(there, drawn, (40, width), resolution), points, atol=1e-8)
+    square = to_output(points, dataclasses.replace(drawn, crop=(0, 0, 1.0)), (resolution, resolution), resolution)
+    homogeneous = np.column_stack([points, np.ones(20)]) @ matrix(drawn, resolution).T
+    np.testing.assert_allclose(square, homogeneous[:, :2], atol=1e-8)
+
+
+def test_the_matrix_of_a_flip_and_of_nothing():
+    assert np.array_equal(matrix(Draw(), 16), np.eye(3))
+    assert np.allclose(to_output([[0, 3]], Draw(flip=True), (16, 16), 16), [[15, 3]])
+    assert np.allclose(to_output([[0, 0]], Draw(fit="pad"), (8, 16), 16), [[0, 4]])
+
+
+@FEW
+@given(seed=SEEDS, resolution=st.sampled_from([16, 33]))
+def test_a_draw_replays_from_json(seed, resolution):
+    pair, drawn = random_pair(9), draw(dataclasses.replace(WILD, fill="cover", hue=0.1), seed, 2, 5, fit="pad")
+    again = Draw.from_dict(json.loads(json.dumps(drawn.to_dict())))
+    assert again == drawn
+    replayed = zip(apply(*pair, drawn, resolution), apply(*pair, again, resolution), strict=True)
+    assert all(torch.equal(a, b) for a, b in replayed)
+
+
+@pytest.mark.parametrize("config", [AugmentConfig(), WILD])
+def test_cover_leaves_no_pixel_out_of_frame_and_scales_only_where_it_must(config):
+    covering = dataclasses.replace(config, fill="cover")
+    raised = 0
+    for seed in range(1500):
+        plain, covered = draw(config, seed, 0, 0), draw(covering, seed, 0, 0)
+        assert dataclasses.replace(covered, scale=plain.scale) == plain and covered.scale >= plain.scale
+        grid = np.stack(np.meshgrid([-0.5, 31.5], [-0.5, 31.5]), -1)
+        whole = dataclasses.replace(covered, crop=(0.5, 0.5, 1.0))
+        reach = np.abs(to_source(grid, whole, (32, 32), 32) - 15.5).max()
+        assert reach <= 16 + 1e-9
+        if covered.scale > plain.scale:
+            raised += 1
+            assert reach >= 16 - 1e-9  # no more than needed
+        if seed < 300:
+            assert apply(*random_pair(seed, 32, 32), covered, 32)[2].all()
+    assert raised > 100
+
+
+def test_no_black_is_blended_into_what_is_in_frame():
+    white = torch.full((3, 40, 40), 255, dtype=torch.uint8), torch.zeros(1, 40, 40, dtype=torch.uint8)
+    for seed in range(50):
+        for config in (GEOMETRY, dataclasses.replace(GEOMETRY, fill="cover")):
+            image, _, valid = apply(*white, draw(config, seed, 0, 0), 32)
+            assert (image[valid.expand_as(image)] >= 254).all()
+
+
+def test_cover_of_nothing_is_nothing():
+    assert draw(AugmentConfig.parse("none,fill=cover"), 0, 3, 1) == Draw()
+
+
+@pytest.mark.parametrize("size", [(24, 40), (41, 24), (24, 24)])
+def test_fits_keep_what_they_say(size):
+    image, mask = random_pair(4, *size)
+    mask = mask.clamp(max=7)
+    padded, padded_mask, valid = apply(image, mask, Draw(fit="pad"), 48)
+    down, across = (round(48 * side / max(size)) for side in size)
+    top, left = (48 - down) // 2, (48 - across) // 2
+    assert valid.sum() == down * across and valid[:, top : top + down, left : left + across].all()
+    assert (padded[:, ~valid[0]] == 0).all() and (padded_mask[~valid] == IGNORE).all()
+    inside = F.resize(image, [down, across], antialias=True)
+    assert torch.equal(padded[:, top : top + down, left : left + across], inside)
+    stretched, stretched_mask, whole = apply(image, mask, Draw(fit="stretch"), 48)
+    assert torch.equal(stretched, F.resize(image, [48, 48], antialias=True)) and whole.all()
+    assert torch.equal(stretched_mask, F.resize(mask, [48, 48], InterpolationMode.NEAREST_EXACT))
+    for fit, expected in (("pad", padded_mask), ("stretch", stretched_mask)):
+        assert torch.equal(centre_square(mask, 48, fit), expected)
+
+
+@FEW
+@given(seed=SEEDS, fit=st.sampled_from(FITS), fill=st.sampled_from(["ignore", "cover"]))
+def test_no_fit_makes_up_a_class(seed, fit, fill):
+    image, mask = random_pair(seed % 7, 30, 19)
+    drawn = draw(dataclasses.replace(WILD, fill=fill), seed, 0, 0, fit=fit)
+    _, augmented, valid = apply(image, mask, drawn, 24)
+    assert set(augmented[valid].tolist()) <= set(mask.unique().tolist())
+    assert (augmented[~valid] == IGNORE).all()
+
+
+def test_augmentation_is_read_from_a_line():
+    assert AugmentConfig.parse("affine") == AugmentConfig() and AugmentConfig.parse("none").still
+    read = AugmentConfig.parse("affine, degrees=20,fill=cover,hflip=0")
+    assert read == AugmentConfig(degrees=20.0, fill="cover", hflip=0.0) and not read.still
+    assert AugmentConfig.parse("none,hflip=0.5") == dataclasses.replace(AugmentConfig.none(), hflip=0.5)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "afine", "affine,degree=3", "affine,degrees", "affine,degrees=x", "affine,fill=edge", "affine,hflip=2"]
+)
+def test_what_cannot_be_read_is_named(text):
+    with pytest.raises(UserError) as caught:
+        AugmentConfig.parse(text)
+    assert text.split(",")[-1].split("=")[0] in str(caught.value)
+    if "=" not in text or "degree=" in text:
+        assert "scale_min=0.9" in str(caught.value)
+
+
+def test_the_help_of_training_lists_every_field(capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"], "segcn.train")
+    printed = capsys.readouterr().out
+    for field in dataclasses.fields(AugmentConfig):
+        default = field.default if isinstance(field.default, str) else f"{field.default:g}"
+        assert f"{field.name}={default}" in printed
+
+
+@pytest.mark.parametrize(
+    ("caption", "other"),
+    [
+        ("a house on the left", "a house on the right"),
+        ("Left of it, RIGHT there", "Right of it, LEFT there"),
+        ("the leftmost tree, rightwards", "the rightmost tree, leftwards"),
+        ("a left-hand bend; lefthand; Upper-left, topright", "a right-hand bend; righthand; Upper-right, topleft"),
+        ("bright, upright, copyright and leftovers", "bright, upright, copyright and leftovers"),
+    ],
+)
+def test_captions_are_mirrored(caption, other):
+    assert mirrored(caption) == other and mirrored(other) == caption
+
+
+WORDS = [
+    "left",
+    "Right",
+    "LEFT",
+    "leftmost",
+    "Rightward",
+    "left-hand",
+    "bright",
+    "leftover",
+    "upright",
+    "a",
+    "LeFt",
+    "-",
+]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    st.one_of(st.text(), st.lists(st.sampled_from(WORDS)).map(" ".join), st.lists(st.sampled_from(WORDS)).map("".join))
+)
+def test_mirrored_twice_is_the_same(caption):
+    assert mirrored(mirrored(caption)) == caption
+    assert says_a_side(mirrored(caption)) == says_a_side(caption)
+    assert cannot_be_mirrored(mirrored(caption)) == cannot_be_mirrored(caption)
+    assert not cannot_be_mirrored(caption) or says_a_side(caption)
+
+
+def test_rewritten_captions_are_flipped_where_every_word_is_known():
+    config = AugmentConfig.parse("affine,sided_captions=rewrite,hflip=1")
+    assert draw(config, 0, 0, 0, "a house on the left").flip and draw(config, 0, 0, 0, "a bright lake").flip
+    assert not draw(config, 0, 0, 0, "leftovers on the left").flip and not draw(config, 0, 0, 0, "a LeFt turn").flip

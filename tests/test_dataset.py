@@ -1,12 +1,22 @@
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from segcn.augment import AUGMENTS, AugmentConfig, draw
-from segcn.dataset import PairedDataset, to_control, to_image, to_uint8
+from segcn import latents, models
+from segcn.augment import AUGMENTS, AugmentConfig, Draw, apply, draw
+from segcn.config import ROOT
+from segcn.dataset import PairedDataset, read_control_mask, read_framed_mask, to_control, to_image, to_uint8
 from segcn.errors import UserError
-from segcn.labels import IGNORE, Label, Palette, write_mask
+from segcn.labels import IGNORE, Label, Palette, read_mask, write_mask
 from segcn.records import read_split, write_metadata
 
 PALETTE = Palette(
@@ -111,3 +121,155 @@ def test_controls_come_in_stacks():
     mask = torch.tensor([[[0, 1]], [[1, 1]]], dtype=torch.uint8)
     assert to_control(mask, PALETTE).shape == (2, 3, 1, 2)
     assert torch.equal(to_control(mask, PALETTE)[0], to_control(mask[0].numpy(), PALETTE))
+
+
+REWRITE = AugmentConfig.parse("affine,sided_captions=rewrite")
+
+
+@pytest.fixture
+def told(split):
+    """The same rows with several captions, some of which say a side."""
+    captions = [
+        ("a tree", "one tree", "trees"),
+        ("a tree on the left", "a sky above", "Rightmost tree"),
+        ("a sky", "leftovers"),
+    ]
+    records = tuple(record._replace(captions=said) for record, said in zip(split.records, captions, strict=True))
+    return dataclasses.replace(split, records=records)
+
+
+def test_one_of_several_captions_is_drawn_in_each_epoch(told):
+    dataset = PairedDataset(told, 16, AUGMENTS["affine"], seed=0)
+    for row in range(3):
+        used = [dataset.sample(row, epoch).caption for epoch in range(30)]
+        assert set(used) == set(told[row].captions)
+        assert used == [
+            PairedDataset(told, 16, AUGMENTS["affine"], 0).sample(row, epoch).caption for epoch in range(30)
+        ]
+    other = PairedDataset(told, 16, AUGMENTS["affine"], seed=1)
+    assert [other.caption(0, epoch, False) for epoch in range(30)] != [dataset.caption(0, e, False) for e in range(30)]
+
+
+def test_no_caption_of_a_row_is_told_of_a_picture_that_it_does_not_fit(told):
+    skipping, rewriting = PairedDataset(told, 16, AUGMENTS["affine"], 0), PairedDataset(told, 16, REWRITE, 0)
+    assert not any(skipping.draw(row, epoch).flip for row in (1, 2) for epoch in range(30))
+    seen = set()
+    for epoch in range(60):
+        sample = rewriting.sample(1, epoch)
+        sides = {"a tree on the left", "Rightmost tree"}
+        turned = {"a tree on the right", "Leftmost tree"}
+        assert sample.caption in (turned if sample.draw.flip else sides) | {"a sky above"}
+        seen.add(sample.caption)
+    assert len(seen) == 5
+    assert not any(rewriting.draw(2, epoch).flip for epoch in range(30))  # leftovers
+
+
+def test_every_caption_that_a_sample_may_have_is_listed(told):
+    plain, rewriting = PairedDataset(told, 16, AUGMENTS["affine"], 0), PairedDataset(told, 16, REWRITE, 0)
+    assert list(plain.captions()) == [caption for record in told.records for caption in record.captions]
+    assert set(rewriting.captions()) == {*plain.captions(), "a tree on the right", "Leftmost tree"}
+
+
+@pytest.mark.parametrize("augment", ["affine", "affine,sided_captions=rewrite,fill=cover"])
+def test_with_and_without_the_cache_a_step_gets_the_same(told, random_base, tmp_path, augment):
+    """Also the text: in the first K epochs the draws are the same, afterwards the captions go on changing."""
+    base = models.load_base(str(random_base), "cpu", torch.float32)
+    dataset = PairedDataset(told, 32, AugmentConfig.parse(augment), seed=3)
+    alone = type("Alone", (), {"is_main_process": True, "process_index": 0, "num_processes": 1})
+    alone.wait_for_everyone = staticmethod(lambda: None)
+    shape = (base.unet.config.in_channels, 32 // base.latent_factor, 32 // base.latent_factor)
+    cache = latents.build(tmp_path / "cache", dataset, base, 4, shape, alone, print)
+    settings = {"seed": 3, "empty_prompts": 0.2, "timesteps": 1000, "draws": 4}
+    cached, direct = (latents.Examples(dataset, c, base.latent_factor, shape, settings) for c in (cache, None))
+    for key in [(epoch, row) for epoch in range(4) for row in range(3)]:
+        one, other = cached[key], direct[key]
+        for name in ("control", "cells", "noise", "posterior"):
+            assert torch.equal(one[name], other[name]), name
+        text = models.encode_text(base, [other["caption"]])[0].half().float()
+        assert torch.allclose(one["text"], text, atol=2e-3), other["caption"]
+    told_later = {cached.dataset.caption(0, epoch, False) for epoch in range(4, 30)}
+    assert told_later == set(told[0].captions) and cached[29, 0]["text"].shape == text.shape
+    with pytest.raises(KeyError, match="never said"):
+        cache.text_of("never said")
+    assert json.loads((tmp_path / "cache" / "captions.json").read_text())[0] == ""
+    assert isinstance(cache.text, np.memmap)
+
+
+def test_a_cache_depends_on_what_it_holds(split):
+    keys = {
+        latents.cache_key(PairedDataset(split, 16, AugmentConfig.parse(augment), 0, fit), "base", 2)
+        for augment in ("affine", "affine,fill=cover", "affine,sided_captions=rewrite")
+        for fit in ("crop", "pad")
+    }
+    assert len(keys) == 6
+
+
+def hashes(folder, workers=0):
+    """One hash for each row of a balanced plan: every byte that a training step gets."""
+    split = read_split(folder, "train")
+    dataset = PairedDataset(split, 64, AugmentConfig.parse("affine,sided_captions=rewrite"), 0)
+    settings = {"seed": 0, "empty_prompts": 0.1, "timesteps": 1000, "draws": 4}
+    examples = latents.Examples(dataset, None, 8, (4, 8, 8), settings)
+    plan = latents.Plan(len(split), 0, 0, 10, 1, 4, repeats=1 + np.arange(len(split)) / 7)
+    for batch in DataLoader(examples, batch_sampler=plan, num_workers=workers):
+        for place, caption in enumerate(batch.pop("caption")):
+            parts = [batch[name][place].numpy().tobytes() for name in sorted(batch)]
+            yield hashlib.sha256(caption.encode() + b"".join(parts)).hexdigest()
+
+
+def test_workers_change_no_byte(landscapes):
+    alone = list(hashes(landscapes))
+    assert len(set(alone)) == 40
+    assert list(hashes(landscapes, workers=2)) == alone
+
+
+SHARE = """
+import hashlib, sys
+import numpy as np
+from segcn.augment import AugmentConfig
+from segcn.balance import Stream
+from segcn.dataset import PairedDataset
+from segcn.records import read_split
+
+rank, world = map(int, sys.argv[2:])
+split = read_split(sys.argv[1], "train")
+pairs = PairedDataset(split, 64, AugmentConfig.parse("affine,sided_captions=rewrite"), 0, "pad")
+stream = Stream(len(split), 0, 1 + np.arange(len(split)) / 7)
+for position in range(rank, 40, world):
+    visit, row = stream[position]
+    sample = pairs.sample(row, visit)
+    parts = [part.numpy().tobytes() for part in (sample.image, sample.control, sample.mask, sample.valid)]
+    print(hashlib.sha256(repr((visit, row, sample.caption, sample.draw)).encode() + b"".join(parts)).hexdigest())
+"""
+
+
+def test_processes_change_no_byte(landscapes):
+    """One process, and two that share its work, each with its own hash seed and number of threads."""
+    shares = [(0, 1), (0, 2), (1, 2)]
+    started = []
+    for number, share in enumerate(shares):
+        environment = {**os.environ, "PYTHONHASHSEED": str(number), "OMP_NUM_THREADS": str(1 + number % 2)}
+        command = [sys.executable, "-c", SHARE, str(landscapes), *map(str, share)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT))
+    alone, even, odd = (process.communicate(timeout=120)[0].split() for process in started)
+    assert len(set(alone)) == 40
+    assert alone[::2] == even and alone[1::2] == odd
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_a_mask_to_paint_from_is_the_one_that_training_sees(split, fit):
+    sample = PairedDataset(split, 24, AUGMENTS["none"], 0, fit).sample(1, 0)
+    assert np.array_equal(read_control_mask(split[1].mask, PALETTE, 24, fit), sample.mask.numpy())
+    mask, frame = read_framed_mask(split[1].mask, PALETTE, 24, fit)
+    assert np.array_equal(frame.cut(np.ones_like(mask)), frame.cut(sample.valid.numpy())) and frame[3] == 24
+    assert sample.valid.sum() == frame.height * frame.width and (frame.height == 24) == (fit != "pad")
+    assert np.array_equal(read_control_mask(split[1].mask, PALETTE), read_mask(split[1].mask, PALETTE))
+
+
+def test_the_draw_of_a_sample_replays_it(split):
+    sample = PairedDataset(split, 16, AugmentConfig.parse("affine,fill=cover"), 0, "pad").sample(0, 4)
+    again = Draw.from_dict(json.loads(json.dumps(sample.draw.to_dict())))
+    mask = torch.from_numpy(read_mask(split[0].mask, PALETTE))[None]
+    image, mask, valid = apply(sample.original, mask, again, 16)
+    assert torch.equal(to_image(image), sample.image) and torch.equal(mask[0], sample.mask)
+    assert torch.equal(valid[0], sample.valid)

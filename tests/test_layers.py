@@ -7,11 +7,11 @@ import segcn
 
 PACKAGE = Path(segcn.__file__).parent
 FLOORS = [
-    {"errors", "seeds", "home", "loss", "captions", "progress"},
+    {"errors", "seeds", "home", "loss", "captions", "progress", "geometry"},
     {"config", "files", "checkpoint", "metadata"},
     {"labels"},
     {"records", "augment", "arguments"},
-    {"dataset", "models", "distance", "scan", "survey", "tables"},
+    {"dataset", "models", "distance", "scan", "survey", "tables", "balance"},
     {"latents", "segmenter", "show", "findings", "pipeline", "ready", "sources"},
     {"generate", "watch", "doctor", "palette", "placing"},
     {"prepare", "infer", "evaluate", "widgets", "report", "importer"},

@@ -1,0 +1,112 @@
+"""Promise: rows with rare classes stand more often, exactly, whoever asks for which position of the stream."""
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segcn import latents, seeds
+from segcn.balance import Stream, balanced, class_pixels, frequencies, read_class_pixels, repeat_factors
+from segcn.labels import read_mask
+from segcn.records import read_split
+
+FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+FACTORS = st.lists(st.floats(1, 6), min_size=1, max_size=12)
+ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+
+
+def test_without_repeats_the_stream_is_one_permutation_after_another():
+    keys = [Stream(10, 7)[position] for position in range(35)]
+    assert [visit for visit, _ in keys] == [position // 10 for position in range(35)]
+    for epoch in range(3):
+        rows = [row for _, row in keys[10 * epoch : 10 * epoch + 10]]
+        assert rows == seeds.permutation(10, "rows", 7, epoch)
+
+
+@FEW
+@given(factors=FACTORS, seed=st.integers(0, 99))
+def test_factors_of_one_change_nothing(factors, seed):
+    rows = len(factors)
+    plain, ones = Stream(rows, seed), Stream(rows, seed, np.ones(rows))
+    assert [plain[position] for position in range(5 * rows)] == [ones[position] for position in range(5 * rows)]
+
+
+@FEW
+@given(factors=FACTORS, seed=st.integers(0, 99))
+def test_each_row_stands_as_often_as_its_factor_says_and_its_visits_are_numbered(factors, seed):
+    repeats, epochs = np.array(factors), 20
+    stream = Stream(len(repeats), seed, repeats)
+    keys = [stream[position] for position in range(stream.start(epochs))]
+    for row, factor in enumerate(repeats):
+        visits = sorted(visit for visit, found in keys if found == row)
+        assert visits == list(range(len(visits)))
+        assert abs(len(visits) - epochs * factor) < 1
+    one = [sorted(row for _, row in keys[stream.start(e) : stream.start(e + 1)]) for e in range(epochs)]
+    assert all(set(rows) == set(range(len(repeats))) for rows in one)
+
+
+@FEW
+@given(factors=FACTORS, seed=st.integers(0, 99), data=st.data())
+def test_any_position_is_found_without_those_before_it(factors, seed, data):
+    repeats = np.array(factors)
+    stream = Stream(len(repeats), seed, repeats)
+    walked = [stream[position] for position in range(200)]
+    for position in data.draw(st.lists(st.integers(0, 199), min_size=1, max_size=5)):
+        assert Stream(len(repeats), seed, repeats)[position] == walked[position] == stream[position]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_balanced_batches_do_not_depend_on_processes_or_breaks(world):
+    repeats = np.array([1.0, 2.5, 1.0, 1.3, 1.0, 4.0, 1.0])
+    whole = [key for batch in latents.Plan(7, 3, 0, 9, 2, 8, repeats=repeats) for key in batch]
+    parts = [list(latents.Plan(7, 3, 0, 9, 2, 8 // world, rank, world, repeats)) for rank in range(world)]
+    assert [key for step in zip(*parts, strict=True) for batch in step for key in batch] == whole
+    assert [key for batch in latents.Plan(7, 3, 5, 9, 2, 8, repeats=repeats) for key in batch] == whole[5 * 2 * 8 :]
+    assert len(set(whole)) == len(whole)
+
+
+def test_a_late_start_of_many_rows_takes_no_time():
+    rows = 100_000
+    repeats = 1 + 3 * np.random.default_rng(0).random(rows) ** 4
+    began = time.monotonic()
+    stream = Stream(rows, 0, repeats)
+    late = stream.start(100) - 5000
+    keys = [stream[position] for position in range(late, late + 10000)]
+    assert len(set(keys)) == 10000 and {visit > 90 for visit, _ in keys} == {True}
+    assert time.monotonic() - began < 10
+
+
+def test_factors_are_those_of_the_paper():
+    pixels = np.zeros((100, 4), np.uint32)
+    pixels[:, 0] = 5
+    pixels[:20, 1] = 3
+    pixels[:5, 2] = 1
+    repeats = repeat_factors(pixels, 0.2)
+    assert repeats[:5] == pytest.approx(2) and (repeats[5:] == 1).all()
+    assert repeat_factors(pixels, 0.4)[10] == pytest.approx(2**0.5)
+    rows, area = frequencies(pixels, repeats)
+    assert rows == pytest.approx([1, 25 / 105, 10 / 105, 0]) and area.sum() == pytest.approx(1)
+    assert (repeat_factors(np.zeros((3, 2)), 0.5) == 1).all()
+
+
+def test_pixels_are_counted_once_and_kept(landscapes, tmp_path):
+    split = read_split(landscapes, "train")
+    pixels = read_class_pixels(split, tmp_path / "cache", ALONE)
+    assert np.array_equal(pixels, class_pixels(split)) and pixels.dtype == np.uint32
+    mask = read_mask(split[3].mask, split.palette)
+    assert np.array_equal(pixels[3], np.bincount(mask.ravel(), minlength=256)[: pixels.shape[1]])
+    kept = list((tmp_path / "cache").iterdir())
+    stamp = kept[0].stat().st_mtime_ns
+    read_class_pixels(split, tmp_path / "cache", ALONE)
+    assert [path.stat().st_mtime_ns for path in kept] == [stamp]
+
+
+def test_balance_says_what_it_changes(landscapes, tmp_path):
+    split, lines = read_split(landscapes, "train"), []
+    repeats = balanced(split, 0.9, tmp_path, ALONE, lines.append)
+    assert repeats.max() > 1 and len(repeats) == len(split)
+    assert "12 rows stand" in lines[0] and len(lines) == 8 and "->" in lines[1]
+    assert all(len(line) <= 100 for line in lines)
