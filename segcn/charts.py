@@ -22,6 +22,7 @@ from segcn.show import grid
 from segcn.watch import read_log
 
 ACCENT = "#2f6db3"
+TONES = (ACCENT, "#a8a8a8", "#e8a04c")
 COUNTED_ROWS = 1000  # masks read for a chart
 
 
@@ -30,9 +31,38 @@ def class_shares(split: Split) -> np.ndarray:
     return np.stack([_shares(read_mask(record.mask, split.palette)) for record in split.records[:COUNTED_ROWS]])
 
 
-def augmented_shares(pairs: PairedDataset, count: int = 200) -> np.ndarray:
-    """The same, float [count, 256], of augmented masks: row after row, epoch after epoch."""
-    return np.stack([_shares(pairs[index].mask.numpy()) for index in range(count)])
+def augmented_pixels(pairs: PairedDataset) -> np.ndarray:
+    """How many pixels of each class each row's mask shows in epoch 0, uint32 [N, classes]."""
+    classes = min(pairs.split.palette.num_classes, IGNORE)
+    masks = (pairs.sample(row, 0).mask.numpy() for row in range(len(pairs)))
+    return np.stack([np.bincount(mask.ravel(), minlength=256)[:classes] for mask in masks]).astype(np.uint32)
+
+
+def class_frequencies(palette: Palette, measured: dict[str, tuple[np.ndarray, np.ndarray]], most: int = 24) -> Figure:
+    """Of each class the share of the rows that show it and of the pixels, the rarest first, for each set by name.
+
+    measured: what `balance.frequencies` gives, by name; most: classes shown.
+    """
+    first = next(iter(measured.values()))[0]
+    labels = sorted((label for label in palette.labels if not label.ignore), key=lambda label: first[label.id])[:most]
+    figure = Figure(figsize=(9, 0.9 + 0.17 * len(labels) * len(measured)))
+    thick = 0.84 / len(measured)
+    for side, (axes, title) in enumerate(
+        zip(figure.subplots(1, 2, sharey=True), ("share of the rows that show it", "share of the pixels"), strict=True)
+    ):
+        for number, (name, shares) in enumerate(measured.items()):
+            values = [shares[side][label.id] for label in labels]
+            places = np.arange(len(labels)) + (number - (len(measured) - 1) / 2) * thick
+            bars = axes.barh(places, values, thick * 0.92, color=TONES[number % len(TONES)], label=name)
+            axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=3, fontsize=7)
+        axes.set(title=title, xticks=[])
+        axes.spines["bottom"].set_visible(False)
+        axes.margins(x=0.14, y=0.01)
+        axes.tick_params(axis="y", length=0)
+    _name_classes(axes, [label.name for label in labels])  # of both: they share it
+    figure.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=len(measured))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    return figure
 
 
 def class_bars(palette: Palette, shares: dict[str, np.ndarray]) -> Figure:
@@ -68,6 +98,29 @@ def area_per_class(palette: Palette, shares: np.ndarray) -> Figure:
     _name_classes(axes, [f"{label.name}, {len(f) / len(shares):.0%}" for label, f in zip(labels, found, strict=True)])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set(title="class, share of the images it occurs in; area it covers there")
+    return figure
+
+
+def co_occurrence(palette: Palette, shares: np.ndarray) -> Figure:
+    """Of the images that show one class (row), the share that shows another (column), as a table of colours."""
+    labels = [label for label in palette.labels if not label.ignore and (shares[:, label.id] > 0).any()]
+    shown = (shares[:, [label.id for label in labels]] > 0).astype(float)
+    together = shown.T @ shown / shown.sum(0)[:, None]
+    side = 1.6 + 0.42 * len(labels)
+    figure = Figure(figsize=(side + 0.6, side))
+    axes = figure.add_subplot()
+    axes.imshow(together, cmap="Blues", vmin=0, vmax=1)
+    names = [label.name for label in labels]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="left")
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    for row, column in np.ndindex(together.shape) if len(names) <= 20 else ():
+        dark = "white" if together[row, column] > 0.5 else "#333333"
+        axes.text(column, row, f"{together[row, column]:.0%}", ha="center", va="center", fontsize=7, color=dark)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(
+        "of the images that show the class on the left, the share that also shows the one above", fontsize=9
+    )
     return figure
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "import": "pictures and masks, metadata files, parquet or saved datasets to a data set of this package",
     "validate": "check a data set: decode every file and report every fault with its row",
     "palette": "write a palette.json for masks that have none: a ready one, or one proposed from them",
+    "bench": "measure: the doctor against plain decoding (validate), a large metadata.csv (metadata)",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
     "infer": "one mask and a prompt to one or more pictures",
     "generate": "a folder of masks, or a data set, to a data set of new images",
@@ -109,18 +110,10 @@ def do_import(words: list[str]) -> None:
 
 
 def do_validate(words: list[str]) -> None:
-    from segcn.doctor import examine, quarantine
-    from segcn.report import summary, write_report
+    from segcn.report import validate
 
     first = ["--dataset_name"] if words and not words[0].startswith("-") else []
-    config = parse(DoctorConfig, first + words, "segcn validate")
-    checkup = examine(config)
-    report = write_report(checkup, config)
-    print("\n".join(summary(checkup)))
-    if config.quarantine:
-        print(quarantine(checkup, config.quarantine))
-    print(f"report: {report}")
-    sys.exit(1 if checkup.errors else 0)
+    sys.exit(1 if validate(parse(DoctorConfig, first + words, "segcn validate")).errors else 0)
 
 
 def do_palette(words: list[str]) -> None:
@@ -128,6 +121,20 @@ def do_palette(words: list[str]) -> None:
 
     first = ["--dataset_name"] if words and not words[0].startswith("-") else []
     print(f"palette: {make_palette(parse(PaletteConfig, first + words, 'segcn palette'))}")
+
+
+def do_bench(words: list[str]) -> None:
+    from segcn.bench import bench_metadata, bench_validate
+
+    parser = argparse.ArgumentParser(prog="segcn bench", allow_abbrev=False)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    validate = kinds.add_parser("validate", help="segcn validate against merely decoding every file")
+    validate.add_argument("dataset", type=Path)
+    validate.add_argument("--rounds", type=int, default=3, help="each of both in turns")
+    metadata = kinds.add_parser("metadata", help="read and check a large metadata.csv: seconds and memory")
+    metadata.add_argument("--rows", type=int, default=1_000_000)
+    options = vars(parser.parse_args(words))
+    {"validate": bench_validate, "metadata": bench_metadata}[options.pop("kind")](**options)
 
 
 def do_train(words: list[str]) -> None:

@@ -39,6 +39,7 @@ class TrainConfig:
     dataset_name: str | None = flag(None, "data set folder, or its metadata.csv")
     train_data_dir: str | None = flag(None, "the same as --dataset_name")
     max_train_samples: int | None = flag(None, "use only the first rows")
+    allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
     output_dir: str = flag("outputs/controlnet", "run folder: checkpoints, log and the finished ControlNet")
     cache_dir: str | None = flag(None, "folder of the latent caches; none: outputs/cache")
     cache: str = flag(
@@ -128,9 +129,9 @@ OBSOLETE = {
 
 # What may differ when a run goes on: it changes neither the data nor the mathematics of a step.
 FREE_TO_CHANGE = {
-    "allow_changes", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers",
-    "hub_model_id", "hub_token", "logging_dir", "logging_steps", "max_train_steps", "num_train_epochs",
-    "num_validation_images", "output_dir", "push_to_hub", "report_to", "resume_from_checkpoint",
+    "allow_changes", "allow_symlinks", "cache_dir", "checkpointing_steps", "checkpoints_total_limit",
+    "dataloader_num_workers", "hub_model_id", "hub_token", "logging_dir", "logging_steps", "max_train_steps",
+    "num_train_epochs", "num_validation_images", "output_dir", "push_to_hub", "report_to", "resume_from_checkpoint",
     "tracker_project_name", "validation_image", "validation_prompt", "validation_steps", *OBSOLETE,
 }  # fmt: skip
 
@@ -195,8 +196,9 @@ class EvaluateConfig:
     )
     output: str | None = flag(None, "metrics.json to write; none: beside the synthetic data set")
     resolution: int | None = flag(None, "pixels a side that the segmenter sees; none: those of the generated images")
-    seed: int = flag(0, "of the segmenter's training")
     fit: str = flag("crop", "how images become square: crop, pad or stretch; with --segmenter: as it was trained", FITS)
+    seed: int = flag(0, "of the segmenter's training")
+    allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,7 @@ class DoctorConfig:
         None, "OUT.csv to write the good rows to; the bad ones go to OUT.bad.csv with the reason"
     )
     pretrained_model_name_or_path: str = flag(str(BASE), "base model, for the length of captions in its tokens")
+    allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
     max_pixels: int = flag(89_478_485, "pixels of an image that are refused unread; the default is Pillow's limit")
     examples: int = flag(4, "pictures in the report of each kind of fault")
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,9 +15,10 @@ from segcn import findings
 from segcn.config import OUTPUTS, DoctorConfig
 from segcn.errors import UserError
 from segcn.findings import Case, Finding
+from segcn.labels import Palette
 from segcn.metadata import COLUMNS, write_csv
 from segcn.records import Split, find_splits, scan_split
-from segcn.scan import ImageFacts, MaskFacts, scan_images, scan_masks
+from segcn.scan import ImageFacts, MaskFacts, scan_files
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Checkup:
     findings: tuple[Finding, ...]
     classes: dict[str, list[dict]]  # of each split
     captions: dict[str, dict]  # of each split
+    sizes: dict[str, Counter]  # of each split, images by (width, height)
     files: int
     seconds: float  # of decoding
 
@@ -90,6 +93,7 @@ def examine(config: DoctorConfig, log: Callable[[str], None] = print) -> Checkup
         tuple(found),
         classes,
         captions,
+        {name: _sizes(_of_split(name, cases), images) for name in splits},
         len(images) + len(masks),
         seconds,
     )
@@ -184,18 +188,23 @@ def _scan_files(
     cases: Sequence[Case], splits: dict[str, Split], max_pixels: int, log: Callable[[str], None]
 ) -> tuple[dict[Path, ImageFacts], dict[Path, MaskFacts]]:
     """The facts of every file that is there, each decoded once however many rows name it."""
-    records = [case.record for case in cases if case.readable]
-    images = scan_images((record.image for record in records if isfile(record.image)), max_pixels, log)
-    masks: dict[Path, MaskFacts] = {}
-    for name, split in splits.items():
-        own = [case.record.mask for case in _of_split(name, cases) if case.readable and isfile(case.record.mask)]
-        masks |= scan_masks((path for path in own if path not in masks), split.palette, max_pixels, log)
-    return images, masks
+    there = [case for case in cases if case.readable]
+    images = [path for path in (case.record.image for case in there) if isfile(path)]
+    masks: dict[Path, Palette] = {}
+    for case in there:
+        if isfile(case.record.mask):
+            masks.setdefault(case.record.mask, splits[case.split].palette)
+    return scan_files(images, masks, max_pixels, log)
 
 
 def _masks_of(name: str, cases: Iterable[Case], masks: dict[Path, MaskFacts]) -> list[MaskFacts]:
     found = (masks.get(case.record.mask) for case in _of_split(name, cases) if case.readable)
     return [facts for facts in found if facts is not None]
+
+
+def _sizes(cases: Iterable[Case], images: dict[Path, ImageFacts]) -> Counter:
+    sizes = (images[case.record.image].size for case in cases if case.record.image in images)
+    return Counter(size for size in sizes if size is not None)
 
 
 def _findings(cases: Sequence[Case], images: dict[Path, ImageFacts], masks: dict[Path, MaskFacts]) -> Iterator[Finding]:

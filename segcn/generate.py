@@ -26,6 +26,7 @@ from segcn.records import Split, read_named_split, write_metadata
 
 MASK_SUFFIXES = {".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
 SETTINGS_FILE = "generation.json"
+CHANGE_NO_IMAGE = ("allow_symlinks", "batch_size", "controlnet_model_name_or_path", "limit", "output_dir")
 
 
 def generate_dataset(config: GenerateConfig, painter: Painter | None = None, log: Callable = print) -> Path:
@@ -88,7 +89,7 @@ def claim_output(config: GenerateConfig, painter: Painter) -> Path:
         raise UserError("--output_dir: expected a folder to write to, found nothing")
     out = Path(config.output_dir)
     settings = asdict(config) | {"base_fingerprint": painter.base.fingerprint}
-    for name in ("batch_size", "controlnet_model_name_or_path", "limit", "output_dir"):  # these change no image
+    for name in CHANGE_NO_IMAGE:
         settings.pop(name)
     if not config.without_control:
         settings |= {"controlnet": painter.controlnet_folder, "controlnet_weights": weights_digest(painter.controlnet)}

@@ -126,21 +126,30 @@ def read_mask(path: str | Path, palette: Palette) -> np.ndarray:
     Palette, grey, 1-bit and 16-bit files hold ids; RGB files are read through the palette's colours (alpha is
     unused). UserError names the values or colours that the palette lacks, with their pixel counts.
     """
+    return read_counted_mask(path, palette)[0]
+
+
+def read_counted_mask(path: str | Path, palette: Palette) -> tuple[np.ndarray, np.ndarray]:
+    """As `read_mask`, and the pixels of each id, int64 [256]."""
     with open_image(path, "mask") as image:
         stretch = LOW_BIT_GREY.get(_raw_mode(image), 1)
         image.load()
-        lossy = image.format in LOSSY
         if image.mode == "F":
             raise UserError(f"{path}: expected whole numbers, class ids, found a mask of fractions (mode F)")
+        lossy, own_colours = image.format in LOSSY, image.getpalette() if image.mode == "P" else None
         colour_coded = image.mode not in ("P", "PA", "L", "LA", "1") and not image.mode.startswith("I")
-        values = np.asarray(image.convert("RGB") if colour_coded else image)
+        values = np.array(image.convert("RGB") if colour_coded else image)
         values = values[..., 0] if image.mode in ("PA", "LA") else values
-        own_colours = image.getpalette() if image.mode == "P" else None
+        counts = np.array(image.histogram()) if image.mode in ("P", "L") and stretch == 1 else None
     if colour_coded:
-        return _ids_of_colours(values, palette, path, lossy)
-    ids = _ids_of_values(values.astype(np.int32) // stretch, palette, path, lossy)
-    _refuse_reindexed(values, own_colours, palette, path)
-    return ids
+        values = _ids_of_colours(values, palette, path, lossy)
+    elif counts is None:
+        values = _ids_of_values(values.astype(np.int32) // stretch, palette, path, lossy)
+    else:
+        _ids_of_values(np.flatnonzero(counts), palette, path, lossy, counts[counts > 0])
+        _refuse_reindexed(np.flatnonzero(counts).tolist(), own_colours, palette, path)
+        return _as_classes(values, counts, palette)
+    return values, np.bincount(values.ravel(), minlength=256)
 
 
 def write_mask(path: str | Path, mask: np.ndarray, palette: Palette) -> None:
@@ -213,14 +222,29 @@ def _raw_mode(image: Image.Image) -> str:
     return args if isinstance(args, str) else str(args[0]) if args else ""
 
 
-def _ids_of_values(values: np.ndarray, palette: Palette, path: str | Path, lossy: bool) -> np.ndarray:
+def _ids_of_values(
+    values: np.ndarray, palette: Palette, path: str | Path, lossy: bool, counts: np.ndarray | None = None
+) -> np.ndarray:
+    """Integers of any range as ids; `counts`: how many pixels each stands for, where it is more than one."""
     in_range = (values >= 0) & (values <= IGNORE)
     ids = np.where(in_range, palette._class_of_id[np.where(in_range, values, 0)], -1)
     undeclared = ids < 0
     if undeclared.any():
-        found = _counted(*np.unique(values[undeclared], return_counts=True), "value {}".format)
+        each = np.unique(values[undeclared], return_counts=True)
+        each = each if counts is None else (values[undeclared], counts[undeclared])
+        found = _counted(*each, "value {}".format)
         raise UserError(_undeclared_message(path, found, f"the ids {_listed(palette.ids)}, or 255", lossy))
     return ids.astype(np.uint8)
+
+
+def _as_classes(values: np.ndarray, counts: np.ndarray, palette: Palette) -> tuple[np.ndarray, np.ndarray]:
+    """Declared values, uint8, and their pixels, as class ids: those of labels marked ignore become 255."""
+    moved = [value for value in np.flatnonzero(counts).tolist() if palette._class_of_id[value] != value]
+    if moved:
+        values = palette._class_of_id.astype(np.uint8)[values]
+        counts[IGNORE] += counts[moved].sum()
+        counts[moved] = 0
+    return values, counts
 
 
 def _ids_of_colours(rgb: np.ndarray, palette: Palette, path: str | Path, lossy: bool) -> np.ndarray:
@@ -243,11 +267,11 @@ def _colour_name(code: int) -> str:
     return f"colour [{code >> 16}, {code >> 8 & 255}, {code & 255}]"
 
 
-def _refuse_reindexed(values: np.ndarray, own_colours: list[int] | None, palette: Palette, path: str | Path) -> None:
+def _refuse_reindexed(values: list[int], own_colours: list[int] | None, palette: Palette, path: str | Path) -> None:
     """Refuse a palette file that an image editor renumbered: its colours belong to other values."""
     if own_colours is None:
         return
-    own = {value: tuple(own_colours[3 * value : 3 * value + 3]) for value in np.unique(values).tolist()}
+    own = {value: tuple(own_colours[3 * value : 3 * value + 3]) for value in values}
     declared: dict[tuple, list[Label]] = {}  # labels marked ignore may share a colour
     for label in palette.labels:
         declared.setdefault(label.colour, []).append(label)

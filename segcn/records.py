@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from segcn.errors import UserError
 from segcn.files import Boundary, open_image
@@ -144,18 +144,17 @@ def check_split(split: Split, log: Callable[[str], None] | None = None) -> None:
 
 def read_image(path: str | Path) -> np.ndarray:
     """Read a photo upright (by its EXIF orientation), uint8 [H, W, 3]; UserError where it is broken."""
-    return read_turned_image(path)[0]
-
-
-def read_turned_image(path: str | Path) -> tuple[np.ndarray, int]:
-    """As `read_image`, and the EXIF orientation it was stored with (1: upright)."""
     with open_image(path) as image:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        return np.array(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An open photo as RGB, turned by its EXIF orientation."""
+    if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            pixels = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-            return np.repeat(pixels[..., None], 3, axis=2), orientation
-        return np.array(image.convert("RGB")), orientation
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def write_metadata(folder: str | Path, rows: Iterable[tuple[str, str, str | Sequence[str]]]) -> Path:
@@ -169,7 +168,7 @@ def write_metadata(folder: str | Path, rows: Iterable[tuple[str, str, str | Sequ
     several = any(len(captions) > 1 for _, _, captions in rows)
     path = Path(folder) / METADATA[1 if several else 0]
     if several:
-        write_jsonl(path, ((image, mask, said if len(said) > 1 else said[0]) for image, mask, said in rows))
+        write_jsonl(path, rows)  # a list in every row: datasets wants one type a column
     else:
         write_csv(path, COLUMNS, ((image, mask, said[0]) for image, mask, said in rows))
     return path

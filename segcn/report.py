@@ -4,7 +4,8 @@ import base64
 import io
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
@@ -14,14 +15,14 @@ from PIL import Image
 
 from segcn.arguments import to_json
 from segcn.config import DoctorConfig
-from segcn.doctor import Checkup, default_folder, refuse_inside
+from segcn.doctor import Checkup, default_folder, examine, quarantine, refuse_inside
 from segcn.findings import KINDS, Case, Finding
 from segcn.labels import IGNORE, Label, Palette, colourise, read_mask
 from segcn.records import read_image
 from segcn.scan import Fault, read_header
 from segcn.show import overlay
 
-LINES = 18  # of the summary at most
+LINES = 20  # of the summary at most
 SIDE = 160  # pixels of a picture in the report
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em }
@@ -36,19 +37,37 @@ p { overflow-wrap: anywhere }
 
 
 def summary(checkup: Checkup) -> list[str]:
-    """The check-up in at most 18 lines: what was read, the kinds of fault with their first row, the classes."""
+    """The check-up in at most 20 lines: what was read, the kinds of fault with their first row, the classes."""
     rows = ", ".join(f"{len(split)} {name}" for name, split in checkup.splits.items())
     lines = [f"{checkup.dataset}: {rows} rows, {checkup.files} files in {checkup.seconds:.1f} s"]
     kinds = list(_by_kind(checkup.findings).items())
-    room = LINES - 6 - (len(kinds) > LINES - 6)
+    room = LINES - 8 - (len(kinds) > LINES - 8)
     for kind, found in kinds[:room]:
         severity, title, _ = KINDS[kind]
         lines.append(_fit(f"  {severity:8}{len(found):6}  {title:40} {_where(found[0])}"))
     if len(kinds) > room:
         lines.append(f"  and {len(kinds) - room} more kinds, in doctor.html")
+    lines += [_fit(f"  sizes in {name}: {_sizes(sizes)}") for name, sizes in list(checkup.sizes.items())[:2]]
     lines += [_fit(f"  classes in {name}: {_shares(table)}") for name, table in list(checkup.classes.items())[:2]]
     lines += [_fit(f"  captions in {name}: {_lengths(told)}") for name, told in list(checkup.captions.items())[:2]]
     return [*lines, _verdict(checkup)]
+
+
+def _sizes(sizes: Counter) -> str:
+    each = [f"{width} x {height} ({count})" for (width, height), count in sizes.most_common(3)]
+    return ", ".join(each) + (f" and {len(sizes) - 3} more" if len(sizes) > 3 else "")
+
+
+def validate(config: DoctorConfig, log: Callable[[str], None] = print) -> Checkup:
+    """The whole of `segcn validate`: examine, say what was found, write the report and, where asked, the good rows."""
+    checkup = examine(config, log)
+    page = write_report(checkup, config)
+    for line in summary(checkup):
+        log(line)
+    if config.quarantine:
+        log(quarantine(checkup, config.quarantine))
+    log(f"report: {page}")
+    return checkup
 
 
 def write_report(checkup: Checkup, config: DoctorConfig) -> Path:
@@ -83,6 +102,9 @@ def as_json(checkup: Checkup, config: DoctorConfig) -> dict:
         "findings": [{"severity": finding.severity} | asdict(finding) for finding in checkup.findings],
         "classes": checkup.classes,
         "captions": checkup.captions,
+        "sizes": {
+            name: {"{} x {}".format(*size): n for size, n in each.items()} for name, each in checkup.sizes.items()
+        },
     }
 
 
@@ -97,6 +119,7 @@ def as_html(checkup: Checkup, config: DoctorConfig) -> str:
             f'<p class="grey">{escape(summary(checkup)[0])}; fingerprint {checkup.fingerprint}</p>',
             *_kinds_html(checkup),
             *_classes_html(checkup),
+            *_sizes_html(checkup),
             *_captions_html(checkup),
             *_examples_html(checkup, config),
             "</html>\n",
@@ -133,6 +156,12 @@ def _classes_html(checkup: Checkup) -> Iterator[str]:
 def _bar(share: float, colour: Iterable[int]) -> str:
     red, green, blue = map(int, colour)
     return f'<span class="bar" style="width:{300 * share:.0f}px;background:rgb({red},{green},{blue})"></span>'
+
+
+def _sizes_html(checkup: Checkup) -> Iterator[str]:
+    for name, sizes in checkup.sizes.items():
+        yield f"<h2>Sizes in {escape(name)}</h2>"
+        yield _table(["images", "width x height"], ((n, "{} x {}".format(*size)) for size, n in sizes.most_common(20)))
 
 
 def _captions_html(checkup: Checkup) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ from PIL import Image
 
 from segcn.errors import UserError
 from segcn.files import Unreadable, open_image
-from segcn.labels import LOSSY, Palette, read_mask
+from segcn.labels import LOSSY, Palette, read_counted_mask
 from segcn.progress import Progress
-from segcn.records import ORIENTATION, read_turned_image
+from segcn.records import ORIENTATION, upright
 
 
 class Fault(NamedTuple):
@@ -60,28 +61,39 @@ class Header(NamedTuple):
     orientation: int
 
 
-def scan_images(paths: Iterable[Path], max_pixels: int, log: Callable[[str], None] = print) -> dict[Path, ImageFacts]:
-    """Decode every image once."""
-    return _scan(partial(image_facts, max_pixels=max_pixels), paths, "images decoded", log)
+def scan_files(
+    images: Iterable[Path], masks: dict[Path, Palette], max_pixels: int, log: Callable[[str], None] = print
+) -> tuple[dict[Path, ImageFacts], dict[Path, MaskFacts]]:
+    """Decode every image and every mask once; threads, since Pillow decodes outside the interpreter lock.
+
+    Images and masks take turns: an image is nearly all decoding, a mask is not, so they share the cores best.
+    """
+    images = list(dict.fromkeys(images))
+    pairs = zip_longest(((path, None) for path in images), masks.items())
+    files = [file for pair in pairs for file in pair if file is not None]
+    progress, found = Progress("files decoded", len(files), log), []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for facts in pool.map(partial(_facts, max_pixels=max_pixels), files):
+            found.append(facts)
+            progress(len(found))
+    known = list(zip(files, found, strict=True))
+    of_images = {path: facts for (path, palette), facts in known if palette is None}
+    return of_images, {path: facts for (path, palette), facts in known if palette is not None}
 
 
-def scan_masks(
-    paths: Iterable[Path], palette: Palette, max_pixels: int, log: Callable[[str], None] = print
-) -> dict[Path, MaskFacts]:
-    """Read every mask once."""
-    return _scan(partial(mask_facts, palette=palette, max_pixels=max_pixels), paths, "masks read", log)
+def _facts(file: tuple[Path, Palette | None], max_pixels: int) -> ImageFacts | MaskFacts:
+    path, palette = file
+    return image_facts(path, max_pixels) if palette is None else mask_facts(path, palette, max_pixels)
 
 
 def image_facts(path: Path, max_pixels: int) -> ImageFacts:
     """Size, orientation, checksum and thumb of an image, or its fault."""
-    header = read_header(path, max_pixels)
-    if isinstance(header, Fault):
-        return ImageFacts(header)
     try:
-        pixels, orientation = read_turned_image(path)
+        with open_image(path, max_pixels=max_pixels) as image:
+            orientation, image = image.getexif().get(ORIENTATION, 1), upright(image)
+            return ImageFacts(None, image.size, orientation, zlib.crc32(image.tobytes()), grey_thumb(image))
     except Unreadable as error:
         return ImageFacts(_fault(path, error))
-    return ImageFacts(None, pixels.shape[1::-1], orientation, zlib.crc32(pixels), grey_thumb(pixels))
 
 
 def mask_facts(path: Path, palette: Palette, max_pixels: int) -> MaskFacts:
@@ -91,12 +103,11 @@ def mask_facts(path: Path, palette: Palette, max_pixels: int) -> MaskFacts:
         return MaskFacts(header)
     lossy = header.format if header.format in LOSSY else ""
     try:
-        mask = read_mask(path, palette)
+        mask, counts = read_counted_mask(path, palette)
     except UserError as error:
         fault = _fault(path, error)
         return MaskFacts(fault, lossy=lossy if fault.kind == "labels" else "")
-    counts = np.bincount(mask.ravel(), minlength=256).astype(np.uint32)
-    return MaskFacts(None, mask.shape[::-1], header.orientation, lossy, counts)
+    return MaskFacts(None, mask.shape[::-1], header.orientation, lossy, counts.astype(np.uint32))
 
 
 def read_header(path: Path, max_pixels: int) -> Header | Fault:
@@ -109,9 +120,9 @@ def read_header(path: Path, max_pixels: int) -> Header | Fault:
         return _fault(path, error)
 
 
-def grey_thumb(pixels: np.ndarray) -> np.ndarray:
-    """The picture, uint8 [H, W, 3], as 9 x 8 grey means, uint8 [8, 9]."""
-    return np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX))
+def grey_thumb(image: Image.Image) -> np.ndarray:
+    """The picture as 9 x 8 grey means, uint8 [8, 9]."""
+    return np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"))
 
 
 def dhash(thumbs: np.ndarray) -> np.ndarray:
@@ -124,14 +135,3 @@ def _fault(path: Path, error: UserError) -> Fault:
     """Broken files say how; the rest are values without a label."""
     kind = error.kind if isinstance(error, Unreadable) else "labels"
     return Fault(kind, str(error).removeprefix(f"{path}: "))
-
-
-def _scan(facts: Callable, paths: Iterable[Path], what: str, log: Callable[[str], None]) -> dict:
-    """The facts of each path; threads, since Pillow decodes outside the interpreter lock."""
-    unique = list(dict.fromkeys(paths))
-    progress, found = Progress(what, len(unique), log), {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, (path, fact) in enumerate(zip(unique, pool.map(facts, unique), strict=True), start=1):
-            found[path] = fact
-            progress(done)
-    return found

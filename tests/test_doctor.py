@@ -264,7 +264,7 @@ def test_the_summary_fits_twenty_lines(folder):
     checkup = check(folder)
     every = tuple(Finding(kind, "x", "train", 0, 2, "a.png") for kind in KINDS)
     lines = summary(replace(checkup, findings=every))
-    assert len(lines) <= 18 and "training would fail" in lines[-1]
+    assert len(lines) <= 20 and "training would fail" in lines[-1]
     assert as_json(checkup, DoctorConfig())["errors"] == 0
 
 
