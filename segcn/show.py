@@ -1,4 +1,4 @@
-"""Pictures of pairs: grids, overlays, outlines, what augmentation does and what the network sees."""
+"""Pictures of pairs: grids, overlays, outlines, sheets of rows."""
 
 import logging
 import os
@@ -9,13 +9,11 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from segcn.augment import AUGMENTS
-from segcn.dataset import PairedDataset, Sample, to_uint8
+from segcn.dataset import PairedDataset, to_uint8
 from segcn.labels import Palette, colourise, read_mask
-from segcn.loss import valid_cells
 from segcn.records import Split, read_image
 
 STYLE = {
@@ -139,7 +137,7 @@ def compare(real: Split, painted: Split, rows: int = 8, columns: int = 2, fit: s
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
         image = image[top : top + height, left : left + width]
         strips.append(side_by_side(colours(mask, real), image, picture))
-    return _sheet(strips, [record.caption for record in real.records], columns)
+    return sheet(strips, [record.caption for record in real.records], columns)
 
 
 def contact_sheet(split: Split, rows: int = 8, columns: int = 2) -> Figure:
@@ -148,7 +146,7 @@ def contact_sheet(split: Split, rows: int = 8, columns: int = 2) -> Figure:
     for row in range(min(rows, len(split))):
         image, mask = read_pair(split, row)
         strips.append(side_by_side(image, colourise(mask, split.palette), overlay(image, mask, split.palette)))
-    return _sheet(strips, [record.caption for record in split.records], columns)
+    return sheet(strips, [record.caption for record in split.records], columns)
 
 
 def legend(palette: Palette, columns: int = 5) -> Figure:
@@ -182,63 +180,11 @@ def hatched(picture: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return np.where(valid[..., None], picture, stripes)
 
 
-def augmented(pairs: PairedDataset, row: int, draws: int = 10, columns: int = 5) -> Figure:
-    """One row as the first epochs see it, the mask's borders drawn on the image; out of frame is hatched."""
-    samples = [pairs.sample(row, epoch) for epoch in range(draws)]
-    pictures = [hatched(outlined(to_uint8(s.image), s.mask.numpy()), s.valid.numpy()) for s in samples]
-    notes = [_say(sample) for sample in samples]
-    return _sheet(pictures, notes, columns, width=1.8)
-
-
-def network_view(sample: Sample, palette: Palette, factor: int) -> Figure:
-    """What a training step is given: image, control, and the latent cells that count in the loss."""
-    valid = sample.valid.numpy()
-    control = (sample.control.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    cells = valid_cells(sample.valid[None], factor)[0].numpy()
-    shown = [to_uint8(sample.image), control, checkerboard(to_uint8(sample.image), control), _cells(cells, valid)]
-    size, side = valid.shape[0], cells.shape[0]
-    heads = ["image", "control", "checkerboard", "cells in the loss"]
-    notes = [
-        f"{_range(sample.image)}, 3 x {size} x {size}",
-        f"{_range(sample.control)}, 3 x {size} x {size}",
-        "edges run on: aligned",
-        f"{cells.sum()} of {side} x {side} cells",
-    ]
-    return grid([shown], heads, below=[notes], width=2.2)
-
-
-def least_in_frame(pairs: PairedDataset, row: int, epochs: int = 16) -> Sample:
-    """Of a row's first draws the one that moves most of the picture out of frame."""
-    return min((pairs.sample(row, epoch) for epoch in range(epochs)), key=lambda sample: sample.valid.sum().item())
-
-
-def _sheet(strips: list[np.ndarray], texts: Sequence[str], columns: int, width: float = 4.2) -> Figure:
+def sheet(strips: list[np.ndarray], texts: Sequence[str], columns: int, width: float = 4.2) -> Figure:
     """Strips in columns, each with its text beneath."""
     lines = [slice(at, at + columns) for at in range(0, len(strips), columns)]
     texts = texts[: len(strips)]
     return grid([strips[line] for line in lines], below=[texts[line] for line in lines], width=width)
-
-
-def _cells(cells: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Latent cells, enlarged to pixels: white counts, grey does not, hatched is out of frame."""
-    factor = valid.shape[0] // cells.shape[0]
-    tones = np.where(cells, 240, 110).astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
-    tones[::factor] = tones[:, ::factor] = 90
-    return np.repeat(tones[..., None], 3, axis=2)
-
-
-def _range(tensor: torch.Tensor) -> str:
-    return f"{tensor.min().item():.2f} to {tensor.max().item():.2f}"
-
-
-def _say(sample: Sample) -> str:
-    """The draw in three short lines."""
-    draw = sample.draw
-    return (
-        f"turn {round(draw.angle):+d}°, scale {draw.scale:.2f}\n"
-        f"shift {round(100 * draw.translate_x):+d}%, {round(100 * draw.translate_y):+d}%\n"
-        f"shear {round(draw.shear_x):+d}°, {round(draw.shear_y):+d}°{', flipped' if draw.flip else ''}"
-    )
 
 
 def _wrap(text: str, width: float) -> str:

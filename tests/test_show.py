@@ -7,9 +7,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from segcn import captions, charts, show, story
+from segcn import captions, charts, proof, show, story
 from segcn.arguments import make, parse
 from segcn.augment import AUGMENTS
+from segcn.balance import class_pixels, frequencies
 from segcn.config import TrainConfig
 from segcn.dataset import PairedDataset
 from segcn.labels import Label, Palette
@@ -99,19 +100,43 @@ def test_pictures_of_a_data_set(train, test):
 
 def test_pictures_of_augmentation(train):
     pairs = PairedDataset(train, 64, AUGMENTS["affine"], seed=0)
-    sample = show.least_in_frame(pairs, 0, epochs=4)
+    sample = proof.least_in_frame(pairs, 0, epochs=4)
     assert sample.valid.sum() == min(pairs.sample(0, epoch).valid.sum() for epoch in range(4))
-    assert shows_something(show.augmented(pairs, 0, draws=4)) and shows_something(show.network_view(sample, PALETTE, 8))
+    for figure in (
+        proof.augmented(pairs, 0, draws=4),
+        proof.network_view(sample, PALETTE, 8),
+        proof.landings(pairs, 1, sample.draw),
+        proof.covered(pairs, 1, draws=2),
+        proof.fits(pairs, 0),
+        proof.mirrored_caption(pairs, 0),
+    ):
+        assert shows_something(figure)
+
+
+def test_image_and_mask_are_where_the_draw_says(train):
+    pairs = PairedDataset(train, 64, AUGMENTS["affine"], seed=0)
+    for epoch in range(5):
+        image, mask = proof.misplaced(pairs.draw(0, epoch), (96, 120), 120)
+        assert image < 1.2 and mask <= 1.5
+
+
+def test_a_caption_is_told_a_side():
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 6:] = 1
+    name = PALETTE.names[1]
+    assert proof.sided_caption("a lake", mask, PALETTE) == f"a lake, more {name} on the right"
+    assert proof.sided_caption("a lake at the left", mask, PALETTE) == "a lake at the left"
 
 
 def test_shares_add_up_and_leave_out_the_unlabelled(train):
     shares = charts.class_shares(train)
     assert shares.shape == (12, 256) and shares.sum(1) == pytest.approx(1) and (shares[:, 9:] == 0).all()
-    pairs = PairedDataset(train, 64, AUGMENTS["affine"], seed=0)
-    augmented = charts.augmented_shares(pairs, 20)
-    assert augmented.shape == (20, 256) and augmented.sum(1) == pytest.approx(1) and (augmented[:, 255] == 0).all()
+    pixels = charts.augmented_pixels(PairedDataset(train, 64, AUGMENTS["affine"], seed=0))
+    assert pixels.shape == (12, train.palette.num_classes) and (pixels.sum(1) <= 64 * 64).all()
+    measured = {"before": frequencies(class_pixels(train)), "augmented": frequencies(pixels)}
     for figure in (
-        charts.class_bars(train.palette, {"before": shares, "after": augmented}),
+        charts.class_bars(train.palette, {"before": shares, "after": shares}),
+        charts.class_frequencies(train.palette, measured),
         charts.area_per_class(train.palette, shares),
         charts.word_bars([record.caption for record in train.records]),
     ):
