@@ -1,4 +1,4 @@
-"""The data set doctor: decodes every file once, collects every fault, and parts the good rows from the bad."""
+"""The data set doctor: decodes every file once and collects every fault."""
 
 import hashlib
 import json
@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
-from os.path import isfile, relpath
+from os.path import isfile
 from pathlib import Path
 
 from segcn import findings
@@ -16,7 +15,6 @@ from segcn.config import OUTPUTS, DoctorConfig
 from segcn.errors import UserError
 from segcn.findings import Case, Finding
 from segcn.labels import Palette
-from segcn.metadata import COLUMNS, write_csv
 from segcn.records import Split, find_splits, scan_split
 from segcn.scan import ImageFacts, MaskFacts, scan_files
 
@@ -69,7 +67,6 @@ def examine(config: DoctorConfig, log: Callable[[str], None] = print) -> Checkup
     """Check a whole data set, all its splits; UserError only where there is nothing to check."""
     if not config.dataset_name:
         raise UserError("segcn validate needs a data set: segcn validate DATASET")
-    _check_targets(config)
     tokenizer = _load_tokenizer(config.pretrained_model_name_or_path)
     scanned = {name: scan_split(metadata) for name, metadata in find_splits(config.dataset_name).items()}
     splits = {name: split for name, (split, _) in scanned.items()}
@@ -99,30 +96,6 @@ def examine(config: DoctorConfig, log: Callable[[str], None] = print) -> Checkup
     )
 
 
-def quarantine(checkup: Checkup, target: str | Path) -> str:
-    """Write the rows without errors to OUT.csv, the others with the reason to OUT.bad.csv; says what was written.
-
-    Of a data set with several splits each is written on its own, to OUT.<split>.csv. UserError if a file is there
-    already, or if the data set is not below OUT's folder, since paths in a metadata file stay inside its folder.
-    """
-    plan = {name: _halves(Path(target), name, len(checkup.splits)) for name in checkup.splits}
-    folder = Path(target).absolute().parent
-    _refuse_existing(chain.from_iterable(plan.values()))
-    for split in checkup.splits.values():
-        if not split.folder.absolute().is_relative_to(folder):
-            raise UserError(f"--quarantine: {target} must lie in {split.folder} or above it, where its paths lead")
-    bad, counts = checkup.bad_rows, [0, 0]
-    for name, (good_path, bad_path) in plan.items():
-        rows = [(_fields(case, folder), bad.get(case.key)) for case in _of_split(name, checkup.cases)]
-        good = [fields for fields, faults in rows if not faults]
-        rest = [(*fields, _reason(faults)) for fields, faults in rows if faults]
-        write_csv(good_path, COLUMNS, good)
-        write_csv(bad_path, (*COLUMNS, "reason"), rest)
-        counts = [counts[0] + len(good), counts[1] + len(rest)]
-    written = ", ".join(str(path) for halves in plan.values() for path in halves)
-    return f"quarantine: {counts[0]} good rows, {counts[1]} bad ones: {written}"
-
-
 def find_report(split: Split) -> tuple[Path, int] | None:
     """The newest doctor.html below outputs/ on these very rows and files, and how many errors it has in them."""
     found = []
@@ -143,41 +116,6 @@ def refuse_inside(folder: str | Path, dataset: str | Path) -> None:
     data = Path(dataset).resolve()
     if Path(folder).resolve().is_relative_to(data.parent if data.is_file() else data):
         raise UserError(f"{folder} is inside the data set; name a folder elsewhere with --output_dir")
-
-
-def _check_targets(config: DoctorConfig) -> None:
-    """Refuse before any work a report inside the data set, and quarantine files that are there."""
-    if config.output_dir:
-        refuse_inside(config.output_dir, config.dataset_name)
-    if config.quarantine:
-        if Path(config.quarantine).suffix != ".csv":
-            raise UserError(f"--quarantine: expected a name that ends in .csv, found {config.quarantine!r}")
-        _refuse_existing(_halves(Path(config.quarantine), "", 1))
-
-
-def _refuse_existing(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.exists():
-            raise UserError(f"--quarantine: {path} is there already; remove it, or give another name")
-
-
-def _halves(target: Path, split: str, splits: int) -> tuple[Path, Path]:
-    stem = f"{target.stem}.{split}" if splits > 1 else target.stem
-    return target.with_name(f"{stem}.csv"), target.with_name(f"{stem}.bad.csv")
-
-
-def _fields(case: Case, folder: Path) -> tuple[str, str, str]:
-    """The row as it is written in a metadata file in `folder`; names that lead nowhere stay as they were."""
-    record = case.record
-    names = (record.image_name, record.mask_name)
-    if case.readable:
-        paths = (record.image, record.mask)
-        names = (relpath(path.absolute(), folder).replace("\\", "/") for path in paths)
-    return (*names, " ".join(record.caption.split()))
-
-
-def _reason(faults: Sequence[Finding]) -> str:
-    return "; ".join(f"{fault.kind}: {fault.message}" for fault in faults)
 
 
 def _of_split(name: str, cases: Iterable[Case]) -> list[Case]:

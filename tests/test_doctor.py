@@ -12,15 +12,18 @@ from PIL import Image
 
 from segcn import cli, doctor
 from segcn.config import DoctorConfig, TrainConfig
-from segcn.doctor import examine, quarantine
+from segcn.doctor import examine
 from segcn.errors import UserError
 from segcn.findings import KINDS, NEAR, Finding, nearest
 from segcn.labels import Label, Palette, write_mask
 from segcn.metadata import COLUMNS
+from segcn.page import as_html
 from segcn.prepare import check_rows
+from segcn.quarantine import quarantine
 from segcn.records import check_split, read_split, write_metadata
-from segcn.report import as_html, as_json, summary, write_report
+from segcn.report import as_json, validate, write_report
 from segcn.scan import ImageFacts, MaskFacts, dhash, image_facts, mask_facts
+from segcn.summary import summary
 
 PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0))))
 SIZE = (40, 32)  # (height, width)
@@ -228,7 +231,14 @@ def test_quarantine_parts_the_rows_and_overwrites_nothing(folder):
     with pytest.raises(UserError, match="is there already"):
         quarantine(checkup, folder / "good.csv")
     with pytest.raises(UserError, match="is there already"):
-        check(folder, quarantine=str(folder / "good.csv"))
+        validate(DoctorConfig(dataset_name=str(folder), quarantine=str(folder / "good.csv")), log=len)
+
+
+def test_quarantine_keeps_every_caption(folder):
+    (folder / "metadata.csv").unlink()
+    write_metadata(folder, [("images/0.png", "masks/0.png", ["a tree", "a hill\nat dusk"]), ("gone", "gone", "a lake")])
+    assert "1 good rows, 1 bad ones" in quarantine(check(folder), folder / "good.csv")
+    assert [record.captions for record in read_split(folder / "good.csv").records] == [("a tree",), ("a hill at dusk",)]
 
 
 def test_quarantine_of_splits_lies_above_them(splits, tmp_path):

@@ -12,6 +12,8 @@ import pytest
 from malformed import COLOURS, HEADER, MASK, PALETTE, csv_of, encoded, file_of, jsonl, photo
 from PIL import Image
 
+from segcn.augment import AugmentConfig
+from segcn.dataset import PairedDataset
 from segcn.labels import IGNORE, read_mask
 from segcn.records import check_split, read_image, read_split
 
@@ -227,6 +229,21 @@ def test_images_give_their_pixels(tmp_path, name):
     data, pixels = IMAGES[name]
     file_of("images/0.png", data)(malformed.sound(tmp_path / "pairs"))
     assert (read_image(first_row(tmp_path / "pairs")[0].image) == pixels).all()
+
+
+def test_palette_rgb_and_16_bit_masks_give_the_same_training_tensors(tmp_path):
+    """Byte for byte, augmented: image, control, mask and valid pixels."""
+
+    def tensors(name):
+        folder = malformed.sound(tmp_path / name.replace(";", ""))
+        file_of("masks/0.png", MASKS[name][0])(folder)
+        sample = PairedDataset(read_split(folder), 32, AugmentConfig(), seed=3).sample(0, epoch=2)
+        return [tensor.numpy().tobytes() for tensor in (sample.image, sample.control, sample.mask, sample.valid)]
+
+    wanted = tensors("P")
+    assert len({*wanted}) == 4
+    for name in ("L", "PA", "I;16", "I;16 TIFF", "32-bit TIFF", "RGB", "RGBA", "RGB BMP", "lossless WebP", "GIF"):
+        assert tensors(name) == wanted, name
 
 
 def test_a_link_out_of_the_folder_is_read_when_asked_for(tmp_path, monkeypatch):
