@@ -180,6 +180,7 @@ class GenerateConfig(SampleConfig):
     limit: int | None = flag(None, "use only the first rows")
     batch_size: int = flag(16, "pictures painted at once")
     without_control: bool = flag(False, "ignore the mask: the floor of an evaluation")
+    allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
 
 
 @dataclass(frozen=True)

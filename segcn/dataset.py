@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from segcn import seeds
 from segcn.augment import AugmentConfig, Draw, apply, centre_square, draw
 from segcn.captions import mirrored
+from segcn.config import FITS
 from segcn.errors import UserError
 from segcn.geometry import Box, boxes
 from segcn.labels import Palette, colourise, read_mask
@@ -37,7 +38,7 @@ class PairedDataset(Dataset):
         self.resolution = resolution
         self.augment = augment
         self.seed = seed
-        self.fit = fit  # crop, pad or stretch: how a picture that is not square becomes one
+        self.fit = known_fit(fit)  # crop, pad or stretch: how a picture that is not square becomes one
 
     def __len__(self) -> int:
         return len(self.split)
@@ -110,8 +111,15 @@ def read_framed_mask(
     mask = read_mask(path, palette)
     if resolution is None:
         return mask, Box(0, 0, *mask.shape)
-    frame = boxes(Draw(fit=fit), mask.shape, resolution)[1]
+    frame = boxes(Draw(fit=known_fit(fit)), mask.shape, resolution)[1]
     return centre_square(torch.from_numpy(mask)[None], resolution, fit)[0].numpy(), frame
+
+
+def known_fit(fit: str) -> str:
+    """The fit itself; UserError for an unknown one."""
+    if fit not in FITS:
+        raise UserError(f"--fit: expected one of {', '.join(FITS)}, found {fit!r}")
+    return fit
 
 
 def to_image(pixels: torch.Tensor) -> torch.Tensor:

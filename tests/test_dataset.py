@@ -266,6 +266,11 @@ def test_a_mask_to_paint_from_is_the_one_that_training_sees(split, fit):
     assert np.array_equal(read_control_mask(split[1].mask, PALETTE), read_mask(split[1].mask, PALETTE))
 
 
+def test_an_unknown_fit_is_named(split):
+    with pytest.raises(UserError, match="crop, pad, stretch, found 'squeeze'"):
+        PairedDataset(split, 16, AUGMENTS["none"], 0, "squeeze")
+
+
 def test_the_draw_of_a_sample_replays_it(split):
     sample = PairedDataset(split, 16, AugmentConfig.parse("affine,fill=cover"), 0, "pad").sample(0, 4)
     again = Draw.from_dict(json.loads(json.dumps(sample.draw.to_dict())))

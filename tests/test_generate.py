@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from segcn import models, paint
@@ -19,7 +20,7 @@ from segcn.generate import generate_dataset, reconstruct_dataset
 from segcn.infer import infer
 from segcn.labels import read_mask, write_mask
 from segcn.pipeline import Painter, find_controlnet, generate
-from segcn.records import check_split, read_split
+from segcn.records import check_split, read_split, write_metadata
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,32 @@ def test_the_painted_mask_is_the_one_of_training(landscapes):
     split = read_split(landscapes, "test")
     sample = PairedDataset(split, 40, AUGMENTS["none"], seed=0).sample(0, 0)
     assert np.array_equal(read_control_mask(split[0].mask, split.palette, 40), sample.mask.numpy())
+
+
+def cut_to(split, folder, height):
+    """The first two rows of a split as pictures of that height."""
+    for record in split.records[:2]:
+        for name, suffix in (("images", record.image_name), ("masks", record.mask_name)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            picture = Image.open(Path(record.folder, suffix))
+            picture.crop((0, 64 - height, 64, 64)).save(folder / suffix)
+    split.palette.save(folder / "palette.json")
+    write_metadata(folder, [(r.image_name, r.mask_name, r.caption) for r in split.records[:2]])
+    return read_split(folder)
+
+
+@pytest.mark.parametrize(("fit", "size"), [("crop", (32, 32)), ("pad", (32, 20)), ("stretch", (32, 32))])
+def test_wide_masks_are_painted_as_they_fit_and_without_the_padding(config, painter, landscapes, tmp_path, fit, size):
+    wide = cut_to(read_split(landscapes, "test"), tmp_path / "wide", 40)
+    given = dataclasses.replace(config, controls=str(wide.folder), resolution=32, fit=fit)
+    painted = read_split(generate_dataset(given, painter))
+    seen = read_split(reconstruct_dataset(wide, painter.base, tmp_path / "seen", 32, fit=fit))
+    for split in (painted, seen):
+        check_split(split)
+        assert Image.open(split[0].image).size == size
+        back = PairedDataset(split, 32, AUGMENTS["none"], 0, fit)[0]
+        real = PairedDataset(wide, 32, AUGMENTS["none"], 0, fit)[0]
+        assert torch.equal(back.mask, real.mask) and torch.equal(back.valid, real.valid)
 
 
 def test_a_set_that_stands_is_taken_with_its_settings_or_refused(config, painter, capsys):

@@ -150,6 +150,30 @@ def test_without_the_cache_the_network_sees_the_same(quick, landscapes, tmp_path
     assert [entry["step"] for entry in log_of(out)] == [1, 2]
 
 
+def test_a_balanced_run_that_was_cut_ends_with_the_same_bytes(quick, tmp_path, capsys):
+    told = {"class_balance": 0.9, "fit": "pad", "augment": "affine,fill=cover,sided_captions=rewrite"}
+    whole = train(quick(tmp_path / "whole", **told))
+    printed = capsys.readouterr().out
+    assert "Class balance: 12 rows stand" in printed and "of the rows," in printed
+    train(quick(tmp_path / "cut", **told, max_train_steps=3))
+    cut = train(quick(tmp_path / "cut", **told))
+    assert weights(cut) == weights(whole) and log_of(cut) == log_of(whole)
+    with pytest.raises(UserError, match=r"class_balance: was 0\.9, is 0\.5"):
+        train(quick(whole, **told | {"class_balance": 0.5}))
+
+
+def test_an_epoch_counts_the_repeated_rows(quick, tmp_path):
+    run = train(quick(tmp_path / "out", preset="sd15", max_train_steps=None, num_train_epochs=1, class_balance=1.0))
+    assert json.loads((run / "train_config.json").read_text())["max_train_steps"] > 12 / 2
+
+
+@pytest.mark.parametrize("wrong", [{"augment": "affine,degree=3"}, {"class_balance": 2.0}])
+def test_augmentation_and_balance_are_checked_before_anything_is_written(quick, tmp_path, wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        train(quick(tmp_path / "out", **wrong))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_order_of_rows_does_not_depend_on_the_number_of_processes(world):
     whole = [key for batch in latents.Plan(10, 7, 0, 9, 1, 8) for key in batch]
