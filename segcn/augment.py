@@ -63,7 +63,11 @@ class AugmentConfig:
         start, *changes = [part.strip() for part in text.split(",")]
         if start not in AUGMENTS:
             raise _unread(f"expected {' or '.join(AUGMENTS)} first, found {start!r}")
-        return replace(AUGMENTS[start], **dict(map(_read_change, changes)))
+        changed = dict(map(_read_change, changes))
+        try:
+            return replace(AUGMENTS[start], **changed)
+        except UserError as error:
+            raise _unread(str(error).removeprefix("augmentation: ")) from None
 
     @property
     def still(self) -> bool:
@@ -75,7 +79,7 @@ def _read_change(change: str) -> tuple[str, float | str]:
     """One `name=value`."""
     name, equals, value = (part.strip() for part in change.partition("="))
     if not equals or name not in {field.name for field in fields(AugmentConfig)}:
-        raise _unread(f"unknown {change!r}; expected a name=value of its fields")
+        raise _unread(f"unknown {change!r}; expected a field and its value, as name=value")
     if name in WORDS:
         return name, value
     try:

@@ -162,7 +162,7 @@ def _write_text_embeddings(folder: Path, dataset: PairedDataset, base: Base) -> 
     if (folder / "text.npy").is_file():
         return
     captions = list(dict.fromkeys(["", *dataset.captions()]))
-    write_text(folder / "captions.json", json.dumps(captions, ensure_ascii=False, indent=0))
+    write_text(folder / "captions.json", json.dumps(captions, indent=0))
     aside, text = folder / "text.staged.npy", None
     for first in range(0, len(captions), 64):
         embedded = encode_text(base, captions[first : first + 64]).cpu().half().numpy()

@@ -24,6 +24,15 @@ WILD_GEOMETRY = dataclasses.replace(WILD, brightness=0.0, contrast=0.0, saturati
 SEEDS = st.integers(0, 2**31)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For pictures as small as these, threads wait for each other more than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def coordinates(height, width):
     """An image whose first channels grow by 2 a pixel with x and y, and a mask that numbers its blocks."""
     y, x = np.mgrid[:height, :width]
@@ -337,8 +346,7 @@ def test_what_cannot_be_read_is_named(text):
     with pytest.raises(UserError) as caught:
         AugmentConfig.parse(text)
     assert text.split(",")[-1].split("=")[0] in str(caught.value)
-    if "=" not in text or "degree=" in text:
-        assert "scale_min=0.9" in str(caught.value)
+    assert "--augment" in str(caught.value) and "scale_min=0.9" in str(caught.value)
 
 
 def test_the_help_of_training_lists_every_field(capsys):
