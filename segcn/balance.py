@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from segcn import seeds
-from segcn.labels import IGNORE, Palette, read_mask
+from segcn.labels import IGNORE, Palette
+from segcn.masks import read_mask
 from segcn.records import Split
 
 

@@ -15,8 +15,9 @@ from segcn.arguments import arguments_of, make
 from segcn.captions import common_words
 from segcn.config import TrainConfig
 from segcn.dataset import PairedDataset
-from segcn.labels import IGNORE, Palette, read_mask
+from segcn.labels import IGNORE, Palette
 from segcn.launch import training_command, training_lines
+from segcn.masks import read_mask
 from segcn.records import Split
 from segcn.show import grid
 from segcn.watch import read_log

@@ -14,7 +14,8 @@ from segcn.captions import mirrored
 from segcn.config import FITS
 from segcn.errors import UserError
 from segcn.geometry import Box, boxes
-from segcn.labels import Palette, colourise, read_mask
+from segcn.labels import Palette
+from segcn.masks import colourise, read_mask
 from segcn.records import Split, read_image
 
 

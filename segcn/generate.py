@@ -18,7 +18,8 @@ from segcn.config import GenerateConfig
 from segcn.dataset import PairedDataset, read_framed_mask, to_uint8
 from segcn.errors import UserError
 from segcn.geometry import boxes
-from segcn.labels import Palette, find_palette, write_mask
+from segcn.labels import Palette, find_palette
+from segcn.masks import write_mask
 from segcn.models import Base, reconstruct, weights_digest
 from segcn.pipeline import Painter, generate, load_painter
 from segcn.progress import Progress

@@ -9,7 +9,8 @@ import numpy as np
 from segcn.config import ImportConfig
 from segcn.errors import UserError
 from segcn.files import SYMLINKS
-from segcn.labels import IGNORE, Palette, find_palette, read_mask
+from segcn.labels import IGNORE, Palette, find_palette
+from segcn.masks import read_mask
 from segcn.metadata import write_jsonl
 from segcn.palette import READY, check, propose, ready
 from segcn.placing import Placed, claim, copied, refuse_metadata, rewritten, staged

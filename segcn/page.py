@@ -14,7 +14,8 @@ from PIL import Image
 from segcn.config import DoctorConfig
 from segcn.doctor import Checkup
 from segcn.findings import KINDS, Case, Finding
-from segcn.labels import IGNORE, Label, Palette, colourise, read_mask
+from segcn.labels import IGNORE, Label, Palette
+from segcn.masks import colourise, read_mask
 from segcn.records import read_image
 from segcn.scan import Fault, read_header
 from segcn.show import overlay

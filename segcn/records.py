@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 
 from segcn.errors import UserError
 from segcn.files import Boundary, open_image
-from segcn.labels import Palette, find_palette, read_mask
+from segcn.labels import Palette, find_palette
+from segcn.masks import read_mask
 from segcn.metadata import COLUMNS, Line, read_lines, write_csv, write_jsonl
 from segcn.progress import Progress
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from segcn.errors import UserError
 from segcn.files import Unreadable, open_image
-from segcn.labels import LOSSY, Palette, read_counted_mask
+from segcn.labels import Palette
+from segcn.masks import LOSSY, read_counted_mask
 from segcn.progress import Progress
 from segcn.records import ORIENTATION, upright
 

@@ -16,7 +16,8 @@ from segcn import checkpoint, seeds
 from segcn.augment import AugmentConfig
 from segcn.dataset import PairedDataset
 from segcn.errors import UserError
-from segcn.labels import IGNORE, read_mask
+from segcn.labels import IGNORE
+from segcn.masks import read_mask
 from segcn.records import Split
 
 # Colours vary more than when the painter is trained, as generated pictures are a little off in tone. No affine:

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from segcn.augment import AUGMENTS
 from segcn.dataset import PairedDataset, to_uint8
-from segcn.labels import Palette, colourise, read_mask
+from segcn.labels import Palette
+from segcn.masks import colourise, read_mask
 from segcn.records import Split, read_image
 
 STYLE = {

@@ -15,7 +15,8 @@ from segcn.augment import AUGMENTS
 from segcn.charts import ACCENT
 from segcn.dataset import PairedDataset, to_uint8
 from segcn.evaluate import ROWS
-from segcn.labels import IGNORE, Palette, colourise
+from segcn.labels import IGNORE, Palette
+from segcn.masks import colourise
 from segcn.records import Split
 from segcn.segmenter import Segmenter, predict
 from segcn.show import grid, read_pair

@@ -12,7 +12,8 @@ from PIL import Image
 
 from segcn.errors import UserError
 from segcn.files import READABLE, Boundary, open_image
-from segcn.labels import IGNORE, LOSSY, LOW_BIT_GREY
+from segcn.labels import IGNORE, LOW_BIT_GREY
+from segcn.masks import LOSSY
 from segcn.metadata import read_lines
 from segcn.progress import Progress
 from segcn.records import METADATA, find_splits
@@ -85,7 +86,7 @@ def survey(paths: Iterable[Path], log: Callable[[str], None] = print) -> Survey:
 
 
 def read_values(path: Path) -> MaskValues:
-    """Count the values of one mask, which `labels.read_mask` would read through a palette; UserError if it is none."""
+    """Count the values of one mask, which `masks.read_mask` would read through a palette; UserError if it is none."""
     with open_image(path, "mask") as image:
         if image.format in LOSSY:
             raise UserError(

@@ -16,7 +16,8 @@ from segcn.arguments import make
 from segcn.config import SampleConfig
 from segcn.dataset import read_control_mask
 from segcn.errors import UserError
-from segcn.labels import Palette, colourise, write_mask
+from segcn.labels import Palette
+from segcn.masks import colourise, write_mask
 from segcn.pipeline import Painter, generate
 from segcn.records import COLUMNS, Split, read_split, write_metadata
 

@@ -10,7 +10,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from segcn.labels import Label, Palette, write_mask
+from segcn.labels import Label, Palette
+from segcn.masks import write_mask
 from segcn.metadata import COLUMNS
 from segcn.records import write_metadata
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from segcn import latents, seeds
 from segcn.balance import Stream, balanced, class_pixels, frequencies, read_class_pixels, repeat_factors
-from segcn.labels import read_mask
+from segcn.masks import read_mask
 from segcn.records import read_split
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from segcn.config import BASE
 from segcn.errors import UserError
-from segcn.labels import write_mask
+from segcn.masks import write_mask
 from segcn.samples.base import SMOKE, build_base
 from segcn.samples.landscapes import palette
 from segcn.samples.vae import VaeRecipe, build_vae, standardise_latents

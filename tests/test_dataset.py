@@ -16,7 +16,8 @@ from segcn.augment import AUGMENTS, AugmentConfig, Draw, apply, draw
 from segcn.config import ROOT
 from segcn.dataset import PairedDataset, read_control_mask, read_framed_mask, to_control, to_image, to_uint8
 from segcn.errors import UserError
-from segcn.labels import IGNORE, Label, Palette, read_mask, write_mask
+from segcn.labels import IGNORE, Label, Palette
+from segcn.masks import read_mask, write_mask
 from segcn.records import read_split, write_metadata
 
 PALETTE = Palette(

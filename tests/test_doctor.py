@@ -15,7 +15,8 @@ from segcn.config import DoctorConfig, TrainConfig
 from segcn.doctor import examine
 from segcn.errors import UserError
 from segcn.findings import KINDS, NEAR, Finding, nearest
-from segcn.labels import Label, Palette, write_mask
+from segcn.labels import Label, Palette
+from segcn.masks import write_mask
 from segcn.metadata import COLUMNS
 from segcn.page import as_html
 from segcn.prepare import check_rows

@@ -11,7 +11,8 @@ from segcn.dataset import to_image
 from segcn.distance import INCEPTION_WEIGHTS, frechet_distance, kernel_distance
 from segcn.errors import UserError
 from segcn.evaluate import evaluate, faithfulness, table, write_metrics
-from segcn.labels import IGNORE, Label, Palette, read_mask, write_mask
+from segcn.labels import IGNORE, Label, Palette
+from segcn.masks import read_mask, write_mask
 from segcn.records import read_split
 from segcn.segmenter import SegmenterConfig, build_segmenter, predict, train_segmenter
 

@@ -18,7 +18,7 @@ from segcn.dataset import PairedDataset, read_control_mask
 from segcn.errors import UserError
 from segcn.generate import generate_dataset, reconstruct_dataset
 from segcn.infer import infer
-from segcn.labels import read_mask, write_mask
+from segcn.masks import read_mask, write_mask
 from segcn.pipeline import Painter, find_controlnet, generate
 from segcn.records import check_split, read_split, write_metadata
 

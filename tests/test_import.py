@@ -18,7 +18,8 @@ from segcn import cli
 from segcn.config import ImportConfig
 from segcn.errors import UserError
 from segcn.importer import classes_of, import_dataset
-from segcn.labels import Label, Palette, read_mask, write_mask
+from segcn.labels import Label, Palette
+from segcn.masks import read_mask, write_mask
 from segcn.records import check_split, read_image, read_split
 
 PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0)), Label(2, "house", (200, 0, 0))))

@@ -8,16 +8,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from segcn.errors import UserError
-from segcn.labels import (
-    IGNORE,
-    Label,
-    Palette,
-    colourise,
-    find_palette,
-    read_mask,
-    resize_mask,
-    write_mask,
-)
+from segcn.labels import IGNORE, Label, Palette, find_palette
+from segcn.masks import colourise, read_mask, resize_mask, write_mask
 
 FEW = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 SKY, TREE, LAKE = (

@@ -10,6 +10,7 @@ FLOORS = [
     {"errors", "seeds", "home", "loss", "captions", "progress", "geometry"},
     {"config", "files", "checkpoint", "metadata"},
     {"labels"},
+    {"masks"},
     {"records", "augment", "arguments"},
     {"dataset", "models", "distance", "scan", "survey", "tables", "balance"},
     {"latents", "segmenter", "show", "findings", "pipeline", "ready", "sources"},

@@ -11,7 +11,8 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from segcn.config import ROOT
-from segcn.labels import Label, Palette, read_mask, write_mask
+from segcn.labels import Label, Palette
+from segcn.masks import read_mask, write_mask
 from segcn.records import check_split, read_image, read_split, write_metadata
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))

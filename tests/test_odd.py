@@ -14,7 +14,8 @@ from PIL import Image
 
 from segcn.augment import AugmentConfig
 from segcn.dataset import PairedDataset
-from segcn.labels import IGNORE, read_mask
+from segcn.labels import IGNORE
+from segcn.masks import read_mask
 from segcn.records import check_split, read_image, read_split
 
 FIRST = "images/0.png,masks/0.png"

@@ -11,7 +11,8 @@ from PIL import Image
 
 from segcn.cli import main
 from segcn.errors import UserError
-from segcn.labels import Label, Palette, read_mask, write_mask
+from segcn.labels import Label, Palette
+from segcn.masks import read_mask, write_mask
 from segcn.palette import READY, check, make_palette, propose, ready, spread_colours, table
 from segcn.survey import mask_files, survey
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from segcn.errors import UserError
-from segcn.labels import Label, Palette, write_mask
+from segcn.labels import Label, Palette
+from segcn.masks import write_mask
 from segcn.records import COLUMNS, check_split, read_image, read_split, write_metadata
 
 PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0))))

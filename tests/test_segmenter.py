@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from segcn.errors import UserError
-from segcn.labels import IGNORE, Label, Palette, write_mask
+from segcn.labels import IGNORE, Label, Palette
+from segcn.masks import write_mask
 from segcn.records import read_split, write_metadata
 from segcn.segmenter import (
     SegmenterConfig,

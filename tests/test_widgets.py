@@ -9,7 +9,8 @@ from segcn import models, widgets
 from segcn.arguments import make
 from segcn.config import SampleConfig
 from segcn.errors import UserError
-from segcn.labels import Label, Palette, read_mask
+from segcn.labels import Label, Palette
+from segcn.masks import read_mask
 from segcn.pipeline import Painter
 from segcn.records import read_split
 

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from segcn.errors import UserError
-from segcn.labels import Label, Palette, write_mask
+from segcn.labels import Label, Palette
+from segcn.masks import write_mask
 from segcn.progress import Progress
 from segcn.records import write_metadata
 
