@@ -24,7 +24,7 @@ from segcn.home import use_writable_home
 
 COMMANDS = {
     "run": "notebooks 01 to 05 in order: data, augmentation, training, generation, evaluation",
-    "samples": "make the sample data (landscapes, earth), or build the embedded base model (base)",
+    "samples": "make the sample data (landscapes, earth); build the embedded base model (base) or measure it (measure)",
     "import": "pictures and masks, metadata files, parquet or saved datasets to a data set of this package",
     "validate": "check a data set: decode every file and report every fault with its row",
     "palette": "write a palette.json for masks that have none: a ready one, or one proposed from them",
@@ -79,6 +79,9 @@ def do_samples(words: list[str]) -> None:
     base.add_argument("out", type=Path, help="model folder to write")
     base.add_argument("--work", type=Path, default=OUTPUTS / "base", help="where its training state is kept")
     base.add_argument("--smoke", action="store_true", help="three steps of everything, to see that it runs")
+    kinds.add_parser("measure", help="measure the embedded base and its ControlNet on held-out pictures")
+    if words[:1] == ["measure"]:
+        return measure_base(words[1:])
     options = vars(parser.parse_args(words))
     kind = options.pop("kind")
     if kind == "landscapes":
@@ -93,6 +96,15 @@ def do_samples(words: list[str]) -> None:
         from segcn.samples.base import SMOKE, BaseRecipe, build_base
 
         build_base(options["work"], options["out"], SMOKE if options["smoke"] else BaseRecipe())
+
+
+def measure_base(words: list[str]) -> None:
+    from segcn.records import read_split
+    from segcn.samples.measure import MeasureConfig, measure
+    from segcn.workspace import sample_landscapes
+
+    config = parse(MeasureConfig, words, "segcn samples measure")
+    measure(config, read_split(sample_landscapes(), "train"))
 
 
 def do_import(words: list[str]) -> None:

@@ -1,0 +1,103 @@
+"""Promise: one command measures the embedded base on pictures that it never saw, and goes on where it was stopped."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segcn.cli import do_samples
+from segcn.errors import UserError
+from segcn.records import read_split
+from segcn.samples import measure as measuring
+from segcn.samples.card import report, targets
+from segcn.samples.earth import PICTURES
+from segcn.samples.earth import describe as describe_tile
+from segcn.samples.landscapes import SEASONS, TIMES, describe
+from segcn.samples.measure import MeasureConfig, measure, open_painter
+from segcn.samples.recogniser import OF_EARTH, OF_LANDSCAPES, RecogniserRecipe, recognised, said, train_recogniser
+
+TOY = MeasureConfig(
+    resolution=64, num_inference_steps=2, count=3, held_out=4, earth_count=2, segmenter_steps=2, recogniser_steps=2,
+    batch_size=2, timings=1,
+)  # fmt: skip
+
+
+def no_maps(*args, **kwargs):
+    raise UserError("the Earth samples need a package: pip install it")
+
+
+@pytest.fixture(scope="module")
+def measured(landscapes, tmp_path_factory):
+    config = dataclasses.replace(TOY, output_dir=str(tmp_path_factory.mktemp("measure")))
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "write_earth", no_maps)
+        metrics = measure(config, read_split(landscapes, "train"), told.append)
+    return config, metrics, told
+
+
+def test_everything_is_measured_and_written(measured):
+    config, metrics, told = measured
+    assert metrics == json.loads((config.folder / "measure.json").read_text())
+    assert 20 < metrics["autoencoder"]["psnr"] < 60 and 0.5 < metrics["autoencoder"]["ssim"] <= 1
+    assert set(metrics["recognised"]) == {"real", "reconstructions", "with_mask", "captions_alone"}
+    assert metrics["share_of_ceiling"]["real"]["mean"] == 1
+    assert {one["images"] for one in metrics["faithfulness"].values()} == {3}
+    assert metrics["seconds"]["each_of_many"] > 0 and metrics["seconds"]["steps"] == 20
+    table = (config.folder / "table.txt").read_text().strip()
+    assert table == report(metrics) and table in told[-1] and "captions alone" in table and "wanted" in table
+
+
+def test_without_the_maps_one_line_says_how_to_get_them(measured):
+    _, metrics, told = measured
+    assert metrics["recognised_earth"] is None and "Earth" not in report(metrics)
+    assert sum("left out" in line and "pip install" in line for line in told) == 1
+
+
+def test_a_target_is_met_or_named_as_missed(measured):
+    _, metrics, _ = measured
+    styles = {"real": {"style": 1.0}, "captions_alone": {"style": 0.96}}
+    metrics = metrics | {"recognised_earth": styles, "seconds": metrics["seconds"] | {"one": 1.0, "each_of_many": 0.8}}
+    lines = {line[:30].strip(): line for line in report(metrics).splitlines()}
+    assert lines["Earth, captions alone: style r"].endswith("96.0%    >= 95%  met")
+    assert lines["one image"].endswith("met") and lines["each of 2 images in one call"].endswith("MISSED")
+    assert len(list(targets(metrics))) == 13
+
+
+def test_the_picture_has_a_mask_and_four_captions_a_row(measured):
+    picture = Image.open(measured[0].folder / "grid.png").convert("RGB")
+    assert picture.height / picture.width == pytest.approx(3 / 5, abs=0.05)
+    assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 1000
+
+
+def test_it_goes_on_with_more_images(measured, landscapes):
+    config, _, _ = measured
+    painted = config.folder / "with_mask" / "images" / "000000.png"
+    stood, told = painted.stat().st_mtime_ns, []
+    more = measure(dataclasses.replace(config, count=4, earth_count=0), read_split(landscapes, "train"), told.append)
+    assert more["faithfulness"]["with_mask"]["images"] == 4 and painted.stat().st_mtime_ns == stood
+    assert any("3 of 4 images stand already" in line for line in told)
+    assert any("reused" in line for line in told) and not any("recogniser step" in line for line in told)
+
+
+def test_a_caption_says_its_season_time_and_style():
+    for season, hour in ((season, hour) for season in range(4) for hour in range(4)):
+        assert said(describe(SEASONS[season], list(TIMES)[hour], ["a lake"]), OF_LANDSCAPES) == [season, hour]
+    assert [said(describe_tile(name, np.eye(8)[2]), OF_EARTH) for name in PICTURES] == [[0], [1], [2]]
+
+
+def test_the_recogniser_learns(landscapes, tmp_path):
+    train = read_split(landscapes, "train")
+    recipe = RecogniserRecipe(steps=80, batch_size=12)
+    recogniser = train_recogniser(train, OF_LANDSCAPES, tmp_path, recipe, log=lambda line: None)
+    assert min(recognised(train, recogniser).values()) > 0.6
+    assert set(recognised(read_split(landscapes, "test"), recogniser)) == {"season", "time of day"}
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(UserError, match="--count 600: expected 2 to 512"):
+        do_samples(["measure", "--count", "600"])
+    with pytest.raises(UserError, match="expected a ControlNet"):
+        open_painter(dataclasses.replace(TOY, pretrained_model_name_or_path=str(tmp_path)))
