@@ -17,7 +17,9 @@ from segcn.records import check_split, read_image, read_split, write_metadata
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 COMMON = {"preset", "pretrained_model_name_or_path", "dataset_name", "output_dir"}
+LESSON_COMMON = {"pretrained_model_name_or_path", "output_dir"}
 NAMES = ["01_inspect_data", "02_paired_augmentation", "03_train", "04_generate", "05_evaluate"]
+LESSON = "00_embedded_base"
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -26,8 +28,8 @@ def code_cells(book):
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def test_there_are_five():
-    assert [path.stem for path in NOTEBOOKS] == NAMES
+def test_there_are_a_lesson_and_five():
+    assert [path.stem for path in NOTEBOOKS] == [LESSON, *NAMES]
 
 
 @each_notebook
@@ -45,7 +47,7 @@ def test_parameters_are_typed_scalars_with_a_comment(path):
     assert tagged == code_cells(book)[:1]
     lines = tagged[0].source.splitlines()
     assert all(re.fullmatch(r"\w+: (str|int|float|bool) = \S+ +# .+", line) for line in lines)
-    assert {line.split(":")[0] for line in lines} >= COMMON
+    assert {line.split(":")[0] for line in lines} >= (COMMON if path.stem in NAMES else LESSON_COMMON)
     assert set(papermill.inspect_notebook(str(path))) == {line.split(":")[0] for line in lines}
 
 
@@ -176,3 +178,17 @@ def test_the_runs_are_free_of_litter(run):
 
 def test_each_notebook_shows_pictures(run):
     assert [pictures(book) >= least for book, least in zip(run[1].values(), (5, 3, 3, 3, 3), strict=True)] == [True] * 5
+
+
+def test_the_lesson_runs_headless(tmp_path):
+    book = papermill.execute_notebook(
+        str(ROOT / "notebooks" / f"{LESSON}.ipynb"),
+        str(tmp_path / "executed.ipynb"),
+        {"output_dir": str(tmp_path / "lesson"), "steps": 2, "num_inference_steps": 2},
+        progress_bar=False,
+        cwd=str(tmp_path),
+        kernel_name="python3",
+    )
+    told = printed(book)
+    assert "stopped before" in told and "Resuming from work/vae/checkpoint-2" in told and "Warning" not in told
+    assert pictures(book) == 10 and (tmp_path / "lesson" / "scratch" / "base" / "unet").is_dir()
