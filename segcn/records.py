@@ -191,7 +191,8 @@ def _find_metadata(path: Path, split: str | None) -> Path:
         chosen = own or chosen  # as in `datasets`, rows without splits are "train"
     if chosen is None:
         wanted = path / (split or "train")
-        raise UserError(f"{path}: expected {' or '.join(METADATA)} in {path if split is None else wanted}, found none")
+        expected = f"expected {' or '.join(METADATA)} in {path if split is None else wanted}, found none"
+        raise UserError(f"{path}: {expected}; segcn import makes a data set of what you have (see data/README.md)")
     return chosen
 
 

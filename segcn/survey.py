@@ -12,8 +12,8 @@ from PIL import Image
 
 from segcn.errors import UserError
 from segcn.files import READABLE, Boundary, open_image
-from segcn.labels import IGNORE, LOW_BIT_GREY
-from segcn.masks import LOSSY
+from segcn.labels import IGNORE
+from segcn.masks import LOSSY, LOW_BIT_GREY
 from segcn.metadata import read_lines
 from segcn.progress import Progress
 from segcn.records import METADATA, find_splits
