@@ -101,8 +101,10 @@ def do_samples(words: list[str]) -> None:
 def measure_base(words: list[str]) -> None:
     from segcn.records import read_split
     from segcn.samples.measure import MeasureConfig, measure
+    from segcn.show import quiet
     from segcn.workspace import sample_landscapes
 
+    quiet()
     config = parse(MeasureConfig, words, "segcn samples measure")
     measure(config, read_split(sample_landscapes(), "train"))
 

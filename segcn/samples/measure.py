@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from segcn import show
@@ -70,7 +71,7 @@ def measure(config: MeasureConfig, train: Split, log: Log = print) -> dict:
     held_out = write_landscapes(config.folder / "held_out", config.held_out, config.resolution, HELD_OUT_SEED)
     painter = open_painter(config)
     sets = painted_sets(config, read_named_split(held_out, f"train[:{config.count}]"), painter, log)
-    draw_grid(config, sets["real"], painter).savefig(config.folder / "grid.png")
+    save_grid(draw_grid(config, sets["real"], painter), config.folder / "grid.png")
     judges = SegmenterConfig(steps=config.segmenter_steps, resolution=config.resolution)
     segmenter = train_segmenter(train, judges, config.folder / "segmenter", log)
     metrics = {"settings": dataclasses.asdict(config) | {"base_fingerprint": painter.base.fingerprint}}
@@ -168,11 +169,23 @@ def style(config: MeasureConfig, painter: Painter, log: Log) -> dict | None:
 
 
 def draw_grid(config: MeasureConfig, real: Split, painter: Painter) -> Figure:
-    """The first masks, uncurated, each painted in four seasons and hours: a mask a row, a caption a column."""
-    captions = [describe(season, hour, []) for season, hour in zip(SEASONS, TIMES, strict=True)]
-    lines = []
+    """The first masks, uncurated, each painted in four seasons and hours: a mask a row, a season and an hour a column.
+
+    Captions also name what the mask holds, as in training: what a caption leaves out is left out of the picture.
+    """
+    starts = [describe(season, hour, []) for season, hour in zip(SEASONS, TIMES, strict=True)]
+    lines, below = [], []
     for row in range(min(GRID_MASKS, len(real))):
-        mask = show.read_pair(real, row)[1]
+        mask, named = show.read_pair(real, row)[1], "".join(real[row].caption.partition(" with ")[1:])
+        captions = [start + named for start in starts]
         images = generate(painter, np.stack([mask] * len(captions)), captions, [row] * len(captions), config)
         lines.append([colourise(mask, real.palette), *images])
-    return show.grid(lines, ["mask", *captions], width=2.56)
+        below.append([f"...{named}", *[""] * len(captions)])
+    return show.grid(lines, ["mask", *starts], below=below, width=2.56)
+
+
+def save_grid(figure: Figure, path: Path, step: int = 3) -> None:
+    """Write the figure as a PNG a third smaller: colours are rounded to multiples of 3, at most 1 of 255 off."""
+    figure.savefig(path, dpi=100)
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.uint16)
+    Image.fromarray(((pixels + step // 2) // step * step).astype(np.uint8)).save(path, optimize=True)
