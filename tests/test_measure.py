@@ -68,7 +68,7 @@ def test_a_target_is_met_or_named_as_missed(measured):
 
 def test_the_picture_has_a_mask_and_four_captions_a_row(measured):
     picture = Image.open(measured[0].folder / "grid.png").convert("RGB")
-    assert picture.height / picture.width == pytest.approx(3 / 5, abs=0.05)
+    assert picture.height / picture.width == pytest.approx(2 / 3, abs=0.1)
     assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 1000
 
 
