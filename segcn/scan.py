@@ -2,11 +2,11 @@
 
 import os
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,9 @@ from segcn.files import Unreadable, open_image
 from segcn.labels import Palette
 from segcn.masks import LOSSY, read_counted_mask
 from segcn.progress import Progress
-from segcn.records import ORIENTATION, upright
+from segcn.records import ORIENTATION, read_image, upright
+
+SAMPLED = (9 * 16, 8 * 16)  # pixels of an image that tell it from others: the thumb is their means
 
 
 class Fault(NamedTuple):
@@ -35,13 +37,14 @@ class ImageFacts:
     fault: Fault | None = None
     size: tuple[int, int] | None = None  # (width, height), upright
     orientation: int = 1  # EXIF; 1: stored upright
-    checksum: int = 0  # CRC-32 of the decoded pixels
+    checksum: int = 0  # CRC-32 of the sampled pixels
+    all_pixels: int = 0  # CRC-32 of all pixels, where another file has the same sampled ones
     thumb: np.ndarray | None = None  # uint8 [8, 9], grey
 
     @property
     def identity(self) -> tuple:
-        """Equal for images with the same pixels; the checksum is quick, the thumb makes up for its few bits."""
-        return self.size, self.checksum, self.thumb.tobytes()
+        """Equal for images with the same pixels; the thumb makes up for the few bits of a checksum."""
+        return self.size, self.checksum, self.all_pixels, self.thumb.tobytes()
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,9 @@ def scan_files(
 ) -> tuple[dict[Path, ImageFacts], dict[Path, MaskFacts]]:
     """Decode every image and every mask once; threads, since Pillow decodes outside the interpreter lock.
 
-    Images and masks take turns: an image is nearly all decoding, a mask is not, so they share the cores best.
+    Only of images that look the same in a grid of sampled pixels are all pixels compared, which decodes them again.
     """
-    images = list(dict.fromkeys(images))
-    pairs = zip_longest(((path, None) for path in images), masks.items())
-    files = [file for pair in pairs for file in pair if file is not None]
+    files = [*((path, None) for path in dict.fromkeys(images)), *masks.items()]
     progress, found = Progress("files decoded", len(files), log), []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for facts in pool.map(partial(_facts, max_pixels=max_pixels), files):
@@ -79,7 +80,17 @@ def scan_files(
             progress(len(found))
     known = list(zip(files, found, strict=True))
     of_images = {path: facts for (path, palette), facts in known if palette is None}
-    return of_images, {path: facts for (path, palette), facts in known if palette is not None}
+    return _told_apart(of_images), {path: facts for (path, palette), facts in known if palette is not None}
+
+
+def _told_apart(images: dict[Path, ImageFacts]) -> dict[Path, ImageFacts]:
+    """With the checksum of all pixels where the sampled ones are those of another file."""
+    alike = defaultdict(list)
+    for path, facts in images.items():
+        if facts.fault is None:
+            alike[facts.identity].append(path)
+    twins = [path for paths in alike.values() if len(paths) > 1 for path in paths]
+    return images | {path: replace(images[path], all_pixels=zlib.crc32(read_image(path))) for path in twins}
 
 
 def _facts(file: tuple[Path, Palette | None], max_pixels: int) -> ImageFacts | MaskFacts:
@@ -92,7 +103,8 @@ def image_facts(path: Path, max_pixels: int) -> ImageFacts:
     try:
         with open_image(path, max_pixels=max_pixels) as image:
             orientation, image = image.getexif().get(ORIENTATION, 1), upright(image)
-            return ImageFacts(None, image.size, orientation, zlib.crc32(image.tobytes()), grey_thumb(image))
+            sampled = image.resize(SAMPLED, Image.Resampling.NEAREST)
+            return ImageFacts(None, image.size, orientation, zlib.crc32(sampled.tobytes()), thumb=grey_thumb(sampled))
     except Unreadable as error:
         return ImageFacts(_fault(path, error))
 

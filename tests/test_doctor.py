@@ -218,6 +218,18 @@ def test_the_hash_has_a_bit_for_each_step_that_brightens():
     assert [int(value).bit_count() for value in dhash(thumb)] == [0, 1]
 
 
+def test_images_that_differ_in_one_pixel_are_no_copies(folder):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    for row in (0, 1):
+        pixels[7, 11] += np.uint8(row)  # between the sampled pixels
+        Image.fromarray(pixels).save(folder / f"images/{row}.png")
+        write_mask(folder / f"masks/{row}.png", np.zeros((300, 400), np.uint8), PALETTE)
+    facts = [image_facts(folder / f"images/{row}.png", 10**6) for row in (0, 1)]
+    assert facts[0].identity == facts[1].identity and found(folder) == []
+    Image.fromarray(pixels).save(folder / "images/0.png")
+    assert found(folder) == [("duplicate", 1, "images/1.png")]
+
+
 def test_quarantine_parts_the_rows_and_overwrites_nothing(folder):
     (folder / "images/0.png").unlink()
     set_caption(folder, 2, "")
