@@ -7,7 +7,6 @@ import sys
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from segcn.config import PRESETS
 from segcn.errors import UserError
 from segcn.files import SYMLINKS
 
@@ -16,12 +15,10 @@ Config = TypeVar("Config")
 
 def preset_defaults(kind: type, preset: str) -> dict[str, Any]:
     """The defaults that a preset changes for a config class; UserError for an unknown name."""
-    tables = [table for owner, table in PRESETS.items() if issubclass(kind, owner)]
-    if not tables:
-        return {}
-    if preset not in tables[0]:
-        raise UserError(f"--preset: expected one of {', '.join(tables[0])}, found {preset!r}")
-    return tables[0][preset] | {"preset": preset}
+    presets = getattr(kind, "PRESETS", {})
+    if presets and preset not in presets:
+        raise UserError(f"--preset: expected one of {', '.join(presets)}, found {preset!r}")
+    return presets[preset] | {"preset": preset} if presets else {}
 
 
 def make(kind: type[Config], preset: str | None = None, **values: Any) -> Config:
@@ -62,6 +59,8 @@ def arguments_of(config: Any) -> list[str]:
     words: list[str] = []
     for field in fields(config):
         value = getattr(config, field.name)
+        if value is False and field.default is True:
+            words.append(f"--no_{field.name}")
         if value is None or value is False or value == [] or value == "":
             continue
         words.append(f"--{field.name}")

@@ -13,13 +13,13 @@ from PIL import Image
 
 from segcn.arguments import arguments_of, make
 from segcn.captions import common_words
-from segcn.config import TrainConfig
 from segcn.dataset import PairedDataset
 from segcn.labels import IGNORE, Palette
 from segcn.launch import training_command, training_lines
 from segcn.masks import read_mask
 from segcn.records import Split
 from segcn.show import grid
+from segcn.train_config import TrainConfig
 from segcn.watch import read_log
 
 ACCENT = "#2f6db3"

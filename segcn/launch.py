@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 
 from segcn.arguments import arguments_of
-from segcn.config import TrainConfig
 from segcn.errors import UserError
+from segcn.train_config import TrainConfig
 
 LAUNCHERS_OWN = (" ", "Traceback", "subprocess.CalledProcessError", "torch.distributed.elastic")
 STOPPED = 143  # the exit code of a training that was stopped

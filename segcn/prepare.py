@@ -18,11 +18,12 @@ from diffusers.optimization import get_scheduler
 from segcn import balance, checkpoint, latents, models
 from segcn.arguments import to_json
 from segcn.augment import AugmentConfig
-from segcn.config import OBSOLETE, OUTPUTS, TrainConfig, differences, total_steps
+from segcn.config import OUTPUTS
 from segcn.dataset import PairedDataset
 from segcn.doctor import find_report
 from segcn.errors import UserError
 from segcn.records import Split, check_split, read_split
+from segcn.train_config import OBSOLETE, TrainConfig, differences, total_steps
 from segcn.watch import Log
 
 RUN_FILE = "train_config.json"

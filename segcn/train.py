@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader
 
 from segcn import checkpoint, latents, models
 from segcn.arguments import main_guard, parse
-from segcn.config import TrainConfig
 from segcn.errors import UserError
 from segcn.loss import diffusion_loss
 from segcn.prepare import RUN_FILE, Run, prepare
+from segcn.train_config import TrainConfig
 from segcn.validate import paint_validation
 
 

@@ -6,10 +6,11 @@ from functools import cached_property
 from pathlib import Path
 
 from segcn.arguments import make
-from segcn.config import BASE, OUTPUTS, ROOT, TrainConfig
+from segcn.config import BASE, OUTPUTS, ROOT
 from segcn.errors import UserError
 from segcn.records import METADATA, Split, read_named_split, read_split
 from segcn.samples.landscapes import write_landscapes
+from segcn.train_config import TrainConfig
 
 SAMPLE_ROWS = {"train": 1024, "test": 128}
 HELD_OUT = 128  # rows at most, of a data set without test/

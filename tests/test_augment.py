@@ -12,9 +12,10 @@ from torchvision.transforms.v2 import functional as F
 from segcn.arguments import parse
 from segcn.augment import AUGMENTS, AugmentConfig, Draw, apply, centre_square, draw, matrix, to_output, to_source
 from segcn.captions import cannot_be_mirrored, mirrored, says_a_side
-from segcn.config import FITS, TrainConfig
+from segcn.config import FITS
 from segcn.errors import UserError
 from segcn.labels import IGNORE
+from segcn.train_config import TrainConfig
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 BLOCK = 8  # pixels on a side of one class in the coordinate-encoded mask

@@ -3,8 +3,9 @@
 import pytest
 
 from segcn.arguments import arguments_of, make, parse
-from segcn.config import OBSOLETE, GenerateConfig, SampleConfig, TrainConfig, differences
+from segcn.config import GenerateConfig, SampleConfig
 from segcn.errors import UserError
+from segcn.train_config import OBSOLETE, TrainConfig, differences
 
 OLD_COMMAND = (
     "--pretrained_model_name_or_path=./stable-diffusion-v1-5 --output_dir=OUT "

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from segcn import cli, doctor
-from segcn.config import DoctorConfig, TrainConfig
+from segcn.config import DoctorConfig
 from segcn.doctor import examine
 from segcn.errors import UserError
 from segcn.findings import KINDS, NEAR, Finding, nearest
@@ -25,6 +25,7 @@ from segcn.records import check_split, read_split, write_metadata
 from segcn.report import as_json, validate, write_report
 from segcn.scan import ImageFacts, MaskFacts, dhash, image_facts, mask_facts
 from segcn.summary import summary
+from segcn.train_config import TrainConfig
 
 PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0))))
 SIZE = (40, 32)  # (height, width)

@@ -9,7 +9,7 @@ PACKAGE = Path(segcn.__file__).parent
 FLOORS = [
     {"errors", "seeds", "home", "loss", "captions", "progress", "geometry"},
     {"config", "files", "checkpoint", "metadata"},
-    {"labels"},
+    {"labels", "train_config"},
     {"masks"},
     {"records", "augment", "arguments"},
     {"dataset", "models", "distance", "scan", "survey", "tables", "balance"},

@@ -11,11 +11,11 @@ from segcn import captions, charts, proof, show, story
 from segcn.arguments import make, parse
 from segcn.augment import AUGMENTS
 from segcn.balance import class_pixels, frequencies
-from segcn.config import TrainConfig
 from segcn.dataset import PairedDataset
 from segcn.labels import Label, Palette
 from segcn.records import read_split
 from segcn.segmenter import build_segmenter
+from segcn.train_config import TrainConfig
 
 PALETTE = Palette(
     (Label(0, "sky", (0, 0, 255)), Label(1, "grass", (0, 255, 0)), Label(9, "void", (9, 9, 9), ignore=True))

@@ -15,12 +15,12 @@ from PIL import Image
 
 from segcn import checkpoint, latents
 from segcn.arguments import arguments_of, make
-from segcn.config import TrainConfig
 from segcn.errors import UserError
 from segcn.launch import message
 from segcn.masks import read_mask
 from segcn.records import read_split
 from segcn.train import train
+from segcn.train_config import TrainConfig
 
 QUICK = {
     "resolution": 64,
