@@ -15,18 +15,18 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import ControlNetModel
 from diffusers.optimization import get_scheduler
 
-from segcn import balance, checkpoint, latents, models
+from segcn import balance, latents, models
 from segcn.arguments import to_json
 from segcn.augment import AugmentConfig
+from segcn.claim import RUN_FILE, claim
 from segcn.config import OUTPUTS
 from segcn.dataset import PairedDataset
 from segcn.doctor import find_report
 from segcn.errors import UserError
 from segcn.records import Split, check_split, read_split
-from segcn.train_config import OBSOLETE, TrainConfig, differences, total_steps
+from segcn.train_config import OBSOLETE, TrainConfig, total_steps
 from segcn.watch import Log
 
-RUN_FILE = "train_config.json"
 WEIGHT_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
@@ -166,34 +166,6 @@ def load_frozen(config: TrainConfig, accelerator: Accelerator) -> models.Base:
     return base
 
 
-def claim(output_dir: Path, config: TrainConfig, split: Split, base: models.Base, accelerator, log: Log) -> None:
-    """Write the resolved config to the run folder, or hold it against the one that stands there."""
-    resolved = json.loads(to_json(config)) | {
-        "data_fingerprint": split.fingerprint,
-        "base_fingerprint": base.fingerprint,
-        "palette_fingerprint": split.palette.fingerprint,
-        "processes": accelerator.num_processes,
-    }
-    path = output_dir / RUN_FILE
-    if path.is_file():
-        changed = differences(json.loads(path.read_text()), resolved)
-        if changed and not config.allow_changes:
-            listed = "\n  ".join(changed)
-            raise UserError(
-                f"{output_dir} holds a run with other settings:\n  {listed}\n"
-                "Choose another --output_dir, or go on with these by --allow_changes."
-            )
-        for line in changed:
-            log.say(f"Changed: {line}")
-    elif output_dir.exists() and any(entry.name != config.logging_dir for entry in output_dir.iterdir()):
-        raise UserError(f"{output_dir} is not empty and holds no run of segcn: choose another --output_dir.")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(path, json.dumps(resolved, indent=1) + "\n")
-        split.palette.save(output_dir / "palette.json")
-
-
 def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
     """TensorBoard and the like, with every setting that they can show."""
     if config.report_to != "none":
@@ -212,7 +184,7 @@ def make_examples(config: TrainConfig, split: Split, base: models.Base, accelera
         raise UserError(f"--resolution: expected a multiple of {factor}, found {config.resolution}")
     side = config.resolution // factor
     shape = (base.unet.config.in_channels, side, side)
-    cache, draws = None, 1 if augment.still else config.cache_draws
+    cache, draws = None, 1 if augment.still else config.cache_draws or 4
     if config.cache == "latents":
         folder = cache_root(config) / latents.cache_key(dataset, base.fingerprint, draws)
         cache = latents.build(folder, dataset, base, draws, shape, accelerator, log.say)
