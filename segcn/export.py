@@ -11,7 +11,8 @@ def finish(run: Run) -> Path:
     accelerator = run.accelerator
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        accelerator.unwrap_model(run.controlnet).save_pretrained(run.output_dir)
+        with run.to_paint() as controlnet:
+            controlnet.save_pretrained(run.output_dir)
         run.log.say(f"Done: {run.output_dir} opens with ControlNetModel.from_pretrained.")
         if run.config.push_to_hub:
             upload(run)

@@ -34,6 +34,14 @@ class Base:
         return base_fingerprint(self.folder)
 
     @property
+    def predicts_v(self) -> bool:
+        """Whether it predicts v (Stable Diffusion 2.x at 768) rather than noise; UserError for anything else."""
+        kind = self.scheduler.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise UserError(f"{self.folder}/scheduler: expected epsilon or v_prediction, found {kind}")
+        return kind == "v_prediction"
+
+    @property
     def latent_factor(self) -> int:
         """Pixels a side of one latent cell."""
         return _factor(self.vae_config)

@@ -1,13 +1,15 @@
 """What a training step minimises: noise the latents, predict with U-Net and ControlNet, compare."""
 
+import torch
+from diffusers.training_utils import compute_snr
+
 from segcn import models
-from segcn.errors import UserError
-from segcn.loss import diffusion_loss
+from segcn.loss import diffusion_loss, min_snr_weights
 from segcn.prepare import Run
 
 
-def step_loss(run: Run, batch: dict):
-    """Noise the latents, predict with U-Net and ControlNet, compare: a scalar, the mean over the micro-batch."""
+def step_losses(run: Run, batch: dict) -> torch.Tensor:
+    """The losses of a micro-batch's samples, float32 [B]; `batch` as `Examples` collates it."""
     base, device = run.base, run.accelerator.device
     dtype = base.unet.dtype
     moments = batch["moments"] if "moments" in batch else models.encode_moments(base.vae, batch["image"])
@@ -24,13 +26,9 @@ def step_loss(run: Run, batch: dict):
         down_block_additional_residuals=[residual.to(dtype) for residual in down],
         mid_block_additional_residual=middle.to(dtype),
     ).sample
-    target = base.scheduler.get_velocity(clean, noise, timestep) if predicts_v(base) else noise
-    return diffusion_loss(prediction, target, batch["cells"].to(device)).mean()
-
-
-def predicts_v(base: models.Base) -> bool:
-    """Whether the base was trained on v (Stable Diffusion 2.x at 768) rather than on noise."""
-    kind = base.scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise UserError(f"{base.folder}/scheduler: expected epsilon or v_prediction, found {kind}")
-    return kind == "v_prediction"
+    target = base.scheduler.get_velocity(clean, noise, timestep) if base.predicts_v else noise
+    weights = batch["weights"].to(device) if "weights" in batch else None
+    losses = diffusion_loss(prediction, target, batch["cells"].to(device), weights)
+    if run.config.snr_gamma is not None:
+        losses = losses * min_snr_weights(compute_snr(base.scheduler, timestep), run.config.snr_gamma, base.predicts_v)
+    return losses

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from diffusers import ControlNetModel
-from diffusers.optimization import get_scheduler
+from diffusers import ControlNetModel, DDPMScheduler
+from diffusers.training_utils import EMAModel
 
 from segcn import balance, latents, models
 from segcn.arguments import to_json
@@ -22,9 +23,12 @@ from segcn.claim import RUN_FILE, claim
 from segcn.config import OUTPUTS
 from segcn.dataset import PairedDataset
 from segcn.doctor import find_report
+from segcn.ema import averaged, make_ema
 from segcn.errors import UserError
+from segcn.finite import FiniteCheck
 from segcn.records import Split, check_split, read_split
 from segcn.train_config import OBSOLETE, TrainConfig, total_steps
+from segcn.trainable import make_optimizer, make_schedule, make_trainable
 from segcn.watch import Log
 
 WEIGHT_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
@@ -45,8 +49,17 @@ class Run:
     examples: latents.Examples
     log: Log
     repeats: np.ndarray | None  # how often each row stands in an epoch; None: once
+    ema: EMAModel | None  # the average of the weights, where --use_ema asks for it
     step: int = 0
     stop_signal: list[int] = field(default_factory=list)
+    finite: FiniteCheck = field(init=False)
+
+    def __post_init__(self):
+        self.finite = FiniteCheck(self.accelerator, self.output_dir)
+
+    def to_paint(self) -> AbstractContextManager[ControlNetModel]:
+        """The ControlNet as it is painted with and written: with its averaged weights, where there are any."""
+        return averaged(self.accelerator.unwrap_model(self.controlnet), self.ema)
 
     @property
     def total_steps(self) -> int:
@@ -75,7 +88,10 @@ def prepare(config: TrainConfig) -> Run:
     optimizer = make_optimizer(config, controlnet, accelerator)
     schedule = make_schedule(config, optimizer)
     controlnet, optimizer = accelerator.prepare(controlnet, optimizer)
-    return Run(config, accelerator, output_dir, split, base, controlnet, optimizer, schedule, examples, log, repeats)
+    ema = make_ema(accelerator.unwrap_model(controlnet), config.ema_decay) if config.use_ema else None
+    return Run(
+        config, accelerator, output_dir, split, base, controlnet, optimizer, schedule, examples, log, repeats, ema
+    )
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -161,9 +177,22 @@ def load_frozen(config: TrainConfig, accelerator: Accelerator) -> models.Base:
         revision=config.revision,
         variant=config.variant,
     )
+    base.scheduler = make_scheduler(config, base)
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     return base
+
+
+def make_scheduler(config: TrainConfig, base: models.Base) -> DDPMScheduler:
+    """The base's noise schedule, changed as --prediction_type and --rescale_betas_zero_snr say."""
+    changes = {"prediction_type": config.prediction_type or base.scheduler.config.prediction_type}
+    if config.rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if changes["prediction_type"] != "v_prediction":
+            raise UserError(
+                "--rescale_betas_zero_snr: expected a base that predicts v, found epsilon, which pure noise cannot tell"
+            )
+    return DDPMScheduler.from_config(base.scheduler.config, **changes)
 
 
 def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
@@ -209,44 +238,3 @@ def make_repeats(config: TrainConfig, split: Split, accelerator, log: Log) -> np
     if not config.class_balance:
         return None
     return balance.balanced(split, config.class_balance, cache_root(config), accelerator, log.say)
-
-
-def make_trainable(config: TrainConfig, base: models.Base) -> ControlNetModel:
-    """The ControlNet to train, in float32."""
-    if config.controlnet_model_name_or_path:
-        controlnet = models.load_controlnet(config.controlnet_model_name_or_path)
-    else:
-        torch.manual_seed(config.seed)
-        controlnet = models.make_controlnet(base.unet, base.latent_factor).float()
-    controlnet.requires_grad_(True)
-    if config.gradient_checkpointing:
-        controlnet.enable_gradient_checkpointing()
-    return controlnet
-
-
-def make_optimizer(config: TrainConfig, controlnet: ControlNetModel, accelerator: Accelerator):
-    """AdamW, fused, or in 8 bits (Dettmers et al. 2022, arXiv:2110.02861)."""
-    effective = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    settings = {
-        "lr": config.learning_rate * (effective if config.scale_lr else 1),
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    if config.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(controlnet.parameters(), **settings)
-    return torch.optim.AdamW(controlnet.parameters(), fused=True, **settings)
-
-
-def make_schedule(config: TrainConfig, optimizer):
-    """The learning rate by optimizer steps, whatever the number of processes."""
-    return get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
-    )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from segcn import checkpoint, models
+from segcn.ema import load_ema, save_ema
 from segcn.errors import UserError
 from segcn.prepare import Run
 
@@ -36,6 +37,8 @@ def save(run: Run) -> None:
 
         def write(folder: Path) -> None:
             controlnet.save_pretrained(folder / "controlnet")
+            if run.ema is not None:
+                save_ema(controlnet, run.ema, folder)
             checkpoint.save_optimizer(run.optimizer.optimizer, folder / "optimizer.safetensors")
             (folder / "state.json").write_text(json.dumps(state))
 
@@ -60,6 +63,8 @@ def resume(run: Run) -> None:
     state = json.loads((folder / "state.json").read_text())
     weights = models.load_controlnet(folder / "controlnet").state_dict()
     run.accelerator.unwrap_model(run.controlnet).load_state_dict(weights)
+    if run.ema is not None:
+        load_ema(run.ema, folder, state["step"])
     checkpoint.load_optimizer(run.optimizer.optimizer, folder / "optimizer.safetensors")
     run.schedule.load_state_dict(state["schedule"])
     if run.accelerator.scaler is not None:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from segcn import latents
 from segcn.arguments import main_guard, parse
 from segcn.export import finish
-from segcn.objective import step_loss
+from segcn.objective import step_losses
 from segcn.prepare import Run, prepare
 from segcn.saving import catch_signals, resume, save, stop_if_asked
 from segcn.train_config import TrainConfig
@@ -24,17 +24,18 @@ def train(config: TrainConfig) -> Path:
     controlnet.train()
     for batch in batches(run):
         with accelerator.accumulate(controlnet):
-            loss = step_loss(run, batch)
-            accelerator.backward(loss)
+            losses = step_losses(run, batch)
+            accelerator.backward(losses.mean())
+            run.finite.seen(batch["row"], losses)
             if accelerator.sync_gradients:
-                run.log.gradient(accelerator.clip_grad_norm_(controlnet.parameters(), config.max_grad_norm))
+                norm = accelerator.clip_grad_norm_(controlnet.parameters(), config.max_grad_norm)
+                run.finite.check(norm, run.step + 1)
+                run.log.gradient(norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
-        run.log.loss(loss)
+        run.log.loss(losses.mean())
         if accelerator.sync_gradients:
-            run.schedule.step()
-            run.step += 1
-            run.log.step(run.step, run.total_steps, run.schedule.get_last_lr()[0])
+            count_step(run)
             look_and_save(run)
     return finish(run)
 
@@ -59,6 +60,15 @@ def batches(run: Run) -> DataLoader:
     )
     run.log.began(run.step)
     return DataLoader(run.examples, batch_sampler=plan, num_workers=config.dataloader_num_workers)
+
+
+def count_step(run: Run) -> None:
+    """An optimizer step is done: its average, its learning rate, its line in the log."""
+    if run.ema is not None:
+        run.ema.step(run.accelerator.unwrap_model(run.controlnet).parameters())
+    run.schedule.step()
+    run.step += 1
+    run.log.step(run.step, run.total_steps, run.schedule.get_last_lr()[0])
 
 
 def look_and_save(run: Run) -> None:

@@ -1,0 +1,55 @@
+"""A loss or gradient that is not finite stops every process before it reaches the weights."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from segcn.checkpoint import write_text
+from segcn.errors import UserError
+
+REPORT = "nonfinite.json"
+
+
+class FiniteCheck:
+    """Remembers the losses of the micro-batches since the last update, to say which rows were in it."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path):
+        self.accelerator, self.output_dir = accelerator, output_dir
+        self.rows: list[torch.Tensor] = []
+        self.losses: list[torch.Tensor] = []
+
+    def seen(self, rows: torch.Tensor, losses: torch.Tensor) -> None:
+        """rows: int [B]; losses: [B]."""
+        self.rows.append(rows.to(losses.device))
+        self.losses.append(losses.detach())
+
+    def check(self, norm: torch.Tensor | float, step: int) -> None:
+        """UserError in all processes alike where the norm of the gradient, which they share, is not finite.
+
+        step: the one about to be made. Half-precision gradients that overflow while all losses are finite are the
+        gradient scaler's to skip.
+        """
+        rows, losses, self.rows, self.losses = self.rows, self.losses, [], []
+        if math.isfinite(norm):
+            return
+        rows, losses = (self.accelerator.gather(torch.cat(seen)).tolist() for seen in (rows, losses))
+        bad = sorted({row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)})
+        if self.accelerator.scaler is not None and not bad:
+            return
+        raise UserError(self.report(step, float(norm), bad, sorted(set(rows))))
+
+    def report(self, step: int, norm: float, bad: list[int], rows: list[int]) -> str:
+        """The message, written to nonfinite.json with everything it is about."""
+        path = self.output_dir / REPORT
+        if self.accelerator.is_main_process:
+            found = {"step": step, "gradient_norm": str(norm), "rows_with_bad_loss": bad, "rows": rows}
+            write_text(path, json.dumps(found, indent=1) + "\n")
+        cause = f"the loss of row {', '.join(map(str, bad))}" if bad else f"the gradient of rows {rows}"
+        return (
+            f"step {step}: expected finite numbers, found {cause} is not; nothing was updated, and the last checkpoint"
+            f" is good. Look at these rows (rows count from 0, see {path}), or go on with a lower --learning_rate and "
+            "--allow_changes"
+        )
