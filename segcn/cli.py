@@ -17,10 +17,10 @@ from segcn.config import (
     ImportConfig,
     InferConfig,
     PaletteConfig,
-    TrainConfig,
 )
 from segcn.errors import UserError
 from segcn.home import use_writable_home
+from segcn.train_config import TrainConfig
 
 COMMANDS = {
     "run": "notebooks 01 to 05 in order: data, augmentation, training, generation, evaluation",
