@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from segcn.arguments import make
 from segcn.samples.landscapes import write_landscapes
+from segcn.train_config import TrainConfig
+
+QUICK = {
+    "resolution": 64,
+    "train_batch_size": 2,
+    "checkpointing_steps": 3,
+    "logging_steps": 1,
+    "lr_scheduler": "constant",
+}
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +44,19 @@ def random_base(tmp_path_factory):
     tokenizer = build_tokenizer(["a winter landscape at dusk with a lake"] * 3)
     denoiser = Denoiser(SMOKE.unet, SMOKE.vae.latent_channels, tokenizer)
     return export_base(tmp_path_factory.mktemp("models") / "base", SMOKE, vae, tokenizer, denoiser)
+
+
+@pytest.fixture(scope="session")
+def quick(landscapes, random_base, tmp_path_factory):
+    """A function from settings to the config of a run of six quick steps."""
+    shared = {
+        "pretrained_model_name_or_path": str(random_base),
+        "dataset_name": str(landscapes),
+        "cache_dir": str(tmp_path_factory.mktemp("cache")),
+    }
+
+    def config(output_dir, preset="tiny", **settings):
+        given = QUICK | shared | {"max_train_steps": 6, "output_dir": str(output_dir)} | settings
+        return make(TrainConfig, preset, **given)
+
+    return config

@@ -14,37 +14,12 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
 from segcn import checkpoint, latents
-from segcn.arguments import arguments_of, make
+from segcn.arguments import arguments_of
 from segcn.errors import UserError
 from segcn.launch import message
 from segcn.masks import read_mask
 from segcn.records import read_split
 from segcn.train import train
-from segcn.train_config import TrainConfig
-
-QUICK = {
-    "resolution": 64,
-    "train_batch_size": 2,
-    "checkpointing_steps": 3,
-    "logging_steps": 1,
-    "lr_scheduler": "constant",
-}
-
-
-@pytest.fixture(scope="module")
-def quick(landscapes, random_base, tmp_path_factory):
-    """A function from settings to the config of a run of six quick steps."""
-    shared = {
-        "pretrained_model_name_or_path": str(random_base),
-        "dataset_name": str(landscapes),
-        "cache_dir": str(tmp_path_factory.mktemp("cache")),
-    }
-
-    def config(output_dir, preset="tiny", **settings):
-        given = QUICK | shared | {"max_train_steps": 6, "output_dir": str(output_dir)} | settings
-        return make(TrainConfig, preset, **given)
-
-    return config
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,148 @@
+"""Promise: the loss is weighed as asked, the average of the weights is kept, and nothing non-finite is learnt from."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import ControlNetModel, DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from segcn import trainable
+from segcn.ema import averaged, make_ema
+from segcn.errors import UserError
+from segcn.finite import FiniteCheck
+from segcn.loss import diffusion_loss, min_snr_weights
+from segcn.prepare import make_scheduler
+from segcn.train_config import TrainConfig
+
+
+def fake_base(prediction_type):
+    schedule = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type)
+    return SimpleNamespace(scheduler=schedule, folder="base")
+
+
+@pytest.mark.parametrize("predicts_v", [False, True])
+def test_min_snr_makes_the_loss_one_of_clean_images_with_a_weight_of_at_most_gamma(predicts_v):
+    snr = compute_snr(fake_base("epsilon").scheduler, torch.tensor([0, 300, 600, 999]))
+    weight_of_clean = snr + 1 if predicts_v else snr  # what an error of the clean image weighs in the plain loss
+    weights = min_snr_weights(snr, 5.0, predicts_v) * weight_of_clean
+    assert torch.allclose(weights, snr.clamp(max=5.0))
+
+
+def test_cells_weigh_as_asked_and_only_in_frame():
+    error, valid = torch.ones(1, 4, 2, 2), torch.tensor([[[True, True], [True, False]]])
+    weights = torch.tensor([[[3.0, 0.0], [0.5, 9.0]]])
+    assert diffusion_loss(error, 0 * error, valid, weights).item() == pytest.approx(3.5 / 3)
+    same = torch.ones(1, 2, 2)
+    assert torch.equal(diffusion_loss(error, 0 * error, valid, same), diffusion_loss(error, 0 * error, valid))
+
+
+def test_zero_terminal_snr_ends_in_pure_noise_and_needs_a_base_that_predicts_v():
+    config = TrainConfig(rescale_betas_zero_snr=True)
+    scheduler = make_scheduler(config, fake_base("v_prediction"))
+    assert scheduler.alphas_cumprod[-1].item() < 1e-6
+    with pytest.raises(UserError, match="predicts v"):
+        make_scheduler(config, fake_base("epsilon"))
+
+
+def test_the_prediction_type_can_be_named_where_a_base_says_it_wrong():
+    asked = TrainConfig(prediction_type="v_prediction")
+    assert make_scheduler(asked, fake_base("epsilon")).config.prediction_type == "v_prediction"
+    assert make_scheduler(TrainConfig(), fake_base("epsilon")).config.prediction_type == "epsilon"
+
+
+def test_the_average_follows_the_weights_and_leaves_them_as_they_were():
+    layer = torch.nn.Linear(2, 2, bias=False)
+    ema = make_ema(layer, decay=0.5)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        ema.step(layer.parameters())  # the first step takes the weights over
+        layer.weight.fill_(2.0)
+        for _ in range(5):
+            ema.step(layer.parameters())
+    with averaged(layer, ema) as shown:
+        assert (shown.weight > 1.5).all() and (shown.weight < 2.0).all()
+    assert (layer.weight == 2.0).all()
+
+
+def test_fused_and_plain_adam_agree():
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(8, 8)
+        config = TrainConfig(fused_adam=fused, learning_rate=1e-2)
+        optimizer = trainable.make_optimizer(config, layer, SimpleNamespace(num_processes=1))
+        for step in range(5):
+            layer(torch.arange(8.0) + step).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(layer.weight)
+    assert torch.allclose(*results, atol=1e-6)
+
+
+@pytest.fixture
+def check(tmp_path):
+    def made(scaler=None):
+        accelerator = SimpleNamespace(scaler=scaler, gather=lambda tensor: tensor, is_main_process=True)
+        return FiniteCheck(accelerator, tmp_path)
+
+    return made
+
+
+def test_a_loss_that_is_not_finite_is_told_with_step_and_rows(check, tmp_path):
+    finite = check()
+    finite.seen(torch.tensor([4, 7]), torch.tensor([0.1, float("nan")]))
+    with pytest.raises(UserError, match=r"step 12: .*the loss of row 7 .*nothing was updated"):
+        finite.check(torch.tensor(float("nan")), 12)
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert report["step"] == 12 and report["rows_with_bad_loss"] == [7] and report["rows"] == [4, 7]
+
+
+def test_a_gradient_that_is_not_finite_is_told_with_its_rows(check):
+    finite = check()
+    finite.seen(torch.tensor([4]), torch.tensor([0.1]))
+    finite.check(torch.tensor(1.0), 1)  # this one is fine, and its row is forgotten
+    finite.seen(torch.tensor([5]), torch.tensor([0.1]))
+    with pytest.raises(UserError, match=r"the gradient of rows \[5\]"):
+        finite.check(torch.tensor(float("inf")), 2)
+
+
+def test_an_overflow_is_left_to_the_gradient_scaler_and_a_bad_loss_is_not(check):
+    finite = check(scaler=object())
+    finite.seen(torch.tensor([4]), torch.tensor([0.1]))
+    finite.check(torch.tensor(float("inf")), 1)
+    finite.seen(torch.tensor([4]), torch.tensor([float("inf")]))
+    with pytest.raises(UserError, match="the loss of row 4"):
+        finite.check(torch.tensor(float("inf")), 2)
+
+
+def test_a_run_with_a_bad_weight_stops_before_its_update(quick, tmp_path, monkeypatch):
+    from segcn import objective, train
+
+    run = quick(tmp_path / "out", max_train_steps=4, checkpointing_steps=2)
+    plain = objective.step_losses
+
+    def spoiled(run, batch):
+        return plain(run, batch) * (float("nan") if run.step == 3 else 1.0)
+
+    monkeypatch.setattr(train, "step_losses", spoiled)
+    with pytest.raises(UserError, match="step 4"):
+        train.train(run)
+    monkeypatch.undo()
+    folder = train.train(run)  # the same command goes on from the last checkpoint
+    assert ControlNetModel.from_pretrained(folder) and (folder / "checkpoint-4").is_dir()
+
+
+def test_an_averaged_run_that_was_cut_ends_with_the_same_bytes(quick, tmp_path):
+    from segcn.train import train
+
+    settings = {"use_ema": True, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "snr_gamma": 5.0}
+    straight = train(quick(tmp_path / "straight", max_train_steps=4, **settings))
+    train(quick(tmp_path / "cut", max_train_steps=2, **settings))
+    cut = train(quick(tmp_path / "cut", max_train_steps=4, **settings))
+    for name in ("diffusion_pytorch_model.safetensors", "checkpoint-4/controlnet/diffusion_pytorch_model.safetensors",
+                 "checkpoint-4/controlnet_ema/diffusion_pytorch_model.safetensors"):  # fmt: skip
+        assert (straight / name).read_bytes() == (cut / name).read_bytes(), name
+    final = (straight / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert final == (straight / "checkpoint-4/controlnet_ema/diffusion_pytorch_model.safetensors").read_bytes()
