@@ -1,12 +1,15 @@
 """Settings from where they are given: presets and keywords, a command line, and back to a command line or JSON."""
 
+import argparse
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from segcn.config import ROOT
 from segcn.errors import UserError
 from segcn.files import SYMLINKS
 
@@ -33,10 +36,16 @@ def make(kind: type[Config], preset: str | None = None, **values: Any) -> Config
 
 
 def parse(kind: type[Config], arguments: list[str], program: str) -> Config:
-    """Read a command line; the preset's defaults stand below whatever is given."""
+    """Read a command line; the preset's defaults stand below whatever is given.
+
+    A token goes into the environment, where the hub's client looks for it, and never stands in a config.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(kind, program))
+        sys.exit(0)
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(kind, prog=program, description=kind.__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(kind, prog=program, add_help=False, allow_abbrev=False)
     if "preset" in {field.name for field in fields(kind)}:
         preset = parser.parse_known_args(arguments)[0].preset
         parser.set_defaults(**preset_defaults(kind, preset))
@@ -45,7 +54,43 @@ def parse(kind: type[Config], arguments: list[str], program: str) -> Config:
         raise UserError(f"{program}: unknown {rest[0]!r}; {program} --help lists every flag")
     if getattr(config, "allow_symlinks", False):
         os.environ[SYMLINKS] = "1"  # for the processes and notebooks that this one starts, too
+    if getattr(config, "hub_token", None):
+        os.environ["HF_TOKEN"] = config.hub_token  # for them, too: a command line is seen by every user of a machine
+        config = dataclasses.replace(config, hub_token=None)
     return config
+
+
+def help_text(kind: type, program: str) -> str:
+    """Every flag once, at most 100 columns wide, under the titles of SECTIONS, each of which begins at its field."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    parser = argparse.ArgumentParser(
+        usage=f"{program} [--flag VALUE ...]",
+        description=kind.__doc__,
+        epilog=getattr(kind, "EPILOG", None),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width),
+        add_help=False,
+    )
+    group, sections = parser.add_argument_group("flags"), getattr(kind, "SECTIONS", {})
+    for field in fields(kind):
+        if field.name in sections:
+            group = parser.add_argument_group(sections[field.name])
+        names = [f"--{field.name}", f"--no_{field.name}"][: 2 if field.default is True else 1]
+        group.add_argument(*names, **_look(field))
+    return parser.format_help().rstrip()
+
+
+def _look(field: dataclasses.Field) -> dict[str, Any]:
+    """How argparse shows a flag: what stands behind its name, its meaning, and its default where it has one."""
+    default, hint, text = field.default, str(field.type), field.metadata.get("help", "").replace("%", "%%")
+    if isinstance(default, bool):
+        return {"action": "store_true", "help": f"{text} (default: --{field.name})" if default else text}
+    if default not in (None, "", dataclasses.MISSING):
+        shown = f"{default:g}" if isinstance(default, float) else str(default).replace(f"{ROOT}/", "")
+        text += f" (default: {shown})"
+    if field.metadata.get("choices"):
+        return {"choices": field.metadata["choices"], "help": text}
+    metavar = "N" if "int" in hint else "X" if "float" in hint else "TEXT"
+    return {"metavar": metavar, "nargs": "+" if "list" in hint else None, "help": text}
 
 
 def to_json(config: Any) -> str:

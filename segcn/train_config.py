@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from segcn.config import BASE, FITS, flag
@@ -28,12 +29,33 @@ class TrainConfig:
             "validation_steps": 100,
         },
     }
+    SECTIONS: ClassVar[dict[str, str]] = {  # the titles of --help, by their first flag
+        "preset": "data and models",
+        "resolution": "the picture and its augmentation",
+        "prediction_type": "the loss",
+        "max_train_steps": "optimization",
+        "checkpointing_steps": "checkpoints",
+        "logging_steps": "watching it",
+        "mixed_precision": "the machine",
+        "enable_xformers_memory_efficient_attention": "accepted for old command lines",
+    }
+    EPILOG: ClassVar[str] = f"""
+fields of --augment, as in --augment affine,degrees=20,fill=cover:
+  degrees=10 translate=0.1 scale_min=0.9 scale_max=1.2 shear=5 hflip=0.5 crop_min=1 crop_shift=1
+  brightness=0.1 contrast=0.1 saturation=0.1 hue=0 fill=ignore|cover sided_captions=skip|rewrite
+
+The same command goes on where it was stopped. accelerate configurations for one GPU, one node and
+two nodes, and a Slurm script that requeues itself, are in
+  {Path(__file__).parent / "cluster"}
+"""
 
     preset: str = flag(
         "sd15", "defaults to start from: sd15 (diffusers' own) or tiny (the embedded base)", ("sd15", "tiny")
     )
     # data and models
-    pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
+    pretrained_model_name_or_path: str = flag(
+        str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout, or its name on the hub"
+    )
     controlnet_model_name_or_path: str | None = flag(
         None, "ControlNet to go on from; none: a copy of the base's encoder"
     )
@@ -45,7 +67,9 @@ class TrainConfig:
     max_train_samples: int | None = flag(None, "use only the first rows")
     allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
     output_dir: str = flag("outputs/controlnet", "run folder: checkpoints, log and the finished ControlNet")
-    cache_dir: str | None = flag(None, "folder of the latent caches; none: outputs/cache")
+    cache_dir: str | None = flag(
+        None, "folder of the latent caches, not of downloads as in diffusers' script; none: outputs/cache"
+    )
     cache: str = flag(
         "latents",
         "latents: encode each draw once, before step 0; none: encode in every step",
@@ -63,9 +87,7 @@ class TrainConfig:
     fit: str = flag("crop", "what makes a picture square: crop cuts its middle, pad adds a border, stretch", FITS)
     augment: str = flag(
         "affine",
-        "paired augmentation: affine or none, and changes to it, as in affine,degrees=20,fill=cover; its fields are "
-        "degrees=10 translate=0.1 scale_min=0.9 scale_max=1.2 shear=5 hflip=0.5 crop_min=1 crop_shift=1 "
-        "brightness=0.1 contrast=0.1 saturation=0.1 hue=0 fill=ignore|cover sided_captions=skip|rewrite",
+        "paired augmentation: affine or none, and changes to its fields (below), as in affine,degrees=20",
     )
     class_balance: float = flag(
         0.0, "repeat rows with classes that a smaller share of the rows shows than this, such as 0.3; 0: off"
@@ -86,14 +108,17 @@ class TrainConfig:
     # optimization
     max_train_steps: int | None = flag(None, "optimizer steps; none: --num_train_epochs")
     num_train_epochs: int = flag(1, "passes over the data where --max_train_steps is not given")
-    train_batch_size: int = flag(4, "rows a step and process")
-    gradient_accumulation_steps: int = flag(1, "micro-batches an optimizer step")
+    train_batch_size: int = flag(4, "rows of a micro-batch, each process its own")
+    gradient_accumulation_steps: int = flag(1, "micro-batches of an optimizer step")
     gradient_checkpointing: bool = flag(
         False, "recompute activations of ControlNet and frozen U-Net in the backward pass: less memory, more time"
     )
     learning_rate: float = flag(5e-6, "peak learning rate")
     scale_lr: bool = flag(False, "multiply the learning rate by processes, accumulation and batch size")
-    lr_scheduler: str = flag("constant", "diffusers' schedule by name: linear, cosine, constant_with_warmup, ...")
+    lr_scheduler: str = flag(
+        "constant",
+        "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, or piecewise_constant:RULES",
+    )
     lr_warmup_steps: int = flag(500, "optimizer steps of warm-up, for schedules that have one")
     lr_num_cycles: int = flag(1, "hard resets of cosine_with_restarts")
     lr_power: float = flag(1.0, "power of the polynomial schedule")
@@ -101,23 +126,27 @@ class TrainConfig:
     fused_adam: bool = flag(True, "AdamW in one kernel: the same, faster; --no_fused_adam: PyTorch's default")
     use_ema: bool = flag(False, "keep an exponential moving average of the weights: it is painted with and written")
     ema_decay: float = flag(0.9999, "decay of the average; step t uses at most (1 + t) / (10 + t)")
-    adam_beta1: float = flag(0.9, "decay of the first moment")
-    adam_beta2: float = flag(0.999, "decay of the second moment")
-    adam_weight_decay: float = flag(1e-2, "weight decay")
-    adam_epsilon: float = flag(1e-8, "epsilon of Adam")
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
+    adam_weight_decay: float = flag(1e-2, "weight decay of AdamW")
+    adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    seed: int = flag(0, "of rows, noise, timesteps, captions and augmentation")
+    seed: int = flag(
+        0, "order of rows, noise, timesteps, captions and augmentation follow from it; diffusers' script: none"
+    )
     # checkpoints
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints")
-    checkpoints_total_limit: int | None = flag(None, "keep this many; none: all")
-    resume_from_checkpoint: str = flag("latest", "latest, or a checkpoint-N folder of this run")
+    checkpoints_total_limit: int | None = flag(None, "checkpoints that are kept, the newest; none: all")
+    resume_from_checkpoint: str = flag(
+        "latest", "latest: a run goes on by itself, unlike in diffusers' script; or a checkpoint-N folder of this run"
+    )
     allow_changes: bool = flag(False, "go on although settings or data differ from the run's own")
     # watching it
     logging_steps: int = flag(10, "optimizer steps between lines of log.jsonl")
     validation_image: list[str] | None = flag(None, "masks to paint from while training")
     validation_prompt: list[str] | None = flag(None, "a prompt for each mask, or one for all")
     validation_steps: int = flag(100, "optimizer steps between validation pictures")
-    num_validation_images: int = flag(1, "pictures a mask and prompt")
+    num_validation_images: int = flag(1, "pictures for each mask and prompt; diffusers' script: 4")
     faithfulness_rows: int = flag(
         0, "held-out rows (of the test split) painted and scored at each validation, 0: none; the best step is kept"
     )
@@ -126,7 +155,7 @@ class TrainConfig:
     )
     report_to: str = flag(
         "none",
-        "trackers: tensorboard, wandb, comet_ml, all or none",
+        "trackers beside log.jsonl, which is always written; diffusers' script: tensorboard",
         ("none", "tensorboard", "wandb", "comet_ml", "all"),
     )
     tracker_project_name: str = flag("train_controlnet", "name of the run in the trackers")
@@ -145,10 +174,12 @@ class TrainConfig:
     )
     preflight: bool = flag(False, "run two steps, print memory and pace, propose batch and accumulation; write no run")
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and newer")
-    dataloader_num_workers: int = flag(0, "processes that read data, a training process")
-    push_to_hub: bool = flag(False, "upload the finished ControlNet")
-    hub_token: str | None = flag(None, "token for the upload")
-    hub_model_id: str | None = flag(None, "repository to upload to")
+    dataloader_num_workers: int = flag(0, "subprocesses that read data, for each training process; 0: none")
+    push_to_hub: bool = flag(False, "upload the finished ControlNet, its palette and its model card to the hub")
+    hub_token: str | None = flag(None, "token of the hub, written nowhere; none: the one of hf auth login, or HF_TOKEN")
+    hub_model_id: str | None = flag(
+        None, "repository to upload to, as in name/repository; none: the name of the run folder"
+    )
     # accepted for old command lines: each is answered by one line that says what happens instead
     enable_xformers_memory_efficient_attention: bool = flag(False, "PyTorch's own attention is used")
     set_grads_to_none: bool = flag(False, "always so in PyTorch 2")

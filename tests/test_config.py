@@ -1,28 +1,55 @@
 """Promise: the old script's command line is understood word for word, and a preset stands below what is given."""
 
+import dataclasses
+import os
+import re
+from pathlib import Path
+
 import pytest
 
-from segcn.arguments import arguments_of, make, parse
-from segcn.config import GenerateConfig, SampleConfig
+import segcn
+from segcn.arguments import arguments_of, help_text, make, parse, to_json
+from segcn.config import ROOT, GenerateConfig, SampleConfig
 from segcn.errors import UserError
 from segcn.train_config import OBSOLETE, TrainConfig, differences
 
+PACKAGE = Path(segcn.__file__).parent
+FLAGS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 OLD_COMMAND = (
     "--pretrained_model_name_or_path=./stable-diffusion-v1-5 --output_dir=OUT "
     "--dataset_name=./path/containing/metadata.csv --resolution=512 --learning_rate=5e-6 --checkpointing_steps=10000 "
     "--max_train_steps=120000 --train_batch_size=1 --gradient_accumulation_steps=1 --gradient_checkpointing "
     "--use_8bit_adam"
 )
-# The flags of diffusers' examples/controlnet/train_controlnet.py
-OLD_FLAGS = """pretrained_model_name_or_path controlnet_model_name_or_path revision variant tokenizer_name output_dir
-cache_dir seed resolution train_batch_size num_train_epochs max_train_steps checkpointing_steps
-checkpoints_total_limit resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate
-scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power use_8bit_adam dataloader_num_workers adam_beta1
-adam_beta2 adam_weight_decay adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id logging_dir allow_tf32
-report_to mixed_precision enable_xformers_memory_efficient_attention set_grads_to_none dataset_name
-dataset_config_name train_data_dir image_column conditioning_image_column caption_column max_train_samples
-proportion_empty_prompts validation_prompt validation_image num_validation_images validation_steps
-tracker_project_name image_interpolation_mode""".split()  # noqa: SIM905
+# The flags of diffusers' examples/controlnet/train_controlnet.py: type and default, "list" for several words
+OLD_FLAGS = {
+    str: """pretrained_model_name_or_path controlnet_model_name_or_path revision variant tokenizer_name
+    output_dir=controlnet-model cache_dir resume_from_checkpoint lr_scheduler=constant hub_token hub_model_id
+    logging_dir=logs report_to=tensorboard mixed_precision dataset_name dataset_config_name train_data_dir
+    image_column=image conditioning_image_column=conditioning_image caption_column=text
+    tracker_project_name=train_controlnet image_interpolation_mode=bilinear""",
+    int: """seed resolution=512 train_batch_size=4 num_train_epochs=1 max_train_steps checkpointing_steps=500
+    checkpoints_total_limit gradient_accumulation_steps=1 lr_warmup_steps=500 lr_num_cycles=1 dataloader_num_workers=0
+    max_train_samples num_validation_images=4 validation_steps=100""",
+    float: """learning_rate=5e-6 lr_power=1.0 adam_beta1=0.9 adam_beta2=0.999 adam_weight_decay=1e-2 adam_epsilon=1e-8
+    max_grad_norm=1.0 proportion_empty_prompts=0""",
+    bool: """gradient_checkpointing scale_lr use_8bit_adam push_to_hub allow_tf32 set_grads_to_none
+    enable_xformers_memory_efficient_attention""",
+    list: "validation_prompt validation_image",
+}
+# Here they mean the embedded base, a folder of our own, exact repeats, and fewer pictures and files.
+OTHER_DEFAULTS = {
+    "pretrained_model_name_or_path", "output_dir", "resume_from_checkpoint", "report_to", "seed",
+    "num_validation_images",
+}  # fmt: skip
+
+
+def old_flags():
+    """Name, type and default of each flag of the old script."""
+    for kind, flags in OLD_FLAGS.items():
+        for flag in flags.split():
+            name, _, default = flag.partition("=")
+            yield name, kind, kind(default) if default else (False if kind is bool else None)
 
 
 def test_the_old_command_is_parsed_word_for_word():
@@ -34,10 +61,55 @@ def test_the_old_command_is_parsed_word_for_word():
     assert config.gradient_checkpointing and config.use_8bit_adam
 
 
-def test_every_flag_of_the_old_script_is_there():
-    known = set(TrainConfig.__dataclass_fields__)
-    assert [name for name in OLD_FLAGS if name not in known] == []
-    assert set(OBSOLETE) <= set(OLD_FLAGS)
+def test_every_flag_of_the_old_script_has_its_type_and_its_default():
+    values = {str: "fp16", int: 7, float: 0.5, bool: True, list: ["a", "b"]}
+    for name, kind, default in old_flags():
+        if name not in OTHER_DEFAULTS:
+            assert FLAGS[name].default == default, name
+        if name not in ("report_to", "hub_token"):  # a choice of trackers; kept out of the config
+            words = {bool: [], list: ["a", "b"]}.get(kind, [str(values[kind])])
+            assert getattr(parse(TrainConfig, [f"--{name}", *words], "train"), name) == values[kind], name
+    assert set(OBSOLETE) <= {name for name, _, _ in old_flags()}
+
+
+def test_a_flag_that_differs_from_the_old_script_says_so():
+    said = {name: FLAGS[name].metadata["help"] for name in OTHER_DEFAULTS | {"cache_dir"}}
+    alike = {"pretrained_model_name_or_path", "output_dir"}  # only where: shown as their defaults
+    assert {name for name, text in said.items() if "diffusers' script" not in text} == alike
+
+
+def test_help_shows_every_flag_once_in_its_section(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    text = help_text(TrainConfig, "segcn train")
+    assert max(map(len, text.splitlines())) <= 100
+    shown = re.findall(r"^  --(\w+)(?:, --no_\w+)?", text, re.MULTILINE)
+    assert shown == list(FLAGS) and "  --fused_adam, --no_fused_adam " in text
+    titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith((" ", "fields"))]
+    assert titles == list(TrainConfig.SECTIONS.values())
+
+
+def test_help_is_short_and_shows_each_default_once():
+    text = help_text(TrainConfig, "segcn train")
+    assert "None" not in text and "[GRADIENT" not in text and text.count("default: fail") == 1
+    assert "default: --fused_adam" in " ".join(text.split()) and str(ROOT) not in text.split("Slurm")[0]
+    for name, field in FLAGS.items():
+        assert 0 < len(field.metadata["help"]) <= 140, name
+    assert (PACKAGE / "cluster").is_dir() and str(PACKAGE / "cluster") in text
+
+
+def test_the_titles_of_the_help_stand_in_the_source_above_their_first_flag():
+    source = (PACKAGE / "train_config.py").read_text()
+    for first, title in list(TrainConfig.SECTIONS.items())[1:]:
+        comment = source.index(f"# {title}")
+        assert source.index(f"    {first}: ", comment) < source.index("\n", comment) + 6
+
+
+def test_a_token_never_stands_in_a_config(monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("os.environ", os.environ.copy())
+    config = parse(TrainConfig, ["--hub_token", "hf_secret"], "train")
+    assert config.hub_token is None and os.environ["HF_TOKEN"] == "hf_secret"
+    assert "hf_secret" not in " ".join(arguments_of(config)) + to_json(config)
 
 
 def test_flags_that_take_lists():
