@@ -1,219 +1,171 @@
-"""The cache of everything frozen: VAE moments and masks of K augmented draws a row, and text embeddings.
+"""Build the cache of everything frozen: VAE moments and masks of K augmented draws a row, and text embeddings.
 
 Encoding once instead of in every step follows EDM2 (Karras et al. 2024, arXiv:2312.02696): moments are stored, latents
-are sampled from them just in time. The files are plain .npy, memory-mapped, filled by all processes and resumable.
+are sampled from them just in time. A killed build goes on with the files that are missing, more draws are added to
+those that stand, and two runs that build the same cache at once write the same files.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from segcn import seeds
-from segcn.balance import Stream
-from segcn.checkpoint import write_text
-from segcn.dataset import PairedDataset, to_control
+from segcn.bad_samples import too_many
+from segcn.dataset import PairedDataset, Sample
 from segcn.errors import UserError
-from segcn.loss import valid_cells
-from segcn.models import Base, encode_moments, encode_text
+from segcn.latent_files import LAYOUT, TEXTS, LatentCache, Layout, appear, mark_path, open_block, read_marks, sweep
+from segcn.models import Base, encode_moments, encode_text, weights_digest
 from segcn.progress import Progress
 
-COMPLETE = "complete.json"
-LAYOUT = 2  # of the files; another number makes other folders
+VERSION = 3  # of the files; another number makes other folders
 BATCH = 16  # pictures encoded at once
 
 
-class LatentCache:
-    """Memory-mapped arrays of a data set's draws; `open` it after `build`."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.moments = np.load(folder / "moments.npy", mmap_mode="r")  # float16 [K,N,2C,h,w]
-        self.masks = np.load(folder / "masks.npy", mmap_mode="r")  # uint8 [K,N,R,R], class ids
-        self.frames = np.load(folder / "frames.npy", mmap_mode="r")  # uint8 [K,N,R*R/8], packed valid pixels
-        self.text = np.load(folder / "text.npy", mmap_mode="r")  # float16 [M,L,D], one for each of captions.json
-        hashes = np.array([seeds.seed_of(caption) for caption in json.loads((folder / "captions.json").read_text())])
-        self._order = np.argsort(hashes)
-        self._hashes = hashes[self._order]  # 16 bytes a caption stay in memory, not the captions
-
-    def __reduce__(self):
-        return LatentCache, (self.folder,)  # a process that reads data opens the files itself
-
-    def text_of(self, caption: str) -> np.ndarray:
-        """float16 [L,D]; KeyError for a caption that was not embedded."""
-        key = seeds.seed_of(caption)
-        place = np.searchsorted(self._hashes, key)
-        if place == len(self._hashes) or self._hashes[place] != key:
-            raise KeyError(caption)
-        return self.text[self._order[place]]
+def layout_of(dataset: PairedDataset, base: Base) -> Layout:
+    """The shapes of the cache of a data set under a base."""
+    side = dataset.resolution // base.latent_factor
+    text_shape = base.tokenizer.model_max_length, base.text_encoder.config.hidden_size
+    return Layout(len(dataset), (base.unet.config.in_channels, side, side), dataset.resolution, text_shape)
 
 
-class Examples(Dataset):
-    """What a training step needs of (visit, row): moments or image, control, valid cells, text, noise, timestep.
-
-    The visits of a row are numbered from 0; without class balance its visit in each epoch is the epoch.
-    """
-
-    def __init__(self, dataset: PairedDataset, cache: LatentCache | None, factor: int, latent_shape, settings):
-        self.dataset = dataset
-        self.cache = cache
-        self.factor = factor
-        self.latent_shape = latent_shape  # (C,h,w)
-        self.settings = settings  # seed, empty_prompts (share), timesteps (number of), draws (K)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | str | int]:
-        visit, row = key
-        seed = self.settings["seed"]
-        dropped = seeds.uniform("caption drop", seed, visit, row) < self.settings["empty_prompts"]
-        example = self._uncached(row, visit, dropped) if self.cache is None else self._cached(row, visit, dropped)
-        return example | {
-            "posterior": seeds.normal(self.latent_shape, "posterior", seed, visit, row),
-            "noise": seeds.normal(self.latent_shape, "noise", seed, visit, row),
-            "timestep": seeds.integer(self.settings["timesteps"], "timestep", seed, visit, row),
-            "row": row,
-        }
-
-    def _uncached(self, row: int, visit: int, dropped: bool) -> dict:
-        sample = self.dataset.sample(row, visit)
-        cells = valid_cells(sample.valid[None], self.factor)[0]
-        caption = "" if dropped else sample.caption
-        return {"image": sample.image, "control": sample.control, "cells": cells, "caption": caption}
-
-    def _cached(self, row: int, visit: int, dropped: bool) -> dict:
-        cache, draw = self.cache, visit % self.settings["draws"]
-        side = self.dataset.resolution
-        valid = torch.from_numpy(np.unpackbits(cache.frames[draw, row], count=side * side)).bool().view(side, side)
-        caption = "" if dropped else self.dataset.caption(row, visit, self.dataset.draw(row, draw).flip)
-        return {
-            "moments": torch.from_numpy(cache.moments[draw, row].astype(np.float32)),
-            "control": to_control(np.array(cache.masks[draw, row]), self.dataset.split.palette) * valid,
-            "cells": valid_cells(valid[None], self.factor)[0],
-            "text": torch.from_numpy(cache.text_of(caption).astype(np.float32)),
-        }
+def cache_key(dataset: PairedDataset, encoders: str) -> str:
+    """16 hexadecimal digits that change with data, augmentation, seed, resolution, fit or encoders, not with K."""
+    settings = [asdict(dataset.augment), dataset.seed, dataset.resolution, dataset.fit]
+    parts = [VERSION, dataset.split.fingerprint, len(dataset), *settings, encoders]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def cache_key(dataset: PairedDataset, base_fingerprint: str, draws: int) -> str:
-    """16 hexadecimal digits that change with data, augmentation, seed, resolution, fit, base or K."""
-    parts = [
-        LAYOUT,
-        dataset.split.fingerprint,
-        len(dataset),
-        asdict(dataset.augment),
-        dataset.seed,
-        dataset.resolution,
-        dataset.fit,
-    ]
-    return hashlib.sha256(json.dumps([*parts, base_fingerprint, draws]).encode()).hexdigest()[:16]
+def encoders_fingerprint(base: Base) -> str:
+    """Changes with the base, the weights and precision of its two encoders, and its tokenizer."""
+    vocabulary = hashlib.sha256(json.dumps(sorted(base.tokenizer.get_vocab().items())).encode()).hexdigest()
+    parts = [f"{weights_digest(part)} {part.dtype}" for part in (base.vae, base.text_encoder)]
+    return " ".join([base.fingerprint, *parts, vocabulary])
 
 
-def cache_bytes(rows: int, draws: int, latent_shape, resolution: int) -> int:
-    """Disk space of the draws of a data set, text not counted."""
-    channels, height, width = latent_shape
-    return rows * draws * (2 * 2 * channels * height * width + resolution**2 + resolution**2 // 8)
+def captions_of(dataset: PairedDataset) -> list[str]:
+    """What is embedded: the empty caption, and every one that a sample may have."""
+    return list(dict.fromkeys(["", *dataset.captions()]))
 
 
 def build(
-    folder: Path, dataset: PairedDataset, base: Base, draws: int, latent_shape, accelerator, log: Callable
+    folder: Path, dataset: PairedDataset, base: Base, draws: int, accelerator, log: Callable, bad_limit: int = 0
 ) -> LatentCache:
-    """Fill the cache in `folder`, each process its share of the rows; picks up where a killed build stopped."""
-    if (folder / COMPLETE).is_file():
-        log(f"Reusing the latent cache {folder}.")
-        return LatentCache(folder)
-    size = cache_bytes(len(dataset), draws, latent_shape, dataset.resolution)
-    log(f"Encoding {draws} draws of {len(dataset)} rows once: {size / 2**20:.0f} MiB in {folder}.")
-    if accelerator.is_main_process:
-        _allocate(folder, len(dataset), draws, latent_shape, dataset.resolution)
-        _write_text_embeddings(folder, dataset, base)
-    accelerator.wait_for_everyone()
-    _fill(folder, dataset, base, draws, accelerator, log)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_text(folder / COMPLETE, json.dumps({"rows": len(dataset), "draws": draws}))
-    accelerator.wait_for_everyone()
-    return LatentCache(folder)
+    """Write the files that are missing, each process its share; all processes must see `folder`.
 
-
-def _allocate(folder: Path, rows: int, draws: int, latent_shape, resolution: int) -> None:
-    """Make the files, unless an unfinished build left them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    channels, height, width = latent_shape
-    shapes = {
-        "moments": (np.float16, (draws, rows, 2 * channels, height, width)),
-        "masks": (np.uint8, (draws, rows, resolution, resolution)),
-        "frames": (np.uint8, (draws, rows, -(-(resolution**2) // 8))),
-        "done": (np.uint8, (draws, rows)),  # last: it says which of the others are filled
-    }
-    for name, (dtype, shape) in shapes.items():
-        if not (folder / "done.npy").is_file():
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
-
-
-def _write_text_embeddings(folder: Path, dataset: PairedDataset, base: Base) -> None:
-    """captions.json, the empty one first, and text.npy, 64 of them at a time: it may be larger than the memory."""
-    if (folder / "text.npy").is_file():
-        return
-    captions = list(dict.fromkeys(["", *dataset.captions()]))
-    write_text(folder / "captions.json", json.dumps(captions, indent=0))
-    aside, text = folder / "text.staged.npy", None
-    for first in range(0, len(captions), 64):
-        embedded = encode_text(base, captions[first : first + 64]).cpu().half().numpy()
-        if text is None:
-            text = np.lib.format.open_memmap(aside, "w+", np.float16, (len(captions), *embedded.shape[1:]))
-        text[first : first + len(embedded)] = embedded
-    text.flush()
-    os.replace(aside, folder / "text.npy")
-
-
-def _fill(folder: Path, dataset: PairedDataset, base: Base, draws: int, accelerator, log: Callable) -> None:
-    """Encode what is not done yet of this process's share."""
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("moments", "masks", "frames", "done")}
-    rank, world = accelerator.process_index, accelerator.num_processes
-    keys = [(d, r) for d in range(draws) for r in range(rank, len(dataset), world) if not arrays["done"][d, r]]
-    told = Progress("encoded", len(keys), log)
-    for first in range(0, len(keys), BATCH):
-        chunk = keys[first : first + BATCH]
-        samples = [dataset.sample(row, draw) for draw, row in chunk]
-        moments = encode_moments(base.vae, torch.stack([sample.image for sample in samples])).cpu()
-        for (draw, row), sample, moment in zip(chunk, samples, moments, strict=True):
-            arrays["moments"][draw, row] = moment.to(torch.float16).numpy()
-            arrays["masks"][draw, row] = sample.mask.numpy()
-            arrays["frames"][draw, row] = np.packbits(sample.valid.numpy())
-        for name in ("moments", "masks", "frames"):
-            arrays[name].flush()
-        for draw, row in chunk:
-            arrays["done"][draw, row] = 1
-        told(first + len(chunk))
-    for array in arrays.values():
-        array.flush()
-
-
-class Plan:
-    """Batches of (visit, row) keys for one process from an optimizer step on: a batch sampler.
-
-    Micro-batch a of step t on process r takes positions ((t A + a) W + r) B to + B of the stream of rows.
+    bad_limit: rows that may be unreadable: they are marked, and other rows stand in for them.
     """
+    layout, captions = layout_of(dataset, base), captions_of(dataset)
+    missing = _missing(folder, layout, draws, len(captions))
+    log(f"Encoding {missing} missing files of the latent cache." if missing else f"Reusing the latent cache {folder}.")
+    _check_marks(read_marks(folder, layout, draws), bad_limit, folder, layout.rows)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        sweep(folder)
+        appear(folder / LAYOUT, lambda file: file.write(json.dumps(asdict(layout)).encode()))
+        appear(folder / TEXTS, lambda file: file.write(json.dumps(captions, indent=0).encode()))
+    _write_text(folder, layout, captions, base, accelerator)
+    _write_draws(folder, layout, dataset, base, draws, accelerator, log, bad_limit)
+    accelerator.wait_for_everyone()
+    cache = LatentCache(folder, draws)
+    _check_marks(cache.bad, bad_limit, folder, layout.rows)
+    return cache
 
-    def __init__(
-        self, rows: int, seed: int, start: int, stop: int, accumulate: int, batch: int, rank=0, world=1, repeats=None
-    ):
-        if rows < 1:
-            raise UserError("the data set has no rows")
-        self.stream, self.micro = Stream(rows, seed, repeats), range(start * accumulate, stop * accumulate)
-        self.batch, self.rank, self.world = batch, rank, world
 
-    def __len__(self) -> int:
-        return len(self.micro)
+def _missing(folder: Path, layout: Layout, draws: int, captions: int) -> int:
+    """How many files are missing; UserError for one that is damaged, before hours of encoding."""
+    files = [(path, len(rows), layout.entry) for path, _, rows in layout.draws(folder, draws)]
+    files += [(path, len(block), layout.embedding) for path, block in layout.text(folder, captions)]
+    standing = [file for file in files if file[0].exists()]
+    for path, count, dtype in standing:
+        open_block(path, count, dtype)
+    return len(files) - len(standing)
 
-    def __iter__(self):
-        for micro in self.micro:
-            first = (micro * self.world + self.rank) * self.batch
-            yield [self.stream[first + i] for i in range(self.batch)]
+
+def _check_marks(marks: dict[int, str], limit: int, folder: Path, rows: int) -> None:
+    if len(marks) == rows:
+        raise UserError(too_many(marks.values(), limit))
+    if marks and not limit:
+        listed = "\n  ".join(marks.values())
+        raise UserError(
+            f"{folder}: expected every row, found {len(marks)} that could not be read when it was built:\n  {listed}\n"
+            f"Go on without them by --on_bad_sample skip:{len(marks)}; or mend the files and rm -r {folder}"
+        )
+    if len(marks) > limit:
+        raise UserError(too_many(marks.values(), limit))
+
+
+def _write_text(folder: Path, layout: Layout, captions: list[str], base: Base, accelerator) -> None:
+    """Embed this process's share of the captions, 64 at a time."""
+    for path, block in _share(layout.text(folder, len(captions)), accelerator):
+        array = np.empty(len(block), layout.embedding)
+        for first in range(0, len(block), 64):
+            told = captions[block.start : block.stop][first : first + 64]
+            array[first : first + 64] = encode_text(base, told).float().cpu().numpy()
+        appear(path, lambda file, array=array: np.save(file, array))
+
+
+def _write_draws(folder, layout: Layout, dataset, base: Base, draws: int, accelerator, log, bad_limit: int) -> None:
+    """Encode this process's share of the draws, while threads read what comes next."""
+    mine = _share(layout.draws(folder, draws), accelerator)
+    keys = ((draw, row) for _, draw, rows in mine for row in rows)
+    told, done, bad = Progress("encoded", sum(len(rows) for _, _, rows in mine), log), 0, {}
+    samples = read_ahead(dataset, keys)
+    for path, _, rows in mine:
+        array, marks = np.zeros(len(rows), layout.entry), {}
+        for first in range(0, len(rows), BATCH):
+            chunk = array[first : first + BATCH]
+            found = list(islice(samples, len(chunk)))
+            marks |= {rows[first + i]: str(each) for i, each in enumerate(found) if isinstance(each, UserError)}
+            _encode(chunk, found, base)
+            bad |= marks
+            if len(bad) > bad_limit:
+                raise UserError(too_many(bad.values(), bad_limit))
+            done += len(chunk)
+            told(done)
+        if marks:  # before the file: a file that stands has its marks
+            appear(mark_path(path), lambda file, marks=marks: file.write(json.dumps(marks).encode()))
+        appear(path, lambda file, array=array: np.save(file, array))
+
+
+def _encode(entries: np.ndarray, samples: list[Sample | UserError], base: Base) -> None:
+    """Fill the entries of the samples; those of bad rows stay 0."""
+    places = [place for place, sample in enumerate(samples) if isinstance(sample, Sample)]
+    if not places:
+        return
+    moments = encode_moments(base.vae, torch.stack([samples[place].image for place in places])).float().cpu()
+    for place, moment in zip(places, moments, strict=True):
+        sample = samples[place]
+        entries[place] = moment.numpy(), sample.mask.numpy(), np.packbits(sample.valid.numpy())
+
+
+def read_ahead(dataset: PairedDataset, keys: Iterable[tuple[int, int]]) -> Iterator[Sample | UserError]:
+    """The samples of (draw, row) in order, or the error of a bad one; threads are two batches ahead."""
+
+    def read(draw: int, row: int) -> Sample | UserError:
+        try:
+            return dataset.sample(row, draw)
+        except UserError as error:
+            return error
+
+    waiting: deque = deque()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for key in keys:
+            waiting.append(pool.submit(read, *key))
+            if len(waiting) > 2 * BATCH:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _share(files: Iterable[tuple], accelerator) -> list[tuple]:
+    """Of (path, ...) those of this process that do not stand; whose they are does not depend on what stands."""
+    mine = islice(files, accelerator.process_index, None, accelerator.num_processes)
+    return [item for item in mine if not item[0].exists()]

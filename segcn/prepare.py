@@ -16,15 +16,16 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import ControlNetModel, DDPMScheduler
 from diffusers.training_utils import EMAModel
 
-from segcn import balance, latents, models
+from segcn import balance, models
 from segcn.arguments import to_json
 from segcn.augment import AugmentConfig
+from segcn.bad_samples import BadRows, parse_limit
 from segcn.claim import RUN_FILE, claim
-from segcn.config import OUTPUTS
-from segcn.dataset import PairedDataset
 from segcn.doctor import find_report
 from segcn.ema import averaged, make_ema
 from segcn.errors import UserError
+from segcn.examples import Examples
+from segcn.feed import cache_root, make_bad_rows, make_dataset, make_examples, settle_draws
 from segcn.finite import FiniteCheck
 from segcn.records import Split, check_split, read_split
 from segcn.train_config import OBSOLETE, TrainConfig, total_steps
@@ -46,7 +47,8 @@ class Run:
     controlnet: torch.nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    examples: latents.Examples
+    examples: Examples
+    bad_rows: BadRows
     log: Log
     repeats: np.ndarray | None  # how often each row stands in an epoch; None: once
     ema: EMAModel | None  # the average of the weights, where --use_ema asks for it
@@ -81,17 +83,19 @@ def prepare(config: TrainConfig) -> Run:
     repeats = make_repeats(config, split, accelerator, log)
     shown = balance.Stream(len(split), config.seed, repeats).start(config.num_train_epochs)
     config = dataclasses.replace(config, max_train_steps=total_steps(config, shown, accelerator.num_processes))
+    dataset = make_dataset(config, split, base)
+    config = settle_draws(config, dataset, base, accelerator, log)
     claim(output_dir, config, split, base, accelerator, log)
     start_trackers(config, accelerator)
-    examples = make_examples(config, split, base, accelerator, log)
+    examples = make_examples(config, dataset, base, accelerator, log)
+    bad_rows = make_bad_rows(examples, output_dir, accelerator, log)
     controlnet = make_trainable(config, base)
     optimizer = make_optimizer(config, controlnet, accelerator)
     schedule = make_schedule(config, optimizer)
     controlnet, optimizer = accelerator.prepare(controlnet, optimizer)
     ema = make_ema(accelerator.unwrap_model(controlnet), config.ema_decay) if config.use_ema else None
-    return Run(
-        config, accelerator, output_dir, split, base, controlnet, optimizer, schedule, examples, log, repeats, ema
-    )
+    made = (controlnet, optimizer, schedule, examples, bad_rows)
+    return Run(config, accelerator, output_dir, split, base, *made, log, repeats, ema)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -100,6 +104,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if dataset is None:
         raise UserError("--dataset_name: expected a data set folder or its metadata.csv, found nothing")
     AugmentConfig.parse(config.augment)
+    parse_limit(config.on_bad_sample)
     if not 0 <= config.class_balance <= 1:
         raise UserError(f"--class_balance: expected a share of the rows, 0 to 1, found {config.class_balance}")
     prompts, images = config.validation_prompt or [], config.validation_image or []
@@ -202,35 +207,6 @@ def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
             key: value for key, value in json.loads(to_json(config)).items() if isinstance(value, int | float | str)
         }
         accelerator.init_trackers(config.tracker_project_name, shown)
-
-
-def make_examples(config: TrainConfig, split: Split, base: models.Base, accelerator, log: Log) -> latents.Examples:
-    """The source of training examples; with the cache, both encoders leave memory."""
-    augment = AugmentConfig.parse(config.augment)
-    dataset = PairedDataset(split, config.resolution, augment, config.seed, config.fit)
-    factor = base.latent_factor
-    if config.resolution % factor:
-        raise UserError(f"--resolution: expected a multiple of {factor}, found {config.resolution}")
-    side = config.resolution // factor
-    shape = (base.unet.config.in_channels, side, side)
-    cache, draws = None, 1 if augment.still else config.cache_draws or 4
-    if config.cache == "latents":
-        folder = cache_root(config) / latents.cache_key(dataset, base.fingerprint, draws)
-        cache = latents.build(folder, dataset, base, draws, shape, accelerator, log.say)
-    if cache is not None and not config.validation_image:
-        base.vae = base.text_encoder = None
-    settings = {
-        "seed": config.seed,
-        "empty_prompts": config.proportion_empty_prompts,
-        "timesteps": base.scheduler.config.num_train_timesteps,
-        "draws": draws,
-    }
-    return latents.Examples(dataset, cache, factor, shape, settings)
-
-
-def cache_root(config: TrainConfig) -> Path:
-    """The folder of what is computed once for all runs."""
-    return Path(config.cache_dir) if config.cache_dir else OUTPUTS / "cache"
 
 
 def make_repeats(config: TrainConfig, split: Split, accelerator, log: Log) -> np.ndarray | None:

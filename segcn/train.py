@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from segcn import latents
 from segcn.arguments import main_guard, parse
+from segcn.examples import Plan
 from segcn.export import finish
 from segcn.objective import step_losses
 from segcn.prepare import Run, prepare
@@ -23,6 +23,7 @@ def train(config: TrainConfig) -> Path:
     controlnet, accelerator = run.controlnet, run.accelerator
     controlnet.train()
     for batch in batches(run):
+        run.bad_rows.seen(batch)
         with accelerator.accumulate(controlnet):
             losses = step_losses(run, batch)
             accelerator.backward(losses.mean())
@@ -43,7 +44,7 @@ def train(config: TrainConfig) -> Path:
 def batches(run: Run) -> DataLoader:
     """The micro-batches of this process from the current step to the last."""
     config, accelerator = run.config, run.accelerator
-    plan = latents.Plan(
+    plan = Plan(
         len(run.split),
         config.seed,
         run.step,

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segcn import latents, seeds
+from segcn import seeds
 from segcn.balance import Stream, balanced, class_pixels, frequencies, read_class_pixels, repeat_factors
+from segcn.examples import Plan
 from segcn.masks import read_mask
 from segcn.records import read_split
 
@@ -61,10 +62,10 @@ def test_any_position_is_found_without_those_before_it(factors, seed, data):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_balanced_batches_do_not_depend_on_processes_or_breaks(world):
     repeats = np.array([1.0, 2.5, 1.0, 1.3, 1.0, 4.0, 1.0])
-    whole = [key for batch in latents.Plan(7, 3, 0, 9, 2, 8, repeats=repeats) for key in batch]
-    parts = [list(latents.Plan(7, 3, 0, 9, 2, 8 // world, rank, world, repeats)) for rank in range(world)]
+    whole = [key for batch in Plan(7, 3, 0, 9, 2, 8, repeats=repeats) for key in batch]
+    parts = [list(Plan(7, 3, 0, 9, 2, 8 // world, rank, world, repeats)) for rank in range(world)]
     assert [key for step in zip(*parts, strict=True) for batch in step for key in batch] == whole
-    assert [key for batch in latents.Plan(7, 3, 5, 9, 2, 8, repeats=repeats) for key in batch] == whole[5 * 2 * 8 :]
+    assert [key for batch in Plan(7, 3, 5, 9, 2, 8, repeats=repeats) for key in batch] == whole[5 * 2 * 8 :]
     assert len(set(whole)) == len(whole)
 
 

@@ -16,6 +16,7 @@ from segcn.augment import AUGMENTS, AugmentConfig, Draw, apply, draw
 from segcn.config import ROOT
 from segcn.dataset import PairedDataset, read_control_mask, read_framed_mask, to_control, to_image, to_uint8
 from segcn.errors import UserError
+from segcn.examples import Examples, Plan
 from segcn.labels import IGNORE, Label, Palette
 from segcn.masks import read_mask, write_mask
 from segcn.records import read_split, write_metadata
@@ -179,9 +180,9 @@ def test_with_and_without_the_cache_a_step_gets_the_same(told, random_base, tmp_
     alone = type("Alone", (), {"is_main_process": True, "process_index": 0, "num_processes": 1})
     alone.wait_for_everyone = staticmethod(lambda: None)
     shape = (base.unet.config.in_channels, 32 // base.latent_factor, 32 // base.latent_factor)
-    cache = latents.build(tmp_path / "cache", dataset, base, 4, shape, alone, print)
-    settings = {"seed": 3, "empty_prompts": 0.2, "timesteps": 1000, "draws": 4}
-    cached, direct = (latents.Examples(dataset, c, base.latent_factor, shape, settings) for c in (cache, None))
+    cache = latents.build(tmp_path / "cache", dataset, base, 4, alone, print)
+    settings = {"seed": 3, "empty_prompts": 0.2, "timesteps": 1000}
+    cached, direct = (Examples(dataset, c, base.latent_factor, shape, settings) for c in (cache, None))
     for key in [(epoch, row) for epoch in range(4) for row in range(3)]:
         one, other = cached[key], direct[key]
         for name in ("control", "cells", "noise", "posterior"):
@@ -193,12 +194,12 @@ def test_with_and_without_the_cache_a_step_gets_the_same(told, random_base, tmp_
     with pytest.raises(KeyError, match="never said"):
         cache.text_of("never said")
     assert json.loads((tmp_path / "cache" / "captions.json").read_text())[0] == ""
-    assert isinstance(cache.text, np.memmap)
+    assert isinstance(cache.text_of(""), np.memmap)
 
 
 def test_a_cache_depends_on_what_it_holds(split):
     keys = {
-        latents.cache_key(PairedDataset(split, 16, AugmentConfig.parse(augment), 0, fit), "base", 2)
+        latents.cache_key(PairedDataset(split, 16, AugmentConfig.parse(augment), 0, fit), "base")
         for augment in ("affine", "affine,fill=cover", "affine,sided_captions=rewrite")
         for fit in ("crop", "pad")
     }
@@ -209,9 +210,9 @@ def hashes(folder, workers=0):
     """One hash for each row of a balanced plan: every byte that a training step gets."""
     split = read_split(folder, "train")
     dataset = PairedDataset(split, 64, AugmentConfig.parse("affine,sided_captions=rewrite"), 0)
-    settings = {"seed": 0, "empty_prompts": 0.1, "timesteps": 1000, "draws": 4}
-    examples = latents.Examples(dataset, None, 8, (4, 8, 8), settings)
-    plan = latents.Plan(len(split), 0, 0, 10, 1, 4, repeats=1 + np.arange(len(split)) / 7)
+    settings = {"seed": 0, "empty_prompts": 0.1, "timesteps": 1000}
+    examples = Examples(dataset, None, 8, (4, 8, 8), settings)
+    plan = Plan(len(split), 0, 0, 10, 1, 4, repeats=1 + np.arange(len(split)) / 7)
     for batch in DataLoader(examples, batch_sampler=plan, num_workers=workers):
         for place, caption in enumerate(batch.pop("caption")):
             parts = [batch[name][place].numpy().tobytes() for name in sorted(batch)]

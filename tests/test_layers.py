@@ -7,15 +7,17 @@ import segcn
 
 PACKAGE = Path(segcn.__file__).parent
 FLOORS = [
-    {"errors", "seeds", "home", "loss", "captions", "progress", "geometry"},
+    {"errors", "frozen", "seeds", "home", "loss", "captions", "progress", "geometry"},
     {"config", "files", "checkpoint", "metadata"},
     {"labels", "train_config"},
     {"masks"},
     {"records", "augment", "arguments"},
-    {"dataset", "models", "distance", "scan", "survey", "tables", "balance", "finite"},
+    {"dataset", "memory", "models", "distance", "scan", "survey", "tables", "balance", "finite"},
+    {"bad_samples", "class_weights", "latent_files"},
     {"latents", "ema", "trainable", "segmenter", "show", "findings", "pipeline", "ready", "sources"},
     {"generate", "watch", "doctor", "palette", "placing"},
-    {"claim"},
+    {"claim", "draws", "examples"},
+    {"feed"},
     {"prepare", "infer", "evaluate", "widgets", "summary", "quarantine", "importer", "bench"},
     {"validation", "launch", "page", "saving", "export", "objective"},
     {"train", "charts", "samples", "report", "proof"},

@@ -13,11 +13,13 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
-from segcn import checkpoint, latents
+from segcn import checkpoint
 from segcn.arguments import arguments_of
 from segcn.errors import UserError
+from segcn.examples import Plan
 from segcn.launch import message
 from segcn.masks import read_mask
+from segcn.prepare import prepare
 from segcn.records import read_split
 from segcn.train import train
 
@@ -109,15 +111,8 @@ def test_a_folder_of_something_else_is_left_alone(quick, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_without_the_cache_the_network_sees_the_same(quick, landscapes, tmp_path):
-    from segcn.augment import AUGMENTS
-    from segcn.dataset import PairedDataset
-
-    folder = next(Path(quick("x").cache_dir).iterdir())
-    dataset = PairedDataset(read_split(landscapes, "train"), 64, AUGMENTS["affine"], 0)
-    settings = {"seed": 0, "empty_prompts": 0.0, "timesteps": 1000, "draws": 2}
-    cached = latents.Examples(dataset, latents.LatentCache(folder), 8, (12, 8, 8), settings)[1, 5]
-    direct = latents.Examples(dataset, None, 8, (12, 8, 8), settings)[1, 5]
+def test_without_the_cache_the_network_sees_the_same(quick, tmp_path):
+    cached, direct = (prepare(quick(tmp_path / cache, cache=cache)).examples[1, 5] for cache in ("latents", "none"))
     for name in ("control", "cells", "noise", "posterior"):
         assert torch.equal(cached[name], direct[name]), name
     assert cached["timestep"] == direct["timestep"]
@@ -151,12 +146,12 @@ def test_augmentation_and_balance_are_checked_before_anything_is_written(quick, 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_order_of_rows_does_not_depend_on_the_number_of_processes(world):
-    whole = [key for batch in latents.Plan(10, 7, 0, 9, 1, 8) for key in batch]
-    parts = [list(latents.Plan(10, 7, 0, 9, 1, 8 // world, rank, world)) for rank in range(world)]
+    whole = [key for batch in Plan(10, 7, 0, 9, 1, 8) for key in batch]
+    parts = [list(Plan(10, 7, 0, 9, 1, 8 // world, rank, world)) for rank in range(world)]
     dealt = [key for step in zip(*parts, strict=True) for batch in step for key in batch]
     assert dealt == whole
     assert sorted(row for _, row in whole[:10]) == list(range(10))
-    later = [key for batch in latents.Plan(10, 7, 4, 9, 1, 8) for key in batch]
+    later = [key for batch in Plan(10, 7, 4, 9, 1, 8) for key in batch]
     assert later == whole[4 * 8 :]
 
 
