@@ -28,6 +28,7 @@ class Base:
     tokenizer: CLIPTokenizer
     unet: UNet2DConditionModel
     scheduler: DDPMScheduler
+    dtype: torch.dtype  # what it computes in; what holds its weights may be narrower, see frozen.py
 
     @cached_property
     def fingerprint(self) -> str:
@@ -72,6 +73,7 @@ def load_base(
         tokenizer=load_tokenizer(folder, tokenizer_name, tokenizer_hub),
         unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **hub),
         scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+        dtype=dtype,
     )
     for part in (parts.vae, parts.text_encoder, parts.unet):
         part.requires_grad_(False).eval().to(device)

@@ -11,18 +11,18 @@ from segcn.prepare import Run
 def step_losses(run: Run, batch: dict) -> torch.Tensor:
     """The losses of a micro-batch's samples, float32 [B]; `batch` as `Examples` collates it."""
     base, device = run.base, run.accelerator.device
-    dtype = base.unet.dtype
+    dtype = base.dtype
     moments = batch["moments"] if "moments" in batch else models.encode_moments(base.vae, batch["image"])
     text = batch["text"] if "text" in batch else models.encode_text(base, batch["caption"])
     clean = models.sample_latents(base.vae_config, moments.to(device), batch["posterior"].to(device))
     noise, timestep = batch["noise"].to(device), batch["timestep"].to(device)
-    noisy = base.scheduler.add_noise(clean, noise, timestep).to(dtype)
-    text, control = text.to(device, dtype), batch["control"].to(device, dtype)
+    noisy = base.scheduler.add_noise(clean, noise, timestep)
+    text, control = text.to(device, torch.float32), batch["control"].to(device)
     down, middle = run.controlnet(noisy, timestep, text, controlnet_cond=control, return_dict=False)
     prediction = base.unet(
-        noisy,
+        noisy.to(dtype),
         timestep,
-        text,
+        text.to(dtype),
         down_block_additional_residuals=[residual.to(dtype) for residual in down],
         mid_block_additional_residual=middle.to(dtype),
     ).sample

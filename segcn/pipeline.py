@@ -102,7 +102,7 @@ def generate(
     control = {}
     if masks is not None:
         control = {
-            "image": to_control(masks, painter.palette).to(painter.base.unet.dtype),
+            "image": to_control(masks, painter.palette).to(painter.base.dtype),
             "controlnet_conditioning_scale": settings.controlnet_conditioning_scale,
             "control_guidance_start": settings.control_guidance_start,
             "control_guidance_end": settings.control_guidance_end,
@@ -119,7 +119,7 @@ def generate(
         width=width,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        latents=noise.to(painter.base.unet.device, painter.base.unet.dtype),
+        latents=noise.to(painter.base.unet.device, painter.base.dtype),
         output_type="np",
         callback_on_step_end=after_step,
         **control,
