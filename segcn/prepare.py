@@ -28,8 +28,9 @@ from segcn.examples import Examples
 from segcn.feed import cache_root, make_bad_rows, make_dataset, make_examples, settle_draws
 from segcn.finite import FiniteCheck
 from segcn.records import Split, check_split, read_split
+from segcn.schedule import make_schedule
 from segcn.train_config import OBSOLETE, TrainConfig, total_steps
-from segcn.trainable import make_optimizer, make_schedule, make_trainable
+from segcn.trainable import check_trainable, make_optimizer, make_trainable
 from segcn.watch import Log
 
 WEIGHT_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
@@ -80,6 +81,7 @@ def prepare(config: TrainConfig) -> Run:
     if accelerator.is_main_process:
         check_rows(config, split, output_dir, log)
     base = load_frozen(config, accelerator)
+    check_trainable(config, base)
     repeats = make_repeats(config, split, accelerator, log)
     shown = balance.Stream(len(split), config.seed, repeats).start(config.num_train_epochs)
     config = dataclasses.replace(config, max_train_steps=total_steps(config, shown, accelerator.num_processes))

@@ -1,12 +1,42 @@
-"""What is trained, and how: the ControlNet, its optimizer and its learning rate."""
+"""What is trained, and how: the ControlNet and its optimizer."""
 
 import torch
 from accelerate import Accelerator
 from diffusers import ControlNetModel
-from diffusers.optimization import get_scheduler
 
 from segcn import models
+from segcn.errors import UserError
+from segcn.schedule import check_schedule
 from segcn.train_config import TrainConfig
+
+SHARED = ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block")  # of ControlNet and U-Net
+
+
+def check_trainable(config: TrainConfig, base: models.Base) -> None:
+    """UserError for an unknown schedule, or a ControlNet to go on from that is none or does not fit the base."""
+    check_schedule(config.lr_scheduler)
+    name = config.controlnet_model_name_or_path
+    if name is None:
+        return
+    try:
+        found = ControlNetModel.load_config(name)
+    except OSError:
+        raise UserError(
+            f"--controlnet_model_name_or_path {name}: expected a ControlNet (config.json and "
+            "diffusion_pytorch_model.safetensors), found none in such a folder, nor on the hub"
+        ) from None
+    expected = {"_class_name": "ControlNetModel", "conditioning_channels": 3}
+    expected |= {key: base.unet.config[key] for key in SHARED}
+    for key, value in expected.items():
+        if _plain(found.get(key, value)) != _plain(value):
+            raise UserError(
+                f"--controlnet_model_name_or_path {name}: its {key} is {_plain(found[key])}, and {_plain(value)} fits"
+                f" the base {base.folder}; leave the flag out to begin with a copy of the base's encoder"
+            )
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
 
 
 def make_trainable(config: TrainConfig, base: models.Base) -> ControlNetModel:
@@ -36,15 +66,3 @@ def make_optimizer(config: TrainConfig, controlnet: ControlNetModel, accelerator
 
         return AdamW8bit(controlnet.parameters(), **settings)
     return torch.optim.AdamW(controlnet.parameters(), fused=config.fused_adam or None, **settings)
-
-
-def make_schedule(config: TrainConfig, optimizer):
-    """The learning rate by optimizer steps, whatever the number of processes."""
-    return get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
-    )

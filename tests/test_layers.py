@@ -11,7 +11,7 @@ FLOORS = [
     {"config", "files", "checkpoint", "metadata"},
     {"labels", "train_config"},
     {"masks"},
-    {"records", "augment", "arguments"},
+    {"records", "augment", "arguments", "schedule"},
     {"dataset", "memory", "models", "distance", "scan", "survey", "tables", "balance", "finite"},
     {"bad_samples", "class_weights", "latent_files"},
     {"latents", "ema", "trainable", "segmenter", "show", "findings", "pipeline", "ready", "sources"},

@@ -1,0 +1,113 @@
+"""Promise: each of diffusers' schedules counts optimizer steps, and training goes on from a published ControlNet."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import ControlNetModel
+from diffusers.optimization import SchedulerType
+
+from segcn.errors import UserError
+from segcn.prepare import prepare
+from segcn.schedule import make_schedule
+from segcn.train import train
+from segcn.train_config import TrainConfig
+
+PARTS = [step / 6 for step in range(6)]  # of the way from the end of the warm-up, 2 steps, to the last of 8
+RATES = {
+    "constant": [1] * 8,
+    "constant_with_warmup": [0, 0.5] + [1] * 6,
+    "linear": [0, 0.5] + [1 - part for part in PARTS],
+    "cosine": [0, 0.5] + [(1 + math.cos(math.pi * part)) / 2 for part in PARTS],
+    "cosine_with_restarts": [0, 0.5] + [(1 + math.cos(math.pi * (2 * part % 1))) / 2 for part in PARTS],
+    "polynomial": [0, 0.5] + [(1 - part) ** 2 for part in PARTS],
+    "piecewise_constant:1:3,0.1:6,0.01": [1] * 3 + [0.1] * 3 + [0.01] * 2,
+}
+
+
+def test_the_pinned_schedules_are_all_of_diffusers():
+    assert {name.partition(":")[0] for name in RATES} == {kind.value for kind in SchedulerType}
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (4, 3)])
+@pytest.mark.parametrize("name", RATES)
+def test_a_schedule_counts_optimizer_steps(name, processes, accumulation, monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "num_processes", processes)
+    accelerator.gradient_accumulation_steps = accumulation
+    config = TrainConfig(lr_scheduler=name, max_train_steps=8, lr_warmup_steps=2, lr_num_cycles=2, lr_power=2)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    schedule = make_schedule(config, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    rates = []
+    for _ in range(8 * accumulation):
+        with accelerator.accumulate(model):
+            optimizer.step()
+        if accelerator.sync_gradients:
+            rates.append(optimizer.param_groups[0]["lr"])
+            schedule.step()
+    assert rates == pytest.approx(RATES[name], abs=1e-6)
+
+
+def test_a_training_that_accumulates_follows_its_schedule(quick, tmp_path):
+    told = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "learning_rate": 1e-3, "gradient_accumulation_steps": 2}
+    run = train(quick(tmp_path / "run", **told, max_train_steps=4))
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rates = [entry["learning_rate"] for entry in entries if "learning_rate" in entry]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 0.5e-3, 0])  # as they stand after each step
+
+
+@pytest.mark.parametrize(
+    "wrong", ["cosin", "cosine:3", "piecewise_constant", "piecewise_constant:1:9,0.1:5,0.01", "piecewise_constant:a"]
+)
+def test_an_unknown_schedule_is_refused_before_anything_is_written(quick, tmp_path, wrong):
+    with pytest.raises(UserError, match=r"--lr_scheduler: expected .*piecewise_constant.*found"):
+        train(quick(tmp_path / "run", lr_scheduler=wrong))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def published(random_base, tmp_path_factory):
+    """A ControlNet for the random base with weights of its own, as someone else would publish it."""
+    from diffusers import UNet2DConditionModel
+
+    controlnet = ControlNetModel.from_unet(
+        UNet2DConditionModel.from_pretrained(random_base, subfolder="unet"),
+        conditioning_embedding_out_channels=(16, 32, 64, 96),
+    )
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            parameter.add_(torch.randn_like(parameter) / 100)
+    controlnet.save_pretrained(tmp_path_factory.mktemp("published"))
+    return tmp_path_factory.getbasetemp() / "published0"
+
+
+def test_training_goes_on_from_a_published_controlnet(quick, published, tmp_path):
+    run = prepare(quick(tmp_path / "run", controlnet_model_name_or_path=str(published)))
+    there, here = ControlNetModel.from_pretrained(published).state_dict(), run.controlnet.state_dict()
+    assert there.keys() == here.keys() and all(torch.equal(there[key], here[key]) for key in there)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("cross_attention_dim", 768), ("in_channels", 4), ("_class_name", "UNet2DConditionModel")]
+)
+def test_a_controlnet_that_does_not_fit_the_base_is_refused_before_anything_is_written(
+    quick, published, tmp_path, key, value
+):
+    config = json.loads((published / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError) as caught:
+        train(quick(tmp_path / "run", controlnet_model_name_or_path=str(other)))
+    assert f"its {key} is {value}, and {config[key]} fits" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_controlnet_is_named(quick, tmp_path):
+    with pytest.raises(UserError, match="nowhere: expected a ControlNet"):
+        train(dataclasses.replace(quick(tmp_path / "run"), controlnet_model_name_or_path=str(tmp_path / "nowhere")))
