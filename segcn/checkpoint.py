@@ -4,13 +4,14 @@ The order of writes follows what LWN calls the only safe way to replace a file: 
 folder (https://lwn.net/Articles/457667/).
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -19,50 +20,113 @@ from safetensors.torch import load_file, save_file
 from segcn.errors import UserError
 
 MANIFEST = "manifest.json"
+CHECKPOINT = r"checkpoint-(\d+)"
+FULL = r"No space left|[Qq]uota exceeded|os error (28|122)\b"  # safetensors knows a full disk by its text alone
 
 
-def commit(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
+def commit(output_dir: Path, name: str, write: Callable[[Path], None], needed: int = 0) -> Path:
     """Let `write(folder)` fill a folder aside, then make it appear as output_dir/name in one step.
 
-    A folder of that name that was committed before is replaced; any other is set aside under a new name.
+    A folder of that name that was committed before is replaced; any other is set aside under a new name. Killed
+    anywhere, the old one or the new one stands once `mend` has run. needed: bytes that `write` will write; UserError
+    where they are not free, or where the disk fills in the midst.
     """
-    final = output_dir / name
-    staged = output_dir / f".{name}.staged"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    write(staged)
-    hashes = {path.relative_to(staged).as_posix(): _sha256(path) for path in _files(staged)}
-    (staged / MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True))
-    for path in [*_files(staged), *(p for p in staged.rglob("*") if p.is_dir()), staged]:
-        _fsync(path)
+    final, staged, replaced = output_dir / name, output_dir / f".{name}.staged", output_dir / f".{name}.replaced"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    mend(output_dir, name)
+    if needed > shutil.disk_usage(output_dir).free:
+        raise UserError(_no_room(final, needed))
+    try:
+        staged.mkdir()
+        write(staged)
+        _seal(staged)
+    except Exception as error:
+        message = _no_room(final, needed)
+        shutil.rmtree(staged, ignore_errors=True)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL, str(error)):
+            raise UserError(message) from error
+        raise
     if (final / MANIFEST).is_file():
-        shutil.rmtree(final)
+        os.replace(final, replaced)
     elif final.exists():
-        os.replace(final, output_dir / f"{name}.set-aside-{time.time_ns()}")
+        set_aside(final)
     os.replace(staged, final)
     _fsync(output_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
+def _seal(folder: Path) -> None:
+    """Write the manifest and bring every file and folder to the disk."""
+    hashes = {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)}
+    (folder / MANIFEST).write_text(_manifest(hashes))
+    for path in [*_files(folder), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _fsync(path)
+
+
+def _no_room(folder: Path, needed: int) -> str:
+    """What to say when the disk is full."""
+    free, wanted = shutil.disk_usage(folder.parent).free, f"{needed:,} bytes" if needed else "more bytes than are free"
+    return (
+        f"{folder} cannot be written: it needs {wanted}, {free:,} bytes are free. What was saved before stands. "
+        "Make room on this disk and give the same command again; --checkpoints_total_limit keeps fewer checkpoints."
+    )
+
+
+def mend(output_dir: Path, name: str = "") -> None:
+    """Finish what a kill cut short: half-written and half-deleted folders go, a replaced one comes back if alone.
+
+    It minds the checkpoints of a run, and the folder `name`; nobody else may be writing them.
+    """
+    for path in list(output_dir.glob(".*")):
+        match = re.fullmatch(rf"\.({CHECKPOINT}|{re.escape(name)})\.(staged|pruned|replaced)", path.name)
+        if match and match[3] == "replaced" and not (output_dir / match[1]).exists():
+            os.replace(path, output_dir / match[1])
+        elif match:
+            shutil.rmtree(path)
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a folder a name that no run uses, and return it."""
+    free = folder.with_name(f"{folder.name}.set-aside-{time.time_ns()}")
+    os.replace(folder, free)
+    return free
+
+
 def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None if every file matches its manifest."""
+    """What is wrong with a checkpoint folder, or None if its files are those of its manifest; hidden ones are free."""
     if not (folder / MANIFEST).is_file():
         return "has no manifest: it was never finished"
     try:
-        hashes = json.loads((folder / MANIFEST).read_text())
-    except ValueError:
+        text = (folder / MANIFEST).read_text()
+        hashes = json.loads(text)
+    except (ValueError, OSError):
         return f"{MANIFEST} is not readable JSON"
+    if not hashes or text != _manifest(hashes):
+        return f"{MANIFEST} is not as it was written"
+    return _wrong_file(folder, hashes)
+
+
+def _wrong_file(folder: Path, hashes: dict[str, str]) -> str | None:
+    """The first file that is missing, changed, unreadable or not in the manifest."""
     for name, digest in hashes.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if _sha256(folder / name) != digest:
-            return f"{name} does not match the hash in {MANIFEST}"
+        try:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _sha256(folder / name) != digest:
+                return f"{name} does not match the hash in {MANIFEST}"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in hashes and name != MANIFEST and not path.name.startswith("."):
+            return f"{name} is not in {MANIFEST}"
     return None
 
 
 def steps(output_dir: Path) -> dict[int, Path]:
     """Every checkpoint-N folder of a run by its step, oldest first, verified or not."""
-    matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
+    matches = {path: re.fullmatch(CHECKPOINT, path.name) for path in Path(output_dir).glob("checkpoint-*")}
     return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
 
 
@@ -71,6 +135,7 @@ def find_latest(output_dir: Path, log: Callable[[str], None] = print) -> Path | 
 
     Raises UserError when checkpoints are there and not one of them is whole: starting over must be the user's choice.
     """
+    mend(output_dir)
     found = steps(output_dir)
     for folder in reversed(found.values()):
         wrong = problem(folder)
@@ -85,18 +150,26 @@ def find_latest(output_dir: Path, log: Callable[[str], None] = print) -> Path | 
     return None
 
 
-def prune(output_dir: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`; called only after a newer one stands."""
-    if limit is not None:
-        for folder in list(steps(output_dir).values())[: -max(limit, 1)]:
-            shutil.rmtree(folder)
+def prune(output_dir: Path, limit: int | None, keep: Collection[str] = ()) -> None:
+    """Delete the oldest checkpoints beyond `limit`, but none named in `keep`; called only after a newer one stands."""
+    beyond = list(steps(output_dir).values())[: -max(limit, 1)] if limit is not None else []
+    for folder in beyond:
+        if folder.name not in keep:
+            discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; a kill in the midst leaves nothing under its name."""
+    doomed = folder.with_name(f".{folder.name}.pruned")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Store an optimizer's state without pickle: tensors in safetensors, everything else as JSON in its metadata."""
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
-    for keys, value in _leaves(state["state"]):
+    for keys, value in leaves(state["state"]):
         name = "/".join(map(str, keys))
         if isinstance(value, torch.Tensor):
             tensors[name] = value.detach().cpu().contiguous().clone()
@@ -126,20 +199,28 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
                 entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _leaves(tree: dict, path: tuple = ()):
+def leaves(tree: dict, path: tuple = ()):
     """(path, value) of every leaf of nested dictionaries: 8-bit optimizers nest their quantisation state."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, (*path, key))
+            yield from leaves(value, (*path, key))
         else:
             yield (*path, key), value
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    aside = path.with_name(f".{path.name}.staged")
-    aside.write_text(text)
-    os.replace(aside, path)
+    aside(path).write_text(text)
+    os.replace(aside(path), path)
+
+
+def aside(path: Path) -> Path:
+    """Where a file is written before it takes its name."""
+    return path.with_name(f".{path.name}.staged")
+
+
+def _manifest(hashes: dict[str, str]) -> str:
+    return json.dumps(hashes, indent=1, sort_keys=True)
 
 
 def _files(folder: Path) -> list[Path]:

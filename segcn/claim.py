@@ -1,7 +1,13 @@
 """A run folder belongs to one run: its settings stand there, and other settings or another run are refused."""
 
+import errno
+import fcntl
 import json
+import os
+import socket
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 from segcn import checkpoint, models
 from segcn.arguments import to_json
@@ -11,6 +17,8 @@ from segcn.train_config import TrainConfig, differences
 from segcn.watch import Log
 
 RUN_FILE = "train_config.json"
+LOCK = ".lock"  # in the run folder; the system frees it with the death of the process that holds it
+HELD: list[IO] = []  # the locks of this process
 
 
 def claim(output_dir: Path, config: TrainConfig, split: Split, base: models.Base, accelerator, log: Log) -> None:
@@ -22,20 +30,56 @@ def claim(output_dir: Path, config: TrainConfig, split: Split, base: models.Base
         "processes": accelerator.num_processes,
     }
     path = output_dir / RUN_FILE
-    if path.is_file():
-        changed = differences(json.loads(path.read_text()), resolved)
-        if changed and not config.allow_changes:
-            listed = "\n  ".join(changed)
-            raise UserError(
-                f"{output_dir} holds a run with other settings:\n  {listed}\n"
-                "Choose another --output_dir, or go on with these by --allow_changes."
-            )
-        for line in changed:
-            log.say(f"Changed: {line}")
-    elif output_dir.exists() and any(entry.name != config.logging_dir for entry in output_dir.iterdir()):
+    allowed = {config.logging_dir, LOCK, checkpoint.aside(path).name}  # what a kill before the first line leaves
+    if not path.is_file() and output_dir.exists() and {entry.name for entry in output_dir.iterdir()} - allowed:
         raise UserError(f"{output_dir} is not empty and holds no run of segcn: choose another --output_dir.")
+    if accelerator.is_main_process:
+        lock(output_dir, log)
+    if path.is_file():
+        hold_against(json.loads(path.read_text()), resolved, config, log)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(path, json.dumps(resolved, indent=1) + "\n")
         split.palette.save(output_dir / "palette.json")
+
+
+def hold_against(old: dict, new: dict, config: TrainConfig, log: Log) -> None:
+    """Say what changed since the run began; UserError unless --allow_changes."""
+    changed = differences(old, new)
+    if changed and not config.allow_changes:
+        listed = "\n  ".join(changed)
+        raise UserError(
+            f"{config.output_dir} holds a run with other settings:\n  {listed}\n"
+            "Choose another --output_dir, or go on with these by --allow_changes."
+        )
+    for line in changed:
+        log.say(f"Changed: {line}")
+
+
+def lock(output_dir: Path, log: Log) -> None:
+    """Keep other runs out of the folder until `release` or the end of this process; UserError names who holds it.
+
+    A POSIX lock: processes that read data do not inherit it, and NFS knows it between machines.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = (output_dir / LOCK).open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return log.say(f"{output_dir}: locks do not work here ({error}); let no second run use this folder.")
+        file.seek(0)
+        raise UserError(
+            f"{output_dir} is in use: {file.read().strip() or 'another process'} trains there. Wait for it, stop it"
+            " (it saves a checkpoint on SIGTERM), or choose another --output_dir."
+        ) from None
+    started = datetime.now(UTC).isoformat(" ", "seconds")
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}, started {started},", file=file, flush=True)
+    HELD.append(file)
+
+
+def release() -> None:
+    """Give the folders of this process free."""
+    while HELD:
+        HELD.pop().close()

@@ -6,14 +6,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from segcn.arguments import arguments_of
 from segcn.errors import UserError
 from segcn.train_config import TrainConfig
 
-LAUNCHERS_OWN = (" ", "Traceback", "subprocess.CalledProcessError", "torch.distributed.elastic")
 STOPPED = 143  # the exit code of a training that was stopped
+ELASTIC = r"[EWI]\d{4} \S+ \d+ torch/distributed/"  # a line of torchrun's own log
+LAUNCHERS = ("subprocess.CalledProcessError", "torch.distributed.elastic", "ChildFailedError")  # errors they end with
 
 
 def training_command(config: TrainConfig, num_processes: int = 1) -> list[str]:
@@ -35,29 +36,72 @@ def training_lines(config: TrainConfig, num_processes: int = 1) -> Iterator[str]
     """Run the training and yield each line that it prints.
 
     Interrupted, it lets the processes commit a checkpoint, and yields what they say, before KeyboardInterrupt goes on;
-    where the reader is interrupted, or leaves, they are stopped too, and what they say is printed. A message of the
-    training ("Error: ...") is raised as UserError without the launcher's traceback that follows it; another failure is
-    named by its last line.
+    where the reader is interrupted, or leaves, they are stopped too, and what they say is printed. A training that a
+    signal of another stopped ends as KeyboardInterrupt, too. A message of the training ("Error: ...") is raised as
+    UserError; another failure is named by the process that died, or by its last line.
     """
     process = start(training_command(config, num_processes))
-    said, last = [], ""  # its message, and its last line that is not the launcher's
+    said, last, report = [], "", []  # its message, its last line, and what the launcher adds
     try:
-        for line in lines_of(process):
+        for line in own_lines(lines_of(process), report):
             if said or line.startswith("Error: "):
                 said.append(line)
             else:
-                last = last if line.startswith(LAUNCHERS_OWN) else line.strip() or last
+                last = line.strip() or last
                 yield line
     except BaseException:  # the reader was interrupted, or left
         stop(process)
-        for line in process.stdout:  # to its end: the launcher may be gone before the training is
-            if not line.startswith(LAUNCHERS_OWN):
-                print(line, end="", flush=True)
+        for line in own_lines(process.stdout, report):  # to its end: the launcher may be gone before the training is
+            print(line.rstrip("\n"), flush=True)
         raise
     finally:
         code = process.wait()
     if code:
-        raise UserError(message(said) if said else f"training ended with exit code {code}: {last}")
+        raise failure(said, last, "\n".join(report), code)
+
+
+def own_lines(lines: Iterable[str], report: list[str]) -> Iterator[str]:
+    """The lines of the training; what the launcher says of its end goes to `report`."""
+    held: list[str] = []  # a traceback, until its last line tells whose it is
+    for line in lines:
+        if re.match(ELASTIC, line) or any("ChildFailedError" in past for past in report):
+            report.append(line)
+        elif line.startswith("Traceback ") or (held and line.startswith(" ")):
+            held.append(line)
+        else:
+            ours = not line.startswith(LAUNCHERS)
+            yield from held if ours else ()
+            report += [] if ours else [*held, line]
+            held = []
+            if ours:
+                yield line
+    yield from held
+
+
+def failure(said: list[str], last: str, report: str, code: int) -> BaseException:
+    """What to raise for a training that ended with another exit code than 0."""
+    if said:
+        return UserError(message(said))
+    rank, end, process = cause(report)
+    if end in (STOPPED, -signal.SIGTERM, -signal.SIGUSR1):
+        return KeyboardInterrupt(last)
+    if end < 0:
+        name = signal.Signals(-end).name
+        hint = " Linux kills so where memory runs out." if -end == signal.SIGKILL else ""
+        return UserError(
+            f"training process {rank}{process} died of {name}.{hint} The same command goes on from the last checkpoint."
+        )
+    return UserError(f"training ended with exit code {end or code}: {last}")
+
+
+def cause(report: str) -> tuple[int, int, str]:
+    """(rank, exit code or minus the signal, " (pid N)" where known) of the first process that died; else code 0."""
+    elastic = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)( \(pid: \d+\))", report, re.DOTALL)
+    if elastic:
+        return int(elastic[1]), int(elastic[2]), elastic[3]
+    died = re.search(r"died with <Signals\.\w+: (\d+)>", report)
+    ended = re.search(r"non-zero exit status (\d+)", report)
+    return 0, -int(died[1]) if died else int(ended[1]) if ended else 0, ""
 
 
 def lines_of(process: subprocess.Popen) -> Iterator[str]:

@@ -54,6 +54,7 @@ class Run:
     repeats: np.ndarray | None  # how often each row stands in an epoch; None: once
     ema: EMAModel | None  # the average of the weights, where --use_ema asks for it
     step: int = 0
+    saved: int = 0  # the step of the newest checkpoint
     stop_signal: list[int] = field(default_factory=list)
     finite: FiniteCheck = field(init=False)
 

@@ -10,11 +10,12 @@ from segcn.examples import Plan
 from segcn.export import finish
 from segcn.objective import step_losses
 from segcn.prepare import Run, prepare
-from segcn.saving import catch_signals, resume, save, stop_if_asked
+from segcn.saving import catch_signals, ignore_signals, resume, save, stop_if_asked, stoppable
 from segcn.train_config import TrainConfig
 from segcn.validation import paint_validation
 
 
+@stoppable()
 def train(config: TrainConfig) -> Path:
     """Train as configured and return the run folder, a ControlNet that plain diffusers opens. Resumes by itself."""
     run = prepare(config)
@@ -38,6 +39,7 @@ def train(config: TrainConfig) -> Path:
         if accelerator.sync_gradients:
             count_step(run)
             look_and_save(run)
+        stop_if_asked(run)
     return finish(run)
 
 
@@ -60,7 +62,9 @@ def batches(run: Run) -> DataLoader:
         f"Training {left}." if run.step < run.total_steps else f"Nothing left to do: all {run.step} steps stand."
     )
     run.log.began(run.step)
-    return DataLoader(run.examples, batch_sampler=plan, num_workers=config.dataloader_num_workers)
+    return DataLoader(
+        run.examples, batch_sampler=plan, num_workers=config.dataloader_num_workers, worker_init_fn=ignore_signals
+    )
 
 
 def count_step(run: Run) -> None:
@@ -77,9 +81,8 @@ def look_and_save(run: Run) -> None:
     config, last = run.config, run.step == run.total_steps
     if config.validation_image and (run.step % config.validation_steps == 0 or last):
         paint_validation(run)
-    if run.step % config.checkpointing_steps == 0 or last or run.stop_signal:
+    if run.step % config.checkpointing_steps == 0 or last:
         save(run)
-    stop_if_asked(run)
 
 
 def main() -> None:
