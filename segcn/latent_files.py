@@ -5,13 +5,13 @@ They are plain .npy, memory-mapped. Each is written aside and appears whole.
 
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import numpy as np
 
@@ -170,7 +170,7 @@ def damaged(path: Path, expected: str, error: Exception) -> str:
 
 def appear(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write(file)` fill a file aside, then make it appear in one step, on disk before it has its name."""
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.staged")
+    aside = path.with_name(f".{path.name}.{uuid4().hex}.staged")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:

@@ -1,0 +1,207 @@
+"""Promise: a file that goes bad after the check ends the run by name, or another row stands in, alike everywhere."""
+
+import json
+import os
+import shutil
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from segcn import latents, models
+from segcn.augment import AUGMENTS
+from segcn.bad_samples import BadRows, first_good, parse_limit
+from segcn.dataset import PairedDataset
+from segcn.errors import UserError
+from segcn.examples import Examples, Plan
+from segcn.masks import read_mask, write_mask
+from segcn.records import read_split
+
+ALONE = SimpleNamespace(
+    is_main_process=True,
+    process_index=0,
+    num_processes=1,
+    device="cpu",
+    wait_for_everyone=lambda: None,
+    gather=lambda tensor: tensor,
+)
+
+
+@pytest.fixture(scope="module")
+def base(random_base):
+    return models.load_base(str(random_base))
+
+
+@pytest.fixture
+def rows(landscapes, tmp_path):
+    """A copy of twelve rows, which may be spoiled."""
+    shutil.copytree(landscapes, tmp_path / "data")
+    return PairedDataset(read_split(tmp_path / "data", "train"), 32, AUGMENTS["affine"], 0)
+
+
+def spoil(rows, row, fault="unreadable"):
+    """Spoil the files of a row, their sizes and times kept where they can be."""
+    record = rows.split[row]
+    mask = read_mask(record.mask, rows.split.palette)
+    if fault == "unreadable":
+        status = record.image.stat()
+        record.image.write_bytes(bytes(status.st_size))
+        os.utime(record.image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif fault == "other size":
+        write_mask(record.mask, mask[:40], rows.split.palette)
+    else:
+        write_mask(record.mask, np.full_like(mask, 200), rows.split.palette)
+
+
+def examples(rows, cache=None, limit=0):
+    return Examples(rows, cache, 8, (12, 4, 4), {"seed": 0, "timesteps": 1000, "bad_limit": limit})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "skip", "skip:", "skip:0", "skip:-1", "skip:1.5", "skip:²", "Fail", "fail:1", "3"]
+)
+def test_a_wrong_flag_is_refused_with_what_is_expected(text):
+    with pytest.raises(UserError, match=r"--on_bad_sample: expected fail, or skip:N .*found"):
+        parse_limit(text)
+    assert parse_limit("fail") == 0 and parse_limit("skip:12") == 12
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("unreadable", "cannot be read"), ("other size", "expected its image's size"), ("undeclared", "200")],
+)
+@pytest.mark.parametrize("cached", [True, False])
+def test_by_default_the_run_ends_with_file_and_row(rows, base, tmp_path, fault, said, cached):
+    spoil(rows, 5, fault)
+    with pytest.raises(UserError) as caught:
+        if cached:
+            latents.build(tmp_path / "cache", rows, base, 1, ALONE, print)
+        else:
+            examples(rows)[0, 5]
+    record = rows.split[5]
+    spoiled = record.image if fault == "unreadable" else record.mask
+    assert "metadata.csv, line 7 (row 5)" in str(caught.value) and str(spoiled) in str(caught.value)
+    assert said in str(caught.value) and "--on_bad_sample skip:N" in str(caught.value)
+
+
+def test_the_message_is_the_same_from_a_worker(rows):
+    spoil(rows, 5)
+    told = []
+    for workers in (0, 1):
+        with pytest.raises(UserError) as caught:
+            list(DataLoader(examples(rows), batch_sampler=Plan(12, 0, 0, 6, 1, 2), num_workers=workers))
+        told.append(str(caught.value))
+    assert told[0] == told[1] and "Traceback" not in told[0] and "row 5" in told[0]
+
+
+def test_the_next_good_row_stands_in_alike_with_and_without_cache(rows, base, tmp_path):
+    good = [examples(rows)[1, row] for row in range(12)]
+    for row in (4, 5, 11):
+        spoil(rows, row)
+    cache = latents.build(tmp_path / "cache", rows, base, 2, ALONE, print, bad_limit=3)
+    for source in (examples(rows, cache, 3), examples(rows, None, 3)):
+        found = [source[1, row] for row in range(12)]
+        assert [each["row"] for each in found] == [0, 1, 2, 3, 6, 6, 6, 7, 8, 9, 10, 0]
+        assert [each["bad_row"] for each in found] == [-1, -1, -1, -1, 4, 5, -1, -1, -1, -1, -1, 11]
+        assert all(torch.equal(each["control"], good[each["row"]]["control"]) for each in found)
+        assert all(torch.equal(each["noise"], good[row]["noise"]) for row, each in enumerate(found))
+    first = [
+        list(DataLoader(examples(rows, None, 3), 4, num_workers=n, sampler=[(0, r) for r in range(12)])) for n in (0, 2)
+    ]
+    assert all(one[name] == other[name] if name == "caption" else torch.equal(one[name], other[name])
+               for one, other in zip(*first, strict=True) for name in one)  # fmt: skip
+
+
+def test_more_bad_rows_than_allowed_are_listed(rows, base, tmp_path):
+    for row in (2, 5, 6, 9):
+        spoil(rows, row)
+    with pytest.raises(UserError, match=r"skip:3: expected at most 3 bad rows, found 4:(?s:.*row 2\).*row 9\))"):
+        latents.build(tmp_path / "cache", rows, base, 1, ALONE, print, bad_limit=3)
+    with pytest.raises(UserError, match=r"skip:1: expected at most 1 bad rows, found 2:(?s:.*row 5\).*row 6\))"):
+        examples(rows, None, 1)[0, 5]
+    bad = BadRows(tmp_path, 3, rows, ALONE, print)
+    bad.seen({"bad_row": torch.tensor([-1, 2]), "row": torch.tensor([0, 3])})
+    with pytest.raises(UserError, match=r"found 4:(?s:.*row 2\).*row 5\).*row 6\).*row 9\))"):
+        bad.seen({"bad_row": torch.tensor([9, 5]), "row": torch.tensor([10, 7])})
+
+
+def test_no_good_row_at_all_ends_the_search():
+    def read(row):
+        raise UserError(f"row {row}")
+
+    with pytest.raises(UserError, match=r"row 2\n  row 0\n  row 1$"):
+        first_good(read, 2, 3, limit=99)
+
+
+def test_the_marks_of_a_cache_stay_and_a_strict_run_refuses_them(rows, base, tmp_path, monkeypatch):
+    spoil(rows, 3)
+    folder = tmp_path / "cache"
+    assert list(latents.build(folder, rows, base, 1, ALONE, print, bad_limit=1).bad) == [3]
+    monkeypatch.setattr(latents, "encode_moments", None)
+    assert list(latents.build(folder, rows, base, 1, ALONE, print, bad_limit=1).bad) == [3]
+    spoiled = rows.split[3].image
+    with pytest.raises(
+        UserError, match=rf"1 that could not be read(?s:.*row 3\): {spoiled}.*)skip:1; or .*rm -r {folder}"
+    ):
+        latents.build(folder, rows, base, 1, ALONE, print)
+
+
+def test_all_processes_know_the_same_bad_rows_each_told_once_also_after_a_resume(rows, tmp_path):
+    spoil(rows, 2), spoil(rows, 11)
+    barrier, mailbox, known, said = threading.Barrier(2), {}, {}, []
+
+    def work(rank, batches):
+        def gather(tensor):
+            mailbox[rank] = tensor
+            barrier.wait()
+            whole = torch.cat([mailbox[0], mailbox[1]])
+            barrier.wait()
+            return whole
+
+        parts = {"device": "cpu", "gather": gather, "wait_for_everyone": barrier.wait}
+        log = said.append if rank == 0 else lambda line: None
+        bad = BadRows(tmp_path, 2, rows, SimpleNamespace(is_main_process=rank == 0, **parts), log)
+        for batch in batches:
+            bad.seen(batch)
+        known[rank] = bad.known
+
+    def run(first, second):
+        threads = [threading.Thread(target=work, args=each) for each in ((0, first), (1, second))]
+        [thread.start() for thread in threads], [thread.join(60) for thread in threads]
+        assert known[0] == known[1]
+        return sorted(known.pop(0))
+
+    def batch(bad, used):
+        return {"bad_row": torch.tensor([bad, -1]), "row": torch.tensor([used, 7])}
+
+    assert run([batch(-1, 1), batch(11, 0)], [batch(-1, 4), batch(-1, 5)]) == [11]
+    assert len(said) == 1 and "row 11)" in said[0] and str(rows.split[11].image) in said[0]
+    assert run([batch(-1, 1), batch(11, 0)], [batch(2, 3), batch(-1, 5)]) == [2, 11]
+    assert len(said) == 2 and "row 2)" in said[1]
+    assert sorted(json.loads((tmp_path / "bad_rows.json").read_text())) == ["11", "2"]
+
+
+def test_strict_runs_exchange_nothing(rows, tmp_path):
+    BadRows(tmp_path, 0, rows, SimpleNamespace(wait_for_everyone=lambda: None), print).seen({})
+
+
+def test_a_run_that_skips_ends_with_the_same_bytes_after_a_break(rows, quick, tmp_path, capsys):
+    """The files go bad after its first step; it is cut once more after its second."""
+    from segcn.train import train
+
+    given = {"dataset_name": str(tmp_path / "data"), "cache": "none", "train_batch_size": 4, "checkpointing_steps": 1}
+    train(quick(tmp_path / "whole", max_train_steps=1, on_bad_sample="skip:2", **given))
+    for row in (4, 7):
+        spoil(rows, row)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name, steps in (("whole", 3), ("cut", 2), ("cut", 3)):
+        train(quick(tmp_path / name, max_train_steps=steps, on_bad_sample="skip:2", **given))
+        if name == "whole":
+            assert capsys.readouterr().out.count("Bad row") == 2
+    weights = [(tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1] and capsys.readouterr().out.count("Bad row") == 2
+    with pytest.raises(UserError, match=r"row [47]\)"):
+        train(quick(tmp_path / "cut", max_train_steps=6, **given))

@@ -1,0 +1,281 @@
+"""Promise: what is frozen is encoded once, by any number of processes, survives kills, and is never used damaged."""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from segcn import draws, latent_files, latents, models
+from segcn.augment import AUGMENTS
+from segcn.dataset import PairedDataset
+from segcn.errors import UserError
+from segcn.examples import Examples, Plan
+from segcn.feed import settle_draws
+from segcn.records import read_split
+
+ALONE = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, wait_for_everyone=lambda: None)
+FILES = 2 + 1 + 2 * 2  # layout and captions, one of text, and of each of two draws of 12 rows two
+
+
+@pytest.fixture(scope="module")
+def base(random_base):
+    return models.load_base(str(random_base))
+
+
+@pytest.fixture(scope="module")
+def rows(landscapes):
+    return PairedDataset(read_split(landscapes, "train"), 32, AUGMENTS["affine"], 0)
+
+
+@pytest.fixture(scope="module")
+def whole(rows, base, tmp_path_factory):
+    """A cache of two draws."""
+    folder = tmp_path_factory.mktemp("whole")
+    latents.build(folder, rows, base, 2, ALONE, print)
+    return folder
+
+
+def content(folder):
+    """Every file of a cache; none of them left aside."""
+    assert not list(folder.glob(".*"))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def together(count, work):
+    """Let `count` processes, threads here, each do work(accelerator); the first error is raised."""
+    barrier, errors = threading.Barrier(count), []
+
+    def run(rank):
+        accelerator = SimpleNamespace(
+            is_main_process=rank == 0, process_index=rank, num_processes=count, wait_for_everyone=barrier.wait
+        )
+        try:
+            work(accelerator)
+        except Exception as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise next((error for error in errors if isinstance(error, UserError)), errors[0])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes_builds_the_same_cache(rows, base, whole, tmp_path, count):
+    together(count, lambda accelerator: latents.build(tmp_path, rows, base, 2, accelerator, print))
+    assert content(tmp_path) == content(whole)
+
+
+def test_two_runs_that_build_at_once_leave_one_whole_cache(rows, base, whole, tmp_path):
+    together(2, lambda accelerator: latents.build(tmp_path, rows, base, 2, ALONE, print))
+    assert content(tmp_path) == content(whole)
+
+
+@pytest.mark.parametrize(("step", "points"), [("fsync", range(0, FILES, 3)), ("replace", range(FILES))])
+def test_a_build_that_is_killed_at_any_point_goes_on_with_what_stands(
+    rows, base, whole, tmp_path, monkeypatch, step, points
+):
+    """Killed while each of its files is written, one after another."""
+    order = []
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        order.append(step)
+        if len(order) > done:
+            raise Killed
+
+    real = getattr(os, step)
+    for done in points:
+        folder = tmp_path / str(done)
+        order.clear()
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(latent_files.os, step, lambda *given: (die(), real(*given)))
+            latents.build(folder, rows, base, 2, ALONE, print)
+        stood = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+        assert len(stood) == max(0, done - 2)
+        aside = list(folder.glob(".*"))
+        assert len(aside) == 1
+        os.utime(aside[0], (0, 0))
+        latents.build(folder, rows, base, 2, ALONE, print)
+        assert content(folder) == content(whole)
+        assert all(path.stat().st_mtime_ns == time for path, time in stood.items())
+        shutil.rmtree(folder)
+
+
+def test_a_file_has_its_name_only_after_it_is_on_disk(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(latent_files.os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
+    monkeypatch.setattr(latent_files.os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
+    latent_files.appear(tmp_path / "file", lambda file: (file.write(b"x"), order.append("write")))
+    assert order == ["write", "fsync", "replace"] and content(tmp_path) == {"file": b"x"}
+
+
+def no_encoding(*_):
+    raise AssertionError("nothing is left to encode")
+
+
+def test_a_cache_is_used_again_and_more_draws_are_added_to_it(rows, base, whole, tmp_path, monkeypatch):
+    latents.build(tmp_path, rows, base, 1, ALONE, print)
+    first, encoded = content(tmp_path), []
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "encode_text", no_encoding)
+        patch.setattr(
+            latents,
+            "encode_moments",
+            lambda vae, image: (encoded.append(len(image)), models.encode_moments(vae, image))[1],
+        )
+        latents.build(tmp_path, rows, base, 2, ALONE, print)
+        assert sum(encoded) == len(rows)
+        patch.setattr(latents, "encode_moments", no_encoding)
+        for count in (1, 2):
+            assert latents.build(tmp_path, rows, base, count, ALONE, print).draws == count
+    assert content(tmp_path) == content(whole) and first.items() < content(whole).items()
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.9])
+def test_a_damaged_file_is_named_with_what_mends_it(rows, base, whole, tmp_path, kept):
+    shutil.copytree(whole, tmp_path / "cache")
+    paths = sorted((tmp_path / "cache").glob("*.npy"))
+    assert len(paths) == FILES - 2
+    for path in paths:
+        os.truncate(path, int(path.stat().st_size * kept))
+        with pytest.raises(UserError, match=f"damaged .*; remove it, rm {path}"):
+            latents.build(tmp_path / "cache", rows, base, 2, ALONE, print)
+        with pytest.raises(UserError, match=f"rm {path}"):
+            latent_files.LatentCache(tmp_path / "cache", 2)
+        path.unlink()
+        with pytest.raises(UserError, match=f"{path}: .*found none"):
+            latent_files.LatentCache(tmp_path / "cache", 2)
+        latents.build(tmp_path / "cache", rows, base, 2, ALONE, print)
+    assert content(tmp_path / "cache") == content(whole)
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing_aside(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(latent_files.os, "fsync", full)
+    with pytest.raises(UserError, match=r"No space left on device; .*--cache_dir.*--cache none"):
+        latent_files.appear(tmp_path / "file", lambda file: file.write(b"x"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_read_ahead_keeps_its_order(rows):
+    keys = [(draw, row) for draw in range(5) for row in range(len(rows))]
+    found = list(latents.read_ahead(rows, iter(keys)))
+    assert len(found) == len(keys) > 3 * latents.BATCH
+    for (draw, row), sample in zip(keys, found, strict=True):
+        assert sample.draw == rows.draw(row, draw)
+
+
+def test_the_key_changes_with_weights_precision_and_tokenizer_of_the_base(random_base, base):
+    told = {latents.encoders_fingerprint(base), latents.encoders_fingerprint(models.load_base(random_base))}
+    assert len(told) == 1
+    told.add(latents.encoders_fingerprint(models.load_base(random_base, dtype=torch.bfloat16)))
+    other = models.load_base(random_base)
+    with torch.no_grad():
+        next(other.vae.parameters())[0] += 1
+    told.add(latents.encoders_fingerprint(other))
+    other = models.load_base(random_base)
+    other.tokenizer.add_tokens(["lighthouse"])
+    told.add(latents.encoders_fingerprint(other))
+    assert len(told) == 4
+
+
+def test_cached_examples_are_memory_mapped_and_the_same_from_two_workers(rows, whole):
+    cache = latent_files.LatentCache(whole, 2)
+    assert all(isinstance(block, np.memmap) for block in (*cache._files, *cache._text))
+    given_settings = {"seed": 0, "timesteps": 1000, "empty_prompts": 0.3, "empty_controls": 0.3}
+    examples = Examples(rows, cache, 8, (12, 4, 4), given_settings)
+    batches = [
+        list(DataLoader(examples, batch_sampler=Plan(12, 0, 0, 8, 1, 3), num_workers=workers)) for workers in (0, 2)
+    ]
+    for one, other in zip(*batches, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_controls_are_dropped_by_visit_and_row_alike_with_and_without_cache(rows, whole, cached):
+    cache = latent_files.LatentCache(whole, 2) if cached else None
+    plain, half, none = (
+        Examples(rows, cache, 8, (12, 4, 4), {"seed": 0, "timesteps": 1000, "empty_controls": share})
+        for share in (0.0, 0.5, 1.0)
+    )
+    keys = [(visit, row) for visit in range(2) for row in range(12)]
+    empty = [bool((half[key]["control"] == 0).all()) for key in keys]
+    assert 4 < sum(empty) < 20 and not any((plain[key]["control"] == 0).all() for key in keys)
+    assert all((none[key]["control"] == 0).all() for key in keys[:3])
+    uncached = Examples(rows, None, 8, (12, 4, 4), half.settings)
+    assert empty == [bool((uncached[key]["control"] == 0).all()) for key in keys]
+    kept = next(key for key, dropped in zip(keys, empty, strict=True) if not dropped)
+    assert torch.equal(half[kept]["control"], plain[kept]["control"])
+    assert torch.equal(half[kept]["cells"], none[kept]["cells"])
+
+
+BYTES = st.integers(1, 10**12)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(visits=st.floats(0.01, 50), draw=BYTES, text=BYTES, budget=BYTES, free=BYTES, there=BYTES)
+def test_as_many_draws_as_fit_and_are_visited(visits, draw, text, budget, free, there):
+    def fits(count):
+        new = count * draw + text - there
+        return count * draw <= budget and (new <= 0 or new <= free - draws.SPARE)
+
+    if not fits(1):
+        with pytest.raises(UserError, match=r"found a budget of .*--cache_budget_gb, .*--cache_dir, .*--cache none"):
+            draws.resolve_draws(None, visits, draw, text, budget, free, there)
+        return
+    count = draws.resolve_draws(None, visits, draw, text, budget, free, there)
+    assert count >= 1 and fits(count) and count - 1 < visits
+    assert count >= visits or not fits(count + 1)
+
+
+def test_draws_that_were_asked_for_are_kept_or_refused():
+    gigabyte = 10**9
+    assert draws.resolve_draws(7, 1.0, gigabyte, 0, 0, 9 * gigabyte) == 7
+    assert draws.resolve_draws(7, 1.0, gigabyte, gigabyte, 0, 0, there=8 * gigabyte) == 7
+    with pytest.raises(UserError, match=r"needs 9\.0 GB for 9 draw.*8\.0 GB of disk"):
+        draws.resolve_draws(9, 20.0, gigabyte, 0, 20 * gigabyte, 9 * gigabyte)
+    with pytest.raises(UserError, match="--cache_draws: expected 1 or more, found 0"):
+        draws.resolve_draws(0, 20.0, gigabyte, 0, 20 * gigabyte, 9 * gigabyte)
+
+
+def test_the_bytes_counted_are_the_bytes_written(rows, base, whole):
+    layout, captions = latents.layout_of(rows, base), latents.captions_of(rows)
+    counted = 2 * layout.draw_bytes + layout.text_bytes(len(captions))
+    header = 256  # of a file, at most
+    assert counted < draws.standing_bytes(whole) <= counted + header * (FILES - 2)
+
+
+def test_a_run_that_goes_on_keeps_its_draws(quick, rows, base, tmp_path):
+    said = []
+
+    def settled(**changes):
+        config = quick(tmp_path / "run", preset="sd15", cache_draws=None, cache_dir=str(tmp_path / "cache"), **changes)
+        log = SimpleNamespace(say=said.append)
+        return settle_draws(config, rows, base, ALONE, log).cache_draws
+
+    assert settled(max_train_steps=6) == 1 and settled(max_train_steps=19) == 4
+    assert "each draw is seen 0.8 times in 19 steps; --cache none draws anew each time" in said[-1]
+    assert str(tmp_path / "cache") in said[-1] and "4 draw(s)" in said[-1] and "MB" in said[-1]
+    one = latents.layout_of(rows, base).draw_bytes / 1e9
+    assert settled(max_train_steps=600, cache_budget_gb=3.5 * one) == 3
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train_config.json").write_text('{"cache_draws": 3}')
+    assert settled(max_train_steps=6000) == 3 == settled(max_train_steps=6)
+    assert not Path(tmp_path / "cache").exists()
