@@ -202,10 +202,11 @@ OBSOLETE = {
 
 # What may differ when a run goes on: it changes neither the data nor the mathematics of a step.
 FREE_TO_CHANGE = {
-    "allow_changes", "allow_symlinks", "cache_dir", "checkpointing_steps", "checkpoints_total_limit",
-    "dataloader_num_workers", "hub_model_id", "hub_token", "logging_dir", "logging_steps", "max_train_steps",
-    "num_train_epochs", "num_validation_images", "output_dir", "preflight", "push_to_hub", "report_to",
-    "resume_from_checkpoint", "tracker_project_name", "validation_image", "validation_prompt", "validation_steps",
+    "allow_changes", "allow_symlinks", "cache_budget_gb", "cache_dir", "checkpointing_steps",
+    "checkpoints_total_limit", "dataloader_num_workers", "hub_model_id", "hub_token", "logging_dir", "logging_steps",
+    "max_train_steps", "num_train_epochs", "num_validation_images", "on_bad_sample", "output_dir", "preflight",
+    "push_to_hub", "report_to", "resume_from_checkpoint", "tracker_project_name", "validation_image",
+    "validation_prompt", "validation_steps",
     *OBSOLETE,
 }  # fmt: skip
 
