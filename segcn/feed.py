@@ -56,12 +56,13 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
 
 
 def make_examples(config: TrainConfig, dataset: PairedDataset, base: Base, accelerator, log: Log) -> Examples:
-    """The source of training examples; with the cache, both encoders leave memory."""
+    """The source of training examples; with the cache, both encoders leave memory, unless the run paints with them."""
     cache, limit = None, parse_limit(config.on_bad_sample)
     if config.cache == "latents":
         folder = cache_folder(config, dataset, base)
         cache = latents.build(folder, dataset, base, config.cache_draws, accelerator, log.say, limit)
-    if cache is not None and not config.validation_image:
+    paints = config.validation_image or config.faithfulness_rows
+    if cache is not None and not paints:
         base.vae = base.text_encoder = None
     settings = {
         "seed": config.seed,

@@ -1,8 +1,10 @@
 """Promise: what is frozen is encoded once, by any number of processes, survives kills, and is never used damaged."""
 
+import gc
 import os
 import shutil
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from segcn.dataset import PairedDataset
 from segcn.errors import UserError
 from segcn.examples import Examples, Plan
 from segcn.feed import settle_draws
+from segcn.prepare import prepare
 from segcn.records import read_split
 
 ALONE = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, wait_for_everyone=lambda: None)
@@ -224,6 +227,30 @@ def test_controls_are_dropped_by_visit_and_row_alike_with_and_without_cache(rows
     kept = next(key for key, dropped in zip(keys, empty, strict=True) if not dropped)
     assert torch.equal(half[kept]["control"], plain[kept]["control"])
     assert torch.equal(half[kept]["cells"], none[kept]["cells"])
+
+
+def test_cached_moments_are_those_of_the_picture_of_that_draw(rows, base, whole):
+    cache = latent_files.LatentCache(whole, 2)
+    for draw, row in [(0, 0), (0, 9), (1, 11), (1, 7)]:
+        moments = models.encode_moments(base.vae, rows.sample(row, draw).image[None])[0].numpy()
+        assert np.allclose(cache.entry(draw, row)["moments"], moments, atol=2e-3, rtol=2e-3)
+    assert not np.allclose(cache.entry(0, 9)["moments"], cache.entry(1, 9)["moments"], atol=0.1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache": "none"}, {"faithfulness_rows": 2}])
+def test_with_the_cache_both_encoders_leave_memory_unless_they_are_used(quick, tmp_path, monkeypatch, settings):
+    loaded, load = [], models.load_base
+
+    def remember(*given, **named):
+        base = load(*given, **named)
+        loaded.extend(weakref.ref(part) for part in (base.vae, base.text_encoder))
+        return base
+
+    monkeypatch.setattr(models, "load_base", remember)
+    run = prepare(quick(tmp_path / "run", **settings))
+    gc.collect()
+    assert len(loaded) == 2 and [part() is None for part in loaded] == [not settings] * 2
+    assert (run.base.vae is None) == (not settings)
 
 
 BYTES = st.integers(1, 10**12)
