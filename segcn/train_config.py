@@ -117,7 +117,7 @@ two nodes, and a Slurm script that requeues itself, are in
     scale_lr: bool = flag(False, "multiply the learning rate by processes, accumulation and batch size")
     lr_scheduler: str = flag(
         "constant",
-        "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, or piecewise_constant:RULES",
+        "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, or piecewise_constant:1:1000,0.1",
     )
     lr_warmup_steps: int = flag(500, "optimizer steps of warm-up, for schedules that have one")
     lr_num_cycles: int = flag(1, "hard resets of cosine_with_restarts")

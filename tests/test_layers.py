@@ -16,7 +16,7 @@ FLOORS = [
     {"bad_samples", "class_weights", "latent_files"},
     {"latents", "ema", "trainable", "segmenter", "show", "findings", "pipeline", "ready", "sources"},
     {"generate", "watch", "doctor", "palette", "placing"},
-    {"claim", "draws", "examples", "launch"},
+    {"claim", "modelcard", "draws", "examples", "launch"},
     {"feed"},
     {"prepare", "infer", "evaluate", "widgets", "summary", "quarantine", "importer", "bench"},
     {"validation", "page", "saving", "export", "objective"},

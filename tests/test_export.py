@@ -1,0 +1,164 @@
+"""Promise: a finished run tells what it is, opens in plain diffusers as its card says, and uploads nothing private."""
+
+import dataclasses
+import fnmatch
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from segcn.errors import UserError
+from segcn.export import export
+from segcn.masks import colourise, read_mask
+from segcn.modelcard import MARK, license_of, write_card
+from segcn.records import read_split
+from segcn.train import train
+
+
+@pytest.fixture(scope="module")
+def told(quick, tmp_path_factory):
+    """The settings of a run of two steps with a validation picture and every private thing that settings can hold."""
+    folder = tmp_path_factory.mktemp("private")
+    split = read_split(quick("x").dataset_name, "test")
+    return quick(
+        folder / "lakes",
+        max_train_steps=2,
+        validation_image=[str(split.records[0].mask)],
+        validation_prompt=["a lake at dusk"],
+        validation_steps=2,
+        hub_token="hf_secret",
+        hub_model_id="someone/lakes",
+        class_weighting=0.5,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(told):
+    """The folder of that run."""
+    return train(told)
+
+
+def test_the_card_tells_what_the_run_is(run, told):
+    card = ModelCard.load(run / "README.md")
+    assert card.data.license == license_of(told.pretrained_model_name_or_path)
+    assert (card.data.library_name, card.data.base_model) == ("diffusers", "base")
+    assert {"controlnet", "stable-diffusion", "diffusers-training", "segcn"} <= set(card.data.tags)
+    split = read_split(told.dataset_name, "train")
+    for label in split.palette.labels:
+        assert f"| {label.id} | {label.name} | `#{bytes(label.colour).hex()}` |" in card.text
+    loss = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
+    for words in ("| rows | 12 |", split.fingerprint, "64 x 64", "`affine`", "| steps | 2 |", "CPU", "| 0.5 |"):
+        assert words in card.text, words
+    assert f"| last logged loss | {loss:.4g} |" in card.text
+    assert "(validation/step-000002.png)" in card.text
+
+
+def test_the_code_on_the_card_paints(run, told, random_base, landscapes, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)[1]
+    assert len(code.splitlines()) == 5
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone" / "lakes").symlink_to(run)
+    (tmp_path / "base").symlink_to(random_base)
+    split = read_split(landscapes, "test")
+    colours = colourise(read_mask(split[0].mask, split.palette), split.palette)
+    Image.fromarray(np.asarray(colours, np.uint8)).save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code.replace("image=Image", "num_inference_steps=2, image=Image"), found)
+    assert found["image"].size == (64, 64)
+
+
+def test_neither_paths_nor_tokens_leave_the_machine(run, told, published_files):
+    private = [str(run.parent), told.dataset_name, str(told.pretrained_model_name_or_path), "hf_secret"]
+    texts = {name: (run / name).read_text() for name in published_files if not name.endswith((".png", ".safetensors"))}
+    assert {"README.md", "config.json", "palette.json"} == set(texts)
+    assert [(name, word) for name, text in texts.items() for word in private if word in text] == []
+
+
+def test_a_readme_of_the_users_own_is_left_alone(run, told, tmp_path):
+    split = read_split(told.dataset_name, "train")
+    assert write_card(tmp_path, told, split, 2, "CPU") and write_card(tmp_path, told, split, 3, "CPU")
+    assert "| steps | 3 |" in (tmp_path / "README.md").read_text()
+    mine = (tmp_path / "README.md").read_text().replace(MARK, "")
+    (tmp_path / "README.md").write_text(mine)
+    assert not write_card(tmp_path, told, split, 4, "CPU") and (tmp_path / "README.md").read_text() == mine
+
+
+def test_the_card_shows_how_well_the_pictures_obey(told, tmp_path):
+    score = {"miou": 0.5, "of_ceiling": 0.61, "per_class": {"sky": 0.912, "sun": None}}
+    lines = [{"step": 1, "loss": 0.25}, {"step": 2, "faithfulness": score}, {"step": 2, "loss": 0.125}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "best.json").write_text(json.dumps({"step": 2, "checkpoint": "checkpoint-2", "miou": 0.5}))
+    write_card(tmp_path, told, read_split(told.dataset_name, "train"), 2, "CPU")
+    text = (tmp_path / "README.md").read_text()
+    for row in ("miou, step 2 | 0.5", "per_class sky, step 2 | 0.912", "best miou, checkpoint-2 | 0.5", "loss | 0.125"):
+        assert row in text
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [("stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m"), ("someone/model", "other")],
+)
+def test_the_license_is_that_of_the_base(tmp_path, base, expected):
+    assert license_of(base) == expected and license_of(str(tmp_path)) == "other"
+    (tmp_path / "README.md").write_text("---\ntags: [a]\nlicense: apache-2.0\n---\n# A base\n")
+    assert license_of(str(tmp_path)) == "apache-2.0"
+
+
+class FakeHub:
+    """Records what is asked of the hub."""
+
+    calls: list
+
+    def __init__(self, token=None):
+        FakeHub.calls = [("token", token)]
+
+    def create_repo(self, name, **settings):
+        FakeHub.calls.append(("create_repo", name))
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+        files = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
+        taken = [name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)]
+        FakeHub.calls.append(("upload_folder", repo_id, sorted(taken)))
+
+
+@pytest.fixture
+def published_files(run, told, tmp_path, monkeypatch):
+    """What the finished run uploads when it is told to."""
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    train(dataclasses.replace(told, push_to_hub=True))
+    assert FakeHub.calls[:2] == [("token", "hf_secret"), ("create_repo", "someone/lakes")]
+    return FakeHub.calls[2][2]
+
+
+def test_the_upload_is_weights_card_palette_and_the_newest_sheet(published_files):
+    expected = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "palette.json"]
+    assert published_files == [*expected, "validation/step-000002.png"]
+
+
+def test_a_hub_that_does_not_answer_leaves_the_finished_controlnet(run, told, tmp_path):
+    out = tmp_path / "lakes"
+    shutil.copytree(run, out)
+    (out / "config.json").unlink()
+    offline = dataclasses.replace(told, output_dir=str(out), push_to_hub=True)
+    with pytest.raises(UserError, match=f"someone/lakes: OfflineModeIsEnabled.*\n.*stands in {out}; .*same command"):
+        train(offline)
+    assert ControlNetModel.from_pretrained(out).config.conditioning_channels == 3
+
+
+def test_a_controlnet_is_written_without_the_path_that_it_came_from(run, tmp_path):
+    controlnet = ControlNetModel.from_pretrained(run)
+    assert str(run) in controlnet.to_json_string()
+    export(controlnet, tmp_path)
+    assert str(run) not in (tmp_path / "config.json").read_text()
+    again = ControlNetModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in controlnet.state_dict().items())
