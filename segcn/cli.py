@@ -28,7 +28,7 @@ COMMANDS = {
     "import": "pictures and masks, metadata files, parquet or saved datasets to a data set of this package",
     "validate": "check a data set: decode every file and report every fault with its row",
     "palette": "write a palette.json for masks that have none: a ready one, or one proposed from them",
-    "bench": "measure: the doctor against plain decoding (validate), a large metadata.csv (metadata)",
+    "bench": "measure: the doctor (validate), a large metadata.csv (metadata), training against diffusers' (train)",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
     "infer": "one mask and a prompt to one or more pictures",
     "generate": "a folder of masks, or a data set, to a data set of new images",
@@ -79,6 +79,9 @@ def do_samples(words: list[str]) -> None:
     base.add_argument("out", type=Path, help="model folder to write")
     base.add_argument("--work", type=Path, default=OUTPUTS / "base", help="where its training state is kept")
     base.add_argument("--smoke", action="store_true", help="three steps of everything, to see that it runs")
+    sd15 = kinds.add_parser("sd15", help="write a base of Stable Diffusion 1.5's size with random weights, to time")
+    sd15.add_argument("out", type=Path, help="model folder to write, 4.3 GB")
+    sd15.add_argument("--seed", type=int, default=0)
     kinds.add_parser("measure", help="measure the embedded base and its ControlNet on held-out pictures")
     if words[:1] == ["measure"]:
         return measure_base(words[1:])
@@ -92,6 +95,10 @@ def do_samples(words: list[str]) -> None:
         from segcn.samples.earth import write_earth
 
         write_earth(**options)
+    elif kind == "sd15":
+        from segcn.samples.sd15 import build_sd15
+
+        build_sd15(**options)
     else:
         from segcn.samples.base import SMOKE, BaseRecipe, build_base
 
@@ -138,6 +145,8 @@ def do_palette(words: list[str]) -> None:
 
 
 def do_bench(words: list[str]) -> None:
+    if words[:1] == ["train"]:
+        return bench_training(words[1:])
     from segcn.bench import bench_metadata, bench_validate
 
     parser = argparse.ArgumentParser(prog="segcn bench", allow_abbrev=False)
@@ -147,8 +156,20 @@ def do_bench(words: list[str]) -> None:
     validate.add_argument("--rounds", type=int, default=3, help="each of both in turns")
     metadata = kinds.add_parser("metadata", help="read and check a large metadata.csv: seconds and memory")
     metadata.add_argument("--rows", type=int, default=1_000_000)
+    kinds.add_parser("train", help="training against diffusers' train_controlnet.py: pace, memory, time to obey")
     options = vars(parser.parse_args(words))
     {"validate": bench_validate, "metadata": bench_metadata}[options.pop("kind")](**options)
+
+
+def bench_training(words: list[str]) -> None:
+    from segcn.bench_plan import BenchTrainConfig
+    from segcn.bench_train import bench_train
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the training that runs is ended
+    try:
+        bench_train(parse(BenchTrainConfig, words, "segcn bench train"))
+    except KeyboardInterrupt:
+        sys.exit("Stopped: the runs that finished are kept, and the same command goes on.")
 
 
 def do_train(words: list[str]) -> None:

@@ -20,6 +20,7 @@ COMMON = {"preset", "pretrained_model_name_or_path", "dataset_name", "output_dir
 LESSON_COMMON = {"pretrained_model_name_or_path", "output_dir"}
 NAMES = ["01_inspect_data", "02_paired_augmentation", "03_train", "04_generate", "05_evaluate"]
 LESSON = "00_embedded_base"
+BENCHMARK = "06_benchmark"
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -28,8 +29,8 @@ def code_cells(book):
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def test_there_are_a_lesson_and_five():
-    assert [path.stem for path in NOTEBOOKS] == [LESSON, *NAMES]
+def test_there_are_a_lesson_five_and_a_benchmark():
+    assert [path.stem for path in NOTEBOOKS] == [LESSON, *NAMES, BENCHMARK]
 
 
 @each_notebook
@@ -192,3 +193,49 @@ def test_the_lesson_runs_headless(tmp_path):
     told = printed(book)
     assert "stopped before" in told and "Resuming from work/vae/checkpoint-2" in told and "Warning" not in told
     assert pictures(book) == 10 and (tmp_path / "lesson" / "scratch" / "base" / "unet").is_dir()
+
+
+def run_benchmark(folder, **parameters):
+    """Notebook 06, executed with results in folder/bench."""
+    return papermill.execute_notebook(
+        str(ROOT / "notebooks" / f"{BENCHMARK}.ipynb"),
+        str(folder / "executed.ipynb"),
+        {"output_dir": str(folder / "bench"), **parameters},
+        progress_bar=False,
+        cwd=str(folder),
+        kernel_name="python3",
+    )
+
+
+def test_the_benchmark_shows_the_newest_results(tmp_path, random_base):
+    settings = {
+        "peer": "train_controlnet.py", "pretrained_model_name_or_path": str(random_base), "dataset_name": "",
+        "warmup_steps": 1, "measured_steps": 2, "resolution": 64, "train_batch_size": 8, "max_train_samples": 8,
+        "seed": 0,
+    }  # fmt: skip
+    shared = {
+        "versions": {"torch": "2"},
+        "machine": "a machine",
+        "other_load": 0.1,
+        "step_ends": [],
+        "first_step": 9.0,
+    }
+    entries = [
+        shared | {"variant": variant, "side": side, "round": 1, "began": began, "settings": settings, "peak_gib": 2.0,
+                  "samples_per_second": pace, "samples_per_second_with_start": 1.0, "seconds_per_step": 8 / pace}
+        for variant in ("ours", "same") for began, side, pace in ((1, "peer", 5.0), (2, "ours", 9.2))
+    ]  # fmt: skip
+    older = [entry | {"machine": "another", "began": 0, "samples_per_second": 77.0} for entry in entries]
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "train.json").write_text(json.dumps(older + entries))
+    book = run_benchmark(tmp_path)
+    told = printed(book)
+    assert told.count("1.84x") == 2 and "77" not in told and "GFLOP a step" in told and "Warning" not in told
+    assert pictures(book) == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_headless_without_a_peer(tmp_path):
+    book = run_benchmark(tmp_path, measured_steps=2)
+    assert "segcn --cache none" in printed(book) and pictures(book) == 1
+    assert len(json.loads((tmp_path / "bench" / "train.json").read_text())) == 2

@@ -1,0 +1,140 @@
+"""How long a training takes until what it paints obeys masks: both sides' checkpoints, scored after the run."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from segcn import checkpoint, models
+from segcn.arguments import make
+from segcn.bench_plan import BenchTrainConfig, Book, command
+from segcn.config import GenerateConfig
+from segcn.errors import UserError
+from segcn.evaluate import faithfulness
+from segcn.generate import generate_dataset
+from segcn.pipeline import Painter
+from segcn.records import Split, find_splits, read_named_split, read_split
+from segcn.segmenter import Segmenter, SegmenterConfig, train_segmenter
+from segcn.train_config import TrainConfig
+
+SHARE = 0.5  # of the ceiling, which has to be reached
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def bench_faithful(config: BenchTrainConfig, book: Book) -> list[dict]:
+    """An entry for the peer at each learning rate and for ours: at which checkpoint it obeyed, and when that stood.
+
+    The time runs from the start of the process, cache building included, to the checkpoint's weights on disk. Scoring
+    is not counted. It stops at the first checkpoint that obeys.
+    """
+    if "test" not in find_splits(config.dataset_name):
+        raise UserError(f"--until_faithful: {config.dataset_name} has no test/ with masks that are held out")
+    entries = [train_contender(config, book, *contender) for contender in contenders(config)]
+    judge = None
+    for entry in entries:
+        if "reached" not in entry:
+            judge = judge or Judge(config, book.log)
+            judge.score(entry, lambda entry=entry: book.add(entry))
+            shutil.rmtree(entry["where"])
+    return entries
+
+
+def contenders(config: BenchTrainConfig) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(title, side, words) of each run; the peer gets our share of empty captions too, as guidance needs them."""
+    ours = ("--preset", config.preset, "--checkpoints_total_limit", str(config.faithful_steps))
+    found = [("segcn at its defaults", "ours", ours)]
+    if not config.peer:
+        return [("segcn --cache none at its defaults", "peer", ours), *found]
+    empty = str(make(TrainConfig, config.preset).proportion_empty_prompts)
+    for rate in reversed(config.peer_learning_rates):
+        words = ("--learning_rate", str(rate), "--proportion_empty_prompts", empty)
+        found.insert(0, (f"diffusers at {rate:g}", "peer", words))
+    return found
+
+
+def train_contender(config: BenchTrainConfig, book: Book, title: str, side: str, words: tuple[str, ...]) -> dict:
+    """The entry of a finished run, from the book or run now; its checkpoints wait to be scored."""
+    where = config.folder / "runs" / f"faithful-{title.replace(' ', '_')}"
+    line = command(config, side, where, config.faithful_steps, config.checkpointing_steps, words)
+    scored = {"rows": config.faithfulness_rows, "share": SHARE}
+    entry = book.find(line)
+    if entry is None or entry["scored"] != scored or ("reached" not in entry and not where.is_dir()):
+        entry, timed = book.run(line, where, config.faithful_steps, title)
+        stood = {str(step): weights.stat().st_mtime - timed.began for step, weights in saved(where).items()}
+        entry |= {"title": title, "side": side, "where": str(where), "scored": scored}
+        entry |= {"stood": stood, "peak_gib": timed.peak_gib()}
+        book.add(entry)
+    return entry
+
+
+def saved(where: Path) -> dict[int, Path]:
+    """The ControlNet's weights in each checkpoint of a run by step; both sides lay them out alike."""
+    return {step: folder / "controlnet" / WEIGHTS for step, folder in checkpoint.steps(where / "out").items()}
+
+
+class Judge:
+    """A segmenter trained on the training rows, the held-out rows, and how well real images obey there."""
+
+    def __init__(self, config: BenchTrainConfig, log: Callable[[str], None]):
+        self.config, self.log = config, log
+        settings = SegmenterConfig(resolution=config.resolution)
+        train = read_split(config.dataset_name, "train")
+        self.segmenter: Segmenter = train_segmenter(train, settings, config.folder / "segmenter", log)
+        self.real: Split = read_named_split(config.dataset_name, f"test[:{config.faithfulness_rows}]")
+        self.ceiling = faithfulness(self.real, self.segmenter)["miou"]
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.base = models.load_base(config.pretrained_model_name_or_path, self.device)
+
+    def score(self, entry: dict, keep: Callable[[], None]) -> None:
+        """Paint from each checkpoint in turn until one obeys; `keep` is called when it is known which."""
+        entry |= {"ceiling": self.ceiling, "scores": {}}
+        reached = None
+        for step, weights in saved(Path(entry["where"])).items():
+            miou = self.faithfulness_of(weights.parent, Path(entry["where"]) / f"painted-{step}")
+            entry["scores"][str(step)] = miou
+            self.log(f"{entry['title']}, step {step}: mIoU {miou:.3f}, {miou / self.ceiling:.0%} of the ceiling")
+            if miou >= SHARE * self.ceiling:
+                reached = step
+                break
+        entry["reached"] = reached
+        keep()
+
+    def faithfulness_of(self, controlnet: Path, painted: Path) -> float:
+        """mIoU of the held-out masks, painted with this ControlNet."""
+        config = self.config
+        painter = Painter(
+            self.base, models.load_controlnet(controlnet).to(self.device).eval(), self.real.palette, str(controlnet)
+        )
+        settings = make(
+            GenerateConfig, config.preset, pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+            controls=str(config.dataset_name), split="test", limit=len(self.real), resolution=config.resolution,
+            seed=config.seed, output_dir=str(painted),
+        )  # fmt: skip
+        return faithfulness(read_split(generate_dataset(settings, painter, self.log)), self.segmenter)["miou"]
+
+
+def faithful_lines(config: BenchTrainConfig, entries: list[dict]) -> list[str]:
+    """A line a run, and ours against the quickest of the peer's."""
+    ceiling = entries[0]["ceiling"]
+    lines = [
+        f"Until {config.faithfulness_rows} held-out masks are obeyed (mIoU {SHARE * ceiling:.3f}, half of what real "
+        f"images reach), start-up and cache building included, looked at every {config.checkpointing_steps} steps:"
+    ]
+    lines += [f"  {entry['title']:36} {told(config, entry)}" for entry in entries]
+    peers, ours = ([seconds(entry) for entry in entries if entry["side"] == side] for side in ("peer", "ours"))
+    if min(ours) < float("inf") and min(peers) < float("inf"):
+        lines.append(f"  the quickest of the others / segcn: {min(peers) / min(ours):.2f}x the time")
+    return lines
+
+
+def seconds(entry: dict) -> float:
+    """Until its masks were obeyed; infinity where they never were."""
+    return entry["stood"][str(entry["reached"])] if entry["reached"] else float("inf")
+
+
+def told(config: BenchTrainConfig, entry: dict) -> str:
+    best = max(entry["scores"].values())
+    if entry["reached"]:
+        return f"{seconds(entry):7.0f} s, step {entry['reached']} (mIoU {best:.3f})"
+    return f"not within {config.faithful_steps} steps (best mIoU {best:.3f})"

@@ -1,0 +1,260 @@
+"""Promise: training is timed against a peer's script in turns, unchanged and by the same instrument, and goes on."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ControlNetModel
+
+from segcn import bench_faithful, bench_plan, models
+from segcn.bench_faithful import Judge
+from segcn.bench_plan import BenchTrainConfig, command, shared_start, variant_words
+from segcn.bench_train import bench_train, ratios
+from segcn.cli import do_bench, do_samples
+from segcn.errors import UserError
+from segcn.flops import caching_limit, step_tflop
+from segcn.samples import sd15
+from segcn.segmenter import SegmenterConfig
+from segcn.timed import run_timed
+
+STAND_IN = """
+import os, sys, time
+from pathlib import Path
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+value = lambda name: sys.argv[sys.argv.index("--" + name) + 1]
+out = Path(value("output_dir"))
+with (out.parents[2] / "journal.txt").open("a") as journal:
+    print("{side}", file=journal)
+held = b"x" * ({megabytes} * 2**20)
+writer = EventFileWriter(str(out / "logs" / value("report_to")))
+clock = time.time()
+for step in range(1, int(value("max_train_steps")) + 1):
+    clock += {pace}
+    if step % int(value("checkpointing_steps")) == 0:
+        weights = out / f"checkpoint-{{step}}" / "controlnet" / "diffusion_pytorch_model.safetensors"
+        weights.parent.mkdir(parents=True)
+        weights.write_text("")
+        os.utime(weights, (clock, clock))
+    loss = Summary(value=[Summary.Value(tag="loss", simple_value=0.5)])
+    writer.add_event(Event(wall_time=clock, step=step, summary=loss))
+time.sleep(0.2)
+writer.close()
+"""
+
+
+@pytest.fixture
+def bench(tmp_path, landscapes, random_base, monkeypatch):
+    """A function from settings to a config whose peer takes 20 s a step by its clock and 200 MiB, ours 10 s."""
+    for side, pace, megabytes in (("peer", 20, 200), ("ours", 10, 1)):
+        (tmp_path / f"{side}.py").write_text(STAND_IN.format(side=side, pace=pace, megabytes=megabytes))
+    monkeypatch.setattr(bench_plan, "OURS", [sys.executable, str(tmp_path / "ours.py")])
+    given = {
+        "peer": str(tmp_path / "peer.py"),
+        "pretrained_model_name_or_path": str(random_base),
+        "dataset_name": str(landscapes),
+        "output_dir": str(tmp_path / "bench"),
+        "resolution": 64,
+        "warmup_steps": 1,
+        "measured_steps": 3,
+        "variants": "same",
+    }
+    return lambda **settings: BenchTrainConfig(**given | settings)
+
+
+def journal(config):
+    path = config.folder / "journal.txt"
+    return path.read_text().split() if path.is_file() else []
+
+
+def test_sides_run_in_turns_give_ratios_and_finished_runs_are_kept(bench):
+    said = []
+    config = bench(rounds=2)
+    entries = bench_train(config, said.append)
+    assert journal(config) == ["peer", "ours", "ours", "peer"]
+    assert ratios(entries, "same", "samples_per_second") == pytest.approx([2, 2])
+    assert all(ratio < 0.6 for ratio in ratios(entries, "same", "peak_gib"))
+    assert json.loads((config.folder / "train.json").read_text()) == entries
+    assert {"command", "versions", "machine", "other_load", "step_ends"} <= entries[0].keys()
+    assert any("same optimizer" in line and line.count("x") >= 3 for line in said[-1].splitlines())
+    assert (config.folder / "train.txt").read_text().strip() in said[-1]
+    assert not list((config.folder / "runs").glob("*/"))
+    assert bench_train(bench(rounds=3), said.append)[:4] == entries
+    assert journal(config) == ["peer", "ours", "ours", "peer", "peer", "ours"]
+
+
+def test_start_up_and_saving_are_told_from_steady_steps(bench, tmp_path):
+    slow_start = (tmp_path / "ours.py").read_text().replace("clock = time.time()", "clock = time.time() + 100")
+    saving = slow_start.replace("    weights.write_text", "    clock += 1000; weights.write_text")
+    (tmp_path / "ours.py").write_text(saving)
+    entry = next(entry for entry in bench_train(bench(rounds=1), len) if entry["side"] == "ours")
+    assert entry["seconds_per_step"] == pytest.approx(10) and entry["samples_per_second"] == pytest.approx(0.8)
+    assert 110 < entry["first_step"] < 140 and 140 < 4 * 8 / entry["samples_per_second_with_start"] < 170
+
+
+def test_both_sides_get_the_same_flags(bench):
+    config = bench(max_train_samples=7)
+    lines = [command(config, side, Path("/x"), 5, 5, variant_words(config, "bf16", side)) for side in bench_plan.SIDES]
+    peer, ours = ([word for word in line if word.startswith("--")] for line in lines)
+    assert [name for name in ours if name not in peer] == ["--logging_steps", "--augment"] and set(peer) <= set(ours)
+    assert variant_words(config, "memory", "peer") == variant_words(config, "ours", "peer")
+    alone = bench(peer="")
+    other, own = (
+        command(alone, side, Path("/x"), 5, 5, variant_words(alone, "same", side)) for side in ("peer", "ours")
+    )
+    assert [word for word in " ".join(other).split("--") if word not in " ".join(own).split("--")] == ["cache none "]
+
+
+def test_both_sides_train_the_same_network(bench, random_base):
+    bench().folder.mkdir()
+    start = ControlNetModel.from_pretrained(shared_start(bench()))
+    assert start.config.conditioning_embedding_out_channels == [16, 32, 96, 256]
+    narrow = models.make_controlnet(models.load_base(random_base).unet)
+    assert narrow.num_parameters() < start.num_parameters()
+
+
+def test_interrupted_it_ends_the_training(tmp_path):
+    script = tmp_path / "forever.py"
+    script.write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_timed([sys.executable, str(script)], tmp_path / "log", tmp_path, 1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "log").read_text()), 0)
+
+
+def test_mistakes_are_named(bench, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.py: no such file"):
+        bench_train(bench(peer="nowhere.py"))
+    with pytest.raises(UserError, match=r"--variants fast: expected some of same, ours"):
+        bench_train(bench(variants="fast"))
+    (tmp_path / "peer.py").write_text("raise ImportError('this needs diffusers 9')")
+    with pytest.raises(UserError, match=r"same-peer-1: exit code 1: ImportError: this needs diffusers 9"):
+        bench_train(bench(), len)
+    (tmp_path / "peer.py").write_text("")
+    with pytest.raises(UserError, match=r"found none of step 1; see .*same-peer-1.log"):
+        bench_train(bench(), len)
+
+
+class StandInJudge(Judge):
+    """Masks are obeyed the more the later the checkpoint, at 0.004 a step; the ceiling is 0.06."""
+
+    painted: list = []  # noqa: RUF012
+
+    def __init__(self, config, log):
+        self.ceiling, self.log = 0.06, log
+
+    def faithfulness_of(self, controlnet, painted):
+        self.painted.append(controlnet.parent.parent.name)
+        return 0.004 * int(controlnet.parent.name.split("-")[1])
+
+
+def test_the_time_until_masks_are_obeyed_is_taken_from_checkpoints_scored_later(bench, monkeypatch):
+    monkeypatch.setattr(bench_faithful, "Judge", StandInJudge)
+    said = []
+    config = bench(
+        rounds=1, until_faithful=True, faithful_steps=10, checkpointing_steps=2, peer_learning_rates=[1e-5, 1e-3]
+    )
+    config = dataclasses.replace(config, variants="")
+    entries = bench_train(config, said.append)
+    assert [entry["title"] for entry in entries] == [
+        "diffusers at 1e-05",
+        "diffusers at 0.001",
+        "segcn at its defaults",
+    ]
+    assert [entry["reached"] for entry in entries] == [8, 8, 8] and len(StandInJudge.painted) == 3 * 4
+    assert [160 < entry["stood"]["8"] < 180 for entry in entries] == [True, True, False]
+    assert 80 < entries[2]["stood"]["8"] < 100
+    assert "the quickest of the others / segcn: " in said[-1]
+    assert bench_train(config, said.append) == entries
+    assert len(journal(config)) == 3 and len(StandInJudge.painted) == 3 * 4
+
+
+def test_a_checkpoint_is_scored_by_what_it_paints(bench, random_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_faithful, "SegmenterConfig", lambda **given: SegmenterConfig(steps=2, width=8, **given))
+    config = bench(faithfulness_rows=1)
+    config.folder.mkdir()
+    judge = Judge(config, len)
+    where = tmp_path / "run"
+    for step in (5, 10):
+        weights = where / "out" / f"checkpoint-{step}" / "controlnet"
+        models.make_controlnet(judge.base.unet).save_pretrained(weights)
+    judge.ceiling, entry, kept = 9.0, {"title": "a run", "where": str(where)}, []
+    judge.score(entry, lambda: kept.append(dict(entry)))
+    assert kept[0]["reached"] is None and list(kept[0]["scores"]) == ["5", "10"]
+    assert all(0 <= miou < 1 for miou in kept[0]["scores"].values())
+    assert len(list((where / "painted-10" / "images").iterdir())) == 1
+
+
+@pytest.fixture(scope="module")
+def configs_of_sd15(tmp_path_factory):
+    """The folder without its weights, and its parameters by part."""
+    folder, counts = tmp_path_factory.mktemp("sd15"), {}
+    with torch.device("meta"):
+        for name, build in sd15.PARTS.items():
+            part = build()
+            counts[name] = part.num_parameters()
+            (folder / name).mkdir()
+            (folder / name / "config.json").write_text(
+                part.config.to_json_string() if name == "text_encoder" else part.to_json_string()
+            )
+            if name == "unet":
+                counts["controlnet"] = ControlNetModel.from_unet(part).num_parameters()
+    for name in ("tokenizer", "scheduler"):
+        (folder / name).mkdir()
+    return folder, counts
+
+
+def test_the_large_base_has_the_size_of_stable_diffusion(configs_of_sd15):
+    assert configs_of_sd15[1] == {
+        "unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480, "controlnet": 361_279_120
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("resolution", "limit"), [(256, 1.58), pytest.param(512, 1.50, marks=pytest.mark.slow)])
+def test_arithmetic_limits_what_caching_can_give(configs_of_sd15, resolution, limit):
+    assert caching_limit(step_tflop(configs_of_sd15[0], resolution)) == pytest.approx(limit, abs=0.005)
+
+
+def test_the_large_base_is_written_in_the_layout_that_is_read(tmp_path, monkeypatch, random_base):
+    small = models.load_base(random_base)
+    parts = {name: lambda name=name: getattr(small, name) for name in sd15.PARTS}
+    monkeypatch.setattr(sd15, "PARTS", parts)
+    do_samples(["sd15", str(tmp_path / "large")])
+    base = models.load_base(tmp_path / "large")
+    assert base.tokenizer("a winter landscape").input_ids[1:-1] and base.tokenizer.model_max_length == 77
+    assert base.scheduler.config.prediction_type == "epsilon"
+    with pytest.raises(UserError, match="exists: choose another folder"):
+        sd15.build_sd15(tmp_path / "large")
+    monkeypatch.setattr(sd15, "SIZE", 1e18)
+    with pytest.raises(UserError, match="of free disk space"):
+        sd15.build_sd15(tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_the_real_script_is_timed_unchanged(landscapes, random_base, tmp_path):
+    if not os.environ.get("SEGCN_PEER"):
+        pytest.skip("set SEGCN_PEER=.../examples/controlnet/train_controlnet.py of diffusers to run it")
+    began = time.time()
+    words = {
+        "peer": os.environ["SEGCN_PEER"], "pretrained_model_name_or_path": random_base, "dataset_name": landscapes,
+        "output_dir": tmp_path, "resolution": 64, "rounds": 1, "measured_steps": 2, "warmup_steps": 1,
+        "variants": ",".join(bench_plan.VARIANTS),
+    }  # fmt: skip
+    do_bench(["train", *(str(word) for name, value in words.items() for word in (f"--{name}", value))])
+    entries = json.loads((tmp_path / "train.json").read_text())
+    assert len(entries) == 2 * len(bench_plan.VARIANTS)
+    assert all(entry["began"] > began and entry["samples_per_second"] > 0 for entry in entries)
+    assert "not measured" not in (tmp_path / "train.txt").read_text()
