@@ -18,6 +18,7 @@ from segcn.errors import UserError
 from segcn.examples import Examples
 from segcn.models import Base
 from segcn.records import Split
+from segcn.stamps import overlook_bad
 from segcn.train_config import TrainConfig
 from segcn.watch import Log
 
@@ -27,6 +28,14 @@ def make_dataset(config: TrainConfig, split: Split, base: Base) -> PairedDataset
     if config.resolution % base.latent_factor:
         raise UserError(f"--resolution: expected a multiple of {base.latent_factor}, found {config.resolution}")
     return PairedDataset(split, config.resolution, AugmentConfig.parse(config.augment), config.seed, config.fit)
+
+
+def overlook_bad_rows(config: TrainConfig, split: Split) -> None:
+    """Under --on_bad_sample skip:N a run goes on although files of some rows went bad since it began."""
+    run = Path(config.output_dir) / RUN_FILE
+    recorded = json.loads(run.read_text()).get("data_fingerprint") if run.is_file() else None
+    if recorded:
+        overlook_bad(split, recorded, cache_root(config), parse_limit(config.on_bad_sample))
 
 
 def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accelerator, log: Log) -> TrainConfig:

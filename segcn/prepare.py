@@ -25,10 +25,11 @@ from segcn.doctor import find_report
 from segcn.ema import averaged, make_ema
 from segcn.errors import UserError
 from segcn.examples import Examples
-from segcn.feed import cache_root, make_bad_rows, make_dataset, make_examples, settle_draws
+from segcn.feed import cache_root, make_bad_rows, make_dataset, make_examples, overlook_bad_rows, settle_draws
 from segcn.finite import FiniteCheck
 from segcn.records import Split, check_split, read_split
 from segcn.schedule import make_schedule
+from segcn.stamps import remember_stamps
 from segcn.train_config import OBSOLETE, TrainConfig, total_steps
 from segcn.trainable import check_trainable, make_optimizer, make_trainable
 from segcn.watch import Log
@@ -79,6 +80,7 @@ def prepare(config: TrainConfig) -> Run:
     log = Log(accelerator, output_dir, config.logging_steps)
     explain_obsolete(config, log)
     split = read_rows(config)
+    overlook_bad_rows(config, split)
     if accelerator.is_main_process:
         check_rows(config, split, output_dir, log)
     base = load_frozen(config, accelerator)
@@ -89,6 +91,8 @@ def prepare(config: TrainConfig) -> Run:
     dataset = make_dataset(config, split, base)
     config = settle_draws(config, dataset, base, accelerator, log)
     claim(output_dir, config, split, base, accelerator, log)
+    if accelerator.is_main_process:
+        remember_stamps(split, cache_root(config))
     start_trackers(config, accelerator)
     examples = make_examples(config, dataset, base, accelerator, log)
     bad_rows = make_bad_rows(examples, output_dir, accelerator, log)

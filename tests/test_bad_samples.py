@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from segcn import latents, models
+from segcn.arguments import arguments_of
 from segcn.augment import AUGMENTS
 from segcn.bad_samples import BadRows, first_good, parse_limit
 from segcn.dataset import PairedDataset
@@ -19,6 +22,8 @@ from segcn.errors import UserError
 from segcn.examples import Examples, Plan
 from segcn.masks import read_mask, write_mask
 from segcn.records import read_split
+from segcn.stamps import overlook_bad, remember_stamps
+from segcn.train import train
 
 ALONE = SimpleNamespace(
     is_main_process=True,
@@ -188,20 +193,82 @@ def test_strict_runs_exchange_nothing(rows, tmp_path):
     BadRows(tmp_path, 0, rows, SimpleNamespace(wait_for_everyone=lambda: None), print).seen({})
 
 
-def test_a_run_that_skips_ends_with_the_same_bytes_after_a_break(rows, quick, tmp_path, capsys):
-    """The files go bad after its first step; it is cut once more after its second."""
-    from segcn.train import train
+@pytest.fixture
+def began(rows, quick, tmp_path):
+    """A function to train for so many steps in a run folder; one step of "whole" is done, then two rows go bad."""
 
-    given = {"dataset_name": str(tmp_path / "data"), "cache": "none", "train_batch_size": 4, "checkpointing_steps": 1}
-    train(quick(tmp_path / "whole", max_train_steps=1, on_bad_sample="skip:2", **given))
-    for row in (4, 7):
-        spoil(rows, row)
+    def run(name, steps, **settings):
+        given = {"dataset_name": str(tmp_path / "data"), "cache": "none", "train_batch_size": 4}
+        train(quick(tmp_path / name, max_train_steps=steps, checkpointing_steps=1, **given | settings))
+
+    run("whole", 1)
+    first = {row for _, row in next(iter(Plan(12, 0, 0, 1, 1, 4)))}
+    bad = sorted(set(range(12)) - first)[:3:2]
+    spoil(rows, bad[0])
+    spoil(rows, bad[1], "other size")
+    return run
+
+
+def test_a_run_that_skips_ends_with_the_same_bytes_after_a_break(began, tmp_path, capsys):
+    """It is cut once more after its second step; both commands are the first one, but for skipping."""
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    printed = []
     for name, steps in (("whole", 3), ("cut", 2), ("cut", 3)):
-        train(quick(tmp_path / name, max_train_steps=steps, on_bad_sample="skip:2", **given))
-        if name == "whole":
-            assert capsys.readouterr().out.count("Bad row") == 2
+        began(name, steps, on_bad_sample="skip:2")
+        printed.append(capsys.readouterr().out.count("Bad row"))
     weights = [(tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes() for name in ("whole", "cut")]
-    assert weights[0] == weights[1] and capsys.readouterr().out.count("Bad row") == 2
-    with pytest.raises(UserError, match=r"row [47]\)"):
-        train(quick(tmp_path / "cut", max_train_steps=6, **given))
+    assert weights[0] == weights[1] and printed[0] == printed[1] + printed[2] == 2
+    for limit in ("fail", "skip:1"):
+        with pytest.raises(UserError, match=r"row \d"):
+            began("cut", 6, on_bad_sample=limit)
+
+
+@pytest.mark.parametrize(
+    ("fault", "limit", "overlooked"),
+    [("bad", 2, True), ("bad", 1, False), ("bad", 0, False), ("other content", 2, False), ("metadata", 2, False)],
+)
+def test_only_rows_gone_bad_are_overlooked_when_a_run_goes_on(rows, tmp_path, fault, limit, overlooked):
+    before = rows.split.fingerprint
+    remember_stamps(rows.split, tmp_path / "cache")
+    spoil(rows, 2, "other size"), spoil(rows, 9, "undeclared")
+    if fault == "other content":
+        shutil.copy(rows.split[1].image, rows.split[9].image)
+        shutil.copy(rows.split[1].mask, rows.split[9].mask)
+    elif fault == "metadata":
+        rows.split.metadata.write_text(rows.split.metadata.read_text().replace("landscape", "picture"))
+    split = read_split(tmp_path / "data", "train")
+    assert split.fingerprint != before
+    overlook_bad(split, before, tmp_path / "cache", limit)
+    assert (split.fingerprint == before) == overlooked
+
+
+@pytest.mark.slow
+def test_two_processes_with_workers_skip_the_rows_that_one_skips(rows, quick, tmp_path):
+    given = {
+        "dataset_name": str(tmp_path / "data"),
+        "cache": "none",
+        "on_bad_sample": "skip:2",
+        "checkpointing_steps": 1,
+    }
+
+    def two(steps):
+        config = quick(tmp_path / "two", max_train_steps=steps, train_batch_size=2, dataloader_num_workers=1, **given)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "segcn.train"]
+        done = subprocess.run([*launcher, *arguments_of(config)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    def one(steps):
+        train(quick(tmp_path / "one", max_train_steps=steps, train_batch_size=4, **given))
+
+    one(1), two(1)
+    first = {row for _, row in next(iter(Plan(12, 0, 0, 1, 1, 4)))}
+    for row in sorted(set(range(12)) - first)[:3:2]:
+        spoil(rows, row, "other size")
+    one(3)
+    assert two(3).count("Bad row") == 2
+    told = [json.loads((tmp_path / name / "bad_rows.json").read_text()) for name in ("one", "two")]
+    assert told[0] == told[1] and len(told[0]) == 2
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    for left, right in zip(*logs, strict=True):
+        assert json.loads(left)["loss"] == pytest.approx(json.loads(right)["loss"], rel=1e-4)
