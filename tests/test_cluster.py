@@ -1,6 +1,7 @@
 """Promise: the files for clusters launch one process a GPU, and a Slurm job that runs out of time goes on by itself."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import segcn
+from segcn.arguments import arguments_of
 
 CLUSTER = Path(segcn.__file__).parent / "cluster"
 SBATCH = CLUSTER / "train.sbatch"
@@ -17,12 +19,12 @@ SBATCH = CLUSTER / "train.sbatch"
 SRUN = """#!/bin/bash
 echo "$@" >> srun.said
 while [[ $1 == --* ]]; do shift; done
-SLURM_NODEID=1 "$@" & task=$!
+"$@" & task=$!
 trap 'kill -USR1 $task $(pgrep -P $task)' USR1  # as Slurm does it: to every process of the step
 while kill -0 $task 2>/dev/null; do wait $task; done
 wait $task
 """
-SCONTROL = '#!/bin/bash\necho "$@" >> scontrol.said\n[[ $1 != show ]] || printf "node7\\nnode8\\n"\n'
+SCONTROL = '#!/bin/bash\necho "$@" >> scontrol.said\n[[ $1 != show ]] || printf "localhost\\nnode8\\n"\n'
 ACCELERATE = f"""#!{sys.executable}
 import os, subprocess, sys
 open("accelerate.said", "a").write(" ".join(sys.argv[1:]) + "\\n")
@@ -69,18 +71,23 @@ def test_bash_reads_the_slurm_script_and_slurm_its_settings():
 
 @pytest.fixture
 def job(tmp_path):
-    """A function from the code of a stand-in for training to the running Slurm script, in tmp_path."""
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "accelerate": ACCELERATE}.items():
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    slurm = {"SLURM_JOB_ID": "41", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "node[7-8]"}
+    """A function from the words behind the Slurm script to that script at work in tmp_path, in a job of two nodes.
 
-    def start(worker):
-        (tmp_path / "worker.py").write_text(worker)
-        command = ["bash", str(SBATCH), "--output_dir", "a run"]
-        return subprocess.Popen(command, cwd=tmp_path, env=os.environ | slurm | {"PATH": path})
+    With a `worker`, the code of a stand-in for training, the launcher is a stand-in, too; without one both are real.
+    """
+
+    def start(*words, worker=None, nodes=2, gpus=4):
+        stand_ins = {"srun": SRUN, "scontrol": SCONTROL} | ({"accelerate": ACCELERATE} if worker is not None else {})
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "worker.py").write_text(worker or "")
+        for name, text in stand_ins.items():
+            (tmp_path / "bin" / name).write_text(text)
+            (tmp_path / "bin" / name).chmod(0o755)
+        path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        slurm = {"JOB_ID": "41", "NNODES": nodes, "GPUS_ON_NODE": gpus, "JOB_NODELIST": "n[7-8]", "NODEID": nodes - 1}
+        environment = {f"SLURM_{key}": str(value) for key, value in slurm.items()} | {"PATH": path}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(["bash", SBATCH, *words], cwd=tmp_path, env=os.environ | environment, **streams)
 
     return start
 
@@ -90,7 +97,7 @@ def said(folder, name):
 
 
 def test_a_job_out_of_time_commits_and_goes_back_into_the_queue(job, tmp_path):
-    process = job(STOPS)
+    process = job(worker=STOPS)
     while not (tmp_path / "training").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -101,13 +108,29 @@ def test_a_job_out_of_time_commits_and_goes_back_into_the_queue(job, tmp_path):
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_job_that_ends_by_itself_is_not_requeued(job, tmp_path, code):
-    assert job(f"import sys; sys.exit({code})").wait(20) == code
+    assert job(worker=f"import sys; sys.exit({code})").wait(20) == code
     assert "requeue" not in said(tmp_path, "scontrol")
 
 
 def test_a_job_starts_one_launcher_a_node_with_the_command_as_given(job, tmp_path):
-    job("").wait(20)
+    job("--output_dir", "a run", worker="").wait(20)
     launched = said(tmp_path, "accelerate")
-    for words in ("--num_machines 2", "--num_processes 8", "--machine_rank 1", "--main_process_ip node7"):
+    for words in ("--num_machines 2", "--num_processes 8", "--machine_rank 1", "--main_process_ip localhost"):
         assert words in launched
     assert launched.endswith("-m segcn.train --output_dir a run\n") and f"{CLUSTER}/two_nodes.yaml" in launched
+
+
+@pytest.mark.slow
+def test_a_real_training_of_two_processes_is_stopped_requeued_and_goes_on(job, quick, tmp_path):
+    words = [*arguments_of(quick(tmp_path / "run", checkpointing_steps=100000)), "--mixed_precision", "no"]
+    process = job(*words, "--max_train_steps", "100000", nodes=1, gpus=2)
+    while not process.stdout.readline().startswith("step 2/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 143 and "requeue 41" in said(tmp_path, "scontrol")
+    stopped = int(re.search(r"Stopped by SIGUSR1 at step (\d+)", printed)[1])
+    again = job(*words, "--max_train_steps", str(stopped + 2), nodes=1, gpus=2)
+    printed = again.communicate(timeout=300)[0]
+    assert again.returncode == 0 and f"Resuming from {tmp_path}/run/checkpoint-{stopped}" in printed
+    assert (tmp_path / "run" / "README.md").is_file() and said(tmp_path, "scontrol").count("requeue") == 1
