@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import time
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import ControlNetModel, DDPMScheduler
 from diffusers.training_utils import EMAModel
 
-from segcn import balance, models
+from segcn import balance, frozen, memory, models
 from segcn.arguments import to_json
 from segcn.augment import AugmentConfig
 from segcn.bad_samples import BadRows, parse_limit
@@ -33,8 +34,6 @@ from segcn.stamps import remember_stamps
 from segcn.train_config import OBSOLETE, TrainConfig, total_steps
 from segcn.trainable import check_trainable, make_optimizer, make_trainable
 from segcn.watch import Log
-
-WEIGHT_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
 @dataclass
@@ -54,6 +53,7 @@ class Run:
     log: Log
     repeats: np.ndarray | None  # how often each row stands in an epoch; None: once
     ema: EMAModel | None  # the average of the weights, where --use_ema asks for it
+    cache_seconds: float  # spent on the latent cache
     step: int = 0
     saved: int = 0  # the step of the newest checkpoint
     stop_signal: list[int] = field(default_factory=list)
@@ -74,11 +74,13 @@ class Run:
 def prepare(config: TrainConfig) -> Run:
     """Check data and settings, load the models, build the cache."""
     quieten()
-    config = resolve(config)
+    config, fitted = memory.fit(resolve(config), *memory.half_precision())
     output_dir = Path(config.output_dir)
     accelerator = make_accelerator(config, output_dir)
     log = Log(accelerator, output_dir, config.logging_steps)
     explain_obsolete(config, log)
+    for line in fitted:
+        log.say(line)
     split = read_rows(config)
     overlook_bad_rows(config, split)
     if accelerator.is_main_process:
@@ -94,7 +96,9 @@ def prepare(config: TrainConfig) -> Run:
     if accelerator.is_main_process:
         remember_stamps(split, cache_root(config))
     start_trackers(config, accelerator)
+    began = time.monotonic()
     examples = make_examples(config, dataset, base, accelerator, log)
+    cache_seconds = time.monotonic() - began
     bad_rows = make_bad_rows(examples, output_dir, accelerator, log)
     controlnet = make_trainable(config, base)
     optimizer = make_optimizer(config, controlnet, accelerator)
@@ -102,7 +106,7 @@ def prepare(config: TrainConfig) -> Run:
     controlnet, optimizer = accelerator.prepare(controlnet, optimizer)
     ema = make_ema(accelerator.unwrap_model(controlnet), config.ema_decay) if config.use_ema else None
     made = (controlnet, optimizer, schedule, examples, bad_rows)
-    return Run(config, accelerator, output_dir, split, base, *made, log, repeats, ema)
+    return Run(config, accelerator, output_dir, split, base, *made, log, repeats, ema, cache_seconds)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -180,16 +184,19 @@ def check_rows(config: TrainConfig, split: Split, output_dir: Path, log: Log) ->
 
 
 def load_frozen(config: TrainConfig, accelerator: Accelerator) -> models.Base:
-    """The base on this process's device in the precision of its frozen weights."""
+    """The base on this process's device, its U-Net held in --frozen_precision."""
+    held, computed = frozen.precisions(config.frozen_precision, accelerator.mixed_precision, accelerator.device)
     base = models.load_base(
         config.pretrained_model_name_or_path,
         accelerator.device,
-        WEIGHT_DTYPE[accelerator.mixed_precision],
+        computed,
         config.tokenizer_name,
         revision=config.revision,
         variant=config.variant,
     )
     base.scheduler = make_scheduler(config, base)
+    if held != computed:
+        frozen.hold(base.unet, held)
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     return base

@@ -1,6 +1,7 @@
 """Train a ControlNet on a frozen base: `accelerate launch -m segcn.train`, with the flags of diffusers' script."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -9,6 +10,7 @@ from segcn.arguments import main_guard, parse
 from segcn.examples import Plan
 from segcn.export import finish
 from segcn.objective import step_losses
+from segcn.preflight import preflight
 from segcn.prepare import Run, prepare
 from segcn.saving import catch_signals, ignore_signals, resume, save, stop_if_asked, stoppable
 from segcn.train_config import TrainConfig
@@ -16,12 +18,23 @@ from segcn.validation import paint_validation
 
 
 @stoppable()
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig) -> Path | None:
     """Train as configured and return the run folder, a ControlNet that plain diffusers opens. Resumes by itself."""
+    if config.preflight:
+        return preflight(config, learn)
     run = prepare(config)
     resume(run)
     catch_signals(run)
-    controlnet, accelerator = run.controlnet, run.accelerator
+    for stepped in learn(run):
+        if stepped:
+            look_and_save(run)
+        stop_if_asked(run)
+    return finish(run)
+
+
+def learn(run: Run) -> Iterator[bool]:
+    """Learn from each micro-batch that is left, and yield whether that completed an optimizer step."""
+    config, controlnet, accelerator = run.config, run.controlnet, run.accelerator
     controlnet.train()
     for batch in batches(run):
         run.bad_rows.seen(batch)
@@ -38,9 +51,7 @@ def train(config: TrainConfig) -> Path:
         run.log.loss(losses.mean())
         if accelerator.sync_gradients:
             count_step(run)
-            look_and_save(run)
-        stop_if_asked(run)
-    return finish(run)
+        yield accelerator.sync_gradients
 
 
 def batches(run: Run) -> DataLoader:
