@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from segcn import latents, models
+from segcn import latents, models, prepare
 from segcn.arguments import arguments_of
 from segcn.augment import AUGMENTS
 from segcn.bad_samples import BadRows, first_good, parse_limit
@@ -272,3 +272,15 @@ def test_two_processes_with_workers_skip_the_rows_that_one_skips(rows, quick, tm
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
     for left, right in zip(*logs, strict=True):
         assert json.loads(left)["loss"] == pytest.approx(json.loads(right)["loss"], rel=1e-4)
+
+
+def test_the_bad_rows_of_a_cache_are_told_once_in_the_run_folder(rows, quick, tmp_path, monkeypatch, capsys):
+    """The file goes bad between the check and the encoding; nothing that a step then sees counts it again."""
+    monkeypatch.setattr(prepare, "check_rows", lambda *_: spoil(rows, 3))
+    given = {"dataset_name": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache"), "on_bad_sample": "skip:1"}
+    for told in (1, 0):
+        run = prepare.prepare(quick(tmp_path / "run", **given))
+        for batch in DataLoader(run.examples, batch_sampler=Plan(12, 0, 0, 6, 1, 2)):
+            run.bad_rows.seen(batch)
+        assert capsys.readouterr().out.count("Bad row 3") == told
+    assert list(json.loads((tmp_path / "run" / "bad_rows.json").read_text())) == ["3"]
