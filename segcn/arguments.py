@@ -1,6 +1,7 @@
 """Settings from where they are given: presets and keywords, a command line, and back to a command line or JSON."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -41,7 +42,8 @@ def parse(kind: type[Config], arguments: list[str], program: str) -> Config:
     A token goes into the environment, where the hub's client looks for it, and never stands in a config.
     """
     if {"-h", "--help"} & set(arguments):
-        print(help_text(kind, program))
+        with contextlib.suppress(BrokenPipeError):  # --help | head
+            print(help_text(kind, program), flush=True)
         sys.exit(0)
     from transformers import HfArgumentParser
 

@@ -61,6 +61,10 @@ def test_a_training_that_accumulates_follows_its_schedule(quick, tmp_path):
     assert rates == pytest.approx([0.5e-3, 1e-3, 0.5e-3, 0])  # as they stand after each step
 
 
+def test_the_schedule_of_a_run_is_not_accelerates_which_steps_once_a_process(quick, tmp_path):
+    assert isinstance(prepare(quick(tmp_path / "run")).schedule, torch.optim.lr_scheduler.LambdaLR)
+
+
 @pytest.mark.parametrize(
     "wrong", ["cosin", "cosine:3", "piecewise_constant", "piecewise_constant:1:9,0.1:5,0.01", "piecewise_constant:a"]
 )
