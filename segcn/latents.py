@@ -26,7 +26,7 @@ from segcn.models import Base, encode_moments, encode_text, weights_digest
 from segcn.progress import Progress
 
 VERSION = 3  # of the files; another number makes other folders
-BATCH = 16  # pictures encoded at once
+BATCH = 16  # pictures of 256 px, or smaller ones, encoded at once; of larger ones as many as take the same memory
 
 
 def layout_of(dataset: PairedDataset, base: Base) -> Layout:
@@ -117,11 +117,11 @@ def _write_draws(folder, layout: Layout, dataset, base: Base, draws: int, accele
     mine = _share(layout.draws(folder, draws), accelerator)
     keys = ((draw, row) for _, draw, rows in mine for row in rows)
     told, done, bad = Progress("encoded", sum(len(rows) for _, _, rows in mine), log), 0, {}
-    samples = read_ahead(dataset, keys)
+    samples, at_once = read_ahead(dataset, keys), max(1, min(BATCH, BATCH * 256**2 // layout.resolution**2))
     for path, _, rows in mine:
         array, marks = np.zeros(len(rows), layout.entry), {}
-        for first in range(0, len(rows), BATCH):
-            chunk = array[first : first + BATCH]
+        for first in range(0, len(rows), at_once):
+            chunk = array[first : first + at_once]
             found = list(islice(samples, len(chunk)))
             marks |= {rows[first + i]: str(each) for i, each in enumerate(found) if isinstance(each, UserError)}
             _encode(chunk, found, base)

@@ -50,9 +50,10 @@ def fit(config: TrainConfig, half: str, fast: bool) -> tuple[TrainConfig, list[s
     wanted = flags | _batch(config, pictures) | ({"mixed_precision": half} if fast else {})
     given_half = config.mixed_precision if config.mixed_precision in ("fp16", "bf16") else half
     wanted |= {"frozen_precision": given_half, "cache": "latents"}
+    wanted = {name: value for name, value in wanted.items() if getattr(config, name) != value}
     fitted = {name: value for name, value in wanted.items() if not given(config, name)}
-    kept = [name for name in wanted if name not in fitted and getattr(config, name) != wanted[name]]
-    lines = [f"--memory_preset {config.memory_preset}: {_flags(fitted)}."]
+    kept = [name for name in wanted if name not in fitted]
+    lines = [f"--memory_preset {config.memory_preset}: {_flags(fitted) or 'nothing to set'}."]
     if kept:
         lines.append(f"  As given instead: {_flags({name: getattr(config, name) for name in kept})}.")
     return dataclasses.replace(config, **fitted), lines

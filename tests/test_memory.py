@@ -32,9 +32,7 @@ def test_a_preset_says_what_it_set_and_keeps_what_was_given():
     config, lines = fitted("--memory_preset", "8", "--train_batch_size", "2", "--mixed_precision", "fp16")
     assert (config.train_batch_size, config.gradient_accumulation_steps) == (2, 1)
     assert config.mixed_precision == config.frozen_precision == "fp16"
-    assert lines[0] == (
-        "--memory_preset 8: --use_8bit_adam, --gradient_checkpointing, --frozen_precision fp16, --cache latents."
-    )
+    assert lines[0] == ("--memory_preset 8: --use_8bit_adam, --gradient_checkpointing, --frozen_precision fp16.")
     assert lines[1] == "  As given instead: --mixed_precision fp16."
     assert memory.fit(config, "bf16", True)[0] == config
 
