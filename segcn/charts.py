@@ -1,26 +1,15 @@
-"""Charts: classes, captions, and the loss and pictures of a training while it runs."""
+"""Charts of a data set: its classes and its captions."""
 
-import contextlib
-import re
-import shlex
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
-from segcn.arguments import arguments_of, make
 from segcn.captions import common_words
 from segcn.dataset import PairedDataset
 from segcn.labels import IGNORE, Palette
-from segcn.launch import training_command, training_lines
 from segcn.masks import read_mask
 from segcn.records import Split
-from segcn.show import grid
-from segcn.train_config import TrainConfig
-from segcn.watch import read_log
 
 ACCENT = "#2f6db3"
 TONES = (ACCENT, "#a8a8a8", "#e8a04c")
@@ -137,115 +126,6 @@ def word_bars(captions: Sequence[str], count: int = 20) -> Figure:
     axes.set(title=f"words, by the share of {len(captions)} captions that hold them", xticks=[])
     axes.spines["bottom"].set_visible(False)
     return figure
-
-
-def loss_curve(entries: list[dict]) -> Figure:
-    """The loss of a log.jsonl over the steps, as logged and smoothed."""
-    figure = Figure(figsize=(7, 3))
-    axes = figure.add_subplot()
-    axes.set(title="training loss", xlabel="step")
-    if not entries:
-        axes.text(0.5, 0.5, "no step yet", ha="center", transform=axes.transAxes, color="#888888")
-        return figure
-    steps, losses = ([entry[name] for entry in entries] for name in ("step", "loss"))
-    axes.plot(steps, losses, color="#b9cbe0", linewidth=1, marker="." if len(steps) < 5 else "", label="logged")
-    axes.plot(steps, smooth(losses), color=ACCENT, linewidth=1.8, label="smoothed")
-    axes.legend()
-    return figure
-
-
-def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average whose start is not biased (as Adam's: Kingma and Ba 2015, arXiv:1412.6980)."""
-    mean, smoothed = 0.0, []
-    for step, value in enumerate(values, 1):
-        mean = weight * mean + (1 - weight) * value
-        smoothed.append(mean / (1 - weight**step))
-    return smoothed
-
-
-def watch(config: TrainConfig, num_processes: int = 1, every: float = 5.0) -> None:
-    """Train in processes of its own; print what they say and keep one figure of the loss and newest sheet current.
-
-    every: least seconds between two pictures. UserError if training fails.
-    """
-    from IPython.display import display
-
-    folder, shown_at = Path(config.output_dir), time.monotonic()
-    handle = display(_progress(folder), display_id=True)
-    with contextlib.closing(training_lines(config, num_processes)) as lines:
-        for line in lines:
-            print_seldom(line)
-            if time.monotonic() - shown_at > every:
-                handle.update(_progress(folder))
-                shown_at = time.monotonic()
-    handle.update(_progress(folder))
-
-
-def worth_printing(line: str, every: int = 50) -> bool:
-    """Whether a line of a training's output is kept: of the step lines, each 50th step and the last."""
-    found = re.search(r"\bstep (\d+)/(\d+)", line)
-    if found:
-        return int(found[1]) % every == 0 or found[1] == found[2]
-    return bool(line.strip()) and "%|" not in line and "Warning" not in line
-
-
-def command_text(config: TrainConfig, num_processes: int = 1) -> str:
-    """The command that `watch` starts, ready for a shell; settings that are the preset's own are left out."""
-    words = training_command(config, num_processes)
-    start = words[: words.index("segcn.train") + 1]
-    usual = _options(arguments_of(make(TrainConfig, config.preset)))
-    lines = [option for option in _options(arguments_of(config)) if option not in usual]
-    return " \\\n  ".join([shlex.join(start), f"--preset {config.preset}", *lines])
-
-
-def print_seldom(line: str) -> None:
-    """Print a line of a training's output if `worth_printing` says so."""
-    if worth_printing(line):
-        print(line, flush=True)
-
-
-def validation_sheets(folder: str | Path) -> list[Path]:
-    """validation/step-N.png of a run folder, oldest first."""
-    return sorted((Path(folder) / "validation").glob("step-*.png"))
-
-
-def validation_over_time(folder: str | Path, count: int, most: int = 6) -> Figure:
-    """The masks, and below them the pictures of `most` steps of a training, the last one among them.
-
-    count: masks side by side in a sheet.
-    """
-    sheets = validation_sheets(folder)
-    chosen = [sheets[place] for place in np.unique(np.linspace(0, len(sheets) - 1, most).round().astype(int))]
-    pictures = [np.asarray(Image.open(path)) for path in chosen]
-    side = pictures[0].shape[1] // count
-    rows = [pictures[0][:side], *(picture[side : 2 * side] for picture in pictures)]
-    names = ["mask", *(f"step {_step(path)}" for path in chosen)]
-    return grid([np.split(row, count, axis=1) for row in rows], left=names)
-
-
-def _progress(folder: Path) -> Figure:
-    """The loss so far; under it the newest validation sheet."""
-    figure, sheets = loss_curve(read_log(folder / "log.jsonl")), validation_sheets(folder)
-    if sheets:
-        picture = np.asarray(Image.open(sheets[-1]))
-        figure.set_size_inches(7, 3 + 7 * picture.shape[0] / picture.shape[1] + 0.6)
-        share = 3 / figure.get_figheight()
-        figure.axes[0].set_position([0.08, 1 - share * 0.9, 0.9, share * 0.72])
-        axes = figure.add_axes([0, 0, 1, 1 - share * 1.12])
-        axes.imshow(picture, interpolation="antialiased")
-        axes.set_title(f"step {_step(sheets[-1])}: masks, and what is painted from them")
-        axes.axis("off")
-    return figure
-
-
-def _options(words: list[str]) -> list[str]:
-    """Each option with its values as one shell text."""
-    starts = [place for place, word in enumerate(words) if word.startswith("--")]
-    return [shlex.join(words[start:end]) for start, end in zip(starts, [*starts[1:], len(words)], strict=True)]
-
-
-def _step(sheet: Path) -> int:
-    return int(sheet.stem.removeprefix("step-"))
 
 
 def _shares(mask: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from segcn.distance import (
 from segcn.errors import UserError
 from segcn.labels import IGNORE, Palette
 from segcn.records import Split, read_image, read_named_split, read_split
-from segcn.segmenter import Segmenter, SegmenterConfig, load_segmenter, predict, train_segmenter
+from segcn.segmenter import Segmenter, SegmenterConfig, load_segmenter, predict, shared_folder, train_segmenter
 
 ROWS = {
     "real": "real (ceiling)",
@@ -54,7 +54,7 @@ def evaluate(
     splits = {"real": real, "reconstructions": reconstructions, "synthetic": synthetic, "floor": floor}
     splits = {name: split for name, split in splits.items() if split is not None}
     for split in splits.values():
-        _check_classes(split, real.palette, segmenter)
+        check_classes(split, real.palette, segmenter)
     measured = {}
     for name, split in splits.items():
         measured[name] = faithfulness(split, segmenter, batch_size)
@@ -72,7 +72,7 @@ def evaluate_folders(config: EvaluateConfig, log: Callable[[str], None] = print)
     real, synthetic = read_named_split(config.real, "test"), read_split(config.synthetic)
     output = Path(config.output) if config.output else Path(config.synthetic).absolute().parent / "metrics.json"
     resolution = config.resolution or _side(synthetic, config.fit)
-    segmenter = _segmenter_for(config, real, resolution, output.parent / "segmenter", log)
+    segmenter = _segmenter_for(config, real, resolution, output.parent / "cache", log)
     others = [read_split(folder) if folder else None for folder in (config.floor, config.reconstructions)]
     metrics = evaluate(real, synthetic, segmenter, *others, inception=config.inception_weights, log=log)
     write_metrics(metrics, output)
@@ -80,7 +80,7 @@ def evaluate_folders(config: EvaluateConfig, log: Callable[[str], None] = print)
     return metrics
 
 
-def _segmenter_for(config: EvaluateConfig, real: Split, resolution: int, folder: Path, log: Callable) -> Segmenter:
+def _segmenter_for(config: EvaluateConfig, real: Split, resolution: int, cache: Path, log: Callable) -> Segmenter:
     """The one given, or one trained on the real images that are not tested on."""
     if config.segmenter:
         return load_segmenter(config.segmenter)
@@ -90,7 +90,8 @@ def _segmenter_for(config: EvaluateConfig, real: Split, resolution: int, folder:
             f"--real {config.real} has no train/ and test/: the segmenter must not be trained on the images that it is "
             "tested on. Split the data set, or give a trained segmenter by --segmenter."
         )
-    return train_segmenter(train, SegmenterConfig(resolution=resolution, seed=config.seed, fit=config.fit), folder, log)
+    settings = SegmenterConfig(resolution=resolution, seed=config.seed, fit=config.fit)
+    return train_segmenter(train, settings, shared_folder(cache, train, settings), log)
 
 
 def faithfulness(split: Split, segmenter: Segmenter, batch_size: int = 32) -> dict:
@@ -99,17 +100,23 @@ def faithfulness(split: Split, segmenter: Segmenter, batch_size: int = 32) -> di
     Intersections and unions are counted over the whole set; 255 is left out; the mean is over the classes
     that occur in the masks, the others are None in `per_class`.
     """
-    jaccard = MulticlassJaccardIndex(segmenter.num_classes, average="none", ignore_index=IGNORE)
-    for images, masks in _batches(split, segmenter, batch_size):
-        jaccard.update(predict(segmenter, images, batch_size).long(), masks.long())
+    return measure(_batches(split, segmenter, batch_size), segmenter, split.palette)
+
+
+def measure(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], segmenter: Segmenter, palette: Palette) -> dict:
+    """As `faithfulness`, of batches of (images [B, 3, R, R] in [-1, 1], masks uint8 [B, R, R])."""
+    jaccard, count = MulticlassJaccardIndex(segmenter.num_classes, average="none", ignore_index=IGNORE), 0
+    for images, masks in pairs:
+        jaccard.update(predict(segmenter, images).long(), masks.long())
+        count += len(images)
     occurs = (jaccard.confmat.sum(1) > 0).tolist()
     values = jaccard.compute().tolist()
     iou = [value if wanted else None for value, wanted in zip(values, occurs, strict=True)]
     found = [value for value in iou if value is not None]
-    classes = [label for label in split.palette.labels if not label.ignore]
+    classes = [label for label in palette.labels if not label.ignore]
     return {
         "miou": sum(found) / len(found) if found else None,
-        "images": len(split),
+        "images": count,
         "per_class": {label.name: iou[label.id] for label in classes},
     }
 
@@ -188,7 +195,8 @@ def _features(split: Split, segmenter: Segmenter, batch_size: int, extract: Call
     return torch.cat([extract(images) for images, _ in _batches(split, segmenter, batch_size)])
 
 
-def _check_classes(split: Split, palette: Palette, segmenter: Segmenter) -> None:
+def check_classes(split: Split, palette: Palette, segmenter: Segmenter) -> None:
+    """UserError where the palette is another one, or the segmenter knows another number of classes."""
     if split.palette.fingerprint != palette.fingerprint:
         raise UserError(f"{split.folder}: its palette differs from the one of the real images, {palette.names}")
     if split.palette.num_classes != segmenter.num_classes:

@@ -8,12 +8,13 @@ import time
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import ControlNetModel, DDPMScheduler
 from diffusers.training_utils import EMAModel
 
@@ -28,12 +29,15 @@ from segcn.errors import UserError
 from segcn.examples import Examples
 from segcn.feed import cache_root, make_bad_rows, make_dataset, make_examples, overlook_bad_rows, settle_draws
 from segcn.finite import FiniteCheck
+from segcn.judge import Judge, held_out_rows
 from segcn.records import Split, check_split, read_split
 from segcn.schedule import make_schedule
 from segcn.stamps import remember_stamps
 from segcn.train_config import OBSOLETE, TrainConfig, total_steps
 from segcn.trainable import check_trainable, make_optimizer, make_trainable
 from segcn.watch import Log
+
+WAIT = timedelta(hours=3)  # of the other processes, while one validates
 
 
 @dataclass
@@ -54,6 +58,8 @@ class Run:
     repeats: np.ndarray | None  # how often each row stands in an epoch; None: once
     ema: EMAModel | None  # the average of the weights, where --use_ema asks for it
     cache_seconds: float  # spent on the latent cache
+    held_out: Split | None  # rows that are painted and scored while training
+    judge: Judge | None = None  # on the main process, once it is needed
     step: int = 0
     saved: int = 0  # the step of the newest checkpoint
     stop_signal: list[int] = field(default_factory=list)
@@ -82,6 +88,7 @@ def prepare(config: TrainConfig) -> Run:
     for line in fitted:
         log.say(line)
     split = read_rows(config)
+    held_out = held_out_rows(config, split)
     overlook_bad_rows(config, split)
     if accelerator.is_main_process:
         check_rows(config, split, output_dir, log)
@@ -106,7 +113,7 @@ def prepare(config: TrainConfig) -> Run:
     controlnet, optimizer = accelerator.prepare(controlnet, optimizer)
     ema = make_ema(accelerator.unwrap_model(controlnet), config.ema_decay) if config.use_ema else None
     made = (controlnet, optimizer, schedule, examples, bad_rows)
-    return Run(config, accelerator, output_dir, split, base, *made, log, repeats, ema, cache_seconds)
+    return Run(config, accelerator, output_dir, split, base, *made, log, repeats, ema, cache_seconds, held_out)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -136,6 +143,7 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         cpu=world > 1 and not torch.cuda.is_available(),  # several processes on a CPU must be asked for
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / config.logging_dir)),
     )

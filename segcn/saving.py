@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from segcn import checkpoint, models
+from segcn.best import record_best
 from segcn.claim import release
 from segcn.ema import load_ema, save_ema
 from segcn.errors import UserError
@@ -81,7 +82,8 @@ def save(run: Run) -> None:
         folder = checkpoint.commit(
             run.output_dir, f"checkpoint-{run.step}", lambda folder: write(run, state, folder), bytes_of(run)
         )
-        checkpoint.prune(run.output_dir, run.config.checkpoints_total_limit)
+        keep = record_best(run.output_dir, run.config.checkpointing_steps)
+        checkpoint.prune(run.output_dir, run.config.checkpoints_total_limit, keep)
         run.log.say(f"Saved {folder}.")
     run.saved = run.step
     accelerator.wait_for_everyone()

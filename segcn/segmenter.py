@@ -123,6 +123,11 @@ def train_segmenter(
     return segmenter
 
 
+def shared_folder(root: str | Path, split: Split, config: SegmenterConfig) -> Path:
+    """The folder below `root` where the same rows and settings find each other's segmenter."""
+    return Path(root) / f"segmenter-{_fingerprint(split, config)}"
+
+
 def load_segmenter(folder: str | Path, device: str | None = None) -> Segmenter:
     """Read a folder that `train_segmenter` wrote, in evaluation mode; UserError if it is not whole.
 

@@ -14,7 +14,7 @@ from segcn.preflight import preflight
 from segcn.prepare import Run, prepare
 from segcn.saving import catch_signals, ignore_signals, resume, save, stop_if_asked, stoppable
 from segcn.train_config import TrainConfig
-from segcn.validation import paint_validation
+from segcn.validation import begin_validation, validate
 
 
 @stoppable()
@@ -25,6 +25,8 @@ def train(config: TrainConfig) -> Path | None:
     run = prepare(config)
     resume(run)
     catch_signals(run)
+    begin_validation(run)
+    stop_if_asked(run)
     for stepped in learn(run):
         if stepped:
             look_and_save(run)
@@ -90,9 +92,8 @@ def count_step(run: Run) -> None:
 def look_and_save(run: Run) -> None:
     """Validation pictures and checkpoints when their step has come."""
     config, last = run.config, run.step == run.total_steps
-    if config.validation_image and (run.step % config.validation_steps == 0 or last):
-        paint_validation(run)
-    if run.step % config.checkpointing_steps == 0 or last:
+    best = validate(run)
+    if best or run.step % config.checkpointing_steps == 0 or last:
         save(run)
 
 

@@ -1,6 +1,7 @@
 """What a training run tells: lines on the terminal, JSON lines in log.jsonl, trackers, validation pictures."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import torch
 
 from segcn.checkpoint import write_text
 
+LOG = "log.jsonl"
+
 
 class Log:
     """Collects losses without waiting for the device, and speaks every few steps, on the main process only."""
 
     def __init__(self, accelerator, output_dir: Path, every: int):
         self.accelerator = accelerator
-        self.path = output_dir / "log.jsonl"
+        self.path = output_dir / LOG
         self.every = every
         self.losses: list[torch.Tensor] = []
         self.norm: torch.Tensor | float = 0.0
@@ -26,7 +29,15 @@ class Log:
 
     def began(self, step: int) -> None:
         """Start the clock at a step."""
-        self.start, self.clock = step, time.monotonic()
+        self.start, self.clock, self.aside = step, time.monotonic(), 0.0
+
+    def validated(self, seconds: float) -> None:
+        """What a validation took is no time of training."""
+        self.aside += seconds
+
+    def pace(self, step: int) -> float:
+        """Seconds of training a step, since the start; infinite before the first one."""
+        return (time.monotonic() - self.clock - self.aside) / (step - self.start) if step > self.start else math.inf
 
     def loss(self, loss: torch.Tensor) -> None:
         """Remember the loss of a micro-batch."""
@@ -42,21 +53,25 @@ class Log:
             return
         mean = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
         self.losses = []
-        pace = (time.monotonic() - self.clock) / (step - self.start)
+        pace = self.pace(step)
         entry = {"step": step, "loss": mean, "learning_rate": learning_rate, "gradient_norm": float(self.norm),
                  "seconds_per_step": round(pace, 4)}  # fmt: skip
+        self.write(entry)
+        self.accelerator.log({"loss": mean, "learning_rate": learning_rate}, step=step)
+        left = (pace + self.aside / (step - self.start)) * (total - step)
+        self.say(f"step {step}/{total}  loss {mean:.4f}  {pace:.2f} s/step  {left / 60:.1f} min left")
+
+    def write(self, entry: dict) -> None:
+        """One line of log.jsonl; it holds its step."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-        self.accelerator.log({"loss": mean, "learning_rate": learning_rate}, step=step)
-        left = pace * (total - step)
-        self.say(f"step {step}/{total}  loss {mean:.4f}  {pace:.2f} s/step  {left / 60:.1f} min left")
 
     def rewind(self, step: int) -> None:
         """Drop the lines after a step, which a resumed run writes again."""
         if self.accelerator.is_main_process and self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            write_text(self.path, "".join(line + "\n" for line in lines))
+            kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def read_log(path: Path) -> list[dict]:

@@ -42,8 +42,8 @@ class Workspace:
         return self.folder / "reconstructions"
 
     @property
-    def segmenter(self) -> Path:
-        return self.folder / "segmenter"
+    def cache(self) -> Path:
+        return self.folder / "cache"
 
     @property
     def metrics(self) -> Path:

@@ -19,6 +19,7 @@ QUICK = {
     "checkpointing_steps": 3,
     "logging_steps": 1,
     "lr_scheduler": "constant",
+    "faithfulness_rows": 0,
 }
 
 

@@ -7,7 +7,7 @@ import segcn
 
 PACKAGE = Path(segcn.__file__).parent
 FLOORS = [
-    {"errors", "frozen", "seeds", "home", "loss", "captions", "progress", "geometry"},
+    {"errors", "frozen", "seeds", "home", "loss", "captions", "progress", "geometry", "convergence", "sheets"},
     {"config", "files", "checkpoint", "metadata", "timed"},
     {"labels", "train_config"},
     {"masks"},
@@ -27,13 +27,13 @@ FLOORS = [
         "bench_plan",
         "flops",
     },
-    {"generate", "watch", "doctor", "palette", "placing"},
-    {"claim", "modelcard", "draws", "examples", "launch"},
+    {"generate", "watch", "doctor", "palette", "placing", "evaluate"},
+    {"claim", "best", "judge", "modelcard", "draws", "examples", "launch"},
     {"feed"},
-    {"prepare", "infer", "evaluate", "widgets", "summary", "quarantine", "importer", "bench"},
+    {"prepare", "infer", "widgets", "summary", "quarantine", "importer", "bench"},
     {"validation", "page", "bench_faithful", "preflight", "saving", "export", "objective"},
     {"train", "charts", "samples", "report", "proof"},
-    {"workspace", "story"},
+    {"workspace", "story", "curves"},
     {"paint", "run", "bench_train"},
     {"bench_charts"},
     {"cli"},

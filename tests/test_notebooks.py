@@ -14,6 +14,7 @@ from segcn.config import ROOT
 from segcn.labels import Label, Palette
 from segcn.masks import read_mask, write_mask
 from segcn.records import check_split, read_image, read_split, write_metadata
+from segcn.segmenter import SegmenterConfig, train_segmenter
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 COMMON = {"preset", "pretrained_model_name_or_path", "dataset_name", "output_dir"}
@@ -105,9 +106,12 @@ def run(tmp_path_factory, own_data, random_base):
         "dataset_name": str(own_data / "metadata.csv"),
         "output_dir": str(folder / "out"),
     }
+    judge = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=64)
+    train_segmenter(read_split(own_data), judge, folder / "judge", lambda line: None)
+    flags = f"--validation_steps 2 --segmenter {folder / 'judge'}"
     toy = {
         "02_paired_augmentation": {"resolution": 64},
-        "03_train": {"max_train_steps": 4, "train_batch_size": 2, "resolution": 64, "validation_steps": 2},
+        "03_train": {"max_train_steps": 4, "train_batch_size": 2, "resolution": 64, "more_flags": flags},
         "04_generate": {"limit": 4, "num_inference_steps": 2, "guidance_scale": 3.0},
         "05_evaluate": {"limit": 4, "floor_limit": 1, "segmenter_steps": 3},
     }
@@ -161,6 +165,14 @@ def test_the_held_out_rows_are_said_and_not_trained_on(run, own_data):
     assert [record.caption for record in read_split(out / "generated").records] == captions[16:]
 
 
+def test_the_training_is_scored_on_the_held_out_rows_and_names_its_best_checkpoint(run):
+    out, books = run
+    told = printed(books["03_train"])
+    assert "on the 2 held-out real images (16 were asked for" in told and "is the best:" in told
+    best = json.loads((out / "controlnet" / "best.json").read_text())["checkpoint"]
+    assert ControlNetModel.from_pretrained(out / "controlnet" / best / "controlnet")
+
+
 def test_the_floor_has_the_settings_of_the_generated_set(run):
     names = ("generated", "generated_without_mask")
     made, floor = (json.loads((run[0] / name / "generation.json").read_text()) for name in names)
@@ -178,7 +190,7 @@ def test_the_runs_are_free_of_litter(run):
 
 
 def test_each_notebook_shows_pictures(run):
-    assert [pictures(book) >= least for book, least in zip(run[1].values(), (5, 3, 3, 3, 3), strict=True)] == [True] * 5
+    assert [pictures(book) >= least for book, least in zip(run[1].values(), (5, 3, 5, 3, 3), strict=True)] == [True] * 5
 
 
 def test_the_lesson_runs_headless(tmp_path):

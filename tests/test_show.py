@@ -7,7 +7,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from segcn import captions, charts, proof, show, story
+from segcn import captions, charts, curves, proof, show, story
 from segcn.arguments import make, parse
 from segcn.augment import AUGMENTS
 from segcn.balance import class_pixels, frequencies
@@ -15,6 +15,7 @@ from segcn.dataset import PairedDataset
 from segcn.labels import Label, Palette
 from segcn.records import read_split
 from segcn.segmenter import build_segmenter
+from segcn.sheets import write_sheet
 from segcn.train_config import TrainConfig
 
 PALETTE = Palette(
@@ -144,15 +145,40 @@ def test_shares_add_up_and_leave_out_the_unlabelled(train):
 
 
 def test_smoothing_starts_unbiased_and_keeps_a_constant():
-    assert charts.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
-    assert charts.smooth([5.0, 0.0])[0] == pytest.approx(5.0)
+    assert curves.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert curves.smooth([5.0, 0.0])[0] == pytest.approx(5.0)
 
 
 def test_the_loss_curve_of_nothing_and_of_something():
-    assert charts.loss_curve([]).axes[0].texts
+    assert curves.loss_curve([]).axes[0].texts
     entries = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
-    line = charts.loss_curve(entries).axes[0].lines[0]
+    line = curves.loss_curve(entries).axes[0].lines[0]
     assert list(line.get_xdata()) == list(range(1, 9))
+
+
+def test_the_curve_of_faithfulness_marks_where_it_begins_and_is_best(tmp_path):
+    shares = {0: 0.2, 50: 0.3, 100: 0.8, 150: 0.7}
+    entries = [{"step": 0, "ceiling": {"miou": 0.5, "images": 4, "per_class": {"sky": 0.9, "grass": 0.1}}}]
+    for step, share in shares.items():
+        per_class = {"sky": share, "grass": None}
+        entries.append({"step": step, "faithfulness": {"miou": share / 2, "of_ceiling": share, "per_class": per_class}})
+        entries.append({"step": step + 10, "loss": 0.3})
+    axes = curves.faithfulness_curve(entries).axes[0]
+    words = " ".join(text.get_text() for text in axes.texts)
+    assert "best: 80%" in words and "begins to obey\nat step 100" in words
+    assert [dict(zip(*line.get_data(), strict=True)) for line in axes.lines][1] == shares
+    bars = curves.class_faithfulness(entries, PALETTE).axes[0]
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["sky"] and "at step 100" in bars.get_title("left")
+    assert all(shows_something(figure) for figure in (axes.figure, bars.figure))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert len(curves.progress(tmp_path).axes) == 2 and shows_something(curves.progress(tmp_path))
+    write_sheet(tmp_path / "validation" / "step-000100.png", np.zeros((2, 3, 32, 32, 3), np.uint8))
+    assert len(curves.progress(tmp_path).axes) == 3 and shows_something(curves.progress(tmp_path))
+
+
+def test_nothing_measured_is_said():
+    for figure in (curves.faithfulness_curve([]), curves.class_faithfulness([], PALETTE)):
+        assert "not measured" in figure.axes[0].texts[0].get_text()
 
 
 def test_only_some_step_lines_are_printed():
@@ -164,21 +190,21 @@ def test_only_some_step_lines_are_printed():
         "",
         " 3%|#",
     ]
-    assert [line for line in lines if charts.worth_printing(line)] == lines[1:4]
+    assert [line for line in lines if curves.worth_printing(line)] == lines[1:4]
 
 
 def test_the_shown_command_gives_the_same_config():
     config = make(TrainConfig, "tiny", dataset_name="my data", max_train_steps=7, validation_prompt=["a b", "c"])
-    words = shlex.split(charts.command_text(config).replace("\\\n", " "))
+    words = shlex.split(curves.command_text(config).replace("\\\n", " "))
     start = words.index("segcn.train") + 1
     assert parse(TrainConfig, words[start:], "train") == config and len(words) - start < 12
 
 
 def test_validation_over_time_takes_first_and_last(tmp_path):
-    (tmp_path / "validation").mkdir()
     for step in range(10, 101, 10):
-        Image.new("RGB", (64, 64), (step, 0, 0)).save(tmp_path / "validation" / f"step-{step:06d}.png")
-    figure = charts.validation_over_time(tmp_path, count=2, most=3)
+        lines = np.full((2, 2, 32, 32, 3), step, np.uint8)
+        write_sheet(tmp_path / "validation" / f"step-{step:06d}.png", lines)
+    figure = curves.validation_over_time(tmp_path, most=3)
     words = [text.get_text() for text in figure.texts]
     assert words[0] == "mask" and words[1] == "step 10" and words[-1] == "step 100" and len(figure.axes) == 8
 

@@ -1,0 +1,236 @@
+"""Promise: a training says how well its pictures obey held-out masks, and is not disturbed by it."""
+
+import contextlib
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from segcn import checkpoint, judge, segmenter, validation
+from segcn import train as training
+from segcn.best import fractions, read_best, scores
+from segcn.config import SampleConfig
+from segcn.convergence import convergence_step
+from segcn.errors import UserError
+from segcn.masks import read_mask
+from segcn.records import read_split
+from segcn.sheets import GAP, WIDEST, read_sheet, write_sheet
+from segcn.train import train
+from segcn.watch import read_log
+
+LEARNING = {0: 0.2, 2: 0.25, 4: 0.8, 6: 0.7}  # a made-up share of the ceiling at each step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_denoising_steps():
+    """Of the sampling in this file, which is here for its flow."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(SampleConfig.PRESETS["tiny"], "num_inference_steps", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def judged(quick, landscapes, tmp_path_factory):
+    """A function from settings to the config of a run of six steps, scored at every second by a small segmenter."""
+    folder = tmp_path_factory.mktemp("segmenter") / "trained"
+    settings = segmenter.SegmenterConfig(steps=20, batch_size=4, width=8, resolution=64)
+    segmenter.train_segmenter(read_split(landscapes, "train"), settings, folder, lambda line: None)
+    watching = {"faithfulness_rows": 3, "validation_steps": 2, "segmenter": str(folder)}
+    return lambda out, **given: quick(out, **watching | given)
+
+
+@pytest.fixture(scope="module")
+def watched(judged, tmp_path_factory):
+    """A scored run and the state of the global random numbers after it."""
+    torch.manual_seed(5)
+    return train(judged(tmp_path_factory.mktemp("runs") / "watched", report_to="tensorboard")), torch.get_rng_state()
+
+
+class Scripted:
+    """Runs whose scores are LEARNING's, with nothing painted; `run` is the one that looks, `meanwhile` what happens."""
+
+    def __init__(self, patched, config):
+        self.config, self.look, self.meanwhile = config, validation.look, lambda run: None
+        patched.setattr(validation, "look", self.looked)
+        patched.setattr(judge, "paint", self.painted)
+        patched.setattr(judge, "score", self.score)
+
+    def looked(self, run):
+        self.run = run
+        return self.look(run)
+
+    def painted(self, judge_, *rest):
+        self.meanwhile(self.run)
+        return np.zeros((*judge_.masks.shape, 3), np.uint8)
+
+    def score(self, judge_, painted):
+        share = LEARNING[self.run.step]
+        return {"miou": share / 2, "of_ceiling": share, "per_class": {"sky": share, "cloud": None}}
+
+    def train(self, folder, **given):
+        return train(self.config(folder, checkpoints_total_limit=1, **given))
+
+
+@pytest.fixture(scope="module")
+def scripted(judged):
+    with pytest.MonkeyPatch.context() as patched:
+        yield Scripted(patched, judged)
+
+
+@pytest.fixture(scope="module")
+def learned(scripted, tmp_path_factory):
+    """A scripted run without a break, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        folder = scripted.train(tmp_path_factory.mktemp("runs") / "learned")
+    return folder, printed.getvalue()
+
+
+def told(folder):
+    """The log without what depends on the clock."""
+    entries = read_log(folder / "log.jsonl")
+    for entry in entries:
+        entry.pop("seconds_per_step", None)
+        entry.get("faithfulness", {}).pop("seconds", None)
+    return entries
+
+
+def weights(folder):
+    return (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("curve", "step"),
+    [
+        ([], None),
+        ([0.4], None),
+        ([0.4, 0.41, 0.4, 0.42], None),
+        ([0.4, 0.52, 0.38, 0.47, 0.5], None),
+        ([0.2, 0.22, 0.21, 0.8, 0.85, 0.83], 300),
+        ([0.2, 0.8], 100),
+        ([0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 300),
+        ([0.2, 0.7, 0.2, 0.25, 0.8, 0.8], 400),
+        ([0.2, 0.7, 0.2, 0.2], None),
+        ([0.2, 0.8, 0.8, 0.1], 100),
+        ([0.8, 0.8, 0.79], None),
+    ],
+    ids=["none", "one", "flat", "noisy", "jump", "two", "gradual", "spike", "spike alone", "collapse", "at once"],
+)
+def test_the_jump_of_a_curve_is_found(curve, step):
+    assert convergence_step(range(0, 100 * len(curve), 100), curve) == step
+
+
+def test_a_run_tells_how_well_held_out_masks_are_obeyed(watched, landscapes):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = watched
+    entries = read_log(folder / "log.jsonl")
+    assert fractions(entries)[0] == [0, 2, 4, 6]
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    (ceiling,) = (entry["ceiling"] for entry in entries if "ceiling" in entry)
+    assert ceiling["images"] == 3 and ceiling["miou"] > 0
+    for score in scores(entries).values():
+        assert score["of_ceiling"] == pytest.approx(score["miou"] / ceiling["miou"], abs=1e-3)
+        assert score["per_class"].keys() == ceiling["per_class"].keys() and score["seconds"] > 0
+    events = EventAccumulator(str(next((folder / "logs").rglob("events*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("faithfulness/of_ceiling")] == [0, 2, 4, 6]
+    assert "faithfulness/sky" in events.Tags()["scalars"] and "validation" in events.Tags()["images"]
+
+
+def test_the_sheet_of_a_scored_run_shows_its_first_rows(watched, landscapes):
+    split = read_split(landscapes, "test")
+    masks, painted = read_sheet(watched[0] / "validation" / "step-000004.png")
+    for row, mask in enumerate(masks):
+        assert (mask == split.palette.table[read_mask(split[row].mask, split.palette)]).all()
+    assert len(painted) == 3 and all(picture.std() > 0 for picture in painted)
+
+
+def test_a_scored_run_ends_with_the_weights_of_one_that_is_not(watched, quick, tmp_path):
+    folder, state = watched
+    torch.manual_seed(5)
+    assert weights(train(quick(tmp_path / "blind"))) == weights(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    losses = [[entry["loss"] for entry in told(run) if "loss" in entry] for run in (folder, tmp_path / "blind")]
+    assert losses[0] == losses[1]
+
+
+def test_half_precision_paints_and_scores(judged, tmp_path):
+    AcceleratorState._reset_state()
+    out = train(judged(tmp_path / "out", mixed_precision="bf16", max_train_steps=1, use_ema=True))
+    AcceleratorState._reset_state()
+    assert list(scores(told(out))) == [0, 1]
+
+
+def test_the_best_checkpoint_is_kept_and_named(learned):
+    folder, printed = learned
+    assert list(checkpoint.steps(folder)) == [4, 6] and checkpoint.problem(folder / "checkpoint-4") is None
+    assert read_best(folder) == {"step": 4, "checkpoint": "checkpoint-4", "miou": 0.4, "of_ceiling": 0.8}
+    assert "Faithfulness on 3 rows every 2 steps: about" in printed and "s each, 3 times." in printed
+    assert "at step 4: mIoU 0.400, 80% of the ceiling, the best so far." in printed
+    assert printed.count("The ControlNet began to obey the masks at step 4.") == 1
+
+
+def test_a_scored_run_that_was_killed_tells_the_same(scripted, learned, tmp_path):
+    cut, (whole, _) = tmp_path / "cut", learned
+    with pytest.MonkeyPatch.context() as patched:
+
+        def killed(run):
+            if run.step == 4:
+                raise RuntimeError("killed after the validation, before the checkpoint")
+            save(run)
+
+        save = training.save
+        patched.setattr(training, "save", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            scripted.train(cut)
+    assert 4 in scores(told(cut)) and read_best(cut)["step"] == 2
+    scripted.train(cut)
+    assert told(cut) == told(whole) and read_best(cut) == read_best(whole) and weights(cut) == weights(whole)
+    scripted.train(cut, resume_from_checkpoint="checkpoint-4")
+    assert told(cut) == told(whole) and read_best(cut) == read_best(whole)
+
+
+def test_a_signal_ends_a_validation_that_is_made_up_for_later(scripted, learned, tmp_path):
+    cut, (whole, _) = tmp_path / "cut", learned
+    scripted.meanwhile = lambda run: run.stop_signal.append(15) if run.step == 4 else None
+    with pytest.raises(SystemExit):
+        scripted.train(cut)
+    scripted.meanwhile = lambda run: None
+    assert list(scores(told(cut))) == [0, 2] and list(checkpoint.steps(cut)) == [2, 4]
+    scripted.train(cut)
+    assert told(cut) == told(whole) and read_best(cut) == read_best(whole)
+
+
+def test_without_held_out_rows_nothing_begins(judged, landscapes, tmp_path):
+    given = {"dataset_name": str(landscapes / "train")}
+    with pytest.raises(UserError, match=r"no test split in .*--max_train_samples N.*--faithfulness_rows 0"):
+        train(judged(tmp_path / "out", **given))
+    assert not (tmp_path / "out").exists()
+    config, split = judged("x", **given, max_train_samples=10), read_split(landscapes, "train")
+    trained = dataclasses.replace(split, records=split.records[:10])
+    assert [record.row for record in judge.held_out_rows(config, trained).records] == [10, 11]
+
+
+def test_a_segmenter_of_another_resolution_is_refused(judged, tmp_path):
+    with pytest.raises(UserError, match=r"expected one trained at 32 pixels a side.*found 64"):
+        train(judged(tmp_path / "out", resolution=32))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_segmenter_serves_all_runs_on_the_same_rows(quick, landscapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "SegmenterConfig", lambda **given: segmenter.SegmenterConfig(steps=2, width=8, **given))
+    config, split, said = quick("x", faithfulness_rows=2), read_split(landscapes, "train"), []
+    held_out = judge.held_out_rows(config, split)
+    first, again = (judge.open_judge(config, held_out, split, tmp_path, "cpu", said.append) for _ in range(2))
+    assert len(list(tmp_path.iterdir())) == 1 and "reused" in said[-1] and first.ceiling == again.ceiling
+    assert first.masks.shape == (2, 64, 64) and first.ceiling["images"] == 2
+
+
+def test_a_sheet_keeps_its_pictures_apart_and_its_size(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), np.uint8)
+    assert write_sheet(tmp_path / "sheet.png", pictures).shape == (32 + GAP, 48 + 2 * GAP, 3)
+    assert (np.array(read_sheet(tmp_path / "sheet.png")) == pictures).all()
+    large = write_sheet(tmp_path / "large.png", np.zeros((3, 9, 512, 512, 3), np.uint8))
+    assert large.shape[1] <= WIDEST and large.shape[0] < 2 * WIDEST and len(read_sheet(tmp_path / "large.png")) == 6
