@@ -4,6 +4,7 @@ import dataclasses
 import json
 import statistics
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.figure import Figure
 
@@ -19,7 +20,7 @@ def measured(config: BenchTrainConfig) -> tuple[BenchTrainConfig, list[dict]]:
     """The runs measured last, and their settings; run now where a peer is named, or none stand in output_dir."""
     path = config.folder / "train.json"
     if config.peer or not newest(path):
-        bench_train(config)
+        bench_train(config, log=lambda text: None if "\n" in text else print(text))  # the table has its own cell
     entries = newest(path)
     variants = dict.fromkeys(entry["variant"] for entry in entries)
     rounds = max(entry["round"] for entry in entries)
@@ -35,7 +36,7 @@ def newest(path: Path) -> list[dict]:
 
 
 def bars(config: BenchTrainConfig, entries: list[dict], limit: float) -> Figure:
-    """Both sides of each variant; on ours its ratio to the other; dashes: the other's pace times `limit`."""
+    """Both sides of each variant; in ours its ratio to the other; dashes: the other's pace times `limit`."""
     shown = [name for name in config.chosen if list(pairs_of(entries, name))]
     figure = Figure(figsize=(max(8, 3.2 * len(shown)), 3.6))
     for axes, (measure, title) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
@@ -49,8 +50,8 @@ def bars(config: BenchTrainConfig, entries: list[dict], limit: float) -> Figure:
                     ends = (place - 0.4, place + 0.4)
                     axes.hlines(values[0] * limit, *ends, colors="black", linestyles="dashed", linewidth=1)
         axes.set_title(title)
-        axes.set_xticks(range(len(shown)), [VARIANTS[name].text.replace(" (", "\n(") for name in shown], fontsize=8)
-        axes.margins(y=0.18)
+        axes.set_xticks(range(len(shown)), [fill(VARIANTS[name].text, 17) for name in shown], fontsize=8)
+        axes.margins(y=0.06)
     _legend(figure, config, limit)
     figure.tight_layout(rect=(0, 0, 1, 0.9))
     return figure
@@ -63,12 +64,14 @@ def arithmetic(config: BenchTrainConfig) -> tuple[dict[str, float], float]:
 
 
 def _pair(axes, place: float, values: list[float], ratio: float) -> None:
-    """Two bars with their values; above the second its ratio to the first."""
-    for side, (value, tone) in enumerate(zip(values, (TONES[1], TONES[0]), strict=True)):
-        axes.bar(place + 0.4 * side - 0.2, value, 0.38, color=tone)
-        text = f"{value:.3g}" + (f"\n{ratio:.2f}x" if side else "")
-        axes.annotate(text, (place + 0.4 * side - 0.2, value), (0, 3), textcoords="offset points", ha="center",
-                      va="bottom", weight="bold" if side else "normal")  # fmt: skip
+    """Two bars with their values at their feet, where no dashes are; in the second its ratio to the first, bold."""
+    for side, (value, tone, ink) in enumerate(zip(values, (TONES[1], TONES[0]), ("black", "white"), strict=True)):
+        middle = place + 0.4 * side - 0.2
+        axes.bar(middle, value, 0.38, color=tone)
+        style = {"textcoords": "offset points", "ha": "center", "color": ink}
+        axes.annotate(f"{value:.3g}", (middle, 0), (0, 6), **style)
+        if side:
+            axes.annotate(f"{ratio:.2f}x", (middle, 0), (0, 22), weight="bold", fontsize=13, **style)
 
 
 def _legend(figure: Figure, config: BenchTrainConfig, limit: float) -> None:

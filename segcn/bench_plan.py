@@ -44,7 +44,7 @@ VARIANTS = {
     "same": Variant("same optimizer (plain AdamW)", (), ("--no_fused_adam",)),
     "ours": Variant("segcn's defaults (fused AdamW)"),
     "8bit": Variant("8-bit AdamW on both", ("--use_8bit_adam",), ("--use_8bit_adam",)),
-    "memory": Variant("--memory_preset 8 of segcn", (), ("--memory_preset", "8")),
+    "memory": Variant("segcn with --memory_preset 8", (), ("--memory_preset", "8")),
     "bf16": Variant("bf16 on both", ("--mixed_precision", "bf16"), ("--mixed_precision", "bf16")),
 }
 

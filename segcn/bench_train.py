@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from segcn.bench_faithful import bench_faithful, faithful_lines
 from segcn.bench_plan import SIDES, VARIANTS, BenchTrainConfig, Book, check, command, variant_words
 from segcn.checkpoint import write_text
+from segcn.errors import UserError
+from segcn.records import read_split
 from segcn.timed import Timed
 from segcn.workspace import sample_landscapes
 
@@ -26,6 +28,9 @@ def bench_train(config: BenchTrainConfig, log: Callable[[str], None] = print) ->
     """
     check(config)
     config = dataclasses.replace(config, dataset_name=config.dataset_name or str(sample_landscapes()))
+    rows = len(read_split(config.dataset_name, "train"))
+    if rows < (config.max_train_samples or 0):
+        raise UserError(f"--max_train_samples {config.max_train_samples}: {config.dataset_name} has {rows} rows")
     config.folder.mkdir(parents=True, exist_ok=True)
     book = Book(config, log)
     pairs = bench_pairs(config, book)
@@ -122,10 +127,10 @@ def remarks(config: BenchTrainConfig, entries: list[dict]) -> list[str]:
     versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
     lines = [
         "",
-        f"Medians of {config.rounds} rounds; ratio: segcn / {config.names['peer']}, taken in each round.",
-        f"samples/s: steps {config.warmup_steps + 1} to {config.warmup_steps + config.measured_steps} of batch "
-        f"{config.train_batch_size} at {config.resolution} pixels; with start-up: all of them from the start of the "
-        "process, cache building included.",
+        f"Medians of {config.rounds} round(s); ratio: segcn / {config.names['peer']}, taken in each round.",
+        f"samples/s: steps {config.warmup_steps + 1} to {config.warmup_steps + config.measured_steps}, batch "
+        f"{config.train_batch_size}, {config.resolution} pixels.",
+        "with start-up: from the start of the process, cache building included.",
         "peak GiB: VmHWM of the process, a checkpoint included.",
         *(line for variant in config.chosen for line in paid_back(entries, variant)),
         first["machine"],
@@ -143,9 +148,11 @@ def paid_back(entries: list[dict], variant: str) -> Iterator[str]:
     if pairs:
         start = statistics.median(ours["first_step"] - peer["first_step"] for peer, ours in pairs)
         gain = statistics.median(peer["seconds_per_step"] - ours["seconds_per_step"] for peer, ours in pairs)
-        when = f"ahead after {max(1, round(1 + start / gain))} steps" if gain > 0 else "never ahead"
+        begins = f"segcn's first step ends {abs(start):.1f} s {'later' if start > 0 else 'earlier'}"
+        if start > 0:
+            begins += f", it is ahead after {1 + start / gain:.0f} steps" if gain > 0 else ", it is never ahead"
         listed = ", ".join(f"{ratio:.2f}" for ratio in ratios(entries, variant, "samples_per_second"))
-        yield f"{variant}: samples/s {listed} in the rounds; segcn's first step ends {start:+.1f} s later; {when}."
+        yield f"{variant}: samples/s {listed} in the rounds; {begins}."
 
 
 def number_of(value: float | None) -> str:

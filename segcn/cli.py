@@ -165,7 +165,8 @@ def bench_training(words: list[str]) -> None:
     from segcn.bench_plan import BenchTrainConfig
     from segcn.bench_train import bench_train
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the training that runs is ended
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: the training that runs is ended
     try:
         bench_train(parse(BenchTrainConfig, words, "segcn bench train"))
     except KeyboardInterrupt:

@@ -140,6 +140,10 @@ def test_mistakes_are_named(bench, tmp_path):
         bench_train(bench(peer="nowhere.py"))
     with pytest.raises(UserError, match=r"--variants fast: expected some of same, ours"):
         bench_train(bench(variants="fast"))
+    with pytest.raises(UserError, match=r"--max_train_samples 99: .*landscapes has 12 rows"):
+        bench_train(bench(max_train_samples=99))
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        bench_train(bench(dataset_name="nowhere"))
     (tmp_path / "peer.py").write_text("raise ImportError('this needs diffusers 9')")
     with pytest.raises(UserError, match=r"same-peer-1: exit code 1: ImportError: this needs diffusers 9"):
         bench_train(bench(), len)
