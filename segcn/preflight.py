@@ -146,8 +146,9 @@ def report(run: Run, config: TrainConfig, seen: list[Seen], before: int) -> list
 
 
 def budget(config: TrainConfig, device: torch.device) -> int:
-    """Bytes that the training may take: the device's, or those of --memory_preset where that is less."""
-    return min(memory.total_bytes(device), (config.memory_preset or math.inf) * GB)
+    """Bytes that a process may take: the device's, or those of --memory_preset where that is less."""
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    return min(memory.total_bytes(device) // sharers, (config.memory_preset or math.inf) * GB)
 
 
 def times(run: Run, config: TrainConfig, shown: Seen) -> list[str]:

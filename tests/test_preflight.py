@@ -65,6 +65,13 @@ def test_the_proposed_batch_fits_by_the_measured_slope_and_keeps_the_effective_b
     assert (size, slope) == (expected, 2 * GB)
 
 
+def test_processes_share_the_memory_of_a_processor(monkeypatch):
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 24 * GB)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert preflight.budget(TrainConfig(), torch.device("cpu")) == 12 * GB
+    assert preflight.budget(TrainConfig(memory_preset=8), torch.device("cpu")) == 8 * GB
+
+
 def test_a_batch_whose_memory_ran_out_is_not_proposed():
     seen = [Seen(1, 5 * GB, 1.0), Seen(4, None, math.nan)]
     assert best_batch(TrainConfig(train_batch_size=4), seen, 24 * GB, GB) == (1, None)
