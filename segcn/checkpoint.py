@@ -59,7 +59,7 @@ def commit(output_dir: Path, name: str, write: Callable[[Path], None], needed: i
 def _seal(folder: Path) -> None:
     """Write the manifest and bring every file and folder to the disk."""
     hashes = {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)}
-    (folder / MANIFEST).write_text(_manifest(hashes))
+    (folder / MANIFEST).write_bytes(_manifest(hashes))
     for path in [*_files(folder), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
         _fsync(path)
 
@@ -98,11 +98,11 @@ def problem(folder: Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return "has no manifest: it was never finished"
     try:
-        text = (folder / MANIFEST).read_text()
-        hashes = json.loads(text)
+        written = (folder / MANIFEST).read_bytes()
+        hashes = json.loads(written)
     except (ValueError, OSError):
         return f"{MANIFEST} is not readable JSON"
-    if not hashes or text != _manifest(hashes):
+    if not hashes or written != _manifest(hashes):
         return f"{MANIFEST} is not as it was written"
     return _wrong_file(folder, hashes)
 
@@ -219,8 +219,8 @@ def aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.staged")
 
 
-def _manifest(hashes: dict[str, str]) -> str:
-    return json.dumps(hashes, indent=1, sort_keys=True)
+def _manifest(hashes: dict[str, str]) -> bytes:
+    return json.dumps(hashes, indent=1, sort_keys=True).encode()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -96,9 +96,9 @@ def failure(said: list[str], last: str, report: str, code: int) -> BaseException
 
 def cause(report: str) -> tuple[int, int, str]:
     """(rank, exit code or minus the signal, " (pid N)" where known) of the first process that died; else code 0."""
-    elastic = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)( \(pid: \d+\))", report, re.DOTALL)
+    elastic = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+) \(pid: (\d+)\)", report, re.DOTALL)
     if elastic:
-        return int(elastic[1]), int(elastic[2]), elastic[3]
+        return int(elastic[1]), int(elastic[2]), f" (pid {elastic[3]})"
     died = re.search(r"died with <Signals\.\w+: (\d+)>", report)
     ended = re.search(r"non-zero exit status (\d+)", report)
     return 0, -int(died[1]) if died else int(ended[1]) if ended else 0, ""

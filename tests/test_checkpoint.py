@@ -1,62 +1,202 @@
 """Promise: a checkpoint stands whole or not at all, and a damaged one is named and skipped."""
 
+import errno
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+
 import pytest
 import torch
+from kills import die_at, forked, mount_small_disk
+from safetensors.torch import save_file
 
 from segcn import checkpoint
 from segcn.errors import UserError
 
+FILES = ("config.json", "controlnet/weights", "state.json")
 
-def commit(folder, step):
-    return checkpoint.commit(folder, f"checkpoint-{step}", lambda stage: (stage / "weights").write_text(f"{step}"))
+
+def commit(folder, step, told="", strike=lambda: None):
+    """A checkpoint of three files that hold what is told, each written in two halves."""
+
+    def write(stage):
+        for name in FILES:
+            (stage / name).parent.mkdir(exist_ok=True)
+            with (stage / name).open("w") as file:
+                file.write((told or str(step)) + " first,")
+                file.flush()
+                strike()
+                file.write((told or str(step)) + " second")
+
+    return checkpoint.commit(folder, f"checkpoint-{step}", write)
+
+
+def told(folder):
+    """What a checkpoint of `commit` was told, in all of its files."""
+    (text,) = {(folder / name).read_text() for name in FILES}
+    (word,) = {part.split()[0] for part in text.split(",")}
+    return word
+
+
+def killed_commit(folder, step, word, kill):
+    """Commit and prune in a process that dies at its kill-th change to the disk; whether it did."""
+
+    def work():
+        strike = die_at(kill)
+        commit(folder, step, word, strike)
+        checkpoint.prune(folder, 1)
+
+    code = forked(work)
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def hidden(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["replacing", "new"])
+def test_killed_at_any_write_fsync_or_rename_the_old_checkpoint_or_the_new_one_stands(tmp_path, step):
+    seen = set()
+    for kill in itertools.count(1):
+        folder = tmp_path / str(kill)
+        commit(folder, 1), commit(folder, 2, "old")
+        killed = killed_commit(folder, step, "new", kill)
+        seen.add(told(checkpoint.find_latest(folder, pytest.fail)))
+        commit(folder, 9)
+        assert not hidden(folder)
+        if not killed:
+            break
+    assert seen == {"old", "new"} and kill > 20
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_in_one_folder_lose_no_checkpoint(tmp_path):
+    commit(tmp_path, 1, "0")
+    standing, kills, draw = {"0"}, 0, random.Random(0)
+    for number in itertools.count(1):
+        kills += killed_commit(tmp_path, draw.choice([number, max(checkpoint.steps(tmp_path), default=1)]),
+                               str(number), draw.randrange(1, 40))  # fmt: skip
+        if draw.random() < 0.5:  # the next commit must cope as well as the next resume
+            now = told(checkpoint.find_latest(tmp_path, pytest.fail))
+            assert now in standing | {str(number)}
+            standing = {now}
+        else:
+            standing.add(str(number))
+        if kills == 200:
+            break
+    assert checkpoint.problem(checkpoint.find_latest(tmp_path, pytest.fail)) is None
 
 
 def test_the_newest_whole_checkpoint_is_found_and_a_damaged_one_named(tmp_path):
     commit(tmp_path, 2), commit(tmp_path, 10)
-    (tmp_path / "checkpoint-10" / "weights").write_text("flipped")
+    (tmp_path / "checkpoint-10" / "state.json").write_text("flipped")
     said = []
     assert checkpoint.find_latest(tmp_path, said.append) == tmp_path / "checkpoint-2"
-    assert "checkpoint-10" in said[0] and "weights" in said[0]
+    assert "checkpoint-10" in said[0] and "state.json" in said[0]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "no manifest", "bad manifest"])
-def test_every_kind_of_damage_is_seen(tmp_path, damage):
+@pytest.mark.parametrize("name", [*FILES, checkpoint.MANIFEST])
+def test_a_file_that_is_cut_gone_or_changed_in_any_byte_is_seen(tmp_path, name):
     folder = commit(tmp_path, 1)
+    path = folder / name
+    good = path.read_bytes()
     assert checkpoint.problem(folder) is None
-    if damage == "truncate":
-        (folder / "weights").write_text("")
-    elif damage == "delete":
-        (folder / "weights").unlink()
-    elif damage == "no manifest":
-        (folder / checkpoint.MANIFEST).unlink()
-    else:
-        (folder / checkpoint.MANIFEST).write_text("{")
+    for place, flip in itertools.product(range(len(good)), (0x01, 0x07, 0x20, 0x80)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ flip]) + good[place + 1 :])
+        assert checkpoint.problem(folder), f"{name}: byte {place} ^ {flip}"
+    for length in range(len(good)):
+        path.write_bytes(good[:length])
+        assert checkpoint.problem(folder), f"{name}: cut to {length}"
+    path.unlink()
+    assert checkpoint.problem(folder)
+
+
+def test_a_file_that_the_manifest_leaves_out_is_seen_and_a_hidden_one_allowed(tmp_path):
+    folder = commit(tmp_path, 1)
+    (folder / ".DS_Store").touch()
+    assert checkpoint.problem(folder) is None
+    manifest = folder / checkpoint.MANIFEST
+    hashes = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({name: hashes[name] for name in FILES[:2]}, indent=1, sort_keys=True))
+    assert checkpoint.problem(folder) == "state.json is not in manifest.json"
+    manifest.write_text("{}")
     assert checkpoint.problem(folder)
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_restart(tmp_path):
-    (commit(tmp_path, 1) / "weights").unlink()
+    (commit(tmp_path, 1) / "state.json").unlink()
     with pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
         checkpoint.find_latest(tmp_path, print)
     assert checkpoint.find_latest(tmp_path / "empty", print) is None
 
 
-def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space"),
+        OSError(errno.EDQUOT, "quota"),
+        Exception("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_disk_that_fills_leaves_the_previous_checkpoint_and_is_named(tmp_path, error):
     commit(tmp_path, 1)
 
     def fail(stage):
         (stage / "weights").write_text("half")
-        raise OSError("disk full")
+        raise error
 
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"checkpoint-2 cannot be written: it needs 1,000 bytes, [\d,]+ bytes are free"):
+        checkpoint.commit(tmp_path, "checkpoint-2", fail, 1000)
+    assert checkpoint.find_latest(tmp_path) == tmp_path / "checkpoint-1" and not hidden(tmp_path)
+
+
+def test_a_disk_too_small_is_seen_before_the_first_byte(tmp_path, monkeypatch):
+    commit(tmp_path, 1)
+    usage = shutil._ntuple_diskusage(10_000, 9_000, 1_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="it needs 1,001 bytes, 1,000 bytes are free"):
+        checkpoint.commit(tmp_path, "checkpoint-2", pytest.fail, 1001)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_on_a_real_disk_that_is_full_the_error_names_it(tmp_path):
+    weights = {"weight": torch.zeros(2**19)}  # 2 MiB
+
+    def work():
+        if not mount_small_disk(tmp_path, 2**20):
+            return os._exit(77)
+        commit(tmp_path, 1)
+        with pytest.raises(UserError, match=r"it needs more bytes than are free, [\d,]+ bytes are free"):
+            checkpoint.commit(tmp_path, "checkpoint-2", lambda stage: save_file(weights, stage / "weights.safetensors"))
+        assert checkpoint.find_latest(tmp_path) == tmp_path / "checkpoint-1" and not hidden(tmp_path)
+
+    code = forked(work)
+    if code == 77:
+        pytest.skip("this system lets nobody mount a small disk")
+    assert code == 0
+
+
+def test_another_failure_of_a_save_goes_on_as_it_is(tmp_path):
+    def fail(stage):
+        raise ValueError("a tensor of ours")
+
+    with pytest.raises(ValueError, match="a tensor of ours"):
         checkpoint.commit(tmp_path, "checkpoint-2", fail)
-    assert checkpoint.find_latest(tmp_path) == tmp_path / "checkpoint-1"
+    assert not list(tmp_path.iterdir())
 
 
-def test_prune_keeps_the_newest(tmp_path):
+def test_prune_keeps_the_newest_and_the_named(tmp_path):
     for step in (1, 2, 3, 10):
         commit(tmp_path, step)
+    checkpoint.prune(tmp_path, 2, keep=["checkpoint-1"])
+    assert list(checkpoint.steps(tmp_path)) == [1, 3, 10]
     checkpoint.prune(tmp_path, 2)
+    assert list(checkpoint.steps(tmp_path)) == [3, 10]
+    checkpoint.prune(tmp_path, None)
     assert list(checkpoint.steps(tmp_path)) == [3, 10]
 
 

@@ -1,0 +1,316 @@
+"""Promise: killed or stopped anywhere, the same command ends with the same bytes; a run folder belongs to one run."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from diffusers import ControlNetModel
+from kills import forked, train_quietly, warm_context
+
+from segcn import checkpoint, claim
+from segcn import train as training
+from segcn.arguments import arguments_of
+from segcn.errors import UserError
+from segcn.train import train
+
+ODD = {"gradient_accumulation_steps": 2, "logging_steps": 4, "use_ema": True}  # no line falls on a checkpoint
+
+
+@pytest.fixture(scope="module")
+def straight(quick, tmp_path_factory):
+    """A finished run of six steps without a break."""
+    return train(quick(tmp_path_factory.mktemp("runs") / "straight", **ODD))
+
+
+@pytest.fixture(scope="module")
+def warm():
+    return warm_context()
+
+
+def weights(folder):
+    return (Path(folder) / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def log_of(folder):
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds_per_step"} for line in lines]
+
+
+def names(folder):
+    return {path.name for path in Path(folder).iterdir() if "checkpoint" in path.name}
+
+
+def assert_same(run, other):
+    """Both runs ended with the same bytes: weights, optimizer, average, schedule, pending losses, log."""
+    assert weights(run) == weights(other) and log_of(run) == log_of(other)
+    last = max(checkpoint.steps(run).values(), key=lambda folder: int(folder.name.split("-")[1])).name
+    for path in (run / last).rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (other / last / path.relative_to(run / last)).read_bytes(), path
+
+
+def send_at(monkeypatch, micro_batch, number=signal.SIGTERM):
+    """Send this process a signal while it computes its n-th micro-batch from here on; returns the losses it made."""
+    losses, compute = [], training.step_losses
+
+    def step_losses(run, batch):
+        losses.append(compute(run, batch))
+        if len(losses) == micro_batch:
+            os.kill(os.getpid(), number)
+        return losses[-1]
+
+    monkeypatch.setattr(training, "step_losses", step_losses)
+    return losses
+
+
+def stopped(config):
+    """Train until a signal ends it with exit code 143."""
+    with pytest.raises(SystemExit) as caught:
+        train(config)
+    assert caught.value.code == 143
+
+
+@pytest.mark.parametrize("number, at, workers", [(signal.SIGTERM, 7, 0), (signal.SIGUSR1, 9, 2)])
+def test_a_signal_amid_an_accumulated_step_saves_the_step_before_it(
+    quick, straight, tmp_path, monkeypatch, number, at, workers
+):
+    config = quick(tmp_path / "out", **ODD, dataloader_num_workers=workers)
+    with monkeypatch.context() as patch:
+        losses = send_at(patch, at, number)
+        stopped(config)
+    step = at // 2
+    assert len(losses) == at and names(config.output_dir) == {"checkpoint-3", f"checkpoint-{step}"}
+    state = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "state.json").read_text())
+    unsaid = [loss.mean().item() for loss in losses[: step * 2]] if step < 4 else []  # step 4 has the first line
+    assert state["losses"] == ([unsaid] if unsaid else [])
+    train(config)
+    assert_same(tmp_path / "out", straight)
+
+
+def test_a_signal_before_the_first_step_ends_with_143_and_the_run_can_begin(quick, straight, tmp_path, monkeypatch):
+    config = quick(tmp_path / "out", **ODD)
+    with monkeypatch.context() as patch:
+        patch.setattr("segcn.prepare.make_trainable", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+        stopped(config)
+    with monkeypatch.context() as patch:
+        send_at(patch, 1)
+        stopped(config)
+    assert not names(config.output_dir)
+    train(config)
+    assert_same(tmp_path / "out", straight)
+
+
+def test_a_run_killed_before_its_weights_are_written_writes_them_when_started_again(quick, straight, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    (out / "diffusion_pytorch_model.safetensors").write_bytes(weights(straight)[:1000])
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    train(quick(out, **ODD))
+    assert_same(out, straight)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_damage_to_any_file_of_a_checkpoint_is_named_and_passed_over(straight, tmp_path, damage):
+    files = [path.relative_to(straight / "checkpoint-6") for path in (straight / "checkpoint-6").rglob("*.*")]
+    assert len(files) == 7
+    for number, name in enumerate(files):
+        out = tmp_path / str(number)
+        shutil.copytree(straight, out)
+        path = out / "checkpoint-6" / name
+        good = path.read_bytes()
+        place = random.Random(number).randrange(len(good))
+        spoiled = good[:-1] if damage == "cut" else good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
+        path.write_bytes(spoiled)
+        if damage == "gone":
+            path.unlink()
+        said = []
+        assert checkpoint.find_latest(out, said.append) == out / "checkpoint-3"
+        assert (
+            "Skipping" in said[0]
+            and "checkpoint-6" in said[0]
+            and name.name in said[0].replace("has no manifest", "manifest.json")
+        )
+
+
+def test_a_damaged_checkpoint_neither_stops_the_run_nor_outlives_the_good_ones(quick, straight, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    (out / "checkpoint-6" / "state.json").write_text("{}")
+    train(quick(out, **ODD, checkpointing_steps=4, checkpoints_total_limit=1))
+    printed = capsys.readouterr().out
+    assert "Skipping" in printed and "Resuming from" in printed
+    assert_same(out, straight)
+    (aside,) = names(out) - {"checkpoint-6"}
+    assert aside.startswith("checkpoint-6.set-aside-") and aside in printed
+
+
+def test_none_whole_is_an_error(quick, straight, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    for folder in checkpoint.steps(out).values():
+        (folder / "state.json").unlink()
+    with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
+        train(quick(out, **ODD))
+
+
+def test_from_an_older_checkpoint_the_later_ones_are_set_aside_by_name(quick, straight, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    train(quick(out, **ODD, resume_from_checkpoint="checkpoint-3"))
+    (aside,) = names(out) - {"checkpoint-3", "checkpoint-6"}
+    assert aside.startswith("checkpoint-6.set-aside-") and aside in capsys.readouterr().out
+    assert_same(out, straight)
+    with pytest.raises(UserError, match="checkpoint-5: there is no such folder"):
+        train(quick(out, **ODD, resume_from_checkpoint="checkpoint-5"))
+
+
+def test_a_full_disk_names_the_bytes_and_the_run_goes_on_when_there_is_room(quick, straight, tmp_path, monkeypatch):
+    config = quick(tmp_path / "out", **ODD)
+    shutil.copytree(straight, config.output_dir)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    size = sum(path.stat().st_size for path in (tmp_path / "out" / "checkpoint-3").rglob("*.*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(size, 0, size - 1))
+        with pytest.raises(UserError, match=f"checkpoint-6 cannot be written.*{size - 1:,} bytes are free"):
+            train(config)
+    assert {path.name for path in (tmp_path / "out").glob("*checkpoint*")} == {"checkpoint-3"}
+    train(config)
+    assert_same(tmp_path / "out", straight)
+
+
+def command(monkeypatch, config, **flags):
+    """Train by the command line of `accelerate launch -m segcn.train`."""
+    words = [*arguments_of(config), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    training.main()
+
+
+def test_as_in_the_old_script_only_the_newest_two_are_kept(quick, tmp_path, monkeypatch):
+    command(monkeypatch, quick(tmp_path, checkpointing_steps=2, checkpoints_total_limit=2))
+    assert names(tmp_path) == {"checkpoint-4", "checkpoint-6"}
+
+
+def test_as_in_the_old_script_a_limit_given_later_removes_several(quick, tmp_path, monkeypatch):
+    command(monkeypatch, quick(tmp_path, checkpointing_steps=2, preset="sd15"))
+    assert names(tmp_path) == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    later = quick(tmp_path, checkpointing_steps=2, preset="sd15", max_train_steps=8)
+    command(monkeypatch, later, resume_from_checkpoint="checkpoint-6", checkpoints_total_limit=2)
+    assert names(tmp_path) == {"checkpoint-6", "checkpoint-8"}
+
+
+def holder(folder, ready, child=None):
+    """In a process of its own: hold the folder's lock until killed."""
+    claim.lock(folder, None)
+    if child:
+        os.fork()  # as a process that reads data
+    ready.touch()
+    time.sleep(600)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_by_name_until_the_first_is_killed(quick, straight, tmp_path):
+    out, ready = tmp_path / "out", tmp_path / "ready"
+    shutil.copytree(straight, out)
+    pid = os.fork()
+    if not pid:
+        holder(out, ready, child=True)
+    while not ready.exists():
+        time.sleep(0.01)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(UserError, match=rf"in use: process {pid} on {os.uname().nodename}, started \d{{4}}-"):
+        train(quick(out, **ODD))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    train(quick(out, **ODD))
+    assert ControlNetModel.from_pretrained(out)
+
+
+def test_a_run_gives_its_folder_free_when_it_ends_and_one_killed_at_its_claim_can_begin(quick, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    claim.lock(out, None)
+    assert forked(lambda: claim.lock(out, None)) == 1
+    claim.release()
+    assert forked(lambda: claim.lock(out, None)) == 0
+    (out / ".train_config.json.staged").write_text("{")
+    train(quick(out, max_train_steps=1))
+    assert forked(lambda: claim.lock(out, None)) == 0
+
+
+def test_changed_data_are_shown_and_refused_unless_allowed(quick, straight, landscapes, tmp_path, capsys):
+    out, data = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(straight, out)
+    shutil.copytree(landscapes, data)
+    metadata = data / "train" / "metadata.csv"
+    rows = list(csv.reader(metadata.open()))
+    rows[3][-1] += " and a boat"
+    with metadata.open("w") as file:
+        csv.writer(file).writerows(rows)
+    moved = {"dataset_name": str(data), "max_train_steps": 7}
+    with pytest.raises(UserError, match="data_fingerprint: was") as caught:
+        train(quick(out, **ODD, **moved))
+    assert "--allow_changes" in str(caught.value) and weights(out) == weights(straight)
+    train(quick(out, **ODD, **moved, allow_changes=True))
+    assert "Changed: data_fingerprint" in capsys.readouterr().out and "checkpoint-7" in names(out)
+
+
+def finished(warm, config, *kill):
+    """Train in a warm process; its exit code, or minus the signal that it died of."""
+    process = warm.Process(target=train_quietly, args=(config, *kill))
+    process.start()
+    process.join(300)
+    return process.exitcode
+
+
+def killed_after(warm, config, seconds):
+    """Train in a warm process for so long, then kill it; whether it had not ended yet."""
+    process = warm.Process(target=train_quietly, args=(config,))
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def kill_and_resume(warm, quick, folder, kills, settings, draw):
+    """Kill runs at random moments, half of them inside a save; each resumed one must equal a straight one."""
+    straight = quick(folder / "straight", **settings)
+    assert finished(warm, straight) == 0  # builds the cache
+    shutil.rmtree(straight.output_dir)
+    began = time.monotonic()
+    assert finished(warm, straight) == 0
+    whole, done = time.monotonic() - began, 0
+    while done < kills:
+        config = quick(folder / str(done), **settings)
+        if done % 2:
+            killed = finished(warm, config, draw.randint(1, 3), draw.randint(1, 25)) == -signal.SIGKILL
+        else:
+            killed = killed_after(warm, config, draw.uniform(0, whole))
+        assert finished(warm, config) == 0
+        assert_same(Path(config.output_dir), Path(straight.output_dir))
+        shutil.rmtree(config.output_dir)
+        done += killed
+
+
+def test_three_runs_killed_at_random_moments_end_with_the_same_bytes(warm, quick, tmp_path):
+    kill_and_resume(warm, quick, tmp_path, 3, ODD | {"checkpointing_steps": 2}, random.Random(time.time_ns()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_fifty_runs_killed_at_random_moments_end_with_the_same_bytes(warm, quick, tmp_path, accumulate, workers):
+    settings = ODD | {
+        "gradient_accumulation_steps": accumulate,
+        "dataloader_num_workers": workers,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 2,
+    }
+    kill_and_resume(warm, quick, tmp_path, 12 + (workers == 2), settings, random.Random(accumulate + workers))
