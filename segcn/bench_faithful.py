@@ -9,13 +9,11 @@ import torch
 from segcn import checkpoint, models
 from segcn.arguments import make
 from segcn.bench_plan import BenchTrainConfig, Book, command
-from segcn.config import GenerateConfig
+from segcn.config import SampleConfig
 from segcn.errors import UserError
-from segcn.evaluate import faithfulness
-from segcn.generate import generate_dataset
+from segcn.judge import PAINTED_AT_ONCE, held_out_rows, open_judge, paint, score
 from segcn.pipeline import Painter
-from segcn.records import Split, find_splits, read_named_split, read_split
-from segcn.segmenter import Segmenter, SegmenterConfig, train_segmenter
+from segcn.records import find_splits, read_split
 from segcn.train_config import TrainConfig
 
 SHARE = 0.5  # of the ceiling, which has to be reached
@@ -31,11 +29,11 @@ def bench_faithful(config: BenchTrainConfig, book: Book) -> list[dict]:
     if "test" not in find_splits(config.dataset_name):
         raise UserError(f"--until_faithful: {config.dataset_name} has no test/ with masks that are held out")
     entries = [train_contender(config, book, *contender) for contender in contenders(config)]
-    judge = None
+    scorer = None
     for entry in entries:
         if "reached" not in entry:
-            judge = judge or Judge(config, book.log)
-            judge.score(entry, lambda entry=entry: book.add(entry))
+            scorer = scorer or Scorer(config, book.log)
+            scorer.score(entry, lambda entry=entry: book.add(entry))
             shutil.rmtree(entry["where"])
     return entries
 
@@ -73,17 +71,21 @@ def saved(where: Path) -> dict[int, Path]:
     return {step: folder / "controlnet" / WEIGHTS for step, folder in checkpoint.steps(where / "out").items()}
 
 
-class Judge:
-    """A segmenter trained on the training rows, the held-out rows, and how well real images obey there."""
+class Scorer:
+    """The judge of segcn's own validation and the base: what scores the checkpoints of both sides."""
 
     def __init__(self, config: BenchTrainConfig, log: Callable[[str], None]):
-        self.config, self.log = config, log
-        settings = SegmenterConfig(resolution=config.resolution)
-        train = read_split(config.dataset_name, "train")
-        self.segmenter: Segmenter = train_segmenter(train, settings, config.folder / "segmenter", log)
-        self.real: Split = read_named_split(config.dataset_name, f"test[:{config.faithfulness_rows}]")
-        self.ceiling = faithfulness(self.real, self.segmenter)["miou"]
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.log, self.device = log, "cuda" if torch.cuda.is_available() else "cpu"
+        shared = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path, "seed": config.seed}
+        self.settings = make(SampleConfig, config.preset, **shared)
+        training = make(
+            TrainConfig, config.preset, **shared, dataset_name=config.dataset_name, resolution=config.resolution,
+            faithfulness_rows=config.faithfulness_rows,
+        )  # fmt: skip
+        split = read_split(config.dataset_name, "train")
+        held_out = held_out_rows(training, split)
+        self.judge = open_judge(training, held_out, split, config.folder, self.device, log)
+        self.ceiling = self.judge.ceiling["miou"]
         self.base = models.load_base(config.pretrained_model_name_or_path, self.device)
 
     def score(self, entry: dict, keep: Callable[[], None]) -> None:
@@ -91,27 +93,20 @@ class Judge:
         entry |= {"ceiling": self.ceiling, "scores": {}}
         reached = None
         for step, weights in saved(Path(entry["where"])).items():
-            miou = self.faithfulness_of(weights.parent, Path(entry["where"]) / f"painted-{step}")
+            miou = self.faithfulness_of(weights.parent)
             entry["scores"][str(step)] = miou
-            self.log(f"{entry['title']}, step {step}: mIoU {miou:.3f}, {miou / self.ceiling:.0%} of the ceiling")
+            self.log(f"{entry['title']}, step {step}: mIoU {miou:.3f}, of the ceiling {self.ceiling:.3f}")
             if miou >= SHARE * self.ceiling:
                 reached = step
                 break
         entry["reached"] = reached
         keep()
 
-    def faithfulness_of(self, controlnet: Path, painted: Path) -> float:
+    def faithfulness_of(self, folder: Path) -> float:
         """mIoU of the held-out masks, painted with this ControlNet."""
-        config = self.config
-        painter = Painter(
-            self.base, models.load_controlnet(controlnet).to(self.device).eval(), self.real.palette, str(controlnet)
-        )
-        settings = make(
-            GenerateConfig, config.preset, pretrained_model_name_or_path=config.pretrained_model_name_or_path,
-            controls=str(config.dataset_name), split="test", limit=len(self.real), resolution=config.resolution,
-            seed=config.seed, output_dir=str(painted),
-        )  # fmt: skip
-        return faithfulness(read_split(generate_dataset(settings, painter, self.log)), self.segmenter)["miou"]
+        controlnet = models.load_controlnet(folder).to(self.device).eval()
+        painter = Painter(self.base, controlnet, self.judge.rows.palette, str(folder))
+        return score(self.judge, paint(self.judge, painter, self.settings, PAINTED_AT_ONCE, lambda *_: False))["miou"]
 
 
 def faithful_lines(config: BenchTrainConfig, entries: list[dict]) -> list[str]:

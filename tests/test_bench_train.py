@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 
-from segcn import bench_faithful, bench_plan, models
-from segcn.bench_faithful import Judge
+from segcn import bench_faithful, bench_plan, judge, models
+from segcn.bench_faithful import Scorer
 from segcn.bench_plan import BenchTrainConfig, command, shared_start, variant_words
 from segcn.bench_train import bench_train, ratios
 from segcn.cli import do_bench, do_samples
@@ -152,7 +152,7 @@ def test_mistakes_are_named(bench, tmp_path):
         bench_train(bench(), len)
 
 
-class StandInJudge(Judge):
+class StandInScorer(Scorer):
     """Masks are obeyed the more the later the checkpoint, at 0.004 a step; the ceiling is 0.06."""
 
     painted: list = []  # noqa: RUF012
@@ -160,13 +160,13 @@ class StandInJudge(Judge):
     def __init__(self, config, log):
         self.ceiling, self.log = 0.06, log
 
-    def faithfulness_of(self, controlnet, painted):
+    def faithfulness_of(self, controlnet):
         self.painted.append(controlnet.parent.parent.name)
         return 0.004 * int(controlnet.parent.name.split("-")[1])
 
 
 def test_the_time_until_masks_are_obeyed_is_taken_from_checkpoints_scored_later(bench, monkeypatch):
-    monkeypatch.setattr(bench_faithful, "Judge", StandInJudge)
+    monkeypatch.setattr(bench_faithful, "Scorer", StandInScorer)
     said = []
     config = bench(
         rounds=1, until_faithful=True, faithful_steps=10, checkpointing_steps=2, peer_learning_rates=[1e-5, 1e-3]
@@ -178,28 +178,30 @@ def test_the_time_until_masks_are_obeyed_is_taken_from_checkpoints_scored_later(
         "diffusers at 0.001",
         "segcn at its defaults",
     ]
-    assert [entry["reached"] for entry in entries] == [8, 8, 8] and len(StandInJudge.painted) == 3 * 4
+    assert [entry["reached"] for entry in entries] == [8, 8, 8] and len(StandInScorer.painted) == 3 * 4
     assert [160 < entry["stood"]["8"] < 180 for entry in entries] == [True, True, False]
     assert 80 < entries[2]["stood"]["8"] < 100
     assert "the quickest of the others / segcn: " in said[-1]
     assert bench_train(config, said.append) == entries
-    assert len(journal(config)) == 3 and len(StandInJudge.painted) == 3 * 4
+    assert len(journal(config)) == 3 and len(StandInScorer.painted) == 3 * 4
 
 
 def test_a_checkpoint_is_scored_by_what_it_paints(bench, random_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_faithful, "SegmenterConfig", lambda **given: SegmenterConfig(steps=2, width=8, **given))
+    monkeypatch.setattr(judge, "SegmenterConfig", lambda **given: SegmenterConfig(steps=2, width=8, **given))
     config = bench(faithfulness_rows=1)
     config.folder.mkdir()
-    judge = Judge(config, len)
+    scorer = Scorer(config, len)
     where = tmp_path / "run"
     for step in (5, 10):
         weights = where / "out" / f"checkpoint-{step}" / "controlnet"
-        models.make_controlnet(judge.base.unet).save_pretrained(weights)
-    judge.ceiling, entry, kept = 9.0, {"title": "a run", "where": str(where)}, []
-    judge.score(entry, lambda: kept.append(dict(entry)))
+        models.make_controlnet(scorer.base.unet).save_pretrained(weights)
+    scorer.ceiling, entry, kept = 9.0, {"title": "a run", "where": str(where)}, []
+    scorer.score(entry, lambda: kept.append(dict(entry)))
     assert kept[0]["reached"] is None and list(kept[0]["scores"]) == ["5", "10"]
     assert all(0 <= miou < 1 for miou in kept[0]["scores"].values())
-    assert len(list((where / "painted-10" / "images").iterdir())) == 1
+    scorer.ceiling = 0.0
+    scorer.score(entry, lambda: kept.append(dict(entry)))
+    assert kept[1]["reached"] == 5
 
 
 @pytest.fixture(scope="module")
