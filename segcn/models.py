@@ -12,6 +12,7 @@ import transformers
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from segcn import frozen
 from segcn.errors import UserError
 
 LAYOUT = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -53,10 +54,12 @@ def load_base(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     tokenizer_name: str | None = None,
+    held: torch.dtype | None = None,
     **hub: str | None,
 ) -> Base:
     """Load a base in Stable Diffusion 1.x/2.x layout, frozen; the safety checker is never loaded.
 
+    held: what holds the weights of its U-Net; none: `dtype`, as the rest.
     Raises UserError if a part of the layout is missing.
     """
     _check_layout(folder)
@@ -64,6 +67,10 @@ def load_base(
     tokenizer_hub = {key: value for key, value in hub.items() if key != "variant"}
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **hub)
+    if held not in (None, dtype):
+        frozen.hold(unet, held)
+    _leave_file(unet)  # before the other parts are loaded: this is where the most memory is taken
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **hub)
     parts = Base(
         folder=str(folder),
@@ -71,7 +78,7 @@ def load_base(
         vae_config=dict(vae.config),
         text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **hub),
         tokenizer=load_tokenizer(folder, tokenizer_name, tokenizer_hub),
-        unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **hub),
+        unet=unet,
         scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
         dtype=dtype,
     )
@@ -80,6 +87,12 @@ def load_base(
     for part in (parts.vae, parts.unet):
         part.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
     return parts
+
+
+def _leave_file(part: torch.nn.Module) -> None:
+    """Copy weights out of the file that they are mapped from: while one is left there, all of it counts as ours."""
+    for parameter in part.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def latent_factor(folder: str | Path) -> int:

@@ -199,12 +199,11 @@ def load_frozen(config: TrainConfig, accelerator: Accelerator) -> models.Base:
         accelerator.device,
         computed,
         config.tokenizer_name,
+        held,
         revision=config.revision,
         variant=config.variant,
     )
     base.scheduler = make_scheduler(config, base)
-    if held != computed:
-        frozen.hold(base.unet, held)
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     return base
