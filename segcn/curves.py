@@ -42,7 +42,7 @@ def draw_loss(axes: Axes, entries: list[dict]) -> None:
     steps, losses = ([entry[name] for entry in entries] for name in ("step", "loss"))
     axes.plot(steps, losses, color="#b9cbe0", linewidth=1, marker="." if len(steps) < 5 else "", label="logged")
     axes.plot(steps, smooth(losses), color=ACCENT, linewidth=1.8, label="smoothed")
-    axes.set_ylim(0, 1.15 * max(losses))
+    axes.set_ylim(0, 1.3 * max(losses))
     axes.legend(ncols=2, loc="upper right")
 
 
@@ -63,7 +63,10 @@ def draw_faithfulness(axes: Axes, entries: list[dict]) -> None:
     axes.plot(steps, values, color=ACCENT, linewidth=1.8, marker="o", markersize=4)
     best, began = int(np.argmax(values)), convergence_step(steps, values)
     note = {"textcoords": "offset points", "fontsize": 8, "annotation_clip": False}
-    axes.annotate(f"best: {values[best]:.0%}", (steps[best], values[best]), (0, 7), ha="center", color=ACCENT, **note)
+    if best > 0:
+        at = (steps[best], values[best])
+        axes.plot(*at, marker="o", markersize=7, color=ACCENT)
+        axes.annotate(f"best: {values[best]:.0%}", at, (0, 7), ha="center", color=ACCENT, **note)
     if began is not None:
         axes.axvline(began, color=MARK, linewidth=1.2, linestyle="--")
         axes.annotate(f"begins to obey\nat step {began}", (began, 0.04), (5, 0), color=MARK, **note)

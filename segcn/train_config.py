@@ -26,7 +26,8 @@ class TrainConfig:
             "cache_draws": 2,
             "checkpointing_steps": 200,
             "checkpoints_total_limit": 2,
-            "validation_steps": 100,
+            "validation_steps": 50,
+            "faithfulness_rows": 12,
         },
     }
     SECTIONS: ClassVar[dict[str, str]] = {  # the titles of --help, by their first flag

@@ -168,7 +168,9 @@ def test_the_curve_of_faithfulness_marks_where_it_begins_and_is_best(tmp_path):
     assert "best: 80%" in words and "begins to obey\nat step 100" in words
     assert [dict(zip(*line.get_data(), strict=True)) for line in axes.lines][1] == shares
     bars = curves.class_faithfulness(entries, PALETTE).axes[0]
-    assert [label.get_text() for label in bars.get_yticklabels()] == ["sky"] and "at step 100" in bars.get_title("left")
+    assert [label.get_text() for label in bars.get_yticklabels()] == [
+        "sky"
+    ] and "at step 100" in f"{bars.get_title()}{bars.get_title('left')}"
     assert all(shows_something(figure) for figure in (axes.figure, bars.figure))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     assert len(curves.progress(tmp_path).axes) == 2 and shows_something(curves.progress(tmp_path))

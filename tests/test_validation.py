@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from accelerate.state import AcceleratorState
 
 from segcn import checkpoint, judge, segmenter, validation
 from segcn import train as training
+from segcn.arguments import arguments_of
 from segcn.best import fractions, read_best, scores
 from segcn.config import SampleConfig
 from segcn.convergence import convergence_step
@@ -201,6 +204,15 @@ def test_a_signal_ends_a_validation_that_is_made_up_for_later(scripted, learned,
     assert list(scores(told(cut))) == [0, 2] and list(checkpoint.steps(cut)) == [2, 4]
     scripted.train(cut)
     assert told(cut) == told(whole) and read_best(cut) == read_best(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_best(judged, tmp_path):
+    config = judged(tmp_path / "out", train_batch_size=1, max_train_steps=2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "segcn.train"]
+    done = subprocess.run([*launcher, *arguments_of(config)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(scores(told(tmp_path / "out"))) == [0, 2] and read_best(tmp_path / "out")["step"] == 2
 
 
 def test_without_held_out_rows_nothing_begins(judged, landscapes, tmp_path):
