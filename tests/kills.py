@@ -75,6 +75,7 @@ def warm_context() -> multiprocessing.context.BaseContext:
 
 def train_quietly(config: TrainConfig, save: int = 0, change: int = 0) -> None:
     """Train; with `save`: die of SIGKILL before the `change`-th change to the disk of the `save`-th checkpoint."""
+    multiprocessing.set_start_method("fork", force=True)  # of the processes that read data, as in a run of a user's
     commit, saves = checkpoint.commit, itertools.count(1)
 
     def commit_or_die(*arguments):
