@@ -28,14 +28,15 @@ MOST = 0.2  # of the time of training, that validation should take
 
 def begin_validation(run: Run) -> None:
     """Score the real images, then the ControlNet as it is, where the log does not tell already; say what it costs."""
-    if not wanted(run) or (run.step == run.total_steps and told(run)):
+    missing = wanted(run) and agreed(run, lambda: not told(run))
+    if not wanted(run) or (run.step == run.total_steps and not missing):
         return
     run.log.began(run.step)
     if run.accelerator.is_main_process and run.held_out is not None:
         cache, device = cache_root(run.config), run.accelerator.device
         run.judge = judge.open_judge(run.config, run.held_out, run.split, cache, device, run.log.say)
         say_ceiling(run)
-    if not told(run):
+    if missing:
         validate(run)
     if run.judge is not None and not run.stop_signal:
         record_best(run.output_dir, run.config.checkpointing_steps)
@@ -43,14 +44,15 @@ def begin_validation(run: Run) -> None:
 
 
 def validate(run: Run) -> bool:
-    """Paint and score where this step asks for it; whether the ControlNet was never better, on every process.
-
-    The main process works, the others wait for its answer: as long as the Accelerator's timeout allows.
-    """
+    """Paint and score where this step asks for it; whether the ControlNet was never better, on every process."""
     if not wanted(run) or (run.step % run.config.validation_steps and run.step != run.total_steps):
         return False
-    better = [run.accelerator.is_main_process and look(run)]
-    return broadcast_object_list(better)[0]
+    return agreed(run, lambda: look(run))
+
+
+def agreed(run: Run, answer: Callable[[], bool]) -> bool:
+    """The main process's answer, on every process; the others wait as long as the Accelerator's timeout allows."""
+    return broadcast_object_list([run.accelerator.is_main_process and answer()])[0]
 
 
 def wanted(run: Run) -> bool:
