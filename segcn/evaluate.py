@@ -105,7 +105,8 @@ def faithfulness(split: Split, segmenter: Segmenter, batch_size: int = 32) -> di
 
 def measure(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], segmenter: Segmenter, palette: Palette) -> dict:
     """As `faithfulness`, of batches of (images [B, 3, R, R] in [-1, 1], masks uint8 [B, R, R])."""
-    jaccard, count = MulticlassJaccardIndex(segmenter.num_classes, average="none", ignore_index=IGNORE), 0
+    alone = {"sync_on_compute": False}  # of several processes that train, one scores
+    jaccard, count = MulticlassJaccardIndex(segmenter.num_classes, "none", ignore_index=IGNORE, **alone), 0
     for images, masks in pairs:
         jaccard.update(predict(segmenter, images).long(), masks.long())
         count += len(images)
