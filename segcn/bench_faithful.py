@@ -18,7 +18,6 @@ from segcn.train_config import TrainConfig
 
 SHARE = 0.5  # of the ceiling, which has to be reached
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-UNWATCHED = ("--faithfulness_rows", "0")  # the checkpoints are scored afterwards
 
 
 def bench_faithful(config: BenchTrainConfig, book: Book) -> list[dict]:
@@ -41,7 +40,7 @@ def bench_faithful(config: BenchTrainConfig, book: Book) -> list[dict]:
 
 def contenders(config: BenchTrainConfig) -> list[tuple[str, str, tuple[str, ...]]]:
     """(title, side, words) of each run; the peer gets our share of empty captions too, as guidance needs them."""
-    ours = ("--preset", config.preset, "--checkpoints_total_limit", str(config.faithful_steps), *UNWATCHED)
+    ours = ("--preset", config.preset, "--checkpoints_total_limit", str(config.faithful_steps))
     found = [("segcn at its defaults", "ours", ours)]
     if not config.peer:
         return [("segcn --cache none at its defaults", "peer", ours), *found]

@@ -134,13 +134,13 @@ def report(run: Run, config: TrainConfig, seen: list[Seen], before: int) -> list
     asked = small if config.train_batch_size == small.batch else large
     shown = asked if asked.peak is not None else small
     total = budget(config, run.accelerator.device)
-    counted = parts(run) | ({"Python and libraries": before} if before else {})
+    counted = {name: size for name, size in (parts(run) | {"Python and libraries": before}).items() if size}
     counted["activations and the rest"] = max(0, shown.peak - sum(counted.values()))
     lines = [f"Preflight: 2 steps of {shown.batch} x {config.gradient_accumulation_steps} rows, {config.resolution} px,"
              f" on {run.accelerator.num_processes} process(es), {run.accelerator.device.type}"]  # fmt: skip
     if asked.peak is None:
         lines.append(f"  Memory runs out at --train_batch_size {asked.batch}: what follows is for {shown.batch}.")
-    lines += [f"  {name:26} {size / GB:6.2f} GB" for name, size in counted.items() if size]
+    lines += [f"  {name:26} {size / GB:6.2f} GB" for name, size in counted.items()]
     lines.append(f"  {'peak':26} {shown.peak / GB:6.2f} GB of {total / GB:.1f}")
     return lines + times(run, config, shown) + proposal(config, seen, total, counted["its gradients"])
 

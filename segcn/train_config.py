@@ -27,7 +27,8 @@ class TrainConfig:
             "checkpointing_steps": 200,
             "checkpoints_total_limit": 2,
             "validation_steps": 50,
-            "faithfulness_rows": 12,
+            "num_validation_images": 1,
+            "report_to": "none",
         },
     }
     SECTIONS: ClassVar[dict[str, str]] = {  # the titles of --help, by their first flag
@@ -118,7 +119,7 @@ two nodes, and a Slurm script that requeues itself, are in
     scale_lr: bool = flag(False, "multiply the learning rate by processes, accumulation and batch size")
     lr_scheduler: str = flag(
         "constant",
-        "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, or piecewise_constant:1:1000,0.1",
+        "linear, polynomial, cosine, cosine_with_restarts, constant, constant_with_warmup, piecewise_constant:1:99,0.1",
     )
     lr_warmup_steps: int = flag(500, "optimizer steps of warm-up, for schedules that have one")
     lr_num_cycles: int = flag(1, "hard resets of cosine_with_restarts")
@@ -147,7 +148,7 @@ two nodes, and a Slurm script that requeues itself, are in
     validation_image: list[str] | None = flag(None, "masks to paint from while training")
     validation_prompt: list[str] | None = flag(None, "a prompt for each mask, or one for all")
     validation_steps: int = flag(100, "optimizer steps between validation pictures")
-    num_validation_images: int = flag(1, "pictures for each mask and prompt; diffusers' script: 4")
+    num_validation_images: int = flag(4, "pictures for each mask and prompt")
     faithfulness_rows: int = flag(
         0, "held-out rows (of the test split) painted and scored at each validation, 0: none; the best step is kept"
     )
@@ -155,8 +156,8 @@ two nodes, and a Slurm script that requeues itself, are in
         None, "trained segmenter folder that scores them; none: one trained on the training rows, in --cache_dir"
     )
     report_to: str = flag(
-        "none",
-        "trackers beside log.jsonl, which is always written; diffusers' script: tensorboard",
+        "tensorboard",
+        "trackers beside log.jsonl, which is always written",
         ("none", "tensorboard", "wandb", "comet_ml", "all"),
     )
     tracker_project_name: str = flag("train_controlnet", "name of the run in the trackers")

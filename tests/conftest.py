@@ -19,7 +19,6 @@ QUICK = {
     "checkpointing_steps": 3,
     "logging_steps": 1,
     "lr_scheduler": "constant",
-    "faithfulness_rows": 0,
 }
 
 

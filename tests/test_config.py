@@ -37,11 +37,8 @@ OLD_FLAGS = {
     enable_xformers_memory_efficient_attention""",
     list: "validation_prompt validation_image",
 }
-# Here they mean the embedded base, a folder of our own, exact repeats, and fewer pictures and files.
-OTHER_DEFAULTS = {
-    "pretrained_model_name_or_path", "output_dir", "resume_from_checkpoint", "report_to", "seed",
-    "num_validation_images",
-}  # fmt: skip
+# Here they mean the embedded base, a folder of our own, and exact repeats.
+OTHER_DEFAULTS = {"pretrained_model_name_or_path", "output_dir", "resume_from_checkpoint", "seed"}
 
 
 def old_flags():
