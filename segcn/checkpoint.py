@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from segcn.errors import UserError
 
 MANIFEST = "manifest.json"
+SMALL = 256  # numbers of an optimizer's tensor that may be shared
 CHECKPOINT = r"checkpoint-(\d+)"
 FULL = r"No space left|[Qq]uota exceeded|os error (28|122)\b"  # safetensors knows a full disk by its text alone
 
@@ -166,16 +167,25 @@ def discard(folder: Path) -> None:
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Store an optimizer's state without pickle: tensors in safetensors, everything else as JSON in its metadata."""
+    """Store an optimizer's state without pickle: tensors in safetensors, everything else as JSON in its metadata.
+
+    Tensors are written from where they lie, since a copy may not fit into memory: those in channels_last with their
+    dimensions in that order.
+    """
     state = optimizer.state_dict()
-    tensors, scalars = {}, {}
+    tensors, scalars, turned = {}, {}, []
     for keys, value in leaves(state["state"]):
         name = "/".join(map(str, keys))
         if isinstance(value, torch.Tensor):
-            tensors[name] = value.detach().cpu().contiguous().clone()
+            value = value.detach().cpu()
+            if value.dim() == 4 and not value.is_contiguous():
+                turned.append(name)
+                value = value.permute(0, 2, 3, 1)
+            shared = value.numel() <= SMALL  # by several parameters: the quantisation maps of an 8-bit optimizer
+            tensors[name] = value.clone() if shared else value.contiguous()
         else:
             scalars[name] = value
-    rest = {"scalars": scalars, "param_groups": state["param_groups"]}
+    rest = {"scalars": scalars, "channels_last": sorted(turned), "param_groups": state["param_groups"]}
     save_file(tensors, path, metadata={"json": json.dumps(rest)})
 
 
@@ -186,12 +196,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     with safe_open(path, "pt") as file:
         rest = json.loads(file.metadata()["json"])
     state: dict[int, dict] = {}
+    turned = set(rest.get("channels_last", ()))
     for name, value in {**load_file(path), **rest["scalars"]}.items():
         index, *folders, key = name.split("/")
         place = state.setdefault(int(index), {})
         for folder in folders:
             place = place.setdefault(folder, {})
-        place[key] = value
+        place[key] = value.permute(0, 3, 1, 2) if name in turned else value
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
     for parameter, entries in optimizer.state.items():  # fused kernels want the memory layout of the parameter
         for key, value in entries.items():

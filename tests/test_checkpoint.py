@@ -200,10 +200,11 @@ def test_prune_keeps_the_newest_and_the_named(tmp_path):
     assert list(checkpoint.steps(tmp_path)) == [3, 10]
 
 
-def test_optimizer_state_survives_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_optimizer_state_survives_bit_for_bit(tmp_path, layout):
     def make():
         torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(5))
+        weight = torch.nn.Parameter(torch.randn(9, 8, 3, 2).to(memory_format=layout))
         return weight, torch.optim.AdamW([weight], lr=0.1)
 
     def step(weight, optimizer, count):
