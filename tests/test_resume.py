@@ -211,23 +211,25 @@ def holder(folder, ready, child=None):
     if child:
         os.fork()  # as a process that reads data
     ready.touch()
-    time.sleep(600)
+    time.sleep(60)
+    os._exit(0)  # a fork must not go on as the test
 
 
-def test_a_second_run_in_the_same_folder_is_refused_by_name_until_the_first_is_killed(quick, straight, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused_by_name_until_the_first_is_killed(warm, quick, straight, tmp_path):
     out, ready = tmp_path / "out", tmp_path / "ready"
     shutil.copytree(straight, out)
-    pid = os.fork()
-    if not pid:
-        holder(out, ready, child=True)
+    process = warm.Process(target=holder, args=(out, ready, True))
+    process.start()
+    pid = process.pid
     while not ready.exists():
+        assert process.is_alive()
         time.sleep(0.01)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     with pytest.raises(UserError, match=rf"in use: process {pid} on {os.uname().nodename}, started \d{{4}}-"):
         train(quick(out, **ODD))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    process.kill()
+    process.join()
     train(quick(out, **ODD))
     assert ControlNetModel.from_pretrained(out)
 
