@@ -1,7 +1,6 @@
 """The best checkpoint of a training: what the log says of its validations, and best.json, which names it."""
 
 import json
-import shutil
 from pathlib import Path
 
 from segcn import checkpoint
@@ -27,11 +26,11 @@ def is_best(entries: list[dict]) -> bool:
     return last > max(before, default=-1.0)
 
 
-def record_best(output_dir: Path, every: int) -> list[str]:
+def record_best(output_dir: Path) -> list[str]:
     """Write best.json for the best validation whose checkpoint stands; the checkpoint's name, to be kept.
 
     It follows from log.jsonl and the folders alone, so a resumed run has the one of a run that was never cut. The best
-    until now goes, unless its step is a multiple of `every` and so it would stand anyway.
+    until now goes, if it was saved for its score alone.
     """
     standing = checkpoint.steps(output_dir)
     found = {step: score for step, score in scores(read_log(output_dir / LOG)).items() if step in standing}
@@ -41,11 +40,16 @@ def record_best(output_dir: Path, every: int) -> list[str]:
     step = max(found, key=lambda step: found[step]["of_ceiling"])
     name = standing[step].name
     old = read_best(output_dir)
-    if old and old["step"] < step and old["step"] % every and old["step"] in standing:
-        shutil.rmtree(standing[old["step"]])
     told = {"step": step, "checkpoint": name, "miou": found[step]["miou"], "of_ceiling": found[step]["of_ceiling"]}
     checkpoint.write_text(output_dir / BEST, json.dumps(told) + "\n")
+    if old and old["step"] < step and old["step"] in standing and only_best(standing[old["step"]]):
+        checkpoint.discard(standing[old["step"]])
     return [name]
+
+
+def only_best(folder: Path) -> bool:
+    """Whether a checkpoint was saved for its score alone."""
+    return json.loads((folder / "state.json").read_text()).get("only_best", False)
 
 
 def read_best(output_dir: str | Path) -> dict | None:

@@ -27,6 +27,7 @@ def claim(output_dir: Path, config: TrainConfig, split: Split, base: models.Base
         "data_fingerprint": split.fingerprint,
         "base_fingerprint": base.fingerprint,
         "palette_fingerprint": split.palette.fingerprint,
+        "mixed_precision": accelerator.mixed_precision,  # accelerate's own where the flag is not given
         "processes": accelerator.num_processes,
     }
     path = output_dir / RUN_FILE

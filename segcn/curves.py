@@ -108,7 +108,8 @@ def best_line(folder: str | Path) -> str:
     best = read_best(folder)
     if best is None:
         return "no checkpoint was scored: the newest one is the best guess"
-    where = Path(folder) / best["checkpoint"] / "controlnet"
+    weights = [Path(folder) / best["checkpoint"] / name for name in ("controlnet_ema", "controlnet")]
+    where = next(path for path in weights if path.is_dir())  # scored with the average, where there is one
     return (
         f"step {best['step']} is the best: {best['of_ceiling']:.0%} of the ceiling (mIoU {best['miou']:.3f}); {where}"
     )

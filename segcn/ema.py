@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from diffusers import ControlNetModel
 from diffusers.training_utils import EMAModel
 
@@ -37,8 +38,10 @@ def save_ema(controlnet: ControlNetModel, ema: EMAModel, folder: Path) -> None:
         controlnet.save_pretrained(folder / FOLDER)
 
 
+@torch.no_grad()
 def load_ema(ema: EMAModel, folder: Path, step: int) -> None:
-    """Go on from checkpoint folder/controlnet_ema at an optimizer step."""
+    """Go on from a checkpoint at an optimizer step: from its average, or where it has none from its weights."""
     ema.optimization_step = step
-    for shadow, weight in zip(ema.shadow_params, load_controlnet(folder / FOLDER).parameters(), strict=True):
+    stored = next(folder / name for name in (FOLDER, "controlnet") if (folder / name).is_dir())
+    for shadow, weight in zip(ema.shadow_params, load_controlnet(stored).parameters(), strict=True):
         shadow.copy_(weight)

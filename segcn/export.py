@@ -19,6 +19,8 @@ def finish(run: Run) -> Path:
     if accelerator.is_main_process:
         with run.to_paint() as controlnet:
             export(controlnet, run.output_dir)
+        if run.config.prediction_type or run.config.rescale_betas_zero_snr:
+            run.base.scheduler.save_pretrained(run.output_dir / "scheduler")  # it must be painted under this one
         run.log.say(f"Done: {run.output_dir} opens with ControlNetModel.from_pretrained.")
         if not write_card(run.output_dir, run.config, run.split, run.step, machine(accelerator)):
             run.log.say(f"{run.output_dir}/README.md is yours: no model card is written.")
@@ -71,4 +73,5 @@ def published(output_dir: Path) -> list[str]:
     weights = [path.name for path in output_dir.glob("diffusion_pytorch_model*.safetensors*")]
     sheet = newest_sheet(output_dir)
     sheets = [sheet.relative_to(output_dir).as_posix()] if sheet else []
-    return ["config.json", *sorted(weights), "README.md", "palette.json", *sheets]
+    schedule = [f"{path.parent.name}/{path.name}" for path in output_dir.glob("scheduler/scheduler_config.json")]
+    return ["config.json", *sorted(weights), *schedule, "README.md", "palette.json", *sheets]

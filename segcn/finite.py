@@ -30,14 +30,15 @@ class FiniteCheck:
         """UserError in all processes alike where the norm of the gradient, which they share, is not finite.
 
         step: the one about to be made. Half-precision gradients that overflow while all losses are finite are the
-        gradient scaler's to skip.
+        gradient scaler's to skip, as long as it scales at all.
         """
         rows, losses, self.rows, self.losses = self.rows, self.losses, [], []
         if math.isfinite(norm):
             return
         rows, losses = (self.accelerator.gather(torch.cat(seen)).tolist() for seen in (rows, losses))
         bad = sorted({row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)})
-        if self.accelerator.scaler is not None and not bad:
+        scaler = self.accelerator.scaler
+        if scaler is not None and not bad and scaler.get_scale() > 1:
             return
         raise UserError(self.report(step, float(norm), bad, sorted(set(rows))))
 

@@ -82,14 +82,16 @@ def open_judge(config: TrainConfig, held_out: Split, split: Split, cache: Path, 
 def paint(judge: Judge, painter: Painter, settings: SampleConfig, at_once: int, on_step: Callable) -> np.ndarray:
     """Every held-out row painted, uint8 [N, R, R, 3]: the noise of a picture depends on (settings.seed, row) alone.
 
-    at_once: pictures, 16 at most. `on_step` is called after each denoising step; True ends it with pictures unfinished.
+    at_once: pictures, 16 at most. `on_step` is called before each group and after each denoising step; True leaves off.
     """
     size, captions = min(at_once, PAINTED_AT_ONCE), [record.caption for record in judge.rows.records]
     groups = [range(first, min(first + size, len(captions))) for first in range(0, len(captions), size)]
-    painted = [
-        generate(painter, judge.masks[list(rows)], [captions[row] for row in rows], list(rows), settings, None, on_step)
-        for rows in groups
-    ]
+    painted = [np.empty((0, *judge.masks.shape[1:], 3), np.uint8)]
+    for rows in groups:
+        if on_step(0):
+            break
+        shown = judge.masks[list(rows)], [captions[row] for row in rows], list(rows)
+        painted.append(generate(painter, *shown, settings, None, on_step))
     return np.concatenate(painted)
 
 

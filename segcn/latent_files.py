@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -21,6 +22,7 @@ from segcn.errors import UserError
 BLOCK_ROWS = 8, 256  # of one file: at least, at most
 BLOCK_BYTES = 2**26  # of one file, at most; it is put together in memory
 CAPTIONS = 256  # of one file
+OPEN_FILES = 256  # at once: most systems allow a process 1024
 LAYOUT, TEXTS = "layout.json", "captions.json"
 
 
@@ -80,12 +82,13 @@ class LatentCache:
     def __init__(self, folder: Path, draws: int):
         self.folder, self.draws = folder, draws
         self.layout = read_layout(folder)
-        self._files = [
-            open_block(path, len(rows), self.layout.entry) for path, _, rows in self.layout.draws(folder, draws)
-        ]
+        self._files = [(path, len(rows), self.layout.entry) for path, _, rows in self.layout.draws(folder, draws)]
         captions = read_json(folder / TEXTS)
         blocks = self.layout.text(folder, len(captions))
-        self._text = [open_block(path, len(block), self.layout.embedding) for path, block in blocks]
+        self._text = [(path, len(block), self.layout.embedding) for path, block in blocks]
+        for file in [*self._files, *self._text]:
+            open_block(*file)
+        self._open = lru_cache(OPEN_FILES)(open_block)
         hashes = np.array([seeds.seed_of(caption) for caption in captions])
         self._order = np.argsort(hashes)
         self._hashes = hashes[self._order]  # 16 bytes a caption stay in memory, not the captions
@@ -98,7 +101,7 @@ class LatentCache:
         """moments float16 [2C,h,w], mask uint8 [R,R] and frame uint8 [R*R/8], packed, of a draw of a row."""
         files = len(self._files) // self.draws
         block, place = divmod(row, self.layout.block)
-        return self._files[draw * files + block][place]
+        return self._open(*self._files[draw * files + block])[place]
 
     def good(self, row: int) -> int:
         """The row itself, or the next one that could be read."""
@@ -113,7 +116,7 @@ class LatentCache:
         if place == len(self._hashes) or self._hashes[place] != key:
             raise KeyError(caption)
         block, place = divmod(int(self._order[place]), CAPTIONS)
-        return self._text[block][place]
+        return self._open(*self._text[block])[place]
 
 
 def read_marks(folder: Path, layout: Layout, draws: int) -> dict[int, str]:

@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
@@ -21,11 +22,11 @@ from segcn import seeds
 from segcn.config import OUTPUTS, SampleConfig
 from segcn.dataset import to_control
 from segcn.errors import UserError
+from segcn.frozen import DTYPES
 from segcn.labels import Palette
 from segcn.models import Base, load_base, load_controlnet
 
 SCHEDULERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler}
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -51,6 +52,8 @@ def load_painter(settings: SampleConfig, palette: Palette | None = None) -> Pain
     elif own.is_file() and Palette.load(own).fingerprint != palette.fingerprint:
         raise UserError(f"{folder} was trained with another palette than the masks' one: compare {own}")
     base = load_base(settings.pretrained_model_name_or_path, device, dtype)
+    if (Path(folder) / "scheduler").is_dir():  # trained under another noise schedule than the base says
+        base.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     return Painter(base, load_controlnet(folder, dtype).to(device).eval(), palette, str(folder))
 
 

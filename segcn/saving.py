@@ -16,9 +16,9 @@ from segcn.claim import release
 from segcn.ema import load_ema, save_ema
 from segcn.errors import UserError
 from segcn.launch import STOPPED
-from segcn.prepare import Run
+from segcn.prepare import WAIT, Run
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def catch_signals(run: Run) -> None:
 
 def ignore_signals(_worker: int) -> None:
     """In a process that reads data: a signal is the training's to answer, which ends its readers itself."""
-    for number in (*SIGNALS, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -69,20 +69,24 @@ def signal_of_any(run: Run) -> int:
 @functools.cache
 def processor_group():
     """All processes, speaking by their processors: a GPU need not finish its work before a flag is passed on."""
-    return torch.distributed.new_group(backend="gloo")
+    return torch.distributed.new_group(backend="gloo", timeout=WAIT)
 
 
-def save(run: Run) -> None:
-    """Commit a checkpoint of everything that the next steps depend on; older ones go after it stands."""
+def save(run: Run, only_best: bool = False) -> None:
+    """Commit a checkpoint of everything that the next steps depend on; older ones go after it stands.
+
+    only_best: it is kept for its score alone, and goes once another is better.
+    """
     accelerator = run.accelerator
     state = {"step": run.step, "schedule": run.schedule.state_dict(), "losses": pending_losses(run)}
+    state["only_best"] = only_best
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process:
         folder = checkpoint.commit(
             run.output_dir, f"checkpoint-{run.step}", lambda folder: write(run, state, folder), bytes_of(run)
         )
-        keep = record_best(run.output_dir, run.config.checkpointing_steps)
+        keep = record_best(run.output_dir)
         checkpoint.prune(run.output_dir, run.config.checkpoints_total_limit, keep)
         run.log.say(f"Saved {folder}.")
     run.saved = run.step
@@ -126,9 +130,8 @@ def resume(run: Run) -> None:
     run.accelerator.unwrap_model(run.controlnet).load_state_dict(weights)
     if run.ema is not None:
         load_ema(run.ema, folder, state["step"])
-    checkpoint.load_optimizer(run.optimizer.optimizer, folder / "optimizer.safetensors")
-    run.schedule.load_state_dict(state["schedule"])
-    if run.accelerator.scaler is not None:
+    restore_optimizer(run, folder, state)
+    if run.accelerator.scaler is not None and "scaler" in state:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = run.saved = state["step"]
     restore_losses(run, state.get("losses", []))
@@ -136,6 +139,18 @@ def resume(run: Run) -> None:
     if run.accelerator.is_main_process:
         set_later_aside(run)
     run.log.say(f"Resuming from {folder}.")
+
+
+def restore_optimizer(run: Run, folder: Path, state: dict) -> None:
+    """The optimizer's moments and the schedule's place; rates and the like are those of this run's settings."""
+    optimizer, schedule = run.optimizer.optimizer, run.schedule
+    given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    rates = schedule.base_lrs
+    checkpoint.load_optimizer(optimizer, folder / "optimizer.safetensors")
+    schedule.load_state_dict(state["schedule"])
+    schedule.base_lrs = rates
+    for group, settings, rate, factor in zip(optimizer.param_groups, given, rates, schedule.lr_lambdas, strict=True):
+        group.update(settings | {"lr": rate * factor(schedule.last_epoch)})
 
 
 def wanted_checkpoint(run: Run) -> Path | None:

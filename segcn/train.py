@@ -92,9 +92,9 @@ def count_step(run: Run) -> None:
 def look_and_save(run: Run) -> None:
     """Validation pictures and checkpoints when their step has come."""
     config, last = run.config, run.step == run.total_steps
-    best = validate(run)
-    if best or run.step % config.checkpointing_steps == 0 or last:
-        save(run)
+    best, due = validate(run), last or run.step % config.checkpointing_steps == 0
+    if best or due:
+        save(run, only_best=not due)
 
 
 def main() -> None:

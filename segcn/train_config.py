@@ -202,7 +202,7 @@ OBSOLETE = {
     "image_interpolation_mode": "images are resized bilinear with antialias, masks NEAREST",
 }
 
-# What may differ when a run goes on: it changes neither the data nor the mathematics of a step.
+# What may differ when a run goes on: neither data nor loss change (a schedule that ends at the last step moves).
 FREE_TO_CHANGE = {
     "allow_changes", "allow_symlinks", "cache_budget_gb", "cache_dir", "checkpointing_steps",
     "checkpoints_total_limit", "dataloader_num_workers", "hub_model_id", "hub_token", "logging_dir", "logging_steps",
@@ -216,7 +216,7 @@ FREE_TO_CHANGE = {
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line for each setting that differs and may not, when a run goes on; unrecorded: the default."""
     old = dataclasses.asdict(TrainConfig()) | old
-    names = [name for name in new if name not in FREE_TO_CHANGE and name != "hub_token"]
+    names = [name for name in new if name not in FREE_TO_CHANGE]
     return [f"{name}: was {old.get(name)!r}, is {new[name]!r}" for name in names if old.get(name) != new[name]]
 
 

@@ -39,7 +39,7 @@ def begin_validation(run: Run) -> None:
     if missing:
         validate(run)
     if run.judge is not None and not run.stop_signal:
-        record_best(run.output_dir, run.config.checkpointing_steps)
+        record_best(run.output_dir)
         say_cost(run)
 
 
@@ -103,6 +103,8 @@ def paint(run: Run, painter: Painter, settings: SampleConfig, on_step: Callable)
     config, colours, painted = run.config, run.split.palette.table, None
     if run.judge is not None:
         painted = judge.paint(run.judge, painter, settings, config.train_batch_size, on_step)
+    if run.stop_signal:
+        return [], None
     if not config.validation_image:
         return [colours[run.judge.masks[:SHOWN]], painted[:SHOWN]], painted
     masks, prompts = validation_pairs(run)
@@ -163,7 +165,10 @@ def say_ceiling(run: Run) -> None:
 
 def say_cost(run: Run) -> None:
     """How long a validation takes, as measured by the newest one, and how many come."""
-    every, seconds = run.config.validation_steps, list(scores(read_log(run.log.path)).values())[-1]["seconds"]
+    every, scored = run.config.validation_steps, list(scores(read_log(run.log.path)).values())
+    if not scored:
+        return
+    seconds = scored[-1]["seconds"]
     times = math.ceil(run.total_steps / every) - run.step // every
     rows = len(run.held_out)
     run.log.say(f"Faithfulness on {rows} rows every {every} steps: about {seconds:.0f} s each, {times} times.")

@@ -53,8 +53,8 @@ class Log:
             return
         mean = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
         self.losses = []
-        pace = self.pace(step)
-        entry = {"step": step, "loss": mean, "learning_rate": learning_rate, "gradient_norm": float(self.norm),
+        pace, norm = self.pace(step), float(self.norm) if math.isfinite(self.norm) else None  # skipped by the scaler
+        entry = {"step": step, "loss": mean, "learning_rate": learning_rate, "gradient_norm": norm,
                  "seconds_per_step": round(pace, 4)}  # fmt: skip
         self.write(entry)
         self.accelerator.log({"loss": mean, "learning_rate": learning_rate}, step=step)

@@ -167,6 +167,19 @@ def test_a_damaged_file_is_named_with_what_mends_it(rows, base, whole, tmp_path,
     assert content(tmp_path / "cache") == content(whole)
 
 
+def test_a_cache_keeps_few_files_open(whole, monkeypatch):
+    def mapped():
+        return sum(str(whole) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    plain = latent_files.LatentCache(whole, 2)
+    monkeypatch.setattr(latent_files, "OPEN_FILES", 1)
+    cache = latent_files.LatentCache(whole, 2)
+    for draw, row in [(0, 0), (1, 0), (0, 0), (1, cache.layout.rows - 1)]:
+        assert cache.entry(draw, row) == plain.entry(draw, row)
+    del plain
+    assert len(cache._files) > 1 and mapped() == 1
+
+
 def test_a_full_disk_is_one_message_and_leaves_nothing_aside(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
@@ -201,7 +214,7 @@ def test_the_key_changes_with_weights_precision_and_tokenizer_of_the_base(random
 
 def test_cached_examples_are_memory_mapped_and_the_same_from_two_workers(rows, whole):
     cache = latent_files.LatentCache(whole, 2)
-    assert all(isinstance(block, np.memmap) for block in (*cache._files, *cache._text))
+    assert all(isinstance(cache._open(*block), np.memmap) for block in (*cache._files, *cache._text))
     given_settings = {"seed": 0, "timesteps": 1000, "empty_prompts": 0.3, "empty_controls": 0.3}
     examples = Examples(rows, cache, 8, (12, 4, 4), given_settings)
     batches = [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, DDPMScheduler
 from diffusers.training_utils import compute_snr
+from safetensors import safe_open
 
 from segcn import trainable
 from segcn.ema import averaged, make_ema
@@ -109,7 +110,7 @@ def test_a_gradient_that_is_not_finite_is_told_with_its_rows(check):
 
 
 def test_an_overflow_is_left_to_the_gradient_scaler_and_a_bad_loss_is_not(check):
-    finite = check(scaler=object())
+    finite = check(scaler=SimpleNamespace(get_scale=lambda: 2.0**16))
     finite.seen(torch.tensor([4]), torch.tensor([0.1]))
     finite.check(torch.tensor(float("inf")), 1)
     finite.seen(torch.tensor([4]), torch.tensor([float("inf")]))
@@ -117,18 +118,23 @@ def test_an_overflow_is_left_to_the_gradient_scaler_and_a_bad_loss_is_not(check)
         finite.check(torch.tensor(float("inf")), 2)
 
 
-def test_a_run_with_a_bad_weight_stops_before_its_update(quick, tmp_path, monkeypatch):
+def test_a_run_with_a_bad_loss_stops_before_its_update(quick, tmp_path, monkeypatch):
     from segcn import objective, train
 
     run = quick(tmp_path / "out", max_train_steps=4, checkpointing_steps=2)
     plain = objective.step_losses
 
+    seen = {}
+
     def spoiled(run, batch):
+        if run.step == 3:
+            seen.update(run=run, before=[weight.detach().clone() for weight in run.controlnet.parameters()])
         return plain(run, batch) * (float("nan") if run.step == 3 else 1.0)
 
     monkeypatch.setattr(train, "step_losses", spoiled)
     with pytest.raises(UserError, match="step 4"):
         train.train(run)
+    assert all(map(torch.equal, seen["before"], seen["run"].controlnet.parameters()))
     monkeypatch.undo()
     folder = train.train(run)  # the same command goes on from the last checkpoint
     assert ControlNetModel.from_pretrained(folder) and (folder / "checkpoint-4").is_dir()
@@ -146,3 +152,29 @@ def test_an_averaged_run_that_was_cut_ends_with_the_same_bytes(quick, tmp_path):
         assert (straight / name).read_bytes() == (cut / name).read_bytes(), name
     final = (straight / "diffusion_pytorch_model.safetensors").read_bytes()
     assert final == (straight / "checkpoint-4/controlnet_ema/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_another_learning_rate_acts_when_a_run_goes_on_with_it(quick, tmp_path):
+    from segcn.train import train
+
+    train(quick(tmp_path / "out", max_train_steps=2, learning_rate=1e-3))
+    train(quick(tmp_path / "out", max_train_steps=4, learning_rate=1e-5, adam_weight_decay=0.5, allow_changes=True))
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
+    moments = json.loads(safe_open(tmp_path / "out/checkpoint-4/optimizer.safetensors", "pt").metadata()["json"])
+    group = moments["param_groups"][0]
+    assert (group["lr"], group["weight_decay"]) == (pytest.approx(1e-5), 0.5)
+
+
+def test_a_run_that_predicts_v_is_painted_so(quick, random_base, landscapes, tmp_path):
+    from segcn.arguments import make
+    from segcn.config import SampleConfig
+    from segcn.pipeline import load_painter
+    from segcn.train import train
+
+    own = DDPMScheduler.from_pretrained(random_base, subfolder="scheduler").config.prediction_type
+    other = "epsilon" if own == "v_prediction" else "v_prediction"
+    folder = train(quick(tmp_path / "out", max_train_steps=1, prediction_type=other))
+    settings = make(SampleConfig, "tiny", pretrained_model_name_or_path=str(random_base),
+                    controlnet_model_name_or_path=str(folder))  # fmt: skip
+    assert load_painter(settings).base.predicts_v == (other == "v_prediction")

@@ -76,7 +76,7 @@ def stopped(config):
     assert caught.value.code == 143
 
 
-@pytest.mark.parametrize("number, at, workers", [(signal.SIGTERM, 7, 0), (signal.SIGUSR1, 9, 2)])
+@pytest.mark.parametrize("number, at, workers", [(signal.SIGTERM, 7, 0), (signal.SIGUSR1, 9, 2), (signal.SIGINT, 8, 0)])
 def test_a_signal_amid_an_accumulated_step_saves_the_step_before_it(
     quick, straight, tmp_path, monkeypatch, number, at, workers
 ):

@@ -179,10 +179,10 @@ def test_a_scored_run_that_was_killed_tells_the_same(scripted, learned, tmp_path
     cut, (whole, _) = tmp_path / "cut", learned
     with pytest.MonkeyPatch.context() as patched:
 
-        def killed(run):
+        def killed(run, only_best=False):
             if run.step == 4:
                 raise RuntimeError("killed after the validation, before the checkpoint")
-            save(run)
+            save(run, only_best)
 
         save = training.save
         patched.setattr(training, "save", killed)
