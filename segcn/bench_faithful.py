@@ -4,12 +4,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from segcn import checkpoint, models
 from segcn.arguments import make
 from segcn.bench_plan import BenchTrainConfig, Book, command
 from segcn.config import SampleConfig
+from segcn.devices import pick_device
 from segcn.errors import UserError
 from segcn.judge import PAINTED_AT_ONCE, held_out_rows, open_judge, paint, score
 from segcn.pipeline import Painter
@@ -75,7 +74,7 @@ class Scorer:
     """The judge of segcn's own validation and the base: what scores the checkpoints of both sides."""
 
     def __init__(self, config: BenchTrainConfig, log: Callable[[str], None]):
-        self.log, self.device = log, "cuda" if torch.cuda.is_available() else "cpu"
+        self.log, self.device = log, pick_device()
         shared = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path, "seed": config.seed}
         self.settings = make(SampleConfig, config.preset, **shared)
         training = make(
@@ -104,7 +103,7 @@ class Scorer:
 
     def faithfulness_of(self, folder: Path) -> float:
         """mIoU of the held-out masks, painted with this ControlNet."""
-        controlnet = models.load_controlnet(folder).to(self.device).eval()
+        controlnet = models.load_controlnet(folder, self.device).eval()
         painter = Painter(self.base, controlnet, self.judge.rows.palette, str(folder))
         return score(self.judge, paint(self.judge, painter, self.settings, PAINTED_AT_ONCE, lambda *_: False))["miou"]
 

@@ -19,6 +19,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 
 from segcn.checkpoint import write_text
 from segcn.config import BASE, OUTPUTS, flag
+from segcn.devices import WIDE
 from segcn.errors import UserError
 from segcn.models import base_fingerprint, latent_factor
 from segcn.timed import Timed, run_timed
@@ -28,7 +29,6 @@ PACKAGES = ("segcn", "torch", "diffusers", "transformers", "accelerate", "datase
 SIDES = ("peer", "ours")
 MEASURED_ON = ("peer", "pretrained_model_name_or_path", "dataset_name", "warmup_steps", "measured_steps", "resolution",
                "train_batch_size", "max_train_samples", "seed")  # fmt: skip
-NARROW = 320  # channels below which segcn gives a ControlNet a narrower embedding of the mask than diffusers does
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def variant_words(config: BenchTrainConfig, name: str, side: str) -> tuple[str, 
 def shared_start(config: BenchTrainConfig) -> Path | None:
     """A ControlNet as diffusers starts it, where segcn would start a lighter one: both sides must train the same."""
     base = config.pretrained_model_name_or_path
-    if UNet2DConditionModel.load_config(base, subfolder="unet")["block_out_channels"][0] >= NARROW:
+    if UNet2DConditionModel.load_config(base, subfolder="unet")["block_out_channels"][0] >= WIDE:
         return None
     folder = config.folder / f"start-{base_fingerprint(base)}-{config.seed}"
     if not (folder / "config.json").is_file():

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from segcn.arguments import preset_defaults
+from segcn.devices import pick_device
 from segcn.frozen import computes_fast
 from segcn.train_config import TrainConfig
 
@@ -81,7 +82,7 @@ def _flags(settings: dict) -> str:
 
 def half_precision(device: torch.device | None = None) -> tuple[str, bool]:
     """bf16, or fp16 where a GPU lacks it (V100), and whether the device is fast in it; none: what is trained on."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device(pick_device())
     if device.type == "cuda" and not computes_fast(torch.bfloat16, device):
         return "fp16", True
     return "bf16", computes_fast(torch.bfloat16, device)

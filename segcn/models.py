@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from segcn import frozen
+from segcn.devices import WIDE, lay_out
 from segcn.errors import UserError
 
 LAYOUT = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -85,7 +86,7 @@ def load_base(
     for part in (parts.vae, parts.text_encoder, parts.unet):
         part.requires_grad_(False).eval().to(device)
     for part in (parts.vae, parts.unet):
-        part.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
+        lay_out(part, device)
     return parts
 
 
@@ -183,21 +184,22 @@ def make_controlnet(unet: UNet2DConditionModel, latent_factor: int = 8) -> Contr
     """A ControlNet that starts as a copy of the U-Net's encoder (Zhang et al. 2023, arXiv:2302.05543)."""
     if latent_factor != 8:
         raise UserError(f"the base's autoencoder compresses {latent_factor}x; a ControlNet in diffusers expects 8x")
-    narrow = unet.config.block_out_channels[0] < 320  # an embedding as small as its U-Net
+    narrow = unet.config.block_out_channels[0] < WIDE  # an embedding as small as its U-Net
     embedding = (16, 32, 64, 96) if narrow else (16, 32, 96, 256)
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=embedding)
     if narrow:  # heard from the first step on; the zero convolutions still keep the start silent
         controlnet.controlnet_cond_embedding.conv_out.reset_parameters()
-    return controlnet.to(memory_format=torch.channels_last)
+    return lay_out(controlnet, unet.device)
 
 
-def load_controlnet(folder: str | Path, dtype: torch.dtype = torch.float32, **hub: str | None) -> ControlNetModel:
+def load_controlnet(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **hub: str | None
+) -> ControlNetModel:
     """A ControlNet folder as diffusers writes it; UserError if there is none."""
     if not (Path(folder) / "config.json").is_file() and not hub and Path(folder).exists():
         raise UserError(f"{folder}: expected a ControlNet (config.json and diffusion_pytorch_model.safetensors)")
     hub = {key: value for key, value in hub.items() if value is not None}
-    controlnet = ControlNetModel.from_pretrained(folder, torch_dtype=dtype, **hub)
-    return controlnet.to(memory_format=torch.channels_last)
+    return lay_out(ControlNetModel.from_pretrained(folder, torch_dtype=dtype, **hub), device)
 
 
 def _check_layout(folder: str | Path) -> None:

@@ -21,6 +21,7 @@ from diffusers import (
 from segcn import seeds
 from segcn.config import OUTPUTS, SampleConfig
 from segcn.dataset import to_control
+from segcn.devices import pick_device
 from segcn.errors import UserError
 from segcn.frozen import DTYPES
 from segcn.labels import Palette
@@ -41,7 +42,7 @@ class Painter:
 
 def load_painter(settings: SampleConfig, palette: Palette | None = None) -> Painter:
     """Load base and ControlNet for a palette; without one, the ControlNet's own palette is used."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     dtype = DTYPES[settings.mixed_precision]
     folder = settings.controlnet_model_name_or_path or find_controlnet(settings.pretrained_model_name_or_path, palette)
     own = Path(folder) / "palette.json"
@@ -54,7 +55,7 @@ def load_painter(settings: SampleConfig, palette: Palette | None = None) -> Pain
     base = load_base(settings.pretrained_model_name_or_path, device, dtype)
     if (Path(folder) / "scheduler").is_dir():  # trained under another noise schedule than the base says
         base.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    return Painter(base, load_controlnet(folder, dtype).to(device).eval(), palette, str(folder))
+    return Painter(base, load_controlnet(folder, device, dtype).eval(), palette, str(folder))
 
 
 def find_controlnet(base_folder: str, palette: Palette | None = None) -> str:

@@ -23,6 +23,7 @@ from segcn.arguments import to_json
 from segcn.augment import AugmentConfig
 from segcn.bad_samples import BadRows, parse_limit
 from segcn.claim import RUN_FILE, claim
+from segcn.devices import keep_freed_memory
 from segcn.doctor import find_report
 from segcn.ema import averaged, make_ema
 from segcn.errors import UserError
@@ -149,6 +150,8 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
     )
     if accelerator.num_processes != world:
         raise UserError(f"the launcher started {world} processes, accelerate sees {accelerator.num_processes}")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from segcn import checkpoint, seeds
 from segcn.augment import AugmentConfig
 from segcn.dataset import PairedDataset
+from segcn.devices import pick_device
 from segcn.errors import UserError
 from segcn.labels import IGNORE
 from segcn.masks import read_mask
@@ -113,7 +114,7 @@ def train_segmenter(
     output_dir, fingerprint = Path(output_dir), _fingerprint(split, config)
     if _stands(output_dir, fingerprint, log):
         return load_segmenter(output_dir, device)
-    segmenter = build_segmenter(split.palette.num_classes, config.width, config.seed).to(_device(device))
+    segmenter = build_segmenter(split.palette.num_classes, config.width, config.seed).to(pick_device(device))
     _fit(segmenter, split, config, log)
     segmenter.settings = {
         **asdict(config), "num_classes": segmenter.num_classes, "rows": len(split), "fingerprint": fingerprint
@@ -141,7 +142,7 @@ def load_segmenter(folder: str | Path, device: str | None = None) -> Segmenter:
     segmenter = build_segmenter(settings["num_classes"], settings["width"])
     segmenter.load_state_dict(load_file(folder / "model.safetensors"))
     segmenter.settings = settings
-    return segmenter.to(_device(device))
+    return segmenter.to(pick_device(device))
 
 
 @torch.no_grad()
@@ -222,10 +223,6 @@ def _rows(count: int, config: SegmenterConfig) -> Iterator[tuple[int, int]]:
     while True:
         yield from ((epoch, row) for row in seeds.permutation(count, "segmenter", config.seed, "rows", epoch))
         epoch += 1
-
-
-def _device(name: str | None) -> str:
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _fingerprint(split: Split, config: SegmenterConfig) -> str:

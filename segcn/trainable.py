@@ -42,7 +42,7 @@ def _plain(value):
 def make_trainable(config: TrainConfig, base: models.Base) -> ControlNetModel:
     """The ControlNet to train, in float32."""
     if config.controlnet_model_name_or_path:
-        controlnet = models.load_controlnet(config.controlnet_model_name_or_path)
+        controlnet = models.load_controlnet(config.controlnet_model_name_or_path, base.unet.device)
     else:
         torch.manual_seed(config.seed)
         controlnet = models.make_controlnet(base.unet, base.latent_factor).float()

@@ -7,7 +7,8 @@ import segcn
 
 PACKAGE = Path(segcn.__file__).parent
 FLOORS = [
-    {"errors", "frozen", "seeds", "home", "loss", "captions", "progress", "geometry", "convergence", "sheets"},
+    {"errors", "devices", "frozen", "seeds", "home", "loss"},
+    {"captions", "progress", "geometry", "convergence", "sheets"},
     {"config", "files", "checkpoint", "metadata", "timed"},
     {"labels", "train_config"},
     {"masks"},
