@@ -10,6 +10,7 @@ from pathlib import Path
 
 from segcn.arguments import main_guard, parse
 from segcn.config import (
+    BASE,
     OUTPUTS,
     DoctorConfig,
     EvaluateConfig,
@@ -28,7 +29,7 @@ COMMANDS = {
     "import": "pictures and masks, metadata files, parquet or saved datasets to a data set of this package",
     "validate": "check a data set: decode every file and report every fault with its row",
     "palette": "write a palette.json for masks that have none: a ready one, or one proposed from them",
-    "bench": "measure: the doctor (validate), a large metadata.csv (metadata), training against diffusers' (train)",
+    "bench": "measure the doctor (validate), a large metadata.csv (metadata), a step of training (step), training (train)",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
     "infer": "one mask and a prompt to one or more pictures",
     "generate": "a folder of masks, or a data set, to a data set of new images",
@@ -148,6 +149,7 @@ def do_bench(words: list[str]) -> None:
     if words[:1] == ["train"]:
         return bench_training(words[1:])
     from segcn.bench import bench_metadata, bench_validate
+    from segcn.bench_step import bench_step
 
     parser = argparse.ArgumentParser(prog="segcn bench", allow_abbrev=False)
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -156,9 +158,16 @@ def do_bench(words: list[str]) -> None:
     validate.add_argument("--rounds", type=int, default=3, help="each of both in turns")
     metadata = kinds.add_parser("metadata", help="read and check a large metadata.csv: seconds and memory")
     metadata.add_argument("--rows", type=int, default=1_000_000)
+    step = kinds.add_parser("step", help="a training step with each layout of memory and weights on the CPU")
+    step.add_argument("--base", type=Path, default=BASE, help="base model folder")
+    step.add_argument("--resolution", type=int, default=128, help="pixels a side")
+    step.add_argument("--batch_size", type=int, default=8)
+    step.add_argument("--steps", type=int, default=10, help="timed in each process")
+    step.add_argument("--rounds", type=int, default=2, help="each layout in turns")
     kinds.add_parser("train", help="training against diffusers' train_controlnet.py: pace, memory, time to obey")
     options = vars(parser.parse_args(words))
-    {"validate": bench_validate, "metadata": bench_metadata}[options.pop("kind")](**options)
+    found = {"validate": bench_validate, "metadata": bench_metadata, "step": bench_step}
+    found[options.pop("kind")](**options)
 
 
 def bench_training(words: list[str]) -> None:

@@ -21,7 +21,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees; whether its C library (glibc) can.
 
     Otherwise each step gives its tensors' pages back to the system and has them cleared anew, which takes up to a third
-    of a CPU's time; `segcn bench memory` measures it. https://man7.org/linux/man-pages/man3/mallopt.3.html
+    of a CPU's time; `segcn bench step` measures it. https://man7.org/linux/man-pages/man3/mallopt.3.html
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -33,7 +33,7 @@ def keep_freed_memory() -> bool:
 def lay_out(network: nn.Module, device: str | torch.device) -> nn.Module:
     """Move a network of diffusers to a device, its weights in the order in which convolutions are fastest there.
 
-    That is channels_last, but for wide networks on CPUs, which take 1.2 times as long in it.
+    That is channels_last, but for wide networks on CPUs (`segcn bench step` measures it).
     """
     wide_on_cpu = torch.device(device).type == "cpu" and network.config.block_out_channels[0] >= WIDE
     layout = torch.contiguous_format if wide_on_cpu else torch.channels_last

@@ -29,7 +29,7 @@ FLOORS = [
         "flops",
     },
     {"generate", "watch", "doctor", "palette", "placing", "evaluate"},
-    {"claim", "best", "judge", "modelcard", "draws", "examples", "launch"},
+    {"bench_step", "claim", "best", "judge", "modelcard", "draws", "examples", "launch"},
     {"feed"},
     {"prepare", "infer", "widgets", "summary", "quarantine", "importer", "bench"},
     {"validation", "page", "bench_faithful", "preflight", "saving", "export", "objective"},

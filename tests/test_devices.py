@@ -1,0 +1,65 @@
+"""Promise: a CPU keeps the memory that it frees, and weights lie as convolutions want them."""
+
+import json
+import os
+import platform
+import resource
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from segcn import devices
+from segcn.bench_step import bench_step, time_steps
+
+PAGE = resource.getpagesize()
+
+
+def pages_taken(megabytes=64):
+    """Pages that the system had to hand out for a tensor that has been allocated and freed before."""
+    numbers = megabytes * 2**18
+    torch.ones(numbers)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(numbers)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def pages_in_fork(work):
+    """What `work` leaves for `pages_taken`, seen in a process of its own."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        work()
+        os.write(writer, str(pages_taken()).encode())
+        os._exit(0)
+    os.wait()
+    return int(os.read(reader, 99))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_freed_memory_is_kept_and_not_fetched_again():
+    whole = 64 * 2**20 // PAGE
+    assert pages_in_fork(lambda: None) > whole / 2
+    assert pages_in_fork(devices.keep_freed_memory) < whole / 10
+
+
+@pytest.mark.parametrize(("width", "channels_last"), [(32, True), (320, False)])
+def test_only_narrow_networks_lie_in_channels_last_on_a_cpu(width, channels_last):
+    unet = UNet2DConditionModel(
+        block_out_channels=(width,), layers_per_block=1, cross_attention_dim=8,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None,
+    )  # fmt: skip
+    weight = devices.lay_out(unet, "cpu").down_blocks[0].resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert weight.is_contiguous() != channels_last
+
+
+def test_a_step_is_timed(random_base, capsys):
+    time_steps(random_base, "given back", "channels_last", 64, 1, 1)
+    assert json.loads(capsys.readouterr().out) > 0
+
+
+@pytest.mark.slow
+def test_kept_memory_and_channels_last_are_the_faster_on_the_embedded_base():
+    said = []
+    bench_step(log=said.append)
+    assert "memory kept      , channels_last" in said[-1] and float(said[-1].split()[-7].rstrip("x")) > 1.1
