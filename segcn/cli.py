@@ -29,7 +29,7 @@ COMMANDS = {
     "import": "pictures and masks, metadata files, parquet or saved datasets to a data set of this package",
     "validate": "check a data set: decode every file and report every fault with its row",
     "palette": "write a palette.json for masks that have none: a ready one, or one proposed from them",
-    "bench": "measure the doctor (validate), a large metadata.csv (metadata), a step of training (step), training (train)",
+    "bench": "measure: checking data (validate), reading metadata (metadata), a training step (step), training (train)",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
     "infer": "one mask and a prompt to one or more pictures",
     "generate": "a folder of masks, or a data set, to a data set of new images",
