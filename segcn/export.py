@@ -1,6 +1,7 @@
 """The finished ControlNet, where plain diffusers finds it, with its model card, and on the hub."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -31,11 +32,15 @@ def finish(run: Run) -> Path:
 
 
 def export(controlnet: ControlNetModel, folder: Path) -> None:
-    """config.json and safetensors, without the path that the ControlNet came from."""
-    controlnet.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
+    """config.json, without the path that the ControlNet came from, and safetensors: each file is whole or not there."""
+    staged = folder / ".export"
+    controlnet.save_pretrained(staged)
+    config = json.loads((staged / "config.json").read_text())
     config.pop("_name_or_path", None)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(staged / "config.json", json.dumps(config, indent=2) + "\n")
+    for path in sorted(staged.iterdir()):
+        os.replace(path, folder / path.name)
+    staged.rmdir()
 
 
 def machine(accelerator) -> str:

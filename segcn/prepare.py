@@ -150,8 +150,6 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
     )
     if accelerator.num_processes != world:
         raise UserError(f"the launcher started {world} processes, accelerate sees {accelerator.num_processes}")
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     return accelerator
 
 
@@ -206,6 +204,8 @@ def load_frozen(config: TrainConfig, accelerator: Accelerator) -> models.Base:
         revision=config.revision,
         variant=config.variant,
     )
+    if accelerator.device.type == "cpu" and config.memory_preset is None:
+        keep_freed_memory()  # not sooner: the encoders' memory shall be given back
     base.scheduler = make_scheduler(config, base)
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
