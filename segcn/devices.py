@@ -1,5 +1,6 @@
 """Which device computes, and how networks and memory are laid out for it."""
 
+import contextlib
 import ctypes
 
 import torch
@@ -28,6 +29,12 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, -1))
+
+
+def give_freed_memory_back() -> None:
+    """Return to the system what was kept until now, so that a peak can be measured from here."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def lay_out(network: nn.Module, device: str | torch.device) -> nn.Module:

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from segcn.arguments import preset_defaults
-from segcn.devices import pick_device
+from segcn.devices import give_freed_memory_back, pick_device
 from segcn.frozen import computes_fast
 from segcn.train_config import TrainConfig
 
@@ -131,6 +131,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        give_freed_memory_back()
         with contextlib.suppress(OSError):  # a sandbox may forbid it: then the peak is that of the whole process
             Path("/proc/self/clear_refs").write_text("5")
 
