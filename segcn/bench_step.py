@@ -21,9 +21,13 @@ RUN = "from segcn.bench_step import time_steps; time_steps({!r}, {!r}, {!r}, {},
 
 
 def bench_step(
-    base: str | Path = BASE, resolution: int = 128, batch_size: int = 8, steps: int = 10, rounds: int = 2,
+    pretrained_model_name_or_path: str | Path = BASE,
+    resolution: int = 128,
+    batch_size: int = 8,
+    steps: int = 10,
+    rounds: int = 2,
     log: Callable[[str], None] = print,
-) -> dict[tuple[str, str], list[float]]:  # fmt: skip
+) -> dict[tuple[str, str], list[float]]:
     """Seconds of a step of ControlNet, U-Net and AdamW in float32 on the CPU, one a round, by (memory, layout).
 
     Each is measured in a process of its own; the median of its steps counts.
@@ -31,7 +35,7 @@ def bench_step(
     found = {pair: [] for pair in itertools.product(MEMORIES, LAYOUTS)}
     for number in range(1, rounds + 1):
         for (memory, layout), seconds in found.items():
-            code = RUN.format(str(base), memory, layout, resolution, batch_size, steps)
+            code = RUN.format(str(pretrained_model_name_or_path), memory, layout, resolution, batch_size, steps)
             told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
             seconds.append(json.loads(told.splitlines()[-1]))
             log(f"round {number}: memory {memory:10}, {layout:13} {seconds[-1]:.3f} s a step")

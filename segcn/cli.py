@@ -159,7 +159,7 @@ def do_bench(words: list[str]) -> None:
     metadata = kinds.add_parser("metadata", help="read and check a large metadata.csv: seconds and memory")
     metadata.add_argument("--rows", type=int, default=1_000_000)
     step = kinds.add_parser("step", help="a training step with each layout of memory and weights on the CPU")
-    step.add_argument("--base", type=Path, default=BASE, help="base model folder")
+    step.add_argument("--pretrained_model_name_or_path", type=Path, default=BASE, help="base model folder")
     step.add_argument("--resolution", type=int, default=128, help="pixels a side")
     step.add_argument("--batch_size", type=int, default=8)
     step.add_argument("--steps", type=int, default=10, help="timed in each process")

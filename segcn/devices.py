@@ -11,19 +11,18 @@ MMAP_MAX, TRIM_THRESHOLD = -4, -1  # the names of mallopt(3)
 
 
 def pick_device(name: str | None = None) -> str:
-    """The device of that name; none: a GPU where there is one, else the CPU, set up for large networks."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
-        keep_freed_memory()
-    return name
+    """The device of that name; none: a GPU where there is one, else the CPU."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees; whether its C library (glibc) can.
+def keep_freed_memory(device: str | torch.device = "cpu") -> bool:
+    """Let a process that computes on the CPU keep the memory that it frees; whether its C library (glibc) can.
 
     Otherwise each step gives its tensors' pages back to the system and has them cleared anew, which takes up to a third
     of a CPU's time; `segcn bench step` measures it. https://man7.org/linux/man-pages/man3/mallopt.3.html
     """
+    if torch.device(device).type != "cpu":
+        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

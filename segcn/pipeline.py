@@ -21,7 +21,7 @@ from diffusers import (
 from segcn import seeds
 from segcn.config import OUTPUTS, SampleConfig
 from segcn.dataset import to_control
-from segcn.devices import pick_device
+from segcn.devices import keep_freed_memory, pick_device
 from segcn.errors import UserError
 from segcn.frozen import DTYPES
 from segcn.labels import Palette
@@ -55,7 +55,9 @@ def load_painter(settings: SampleConfig, palette: Palette | None = None) -> Pain
     base = load_base(settings.pretrained_model_name_or_path, device, dtype)
     if (Path(folder) / "scheduler").is_dir():  # trained under another noise schedule than the base says
         base.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    return Painter(base, load_controlnet(folder, device, dtype).eval(), palette, str(folder))
+    controlnet = load_controlnet(folder, device, dtype).eval()
+    keep_freed_memory(device)
+    return Painter(base, controlnet, palette, str(folder))
 
 
 def find_controlnet(base_folder: str, palette: Palette | None = None) -> str:

@@ -204,8 +204,8 @@ def load_frozen(config: TrainConfig, accelerator: Accelerator) -> models.Base:
         revision=config.revision,
         variant=config.variant,
     )
-    if accelerator.device.type == "cpu" and config.memory_preset is None:
-        keep_freed_memory()  # not sooner: the encoders' memory shall be given back
+    if config.memory_preset is None:
+        keep_freed_memory(accelerator.device)  # not sooner: the encoders' memory shall be given back
     base.scheduler = make_scheduler(config, base)
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()

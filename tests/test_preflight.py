@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from segcn import memory, preflight
-from segcn.devices import pick_device
+from segcn.devices import keep_freed_memory
 from segcn.errors import UserError
 from segcn.preflight import Seen, best_batch
 from segcn.train import train
@@ -79,7 +79,8 @@ def test_a_batch_whose_memory_ran_out_is_not_proposed():
 
 
 def test_the_peak_of_this_process_is_measured_from_where_it_was_reset():
-    device = torch.device(pick_device("cpu"))  # it keeps freed memory, which a reset gives back
+    device = torch.device("cpu")
+    keep_freed_memory(device)  # a reset gives it back
     torch.ones(30_000_000)
     memory.reset_peak(device)
     before = memory.peak_bytes(device)

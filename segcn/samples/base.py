@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from segcn import checkpoint
-from segcn.devices import pick_device
+from segcn.devices import keep_freed_memory, pick_device
 from segcn.errors import UserError
 from segcn.samples.learning import to_pixels
 from segcn.samples.pictures import paint_pictures
@@ -44,6 +44,7 @@ def build_base(work: Path, out: Path, recipe: BaseRecipe = BaseRecipe(), log: Ca
     claim_work(work, recipe)
     torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device(pick_device())
+    keep_freed_memory(device)
     pictures = paint_pictures(work / "pictures", recipe, log)
     images = torch.from_numpy(pictures.images).to(device)
     vae = train_vae(images, torch.from_numpy(pictures.masks).to(device), recipe.vae, work / "vae", log)
