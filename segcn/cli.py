@@ -29,7 +29,7 @@ COMMANDS = {
     "import": "pictures and masks, metadata files, parquet or saved datasets to a data set of this package",
     "validate": "check a data set: decode every file and report every fault with its row",
     "palette": "write a palette.json for masks that have none: a ready one, or one proposed from them",
-    "bench": "measure: checking data (validate), reading metadata (metadata), a training step (step), training (train)",
+    "bench": "measure: data sets (validate, metadata), training (step, train) or painting (generate)",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
     "infer": "one mask and a prompt to one or more pictures",
     "generate": "a folder of masks, or a data set, to a data set of new images",
@@ -148,6 +148,8 @@ def do_palette(words: list[str]) -> None:
 def do_bench(words: list[str]) -> None:
     if words[:1] == ["train"]:
         return bench_training(words[1:])
+    if words[:1] == ["generate"]:
+        return bench_generating(words[1:])
     from segcn.bench import bench_metadata, bench_validate
     from segcn.bench_step import bench_step
 
@@ -165,6 +167,7 @@ def do_bench(words: list[str]) -> None:
     step.add_argument("--steps", type=int, default=10, help="timed in each process")
     step.add_argument("--rounds", type=int, default=2, help="each layout in turns")
     kinds.add_parser("train", help="training against diffusers' train_controlnet.py: pace, memory, time to obey")
+    kinds.add_parser("generate", help="painting against one pipeline call an image: pace, faithfulness, distance")
     options = vars(parser.parse_args(words))
     found = {"validate": bench_validate, "metadata": bench_metadata, "step": bench_step}
     found[options.pop("kind")](**options)
@@ -180,6 +183,18 @@ def bench_training(words: list[str]) -> None:
         bench_train(parse(BenchTrainConfig, words, "segcn bench train"))
     except KeyboardInterrupt:
         sys.exit("Stopped: the runs that finished are kept, and the same command goes on.")
+
+
+def bench_generating(words: list[str]) -> None:
+    from segcn.bench_generate import BenchGenerateConfig, bench_generate
+    from segcn.show import quiet
+
+    quiet()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        bench_generate(parse(BenchGenerateConfig, words, "segcn bench generate"))
+    except KeyboardInterrupt:
+        sys.exit("Stopped: the turns that finished are kept, and the same command goes on.")
 
 
 def do_train(words: list[str]) -> None:

@@ -39,13 +39,24 @@ class SampleConfig:
     fit: str = flag("crop", "how --resolution makes a mask square: crop, pad or stretch, as in training", FITS)
     num_inference_steps: int = flag(20, "denoising steps")
     guidance_scale: float = flag(4.0, "weight of the text (classifier-free guidance); 1: off")
+    guidance_start: float = flag(0.0, "share of the steps before guidance acts, 0 to 1")
+    guidance_end: float = flag(1.0, "share of the steps after which guidance is off, 0 to 1; such steps are quicker")
+    guidance_rescale: float = flag(0.0, "0 to 1: how far guidance keeps the spread of what is predicted; 0: not at all")
     controlnet_conditioning_scale: float = flag(1.0, "weight of the mask; 0: ignored")
     control_guidance_start: float = flag(0.0, "share of the steps before the mask acts, 0 to 1")
     control_guidance_end: float = flag(1.0, "share of the steps after which the mask no longer acts, 0 to 1")
+    control_schedule: str = flag(
+        "constant", "weight of the mask from the first step to the last", ("constant", "linear", "cosine")
+    )
+    noise_prior: str | None = flag(
+        None, "start from the class statistics of a data set's training rows, or of a noise prior's file; none: noise"
+    )
+    noise_prior_strength: float = flag(0.8, "share of the steps that are taken from the noise prior on, 0 to 1")
     negative_prompt: str = flag("", "what the picture should not show")
     scheduler: str = flag("dpm", "sampler: dpm (DPM-Solver++), unipc or ddim", ("dpm", "unipc", "ddim"))
     seed: int = flag(0, "each picture's noise depends on this and its row alone")
     mixed_precision: str = flag("no", "no, fp16 or bf16", ("no", "fp16", "bf16"))
+    torch_compile: bool = flag(False, "compile the networks: minutes at the start, quicker steps; needs a GPU")
 
 
 @dataclass(frozen=True)

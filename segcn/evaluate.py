@@ -137,7 +137,7 @@ def distance(
     weights = find_inception(inception)
     extract = inception_features(weights) if weights else segmenter_features(segmenter)
     names = ("fid", "kid") if weights else ("frechet_distance", "kernel_distance")
-    near, far = (_features(split, segmenter, batch_size, extract) for split in (real, synthetic))
+    near, far = (features(split, segmenter, batch_size, extract) for split in (real, synthetic))
     mean, deviation, subset_size = kernel_distance(near, far)
     return {
         "extractor": "Inception v3, 2015-12-05" if weights else "segmenter features",
@@ -189,7 +189,8 @@ def _batches(split: Split, segmenter: Segmenter, batch_size: int) -> Iterator[tu
 
 
 @torch.no_grad()
-def _features(split: Split, segmenter: Segmenter, batch_size: int, extract: Callable) -> torch.Tensor:
+def features(split: Split, segmenter: Segmenter, batch_size: int, extract: Callable) -> torch.Tensor:
+    """What `extract` makes of each image, [N, D], row by row; UserError where there are fewer than two."""
     if len(split) < 2:
         raise UserError(f"{split.metadata}: the distances need at least 2 images, found {len(split)}")
     segmenter.eval()

@@ -1,33 +1,27 @@
 """Masks and captions to images. Widget, notebook, command line and validation all come here."""
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (
-    ControlNetModel,
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import ControlNetModel, DDPMScheduler, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
 from segcn import seeds
 from segcn.config import OUTPUTS, SampleConfig
-from segcn.dataset import to_control
+from segcn.dataset import to_control, to_uint8
 from segcn.devices import keep_freed_memory, pick_device
 from segcn.errors import UserError
 from segcn.frozen import DTYPES
 from segcn.labels import Palette
-from segcn.models import Base, load_base, load_controlnet
+from segcn.models import Base, decode, encode_text, load_base, load_controlnet
+from segcn.noise_prior import NoisePrior, open_prior, prior_noise
+from segcn.sampling import Control, check_sampling, embedding_once, make_scheduler, sample
 
-SCHEDULERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler}
+KEPT_CAPTIONS = 256  # embeddings that stay with a painter: 60 MB of Stable Diffusion 1.5's
 
 
 @dataclass
@@ -39,11 +33,27 @@ class Painter:
     palette: Palette
     controlnet_folder: str
 
+    @cached_property
+    def embedding(self) -> Callable[[str], torch.Tensor]:
+        """A caption to its embedding [L, D], kept for the next time.
+
+        Each is encoded alone: it depends on nothing else that is painted, so neither does an image.
+        """
+        return lru_cache(KEPT_CAPTIONS)(lambda caption: encode_text(self.base, [caption])[0])
+
+    @cached_property
+    def prior(self) -> Callable[[str, int, str], NoisePrior]:
+        """(data set or file, pixels a side, fit) to a noise prior, kept for the next time."""
+        return lru_cache(1)(lambda source, side, fit: open_prior(source, self.base, self.palette, side, fit))
+
 
 def load_painter(settings: SampleConfig, palette: Palette | None = None) -> Painter:
     """Load base and ControlNet for a palette; without one, the ControlNet's own palette is used."""
+    check_sampling(settings)
     device = pick_device()
     dtype = DTYPES[settings.mixed_precision]
+    if settings.torch_compile and device == "cpu":
+        raise UserError("--torch_compile: expected a GPU, found none: a CPU compiles for minutes and gains a tenth")
     folder = settings.controlnet_model_name_or_path or find_controlnet(settings.pretrained_model_name_or_path, palette)
     own = Path(folder) / "palette.json"
     if palette is None:
@@ -56,6 +66,9 @@ def load_painter(settings: SampleConfig, palette: Palette | None = None) -> Pain
     if (Path(folder) / "scheduler").is_dir():  # trained under another noise schedule than the base says
         base.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     controlnet = load_controlnet(folder, device, dtype).eval()
+    if settings.torch_compile:
+        for network in (base.unet, controlnet, base.vae.decoder):
+            network.compile()
     keep_freed_memory(device)
     return Painter(base, controlnet, palette, str(folder))
 
@@ -94,78 +107,43 @@ def generate(
     masks: uint8 [N,H,W] class ids, or None to paint without (then `size` is (H,W)). The noise of an image depends on
     (settings.seed, its entry in rows) alone. `on_step(step)` is called after each denoising step; True stops.
     """
-    height, width = size or masks.shape[1:]
-    factor = painter.base.latent_factor
+    check_sampling(settings)
+    size = size or masks.shape[1:]
+    noise = first_noise(painter.base, rows, settings, size)
+    negative = torch.stack([painter.embedding(settings.negative_prompt)] * len(captions))
+    text = torch.stack([painter.embedding(caption) for caption in captions])
+    control = prior = None
+    if masks is not None:
+        condition = to_control(masks, painter.palette).to(noise.device, painter.base.dtype)
+        control = Control(embedding_once(painter.controlnet, len(captions)), condition)
+    if masks is not None and settings.noise_prior:
+        drawn = prior_noise(noise.shape[1:], settings.seed, rows).to(noise.device)
+        prior = painter.prior(settings.noise_prior, min(size), settings.fit).draw(masks, drawn)
+    latents = sample(painter.base, noise, negative, text, settings, control, prior, on_step)
+    return to_uint8(decode(painter.base.vae, latents))
+
+
+def first_noise(base: Base, rows: list[int], settings: SampleConfig, size: tuple[int, int]) -> torch.Tensor:
+    """What images of size (H,W) begin as, float32 [N,C,h,w]; UserError where the base has no such size."""
+    (height, width), factor = size, base.latent_factor
     if height % factor or width % factor:
         raise UserError(
             f"expected masks with sides that are multiples of {factor}, found {width} x {height}: "
             "--resolution paints their centred square at a size of your own"
         )
-    shape = (painter.base.unet.config.in_channels, height // factor, width // factor)
-    noise = torch.stack([seeds.normal(shape, "paint", settings.seed, row) for row in rows])
-    controlnet = None if masks is None else embedding_once(painter.controlnet, len(captions))
-    pipe = make_pipeline(painter.base, settings, controlnet)
-    control = {}
-    if masks is not None:
-        control = {
-            "image": to_control(masks, painter.palette).to(painter.base.dtype),
-            "controlnet_conditioning_scale": settings.controlnet_conditioning_scale,
-            "control_guidance_start": settings.control_guidance_start,
-            "control_guidance_end": settings.control_guidance_end,
-        }
-
-    def after_step(pipe, step, timestep, values):
-        pipe._interrupt = bool(on_step and on_step(step + 1))
-        return values
-
-    images = pipe(
-        prompt=list(captions),
-        negative_prompt=[settings.negative_prompt] * len(captions),
-        height=height,
-        width=width,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        latents=noise.to(painter.base.unet.device, painter.base.dtype),
-        output_type="np",
-        callback_on_step_end=after_step,
-        **control,
-    ).images
-    return (images * 255).round().astype(np.uint8)
-
-
-class EmbeddedOnce(torch.nn.Module):
-    """Embeds the control in the first step and keeps it: it is the same in each step and in both halves of guidance."""
-
-    def __init__(self, embedding: torch.nn.Module, pictures: int):
-        super().__init__()
-        self.embedding, self.pictures, self.kept = embedding, pictures, None
-
-    def forward(self, control: torch.Tensor) -> torch.Tensor:
-        """control [B or 2B, 3, H, W], B the number of pictures -> [B or 2B, C, h, w]."""
-        if self.kept is None:
-            once = self.embedding(control[: self.pictures])
-            self.kept = torch.cat([once] * (len(control) // self.pictures))
-        return self.kept
-
-
-def embedding_once(controlnet: ControlNetModel, pictures: int) -> ControlNetModel:
-    """The ControlNet, its weights shared, for a single call of a pipeline: its control must not change."""
-    shared = copy.copy(controlnet)
-    embedding = EmbeddedOnce(controlnet.controlnet_cond_embedding, pictures)
-    shared._modules = {**controlnet._modules, "controlnet_cond_embedding": embedding}
-    return shared
+    shape = (base.unet.config.in_channels, height // factor, width // factor)
+    return torch.stack([seeds.normal(shape, "paint", settings.seed, row) for row in rows]).to(base.unet.device)
 
 
 def make_pipeline(base: Base, settings: SampleConfig, controlnet: ControlNetModel | None = None):
     """diffusers' own pipeline around the loaded parts, without a safety checker (it blacks pictures out)."""
-    if settings.scheduler not in SCHEDULERS:
-        raise UserError(f"--scheduler: expected one of {', '.join(SCHEDULERS)}, found {settings.scheduler!r}")
+    check_sampling(settings)
     parts = {
         "vae": base.vae,
         "text_encoder": base.text_encoder,
         "tokenizer": base.tokenizer,
         "unet": base.unet,
-        "scheduler": SCHEDULERS[settings.scheduler].from_config(base.scheduler.config),
+        "scheduler": make_scheduler(base, settings),
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,

@@ -13,6 +13,7 @@ from segcn.samples.landscapes import write_landscapes
 from segcn.train_config import TrainConfig
 
 SAMPLE_ROWS = {"train": 1024, "test": 128}
+HELD_OUT_SEED = 5151  # of no sample set, and neither of the base's pictures nor of its ControlNet's
 HELD_OUT = 128  # rows at most, of a data set without test/
 
 
@@ -111,6 +112,11 @@ def sample_landscapes() -> Path:
     folder = ROOT / "data" / "landscapes"
     write_landscapes(folder, SAMPLE_ROWS["train"], test=SAMPLE_ROWS["test"])
     return folder
+
+
+def held_out_landscapes(rows: int) -> Path:
+    """Landscapes of a seed that no training used, painted below outputs/ if they are not there."""
+    return write_landscapes(OUTPUTS / "held_out" / f"landscapes-{rows}", rows, seed=HELD_OUT_SEED)
 
 
 def from_root(path: str | Path) -> Path:

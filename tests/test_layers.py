@@ -14,7 +14,7 @@ FLOORS = [
     {"masks"},
     {"records", "augment", "arguments", "schedule"},
     {"dataset", "memory", "models", "distance", "scan", "survey", "tables", "balance", "finite"},
-    {"bad_samples", "class_weights", "latent_files", "stamps"},
+    {"bad_samples", "class_weights", "colour", "latent_files", "noise_prior", "sampling", "stamps"},
     {
         "latents",
         "ema",
@@ -35,8 +35,9 @@ FLOORS = [
     {"validation", "page", "bench_faithful", "preflight", "saving", "export", "objective"},
     {"train", "charts", "samples", "report", "proof"},
     {"workspace", "story", "curves"},
-    {"paint", "run", "bench_train"},
-    {"bench_charts"},
+    {"paint", "run", "bench_train", "bench_sides", "bench_scores"},
+    {"bench_charts", "bench_peaks", "bench_verdicts"},
+    {"bench_generate"},
     {"cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
