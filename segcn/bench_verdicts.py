@@ -12,11 +12,12 @@ def table(found: dict) -> list[str]:
     width = max(map(len, found["sides"]))
     lines = [f"{'':{width}}  images/s  img/CPU s   mIoU   kernel distance     colour shift (L, a, b)   peak GiB"]
     for title, one in found["sides"].items():
-        shift, peak = one["colour_shift"], one.get("peak_gib", {})
+        shift, peak = one["colour_shift"], one.get("peak_gib")
+        most = f"{max(peak.values()):.2f}" if peak else "-"
         lines.append(
             f"{title:{width}} {one['images_per_second']:9.3f} {one['images_per_cpu_second']:10.3f} {one['miou']:6.3f} "
             f"{one['kernel_distance']:9.2e} +-{one['kernel_distance_interval']:8.1e} {shift['delta_e']:6.2f} "
-            f"({shift['L']:+5.2f}, {shift['a']:+5.2f}, {shift['b']:+5.2f}) {max(peak.values(), default=0):9.2f}"
+            f"({shift['L']:+5.2f}, {shift['a']:+5.2f}, {shift['b']:+5.2f}) {most:>9}"
         )
     return lines
 
