@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,7 @@ from segcn.watch import Log
 
 RUN_FILE = "train_config.json"
 LOCK = ".lock"  # in the run folder; the system frees it with the death of the process that holds it
+STOP = "it saves a checkpoint on SIGTERM"
 HELD: list[IO] = []  # the locks of this process
 
 
@@ -35,7 +37,7 @@ def claim(output_dir: Path, config: TrainConfig, split: Split, base: models.Base
     if not path.is_file() and output_dir.exists() and {entry.name for entry in output_dir.iterdir()} - allowed:
         raise UserError(f"{output_dir} is not empty and holds no run of segcn: choose another --output_dir.")
     if accelerator.is_main_process:
-        lock(output_dir, log)
+        lock(output_dir, log.say)
     if path.is_file():
         hold_against(json.loads(path.read_text()), resolved, config, log)
     accelerator.wait_for_everyone()
@@ -57,10 +59,11 @@ def hold_against(old: dict, new: dict, config: TrainConfig, log: Log) -> None:
         log.say(f"Changed: {line}")
 
 
-def lock(output_dir: Path, log: Log) -> None:
+def lock(output_dir: Path, say: Callable[[str], None], work: str = "trains", stop: str = STOP) -> None:
     """Keep other runs out of the folder until `release` or the end of this process; UserError names who holds it.
 
-    A POSIX lock: processes that read data do not inherit it, and NFS knows it between machines.
+    work, stop: what this one does there, and what becomes of that when it is stopped. A POSIX lock: processes that
+    read data do not inherit it, and NFS knows it between machines.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     file = (output_dir / LOCK).open("a+")
@@ -68,11 +71,11 @@ def lock(output_dir: Path, log: Log) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return log.say(f"{output_dir}: locks do not work here ({error}); let no second run use this folder.")
+            return say(f"{output_dir}: locks do not work here ({error}); let no second run use this folder.")
         file.seek(0)
         raise UserError(
-            f"{output_dir} is in use: {file.read().strip() or 'another process'} trains there. Wait for it, stop it"
-            " (it saves a checkpoint on SIGTERM), or choose another --output_dir."
+            f"{output_dir} is in use: {file.read().strip() or 'another process'} {work} there. Wait for it, stop it"
+            f" ({stop}), or choose another --output_dir."
         ) from None
     started = datetime.now(UTC).isoformat(" ", "seconds")
     file.truncate(0)

@@ -14,7 +14,6 @@ from segcn.config import (
     OUTPUTS,
     DoctorConfig,
     EvaluateConfig,
-    GenerateConfig,
     ImportConfig,
     InferConfig,
     PaletteConfig,
@@ -31,8 +30,8 @@ COMMANDS = {
     "palette": "write a palette.json for masks that have none: a ready one, or one proposed from them",
     "bench": "measure: data sets (validate, metadata), training (step, train) or painting (generate)",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
-    "infer": "one mask and a prompt to one or more pictures",
-    "generate": "a folder of masks, or a data set, to a data set of new images",
+    "infer": "one mask and one or more prompts to a picture that knows how it was made",
+    "generate": "a folder of masks, or a data set, to a data set of new images; also as accelerate launch -m segcn.generate",
     "evaluate": "are the generated images close to real ones, and do they obey their masks?",
 }
 
@@ -217,9 +216,9 @@ def do_infer(words: list[str]) -> None:
 
 
 def do_generate(words: list[str]) -> None:
-    from segcn.generate import generate_dataset
+    from segcn.generate import command
 
-    print(generate_dataset(parse(GenerateConfig, words, "segcn generate")))
+    command(words)
 
 
 def do_evaluate(words: list[str]) -> None:

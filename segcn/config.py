@@ -14,10 +14,10 @@ BASE = ROOT / "data" / "base"
 FITS = ("crop", "pad", "stretch")
 
 
-def flag(default: Any, help: str, choices: tuple | None = None) -> Any:
-    """A dataclass field with its meaning, shown by --help."""
+def flag(default: Any, help: str, choices: tuple | None = None, aliases: tuple = ()) -> Any:
+    """A dataclass field with its meaning, shown by --help; aliases: older flags that are still read."""
     metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | ({"aliases": list(aliases)} if aliases else {}))
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,42 @@ class SampleConfig:
 class InferConfig(SampleConfig):
     """One mask and one or more prompts to pictures."""
 
-    control_image: str = flag("", "mask: class ids or palette colours")
+    control: str = flag("", "mask: class ids or palette colours", aliases=("--control_image",))
     prompt: list[str] = dataclasses.field(default_factory=list, metadata={"help": "one or more texts"})
-    num_images: int = flag(1, "pictures a prompt, each with its own seed")
-    output: str = flag("", "PNG to write; several pictures are laid out as a grid")
+    seeds: list[int] = dataclasses.field(
+        default_factory=list, metadata={"help": "one picture a prompt for each, in place of --seed and --num_images"}
+    )
+    num_images: int = flag(1, "pictures a prompt, each with noise of its own")
+    out: str = flag("", "PNG to write; several pictures are laid out as a grid", aliases=("--output",))
 
 
 @dataclass(frozen=True)
 class GenerateConfig(SampleConfig):
-    """A folder of masks, or a data set, to a data set of new images."""
+    """A folder of masks, or a data set, to a data set of new images; the same command goes on where it was stopped."""
+
+    SECTIONS: ClassVar[dict[str, str]] = {"controls": "from what to what", "min_miou": "scored while made"}
 
     controls: str = flag("", "data set, or a folder of mask files")
     split: str = flag("test", "which split of a data set that has several; train[24:]: its rows from the 25th on")
     output_dir: str = flag("", "data set folder to write")
-    prompt: str | None = flag(None, "one text for all; none: the captions of the data set")
+    prompt: str | None = flag(
+        None, "one text for all, in which {classes} stands for those in the mask; none: the data set's captions"
+    )
+    mix_prompts: bool = flag(False, "give each row the caption of another, so that text does not tell the layout")
     limit: int | None = flag(None, "use only the first rows")
+    replicates: int = flag(1, "pictures a row")
+    augment_masks: str | None = flag(
+        None, "draw a new layout for each picture as in training: affine,degrees=20; nothing leaves the frame"
+    )
     batch_size: int = flag(16, "pictures painted at once")
     without_control: bool = flag(False, "ignore the mask: the floor of an evaluation")
     allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
+    min_miou: float | None = flag(None, "a picture in which a segmenter finds less of its mask is painted anew, 0 to 1")
+    max_attempts: int = flag(4, "times a row is painted before it is dropped: its best picture goes to rejected/")
+    ignore_disagreement: bool = flag(False, "mark pixels in which the segmenter sees another class as ignored")
+    segmenter: str | None = flag(
+        None, "trained segmenter folder; none: trained on the real data's train split, as segcn evaluate does"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,155 +1,213 @@
-"""A data set, or a folder of masks, to a data set of new images."""
+"""A data set, or a folder of masks, to a data set of new images, by any number of processes."""
 
 import json
-import os
+import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
+from segcn import claim, dealing
 from segcn.arguments import main_guard, parse
 from segcn.augment import AUGMENTS
-from segcn.checkpoint import write_text
+from segcn.batches import Task, finish_dataset, paint_batches, write_pair
 from segcn.config import GenerateConfig
-from segcn.dataset import PairedDataset, read_framed_mask, to_uint8
+from segcn.controls import Controls, check_masks, read_controls
+from segcn.datacard import figure_rows, write_card
+from segcn.dataset import PairedDataset, to_uint8
+from segcn.dealing import Job, Process
 from segcn.errors import UserError
 from segcn.geometry import boxes
-from segcn.labels import Palette, find_palette
-from segcn.masks import write_mask
+from segcn.manifest import WORK, Manifest, left_by_others, records_of, write_whole
 from segcn.models import Base, reconstruct, weights_digest
-from segcn.pipeline import Painter, generate, load_painter
-from segcn.progress import Progress
-from segcn.records import Split, read_named_split, write_metadata
+from segcn.pipeline import Painter, load_painter
+from segcn.prompts import Prompts, read_prompts
+from segcn.records import Split
+from segcn.vetting import Vetter, draw_picture, open_vetter, verdicts_of
 
-MASK_SUFFIXES = {".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
 SETTINGS_FILE = "generation.json"
-CHANGE_NO_IMAGE = ("allow_symlinks", "batch_size", "controlnet_model_name_or_path", "limit", "output_dir")
+CHANGE_NO_IMAGE = (
+    "allow_symlinks", "batch_size", "controlnet_model_name_or_path", "limit", "output_dir", "segmenter",
+)  # fmt: skip
+PATIENCE = 600.0  # seconds without an image of another process, after which its batches are painted here
+COUNTS = ("limit", "replicates", "batch_size", "max_attempts")
 
 
-def generate_dataset(config: GenerateConfig, painter: Painter | None = None, log: Callable = print) -> Path:
-    """Paint every row of a data set or folder of masks and write the result as a data set; the same command goes on."""
-    paths, captions, palette = read_controls(config)
-    painter = painter or load_painter(config, palette)
-    out = claim_output(config, painter)
-    framed = [read_framed_mask(path, palette, config.resolution, config.fit) for path in paths]
-    masks, frames = [mask for mask, _ in framed], [frame for _, frame in framed]
-    names = [f"images/{row:06d}.png" for row in range(len(paths))]
-    todo = [row for row, name in enumerate(names) if not (out / name).is_file()]
-    if len(todo) < len(names):
-        log(f"{out}: {len(names) - len(todo)} of {len(names)} images stand already and are kept.")
-    told, done = Progress("painted", len(todo), log), 0
-    for group in batches_of(todo, masks, config.batch_size):
-        stack = np.stack([masks[row] for row in group])
-        shown = None if config.without_control else stack
-        images = generate(painter, shown, [captions[row] for row in group], group, config, stack.shape[1:])
-        for row, image in zip(group, images, strict=True):
-            write_pair(out, row, frames[row].of(image), frames[row].cut(masks[row]), palette)
-        done += len(group)
-        told(done)
-    return finish_dataset(out, captions, palette)
+def generate_dataset(
+    config: GenerateConfig, painter: Painter | None = None, log: Callable = print, process: Process | None = None
+) -> Path:
+    """Paint every row of a data set or folder of masks and write the result as a data set; the same command goes on.
+
+    Of several processes each paints its share and the first finishes the data set. Image k depends on the seed, its row
+    and its replicate alone; the batch around it, which may change its last bit, on the whole job.
+    """
+    process = process or dealing.this_process()
+    log = log if process.rank == 0 else lambda line: None
+    check_numbers(config)
+    prompts = read_prompts(config, read_controls(config))
+    with claimed(config, process, log) as out:
+        task = open_task(config, out, painter, process, prompts, log)
+        if task.manifest.finished():
+            log(f"{out}: {sum(record['kept'] for record in records_of(out))} images stand already.")
+        else:
+            paint_share(task, process, log)
+    return out
 
 
-def batches_of(rows: list[int], masks: list[np.ndarray], batch_size: int):
-    """Consecutive rows of one mask size, at most batch_size together."""
-    group: list[int] = []
-    for row in rows:
-        if group and (len(group) == batch_size or masks[row].shape != masks[group[0]].shape):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
-
-
-def read_controls(config: GenerateConfig) -> tuple[list[Path], list[str], Palette]:
-    """Mask files, captions and palette of --controls, cut at --limit."""
-    folder = Path(config.controls)
-    is_dataset = folder.is_file() or any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*"))
-    if is_dataset:
-        split = read_named_split(folder, config.split)
-        paths, captions = [r.mask for r in split.records], [r.caption for r in split.records]
-        palette = Palette.load(config.palette) if config.palette else split.palette
-    else:
-        paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in MASK_SUFFIXES)
-        if not paths:
-            raise UserError(f"--controls {folder}: expected a data set or a folder of masks (PNG), found neither")
-        if config.prompt is None:
-            raise UserError(f"--controls {folder} has no captions: give one by --prompt")
-        palette, captions = Palette.load(config.palette or find_palette(folder)), [""] * len(paths)
-    captions = [config.prompt] * len(paths) if config.prompt is not None else captions
-    return paths[: config.limit], captions[: config.limit], palette
-
-
-def claim_output(config: GenerateConfig, painter: Painter) -> Path:
-    """Write the settings to the output folder, or hold them against those that stand there."""
+def check_numbers(config: GenerateConfig) -> None:
+    """UserError for a count below 1, or an mIoU outside of 0 to 1."""
+    for name in COUNTS:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: expected 1 or more, found {value}")
+    if config.min_miou is not None and not 0 <= config.min_miou <= 1:
+        raise UserError(f"--min_miou: expected 0 to 1, found {config.min_miou}")
     if not config.output_dir:
         raise UserError("--output_dir: expected a folder to write to, found nothing")
+
+
+@contextmanager
+def claimed(config: GenerateConfig, process: Process, log: Callable) -> Iterator[Path]:
+    """The output folder, in which no other command may paint meanwhile; nothing is done to a folder of another kind."""
     out = Path(config.output_dir)
-    settings = asdict(config) | {"base_fingerprint": painter.base.fingerprint}
+    try:
+        held = {path.name for path in out.iterdir()} if out.exists() else set()
+        if held - {claim.LOCK, WORK} and not (out / SETTINGS_FILE).is_file():
+            raise UserError(f"--output_dir {out} is not empty and was not written by segcn generate: choose another.")
+        out.mkdir(parents=True, exist_ok=True)
+        if process.rank == 0:
+            claim.lock(out, log, "paints", "what it painted is kept, and the same command goes on")
+    except OSError as error:
+        raise UserError(f"--output_dir {out}: cannot be written: {error.strerror or error}") from None
+    try:
+        yield out
+    finally:
+        if process.rank == 0:
+            claim.release()
+
+
+def open_task(
+    config: GenerateConfig, out: Path, painter: Painter | None, process: Process, prompts: Prompts, log: Callable
+) -> Task:
+    """Load the networks, check the masks that are left to paint, and hold the settings against those that stand."""
+    controls = prompts.controls
+    painter = painter or load_painter(config, controls.palette)
+    job = Job(len(controls), len(controls.files), config.replicates, config.batch_size)
+    manifest = Manifest(out, job, process.rank)
+    places = (job.place(image) for batch in job.share(process) for image in manifest.missing(batch))
+    check_masks(controls, places, painter.base.latent_factor, log)
+    vetter = open_vetter(config, controls, log)
+    settings = settings_of(config, painter, controls, vetter)
+    hold_settings(out, settings)
+    return Task(config, out, painter, controls, prompts, job, manifest, vetter, settings)
+
+
+def settings_of(config: GenerateConfig, painter: Painter, controls: Controls, vetter: Vetter | None) -> dict[str, Any]:
+    """All that the images depend on, by value and by the content of what is named."""
+    settings = asdict(config) | {"base_fingerprint": painter.base.fingerprint, "rows": controls.fingerprint}
     for name in CHANGE_NO_IMAGE:
         settings.pop(name)
     if not config.without_control:
         settings |= {"controlnet": painter.controlnet_folder, "controlnet_weights": weights_digest(painter.controlnet)}
+    return settings | ({"segmenter_weights": weights_digest(vetter.segmenter)} if vetter else {})
+
+
+def hold_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Write the settings to the folder; UserError where images stand there that were painted with other ones."""
     path = out / SETTINGS_FILE
     if path.is_file():
-        old = asdict(GenerateConfig()) | json.loads(path.read_text())
-        changed = [
-            f"{name}: was {old.get(name)!r}, is {settings[name]!r}"
-            for name in settings
-            if old.get(name) != settings[name]
-        ]
-        if changed:
-            raise UserError(f"{out} holds images made with other settings:\n  " + "\n  ".join(changed)
-                            + "\nMove it away, or choose another --output_dir.")  # fmt: skip
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"--output_dir {out} is not empty and was not written by segcn generate: choose another.")
-    for name in ("images", "masks"):
-        (out / name).mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(settings, indent=1) + "\n")
-    return out
+        old = asdict(GenerateConfig()) | {"rows": settings["rows"]} | json.loads(path.read_text())
+        changed = [f"{name}: was {old.get(name)!r}, is {value!r}" for name, value in settings.items()
+                   if old.get(name) != value]  # fmt: skip
+        if changed and any((out / "images").rglob("*.png")):
+            raise UserError(
+                f"{out} holds images made with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nMove it away, or choose another --output_dir."
+            )
+        if not changed:
+            return
+    write_whole(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"), out / WORK)
 
 
-def write_pair(out: Path, row: int, image: np.ndarray, mask: np.ndarray, palette: Palette) -> None:
-    """Write mask, then image, each in one step: an image that stands is whole and has its mask."""
-    for folder, save in (
-        ("masks", lambda path: write_mask(path, mask, palette)),
-        ("images", lambda path: Image.fromarray(image).save(path, format="PNG")),
-    ):
-        aside = out / folder / f".{row:06d}.staged"
-        save(aside)
-        os.replace(aside, out / folder / f"{row:06d}.png")
+def paint_share(task: Task, process: Process, log: Callable) -> None:
+    """Paint what is missing of a process's batches; the first waits for the others and finishes the data set."""
+    manifest, job = task.manifest, task.job
+    todo = [batch for batch in job.share(process) if manifest.missing(batch)]
+    standing = sum(map(bool, manifest.state))
+    if standing:
+        log(f"{task.out}: {standing} of {len(job)} images stand already and are kept.")
+    slowest = paint_batches(task, todo, log)
+    if process.rank == 0:
+        for batch in left_by_others(manifest, max(PATIENCE, 3 * slowest)):
+            log(f"Another process has brought nothing for long: its batch {batch} is painted here.")
+            paint_batches(task, [batch], log)
+        finish(task, log)
+    manifest.close()
 
 
-def finish_dataset(out: Path, captions: list[str], palette: Palette) -> Path:
-    """The palette and, last, the metadata that makes the folder a data set."""
-    palette.save(out / "palette.json")
-    write_metadata(out, [(f"images/{k:06d}.png", f"masks/{k:06d}.png", text) for k, text in enumerate(captions)])
-    return out
+def finish(task: Task, log: Callable) -> None:
+    """Manifest, palette, picture, card and, last, the metadata that makes the folder a data set."""
+    out, palette, work = task.out, task.controls.palette, task.out / WORK
+    task.manifest.merge()
+    kept = sum(record["kept"] for record in records_of(out))
+    verdicts = verdicts_of(out)
+    if verdicts:
+        figure = draw_picture(out, task.job, verdicts, palette)
+        write_whole(out / "vetting.png", lambda path: figure.savefig(path, format="png"), work)
+        log(f"{kept} images kept, {len(verdicts) - sum(one.kept for one in verdicts)} dropped: see {out}/vetting.png")
+    if not kept:
+        raise UserError(
+            f"{out}: no image reached --min_miou {task.config.min_miou}; the best has"
+            f" {max(verdict.miou for verdict in verdicts)}, see {out}/vetting.png. Paint into another --output_dir with"
+            " a lower one, or with a ControlNet that obeys better."
+        )
+    write_card(out, task.config, task.settings, figure_rows(task.config, kept, verdicts), palette)
+    rows = ((one["file_name"], one["conditioning_image_file_name"], one["text"]) for one in records_of(out)
+            if one["kept"])  # fmt: skip
+    finish_dataset(out, rows, palette)
+    task.manifest.clear()
 
 
 def reconstruct_dataset(
     split: Split, base: Base, out: Path, resolution: int, batch_size: int = 16, fit: str = "crop"
 ) -> Path:
     """The real images through the autoencoder and back, as a data set: the ceiling of a latent model."""
-    pairs = PairedDataset(split, resolution, AUGMENTS["none"], 0, fit)
-    for name in ("images", "masks"):
-        (out / name).mkdir(parents=True, exist_ok=True)
+    pairs, names = PairedDataset(split, resolution, AUGMENTS["none"], 0, fit), []
     for first in range(0, len(pairs), batch_size):
         samples = [pairs.sample(row, 0) for row in range(first, min(first + batch_size, len(pairs)))]
         images = to_uint8(reconstruct(base.vae, torch.stack([sample.image for sample in samples])))
-        for row, (sample, image) in enumerate(zip(samples, images, strict=True), first):
+        for sample, image in zip(samples, images, strict=True):
             frame = boxes(sample.draw, tuple(sample.original.shape[1:]), resolution)[1]
-            write_pair(out, row, frame.of(image), frame.cut(sample.mask.numpy()), split.palette)
-    return finish_dataset(out, [record.caption for record in split.records], split.palette)
+            names.append((f"images/{len(names):06d}.png", f"masks/{len(names):06d}.png"))
+            write_pair(out, names[-1], frame.of(image), frame.cut(sample.mask.numpy()), split.palette)
+    captions = (record.caption for record in split.records)
+    finish_dataset(out, ((*pair, caption) for pair, caption in zip(names, captions, strict=True)), split.palette)
+    shutil.rmtree(out / WORK)
+    return out
+
+
+def command(words: list[str]) -> None:
+    """`segcn generate`, or one process of `accelerate launch -m segcn.generate`; stopped, it keeps what is painted."""
+    config, process = parse(GenerateConfig, words, "segcn generate"), dealing.this_process()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
+    try:
+        out = generate_dataset(config, process=process)
+    except KeyboardInterrupt:
+        sys.exit("Stopped: what is painted is kept, and the same command goes on.")
+    if process.rank == 0:
+        print(out)
 
 
 def main() -> None:
     """Command line: the same as `segcn generate`."""
-    main_guard(lambda: print(generate_dataset(parse(GenerateConfig, sys.argv[1:], "segcn generate"))))
+    main_guard(lambda: command(sys.argv[1:]))
 
 
 if __name__ == "__main__":

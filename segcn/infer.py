@@ -1,43 +1,110 @@
-"""One mask and one or more prompts to a picture, or a grid of them."""
+"""One mask and one or more prompts to a picture, or a grid of them, that holds the settings it was made with."""
 
+import dataclasses
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from segcn.config import InferConfig
+from segcn.checkpoint import aside
+from segcn.config import InferConfig, SampleConfig
 from segcn.dataset import read_framed_mask
 from segcn.errors import UserError
+from segcn.files import open_image
 from segcn.labels import Palette, find_palette
-from segcn.pipeline import generate, load_painter
+from segcn.models import weights_digest
+from segcn.pipeline import Painter, generate, load_painter
+
+AT_ONCE = 8  # pictures
+CHUNK = "segcn"  # the name of the PNG's text chunk
 
 
 def infer(config: InferConfig) -> Path:
-    """Paint every prompt num_images times and write one PNG: a row of pictures for each prompt."""
-    if not (config.control_image and config.prompt and config.output):
-        raise UserError("segcn infer needs --control_image MASK.png --prompt TEXT --output OUT.png")
-    output = Path(config.output)
-    if output.exists():
-        raise UserError(f"--output {output} exists: choose another name, or move it away")
-    mask_path = Path(config.control_image)
-    if not mask_path.is_file():
-        raise UserError(f"--control_image {mask_path}: expected a mask file, found none")
-    painter = load_painter(config, palette_of(mask_path, config))
-    mask, frame = read_framed_mask(mask_path, painter.palette, config.resolution, config.fit)
-    captions = [prompt for prompt in config.prompt for _ in range(config.num_images)]
-    rows = list(range(config.num_images)) * len(config.prompt)
-    images = np.concatenate(
-        [
-            generate(painter, np.stack([mask] * len(captions[i : i + 8])), captions[i : i + 8], rows[i : i + 8], config)
-            for i in range(0, len(captions), 8)
-        ]
-    )
-    images = np.stack([frame.of(image) for image in images])
-    lines = images.reshape(len(config.prompt), config.num_images, *images.shape[1:])
-    sheet = np.concatenate([np.concatenate(list(line), axis=1) for line in lines])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(output)
-    return output
+    """Paint every prompt with every seed and write one PNG: a row of pictures for each prompt."""
+    out, mask_path = check(config)
+    palette = palette_of(mask_path, config)
+    framed = palette and read_framed_mask(mask_path, palette, config.resolution, config.fit)
+    painter = load_painter(config, palette)
+    mask, frame = framed or read_framed_mask(mask_path, painter.palette, config.resolution, config.fit)
+    lines = [[frame.of(image) for image in line] for line in paint_lines(painter, mask, config)]
+    known = PngInfo()
+    known.add_text(CHUNK, json.dumps(made_with(config, painter)))
+    sheet = Image.fromarray(np.concatenate([np.concatenate(line, axis=1) for line in lines]))
+    try:
+        sheet.save(aside(out), format="PNG", pnginfo=known)
+        os.replace(aside(out), out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from None
+    return out
+
+
+def check(config: InferConfig) -> tuple[Path, Path]:
+    """The PNG to write and the mask; UserError for what would fail only after the picture is painted."""
+    out, mask = Path(config.out), Path(config.control)
+    if not (config.control and config.prompt and config.out):
+        raise UserError("segcn infer needs --control MASK.png --prompt TEXT --out OUT.png")
+    if config.num_images < 1:
+        raise UserError(f"--num_images: expected 1 or more, found {config.num_images}")
+    if not mask.is_file():
+        raise UserError(f"--control {mask}: expected a mask file, found none")
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: expected a name that ends in .png, which holds the settings too")
+    if out.exists():
+        raise UserError(f"--out {out} exists: choose another name, or move it away")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside(out).touch()
+        aside(out).unlink()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from None
+    return out, mask
+
+
+def columns_of(config: InferConfig) -> list[tuple[int, int]]:
+    """(seed, row) of each picture of a prompt: its noise depends on these alone."""
+    return [(seed, 0) for seed in config.seeds] or [(config.seed, row) for row in range(config.num_images)]
+
+
+def paint_lines(painter: Painter, mask: np.ndarray, config: InferConfig) -> list[list[np.ndarray]]:
+    """A list of pictures, uint8 [H, W, 3], for each prompt."""
+    columns, painted = columns_of(config), {}
+    for seed in dict.fromkeys(seed for seed, _ in columns):
+        cells = [(text, row) for text in config.prompt for own, row in dict.fromkeys(columns) if own == seed]
+        for first in range(0, len(cells), AT_ONCE):
+            texts, rows = zip(*cells[first : first + AT_ONCE], strict=True)
+            settings = dataclasses.replace(config, seed=seed)
+            images = generate(painter, np.stack([mask] * len(rows)), list(texts), list(rows), settings)
+            painted |= {(text, seed, row): image for text, row, image in zip(texts, rows, images, strict=True)}
+    return [[painted[text, *column] for column in columns] for text in config.prompt]
+
+
+def made_with(config: InferConfig, painter: Painter) -> dict[str, Any]:
+    """All that the pictures depend on."""
+    names = [field.name for field in dataclasses.fields(SampleConfig)]
+    return {
+        "settings": {name: getattr(config, name) for name in names},
+        "control": Path(config.control).name,
+        "prompt": config.prompt,
+        "seeds": columns_of(config),
+        "base_fingerprint": painter.base.fingerprint,
+        "controlnet": painter.controlnet_folder,
+        "controlnet_weights": weights_digest(painter.controlnet),
+        "palette_fingerprint": painter.palette.fingerprint,
+    }
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """What a PNG of `segcn infer` was made with: settings (those of SampleConfig), prompt, seeds, fingerprints."""
+    with open_image(path) as image:
+        image.load()
+        text = getattr(image, "text", {}).get(CHUNK)
+    if text is None:
+        raise UserError(f"{path}: expected a picture that segcn infer wrote, found none of its settings in it")
+    return json.loads(text)
 
 
 def palette_of(mask_path: Path, config: InferConfig) -> Palette | None:

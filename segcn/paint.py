@@ -6,7 +6,7 @@ from pathlib import Path
 
 from segcn.arguments import make
 from segcn.config import GenerateConfig, SampleConfig
-from segcn.generate import SETTINGS_FILE, claim_output, generate_dataset
+from segcn.generate import SETTINGS_FILE, generate_dataset
 from segcn.pipeline import Painter, load_painter
 from segcn.records import Split, read_split
 from segcn.workspace import Workspace
@@ -52,14 +52,7 @@ def paint_once(config: GenerateConfig, painter: Painter, log=print) -> Split:
 
     UserError if it was painted by other weights, from other masks or with other settings.
     """
-    folder = claim_output(config, painter)
-    if (folder / "metadata.csv").is_file():
-        standing = read_split(folder)
-        if config.limit is not None and len(standing) >= config.limit:
-            log(f"{folder}: {len(standing)} images stand already.")
-            return standing
-    generate_dataset(config, painter, log)
-    return read_split(folder)
+    return read_split(generate_dataset(config, painter, log))
 
 
 def paint_floor(config: GenerateConfig, painter: Painter, folder: Path, limit: int, log=print) -> Split:

@@ -1,0 +1,59 @@
+"""What each picture is told: captions of the data set or of another row, one text, or the classes of its mask."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from segcn import seeds
+from segcn.captions import mirrored
+from segcn.config import GenerateConfig
+from segcn.controls import Controls
+from segcn.errors import UserError
+from segcn.geometry import Draw
+from segcn.importer import classes_of
+
+CLASSES = "{classes}"
+
+
+@dataclass
+class Prompts:
+    """The text of every (row, replicate), by these alone."""
+
+    controls: Controls
+    text: str | None  # of --prompt
+    mixed: bool
+    orders: dict[int, np.ndarray] = field(default_factory=dict)  # of each replicate: whose caption a row is given
+
+    def asked(self, row: int, replicate: int) -> str:
+        """The text before its mask is read: of several captions a row, each replicate takes the next."""
+        if self.text is not None:
+            return self.text
+        captions = self.controls.captions[self._giver(row, replicate) if self.mixed else row]
+        return captions[replicate % len(captions)]
+
+    def told(self, asked: str, mask: np.ndarray, drawn: Draw | None) -> str:
+        """The text with the classes of the mask, uint8 [H, W], in it, and mirrored as the mask is where so asked."""
+        if CLASSES in asked and self.text is not None:
+            asked = asked.replace(CLASSES, classes_of(mask, self.controls.palette))
+        flipped = drawn is not None and drawn.flip and self.controls.augment.sided_captions == "rewrite"
+        return mirrored(asked) if flipped else asked
+
+    def _giver(self, row: int, replicate: int) -> int:
+        if replicate not in self.orders:
+            order = seeds.permutation(len(self.controls.files), "prompts", self.controls.seed, replicate)
+            self.orders[replicate] = np.array(order)
+        return int(self.orders[replicate][row])
+
+
+def read_prompts(config: GenerateConfig, controls: Controls) -> Prompts:
+    """The texts that the flags ask for; UserError where there are none."""
+    if config.prompt is not None and not config.prompt.strip():
+        raise UserError("--prompt: expected a text, found an empty one; without the flag, captions of the data set")
+    if config.prompt is None and not controls.captions:
+        raise UserError(
+            f"--controls {config.controls} has no captions: give one by --prompt, in which {CLASSES} stands for the"
+            " classes of each mask"
+        )
+    if config.mix_prompts and config.prompt is not None:
+        raise UserError("--mix_prompts deals out the captions of a data set: leave out --prompt")
+    return Prompts(controls, config.prompt, config.mix_prompts)
