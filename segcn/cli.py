@@ -31,7 +31,7 @@ COMMANDS = {
     "bench": "measure: data sets (validate, metadata), training (step, train) or painting (generate)",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
     "infer": "one mask and one or more prompts to a picture that knows how it was made",
-    "generate": "a folder of masks, or a data set, to a data set of new images; also as accelerate launch -m segcn.generate",
+    "generate": "masks to a data set of new images; the same as accelerate launch -m segcn.generate",
     "evaluate": "are the generated images close to real ones, and do they obey their masks?",
 }
 

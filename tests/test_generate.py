@@ -2,22 +2,32 @@
 
 import copy
 import dataclasses
+import json
+import os
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from kills import forked
+from malformed import png_header
 from PIL import Image
 
-from segcn import models, paint
+from segcn import batches, claim, dealing, models, paint
+from segcn import generate as generating
 from segcn.arguments import make
 from segcn.augment import AUGMENTS
-from segcn.config import GenerateConfig, InferConfig
+from segcn.config import GenerateConfig
 from segcn.dataset import PairedDataset, read_control_mask
+from segcn.dealing import Process
 from segcn.errors import UserError
 from segcn.generate import generate_dataset, reconstruct_dataset
-from segcn.infer import infer
+from segcn.importer import classes_of
+from segcn.labels import Label, Palette
+from segcn.manifest import records_of
 from segcn.masks import read_mask, write_mask
 from segcn.pipeline import Painter, find_controlnet, generate
 from segcn.records import check_split, read_split, write_metadata
@@ -41,6 +51,25 @@ def config(random_base, landscapes, tmp_path):
         num_inference_steps=2,
         batch_size=4,
     )
+
+
+@pytest.fixture
+def no_painting(monkeypatch):
+    """Painting fails the test."""
+    monkeypatch.setattr(batches, "generate", lambda *_: pytest.fail("painted before the fault was told"))
+
+
+@pytest.fixture
+def quick_painting(monkeypatch):
+    """Painting is one colour a picture, by what its noise depends on; returns the calls."""
+    calls = []
+
+    def paint(painter, masks, captions, rows, settings, size):
+        calls.append(rows)
+        return np.stack([np.full((*size, 3), row % 251, np.uint8) for row in rows])
+
+    monkeypatch.setattr(batches, "generate", paint)
+    return calls
 
 
 def pixels(folder):
@@ -81,6 +110,234 @@ def test_the_same_command_finishes_what_was_cut(config, painter, capsys):
     assert "4 of 6 images stand already" in capsys.readouterr().out
     assert max(np.abs(a - b).max() for a, b in zip(whole, again, strict=True)) <= 1
     assert len(read_split(out)) == 6
+
+
+def tree(folder):
+    """The bytes of every file but the lock."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != claim.LOCK]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def deal(config, painter, world, out):
+    """Paint as `world` processes, one after the other, the one that finishes last."""
+    own = dataclasses.replace(config, output_dir=str(out), batch_size=2)
+    for rank in reversed(range(world)):
+        generate_dataset(own, painter, print, Process(rank, world))
+    return tree(out)
+
+
+def test_any_number_of_processes_writes_the_same_bytes(config, painter, tmp_path):
+    alone = deal(config, painter, 1, tmp_path / "1")
+    assert {"manifest.jsonl", "metadata.csv", "README.md", "images/000005.png", "masks/000000.png"} <= set(alone)
+    assert not [name for name in alone if name.startswith(".")]
+    assert deal(config, painter, 2, tmp_path / "2") == deal(config, painter, 3, tmp_path / "3") == alone
+
+
+def test_the_manifest_has_a_line_for_each_image_in_order_and_no_times(config, painter, quick_painting):
+    out = generate_dataset(dataclasses.replace(config, replicates=2), painter)
+    records = list(records_of(out))
+    assert [(one["image"], one["row"], one["replicate"]) for one in records] == [(k, k // 2, k % 2) for k in range(12)]
+    assert [one["text"] for one in records] == [row.caption for row in read_split(out).records]
+    assert all((out / one["file_name"]).is_file() and one["kept"] for one in records)
+    assert set(records[0]) == {"image", "row", "replicate", "attempt", "kept", "text", "file_name",
+                               "conditioning_image_file_name"}  # fmt: skip
+
+
+def test_a_batch_of_which_an_image_is_missing_is_painted_whole(config, painter, quick_painting):
+    out = generate_dataset(config, painter)
+    (out / "images" / "000001.png").unlink()
+    del quick_painting[:]
+    before = (out / "images" / "000000.png").stat().st_mtime_ns
+    generate_dataset(config, painter)
+    assert quick_painting == [[0, 1, 2, 3]] and (out / "images" / "000000.png").stat().st_mtime_ns == before
+
+
+def test_the_first_process_paints_what_a_dead_one_owes(config, painter, quick_painting, tmp_path, monkeypatch, capsys):
+    alone = deal(config, painter, 1, tmp_path / "1")
+    monkeypatch.setattr(generating, "PATIENCE", 0.3)
+    own = dataclasses.replace(config, output_dir=str(tmp_path / "2"), batch_size=2)
+    generate_dataset(own, painter, print, Process(0, 2))
+    assert "its batch 1 is painted here" in capsys.readouterr().out and tree(tmp_path / "2") == alone
+
+
+def test_a_second_command_on_a_folder_is_refused_by_the_name_of_the_first(config, painter, no_painting):
+    out = Path(config.output_dir)
+    out.mkdir()
+    claim.lock(out, print, "paints")
+
+    def second():
+        with pytest.raises(UserError, match=f"in use: process {os.getppid()} on .* paints there"):
+            generate_dataset(config, painter)
+
+    try:
+        assert forked(second) == 0 and list(out.iterdir()) == [out / claim.LOCK]
+    finally:
+        claim.release()
+
+
+def test_replicates_differ_and_the_first_is_the_picture_of_a_run_without(config, painter, tmp_path):
+    one = pixels(generate_dataset(config, painter))
+    three = dataclasses.replace(config, replicates=3, limit=4, output_dir=str(tmp_path / "three"))
+    several = pixels(generate_dataset(three, painter))
+    assert len(several) == 12 and max(np.abs(a - b).max() for a, b in zip(one[:4], several[::3], strict=True)) <= 1
+    assert np.abs(several[0] - several[1]).mean() > 1 and np.abs(several[1] - several[2]).mean() > 1
+
+
+def test_a_prompt_may_name_the_classes_of_each_mask(config, painter, quick_painting):
+    out = read_split(generate_dataset(dataclasses.replace(config, prompt="a scene of {classes}"), painter))
+    named = [f"a scene of {classes_of(read_mask(row.mask, out.palette), out.palette)}" for row in out.records]
+    assert [row.caption for row in out.records] == named and len(set(named)) > 1
+
+
+def test_mixed_prompts_are_the_captions_dealt_out_between_the_rows(config, painter, quick_painting, landscapes):
+    own = [row.caption for row in read_split(landscapes, "test").records]
+    given = dataclasses.replace(config, mix_prompts=True, replicates=2)
+    dealt = [record["text"] for record in records_of(generate_dataset(given, painter))]
+    assert Counter(dealt[::2]) == Counter(dealt[1::2]) == Counter(own)
+    assert dealt[::2] != own and dealt[::2] != dealt[1::2]
+    with pytest.raises(UserError, match="leave out --prompt"):
+        generate_dataset(dataclasses.replace(given, prompt="a lake"), painter)
+
+
+def test_augmented_masks_are_new_layouts_that_fill_the_frame_and_are_painted_from(
+    config, painter, landscapes, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(batches, "generate", lambda painter, masks, *_: seen.extend(masks) or np.stack([masks] * 3, -1))
+    given = dataclasses.replace(config, augment_masks="affine,degrees=30", replicates=2)
+    made, source = read_split(generate_dataset(given, painter)), read_split(landscapes, "test")
+    masks = [read_mask(row.mask, made.palette) for row in made.records]
+    real = [read_mask(row.mask, source.palette) for row in source.records]
+    assert all((a == b).all() for a, b in zip(masks, seen, strict=True)) and not any(
+        (mask == 255).any() for mask in masks
+    )
+    assert all((masks[k] != real[k // 2]).any() for k in range(12)) and (masks[0] != masks[1]).any()
+    with pytest.raises(UserError, match="--augment_masks: expected affine"):
+        generate_dataset(dataclasses.replace(given, augment_masks="swirl"), painter)
+
+
+def test_a_large_job_is_written_to_folders_of_bounded_size(config, painter, quick_painting, tmp_path, monkeypatch):
+    monkeypatch.setattr(dealing, "FLAT", 4)
+    out = generate_dataset(dataclasses.replace(config, limit=5), painter)
+    assert sorted(path.parent.name for path in out.glob("images/*/*.png")) == ["000"] * 4 + ["001"]
+    generate_dataset(config, painter)
+    check_split(read_split(out))
+    rows = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 6 and rows[5]["image"].getpixel((0, 0)) == (5, 5, 5)
+
+
+def test_a_set_of_one_image_opens_with_load_dataset_and_keeps_its_rows(config, painter, quick_painting, tmp_path):
+    out = generate_dataset(dataclasses.replace(config, limit=1), painter)
+    rows = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows.column_names == ["image", "conditioning_image", "text"] and len(rows) == 1
+    generate_dataset(dataclasses.replace(config, limit=3), painter)
+    generate_dataset(dataclasses.replace(config, limit=2), painter)
+    assert len(read_split(out)) == 3
+
+
+def test_the_card_tells_base_controlnet_seed_settings_and_figures_and_reads_no_prompt_as_html(
+    config, painter, quick_painting, tmp_path
+):
+    evil = '<script>alert("1")</script> | ![x](http://x) $a$ 草'
+    out = generate_dataset(dataclasses.replace(config, prompt=evil, negative_prompt=evil, seed=7), painter)
+    card = (out / "README.md").read_text()
+    told = json.loads((out / "generation.json").read_text())
+    for text in (told["base_fingerprint"], told["controlnet_weights"], "| seed | 7;", "| num_inference_steps | 2 |",
+                 "| images | 6 |", "| filter | none |", "| 0 | sky | `#"):  # fmt: skip
+        assert text in card
+    assert "<script" not in card and "![x]" not in card and "http:" not in card and str(tmp_path) not in card
+    assert read_split(out)[0].caption == evil
+    assert datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))[0]["text"] == evil
+    (out / "README.md").write_text("my own words")
+    (out / "metadata.csv").unlink()
+    generate_dataset(dataclasses.replace(config, prompt=evil, negative_prompt=evil, seed=7), painter)
+    assert (out / "README.md").read_text() == "my own words"
+
+
+def grey(path, size):
+    Image.new("L", size, 77).save(path)
+
+
+HOSTILE = {
+    "unknown colours": (lambda path: grey(path, (64, 64)), r"value 77 \(4096 pixels\)"),
+    "an empty file": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "30,000 pixels a side": (lambda path: path.write_bytes(png_header(30000, 30000)), "too large"),
+    "an odd size": (lambda path: write_mask(path, np.zeros((64, 63), np.uint8), FIRST), "--resolution"),
+}
+FIRST = Palette((Label(0, "sky", (135, 206, 235)),))
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_a_mask_that_cannot_be_painted_is_named_before_painting_starts(
+    config, painter, landscapes, tmp_path, no_painting, fault
+):
+    spoil, told = HOSTILE[fault]
+    (tmp_path / "masks").mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        write_mask(tmp_path / "masks" / name, np.zeros((64, 64), np.uint8), painter.palette)
+    spoil(tmp_path / "masks" / "b.png")
+    spoil(tmp_path / "masks" / "c.png")
+    own = dataclasses.replace(config, controls=str(tmp_path / "masks"), palette=str(landscapes / "palette.json"))
+    with pytest.raises(UserError, match=f"b.png.*{told}.*1 more of 3 masks fail"):
+        generate_dataset(dataclasses.replace(own, prompt="a lake"), painter)
+    assert {path.name for path in Path(config.output_dir).iterdir()} == {claim.LOCK}
+
+
+@pytest.mark.parametrize("changed, told", [
+    ({"output_dir": ""}, "--output_dir"), ({"replicates": 0}, "--replicates"), ({"min_miou": 60.0}, "--min_miou"),
+    ({"batch_size": 0}, "--batch_size"), ({"prompt": " "}, "--prompt"), ({"controls": "nowhere"}, "--controls nowhere"),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_named_before_a_folder_is_made(config, painter, no_painting, changed, told):
+    with pytest.raises(UserError, match=told):
+        generate_dataset(dataclasses.replace(config, **changed), painter)
+    assert not Path(config.output_dir).exists()
+
+
+def test_an_output_that_cannot_be_written_is_named_and_one_that_exists_keeps_every_byte(
+    config, painter, landscapes, tmp_path, no_painting
+):
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "file/below", "/proc/nowhere"):
+        with pytest.raises(UserError, match="cannot be written"):
+            generate_dataset(dataclasses.replace(config, output_dir=str(tmp_path / name)), painter)
+    before = tree(landscapes)
+    with pytest.raises(UserError, match="not written by segcn generate"):
+        generate_dataset(dataclasses.replace(config, output_dir=str(landscapes)), painter)
+    assert tree(landscapes) == before and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_leaves_whole_images_and_the_same_command_goes_on(
+    config, painter, quick_painting, monkeypatch
+):
+    save, saved = Image.Image.save, []
+
+    def full(image, *rest, **options):
+        saved.append(image)
+        if len(saved) > 5:
+            raise OSError(28, "No space left on device")
+        return save(image, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        with pytest.raises(UserError, match=r"No space left on device.*the same command goes on"):
+            generate_dataset(config, painter)
+    check_split(read_split(generate_dataset(config, painter)))
+
+
+def test_memory_does_not_grow_with_the_number_of_masks(config, painter, quick_painting, tmp_path):
+    peaks = []
+    for count in (16, 96):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for row in range(count):
+            write_mask(folder / f"{row:03d}.png", np.full((256, 256), row % 9, np.uint8), painter.palette)
+        painter.palette.save(folder / "palette.json")
+        own = dataclasses.replace(config, controls=str(folder), prompt="a lake", output_dir=str(tmp_path / f"{count}o"))
+        tracemalloc.start()
+        generate_dataset(own, painter)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 20 * 256 * 256  # 80 masks more would be four times that
 
 
 def test_other_settings_and_foreign_folders_are_refused(config, painter):
@@ -200,24 +457,6 @@ def test_reconstructions_are_a_data_set_of_the_same_masks(painter, landscapes, t
     out = read_split(reconstruct_dataset(split, painter.base, tmp_path / "seen", resolution=64))
     check_split(out)
     assert len(out) == len(split)
-
-
-def test_infer_writes_one_picture_or_a_grid_and_never_overwrites(random_base, landscapes, tmp_path):
-    models.make_controlnet(models.load_base(random_base).unet).save_pretrained(tmp_path / "controlnet")
-    settings = make(
-        InferConfig,
-        "tiny",
-        pretrained_model_name_or_path=str(random_base),
-        controlnet_model_name_or_path=str(tmp_path / "controlnet"),
-        control_image=str(landscapes / "test" / "masks" / "000000.png"),
-        prompt=["a lake", "a house"],
-        num_images=2,
-        num_inference_steps=2,
-        output=str(tmp_path / "grid.png"),
-    )
-    assert Image.open(infer(settings)).size == (128, 128)
-    with pytest.raises(UserError, match="exists"):
-        infer(settings)
 
 
 def test_a_base_that_lacks_a_part_is_named(tmp_path):

@@ -1,0 +1,115 @@
+"""Promise: one mask and some words become a picture, or a grid of them, that can be made again from what it holds."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from malformed import png_header
+from PIL import Image
+
+from segcn import infer as inferring
+from segcn import models
+from segcn.arguments import make, parse
+from segcn.config import InferConfig, SampleConfig
+from segcn.errors import UserError
+from segcn.infer import infer, read_settings
+from segcn.masks import write_mask
+from segcn.pipeline import Painter
+from segcn.records import read_split
+
+
+@pytest.fixture(scope="module")
+def controlnet(random_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "controlnet"
+    models.make_controlnet(models.load_base(random_base).unet).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(random_base, controlnet, landscapes, tmp_path):
+    return make(
+        InferConfig,
+        "tiny",
+        pretrained_model_name_or_path=str(random_base),
+        controlnet_model_name_or_path=str(controlnet),
+        control=str(landscapes / "test" / "masks" / "000000.png"),
+        prompt=["a lake", "a house"],
+        num_inference_steps=2,
+        out=str(tmp_path / "grid.png"),
+    )
+
+
+@pytest.fixture
+def no_painting(monkeypatch):
+    monkeypatch.setattr(inferring, "generate", lambda *_: pytest.fail("painted before the fault was told"))
+
+
+def test_prompts_are_rows_and_seeds_are_columns_and_nothing_is_overwritten(config, tmp_path):
+    grid = np.asarray(Image.open(infer(dataclasses.replace(config, seeds=[3, 9, 3]))))
+    assert grid.shape == (128, 192, 3)
+    assert (grid[:, :64] == grid[:, 128:]).all() and (grid[:, :64] != grid[:, 64:128]).any()
+    alone = dataclasses.replace(config, prompt=["a house"], seed=9, out=str(tmp_path / "one.png"))
+    one = np.asarray(Image.open(infer(alone))).astype(int)
+    assert np.abs(one - grid[64:, 64:128]).max() <= 1
+    with pytest.raises(UserError, match="exists"):
+        infer(config)
+
+
+def test_the_picture_holds_every_setting_and_can_be_made_again_from_them(config, tmp_path):
+    asked = dataclasses.replace(config, prompt=['<b>"a lake"</b> 草'], num_images=2, guidance_scale=3.5)
+    told = read_settings(infer(asked))
+    assert set(told["settings"]) == {field.name for field in dataclasses.fields(SampleConfig)}
+    assert told["prompt"] == asked.prompt and told["seeds"] == [[0, 0], [0, 1]] and told["control"] == "000000.png"
+    base = models.load_base(config.pretrained_model_name_or_path)
+    assert told["base_fingerprint"] == base.fingerprint and len(told["controlnet_weights"]) == 16
+    again = InferConfig(**told["settings"], control=config.control, prompt=told["prompt"], num_images=2,
+                        out=str(tmp_path / "again.png"))  # fmt: skip
+    assert infer(again).read_bytes() == (tmp_path / "grid.png").read_bytes()
+    with pytest.raises(UserError, match="none of its settings"):
+        read_settings(config.control)
+
+
+def test_the_older_flags_are_still_read():
+    old = ["--control_image", "m.png", "--prompt", "a lake", "--output", "o.png"]
+    new = ["--control", "m.png", "--prompt", "a lake", "--out", "o.png"]
+    assert parse(InferConfig, old, "segcn infer") == parse(InferConfig, new, "segcn infer")
+
+
+def test_any_size_that_the_base_takes_is_painted_and_another_is_named(config, landscapes, tmp_path):
+    split = read_split(landscapes, "test")
+    for name, shape in (("wide", (32, 72)), ("odd", (32, 70))):
+        write_mask(tmp_path / f"{name}.png", np.zeros(shape, np.uint8), split.palette)
+    wide = dataclasses.replace(config, control=str(tmp_path / "wide.png"), palette=str(landscapes / "palette.json"))
+    assert Image.open(infer(wide)).size == (72, 64)
+    with pytest.raises(UserError, match="70 x 32"):
+        infer(dataclasses.replace(wide, control=str(tmp_path / "odd.png"), out=str(tmp_path / "odd_out.png")))
+
+
+@pytest.mark.parametrize("changed, told", [
+    ({"control": "nowhere.png"}, "--control nowhere.png"), ({"prompt": []}, "needs --control"),
+    ({"out": "/proc/nowhere/o.png"}, "cannot be written"), ({"out": "o.jpg"}, "ends in .png"),
+    ({"num_images": 0}, "--num_images"),
+])  # fmt: skip
+def test_what_cannot_be_is_named_before_a_network_is_loaded(config, monkeypatch, changed, told):
+    monkeypatch.setattr(inferring, "load_painter", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=told):
+        infer(dataclasses.replace(config, **changed))
+
+
+@pytest.mark.parametrize("content, told", [(b"", "cannot be read"), (png_header(30000, 30000), "too large")])
+def test_a_broken_or_huge_mask_is_named_before_a_network_is_loaded(
+    config, landscapes, tmp_path, monkeypatch, content, told
+):
+    (tmp_path / "mask.png").write_bytes(content)
+    monkeypatch.setattr(inferring, "load_painter", lambda *_: pytest.fail("loaded"))
+    own = dataclasses.replace(config, control=str(tmp_path / "mask.png"), palette=str(landscapes / "palette.json"))
+    with pytest.raises(UserError, match=f"mask.png.*{told}"):
+        infer(own)
+
+
+def test_a_mask_of_unknown_colours_is_named_without_a_palette_of_its_own_too(config, landscapes, tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(tmp_path / "mask.png")
+    palette = read_split(landscapes, "test").palette
+    monkeypatch.setattr(inferring, "load_painter", lambda *_: Painter(None, None, palette, "none"))
+    with pytest.raises(UserError, match=r"colour \[1, 2, 3\] \(4096 pixels\)"):
+        infer(dataclasses.replace(config, control=str(tmp_path / "mask.png")))

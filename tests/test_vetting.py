@@ -1,0 +1,214 @@
+"""Promise: a picture that does not obey its mask is painted again, in the end dropped; every score is written down."""
+
+import dataclasses
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from segcn import batches, models, vetting
+from segcn.arguments import make
+from segcn.config import GenerateConfig
+from segcn.errors import UserError
+from segcn.generate import generate_dataset
+from segcn.manifest import records_of
+from segcn.pipeline import Painter
+from segcn.records import check_split, read_split
+from segcn.segmenter import SegmenterConfig, build_segmenter, train_segmenter
+from segcn.vetting import Vetter, paint_vetted
+
+
+@pytest.fixture(scope="module")
+def painter(random_base, landscapes):
+    base = models.load_base(random_base)
+    return Painter(base, models.make_controlnet(base.unet).eval(), read_split(landscapes, "test").palette, "random")
+
+
+@pytest.fixture(scope="module")
+def segmenter(landscapes, tmp_path_factory):
+    """The folder of one that has learnt little."""
+    folder = tmp_path_factory.mktemp("segmenter") / "quick"
+    train_segmenter(read_split(landscapes, "train"), SegmenterConfig(steps=2, width=8, resolution=64), folder, str)
+    return folder
+
+
+@pytest.fixture
+def config(random_base, landscapes, segmenter, tmp_path):
+    return make(
+        GenerateConfig,
+        "tiny",
+        pretrained_model_name_or_path=str(random_base),
+        controls=str(landscapes),
+        output_dir=str(tmp_path / "out"),
+        segmenter=str(segmenter),
+        num_inference_steps=2,
+        batch_size=4,
+    )
+
+
+@pytest.fixture
+def noise_painting(monkeypatch):
+    """Painting is noise, by what the picture's noise depends on."""
+
+    def paint(painter, masks, captions, rows, settings, size):
+        return np.stack([np.random.default_rng(row).integers(0, 256, (*size, 3), np.uint8) for row in rows])
+
+    monkeypatch.setattr(batches, "generate", paint)
+
+
+class Scripted:
+    """A vetter that sees what a picture says: [score in percent, id everywhere]."""
+
+    min_miou, max_attempts, ignore_disagreement = 0.6, 4, False
+
+    def see(self, images):
+        return [np.full((2, 2), image[0, 0, 0], np.uint8) for image in images]
+
+    def score(self, seen, mask):
+        return float(seen[0, 0]) / 100
+
+
+def scripted(scores):
+    """A painter of pictures with these scores by (picture, attempt), and what it was asked for."""
+    asked = []
+
+    def paint(which, attempt):
+        asked.append((attempt, which))
+        return [np.full((2, 2, 3), scores[one][attempt], np.uint8) for one in which]
+
+    return paint, asked
+
+
+MASKS = [np.zeros((2, 2), np.uint8)] * 3
+
+
+def test_only_failures_are_painted_again_and_the_best_of_each_is_taken():
+    paint, asked = scripted([[70], [10, 65], [50, 20, 30, 40]])
+    made = paint_vetted(paint, MASKS, Scripted())
+    assert asked == [(0, [0, 1, 2]), (1, [1, 2]), (2, [2]), (3, [2])]
+    assert [(one.kept, one.attempt, one.scores) for one in made] == [
+        (True, 0, [0.7]), (True, 1, [0.1, 0.65]), (False, 0, [0.5, 0.2, 0.3, 0.4]),
+    ]  # fmt: skip
+    assert [one.image[0, 0, 0] for one in made] == [70, 65, 50]
+
+
+def test_without_a_vetter_each_is_painted_once():
+    paint, asked = scripted([[0], [0], [0]])
+    made = paint_vetted(paint, MASKS, None)
+    assert asked == [(0, [0, 1, 2])] and all(one.kept and one.scores == [] for one in made)
+
+
+def test_a_score_is_the_miou_over_the_classes_of_the_mask():
+    vetter = Vetter(build_segmenter(9, 8), 0.5, 1, False)
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        mask, seen = draw.integers(0, 9, (2, 6, 7)).astype(np.uint8)
+        mask[draw.random((6, 7)) < 0.2] = 255
+        jaccard = MulticlassJaccardIndex(9, "none", ignore_index=255)
+        jaccard.update(torch.tensor(seen)[None].long(), torch.tensor(mask)[None].long())
+        wanted = [value for value, id in zip(jaccard.compute().tolist(), range(9), strict=True) if (mask == id).any()]
+        assert vetter.score(seen, mask) == pytest.approx(np.mean(wanted), abs=1e-4)
+    assert vetter.score(seen, np.full((6, 7), 255, np.uint8)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fit", "looked_at"), [("crop", slice(4, 20)), ("pad", slice(0, 24)), ("stretch", slice(0, 24))]
+)
+def test_what_is_seen_lies_where_it_is_in_the_picture(monkeypatch, fit, looked_at):
+    segmenter = build_segmenter(9, 8)
+    segmenter.settings = {"resolution": 16, "fit": fit}
+    monkeypatch.setattr(vetting, "predict", lambda _, images: ((images[:, 0] + 1) * 127.5).round().byte() // 30)
+    mask = np.repeat(np.arange(3, dtype=np.uint8), 8)[None].repeat(16, 0)
+    seen = Vetter(segmenter, 0, 1, False).see([np.stack([mask * 30] * 3, -1)])[0]
+    assert seen.shape == mask.shape and (np.delete(seen, np.r_[looked_at], 1) == 255).all()
+    inside, wanted = seen[:, looked_at], mask[:, looked_at]
+    assert (inside != 255).all() and (inside == wanted).mean() > 0.8
+
+
+def test_pixels_in_which_another_class_is_seen_are_ignored_in_the_written_mask():
+    vetter = Scripted()
+    vetter.ignore_disagreement, vetter.min_miou = True, 0.0
+    mask = np.array([[3, 5], [255, 3]], np.uint8)
+    made = paint_vetted(lambda which, attempt: [np.full((2, 2, 3), 3, np.uint8)], [mask], vetter)[0]
+    assert made.mask.tolist() == [[3, 255], [255, 3]] and made.ignored == 0.25 and mask[0, 1] == 5
+
+
+def test_what_passes_is_the_set_and_what_does_not_is_told_and_shown(config, painter, noise_painting, tmp_path):
+    scored = generate_dataset(dataclasses.replace(config, min_miou=0.0, output_dir=str(tmp_path / "all")), painter)
+    scores = [record["miou"] for record in records_of(scored)]
+    assert len(set(scores)) > 2 and all(0 <= score <= 1 for score in scores)
+    wanted = sorted(scores)[3]
+    given = dataclasses.replace(config, min_miou=wanted, max_attempts=2)
+    out = generate_dataset(given, painter)
+    records = list(records_of(out))
+    assert [record["image"] for record in records] == list(range(6)) and not all(record["kept"] for record in records)
+    for record, first in zip(records, scores, strict=True):
+        assert record["scores"][0] == pytest.approx(first, abs=1e-3) and record["miou"] == max(record["scores"])
+        assert record["kept"] == (record["miou"] >= wanted) and len(record["scores"]) == 1 + (first < wanted)
+        assert (out / record["file_name"]).is_file() and record["file_name"].startswith(("rejected/", "images/"))
+    kept = [record["file_name"] for record in records if record["kept"]]
+    check_split(read_split(out))
+    assert [row.image_name for row in read_split(out).records] == kept
+    rows = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == len(kept)
+    assert Image.open(out / "vetting.png").size[0] > 500
+    assert f"| dropped | {6 - len(kept)} |" in (out / "README.md").read_text()
+
+
+def test_a_vetted_set_that_was_cut_ends_with_the_same_bytes(config, painter, noise_painting, tmp_path):
+    given = dataclasses.replace(config, min_miou=0.1, max_attempts=2, ignore_disagreement=True, limit=5)
+    out = generate_dataset(given, painter)
+    whole = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file() and path.suffix}
+    for name in ("metadata.csv", *[record["file_name"] for record in records_of(out) if record["kept"]][:2]):
+        (out / name).unlink()
+    generate_dataset(given, painter)
+    assert {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file() and path.suffix} == whole
+
+
+def test_where_nothing_passes_the_best_score_is_told(config, painter, noise_painting):
+    given = dataclasses.replace(config, min_miou=1.0, max_attempts=1, limit=2)
+    with pytest.raises(UserError, match=r"no image reached --min_miou 1.0; the best has 0\.\d+, see .*vetting.png"):
+        generate_dataset(given, painter)
+    assert not Path(config.output_dir, "metadata.csv").exists() and Path(config.output_dir, "vetting.png").is_file()
+
+
+def test_without_a_segmenter_one_is_trained_once_on_the_real_training_rows(
+    config, painter, noise_painting, landscapes, tmp_path, monkeypatch
+):
+    trained = []
+
+    def train(split, settings, folder, log):
+        trained.append((split.metadata, settings.resolution))
+        return train_segmenter(split, dataclasses.replace(settings, steps=1, width=8), folder, log)
+
+    monkeypatch.setattr(vetting, "train_segmenter", train)
+    said = []
+    for name in ("a", "b"):
+        given = dataclasses.replace(config, segmenter=None, min_miou=0.0, output_dir=str(tmp_path / name))
+        generate_dataset(given, painter, said.append)
+    assert trained == [(landscapes / "train" / "metadata.csv", 64)] * 2
+    assert sum("reused" in line for line in said) == 1
+    masks = dataclasses.replace(given, controls=str(landscapes / "test" / "masks"), prompt="a lake",
+                                palette=str(landscapes / "palette.json"), output_dir=str(tmp_path / "c"))  # fmt: skip
+    with pytest.raises(UserError, match="--segmenter DIR"):
+        generate_dataset(masks, painter)
+
+
+def test_a_segmenter_of_other_classes_is_refused(config, painter, noise_painting, segmenter, tmp_path):
+    other = tmp_path / "other"
+    split = read_split(config.controls, "train")
+    labels = tuple(dataclasses.replace(label, name=f"{label.name}s") for label in split.palette.labels)
+    renamed = dataclasses.replace(split, palette=dataclasses.replace(split.palette, labels=labels))
+    train_segmenter(renamed, SegmenterConfig(steps=1, width=8, resolution=64), other, str)
+    with pytest.raises(UserError, match="another palette"):
+        generate_dataset(dataclasses.replace(config, segmenter=str(other), min_miou=0.5), painter)
+
+
+def test_another_threshold_in_the_same_folder_is_refused(config, painter, noise_painting):
+    generate_dataset(dataclasses.replace(config, min_miou=0.0), painter)
+    with pytest.raises(UserError, match=r"min_miou: was 0.0, is 0.5"):
+        generate_dataset(dataclasses.replace(config, min_miou=0.5), painter)
