@@ -118,8 +118,7 @@ def write_image(task: Task, layout: Layout, painted: Painted) -> None:
     record = {"image": layout.image, "row": layout.row, "replicate": layout.replicate, "attempt": painted.attempt}
     record |= {"kept": painted.kept, "file_name": names[0], "conditioning_image_file_name": names[1]}
     if painted.scores:
-        scores = {"miou": max(painted.scores), "scores": painted.scores, "ignored": painted.ignored}
-        record |= scores
+        record |= {"miou": max(painted.scores), "scores": painted.scores, "ignored": painted.ignored}
     task.manifest.add(record | {"text": layout.caption})
 
 

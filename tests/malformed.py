@@ -88,6 +88,12 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
+def png_begun(width, height):
+    """As `png_header`, with the first of its pixels, so that it is opened."""
+    chunk = b"IDAT" + zlib.compress(bytes(1000))
+    return png_header(width, height) + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
 def label(**changes):
     """palette.json with one entry like this among sound ones."""
     entry = {"id": 3, "name": "road", "colour": [9, 9, 9]} | changes

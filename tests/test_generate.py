@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from kills import forked
-from malformed import png_header
+from malformed import png_begun
 from PIL import Image
 
 from segcn import batches, claim, dealing, models, paint
@@ -261,7 +261,7 @@ def grey(path, size):
 HOSTILE = {
     "unknown colours": (lambda path: grey(path, (64, 64)), r"value 77 \(4096 pixels\)"),
     "an empty file": (lambda path: path.write_bytes(b""), "cannot be read"),
-    "30,000 pixels a side": (lambda path: path.write_bytes(png_header(30000, 30000)), "too large"),
+    "30,000 pixels a side": (lambda path: path.write_bytes(png_begun(30000, 30000)), "too large"),
     "an odd size": (lambda path: write_mask(path, np.zeros((64, 63), np.uint8), FIRST), "--resolution"),
 }
 FIRST = Palette((Label(0, "sky", (135, 206, 235)),))

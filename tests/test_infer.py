@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from malformed import png_header
+from malformed import png_begun
 from PIL import Image
 
 from segcn import infer as inferring
@@ -96,7 +96,7 @@ def test_what_cannot_be_is_named_before_a_network_is_loaded(config, monkeypatch,
         infer(dataclasses.replace(config, **changed))
 
 
-@pytest.mark.parametrize("content, told", [(b"", "cannot be read"), (png_header(30000, 30000), "too large")])
+@pytest.mark.parametrize("content, told", [(b"", "cannot be read"), (png_begun(30000, 30000), "too large")])
 def test_a_broken_or_huge_mask_is_named_before_a_network_is_loaded(
     config, landscapes, tmp_path, monkeypatch, content, told
 ):
