@@ -96,7 +96,7 @@ def test_what_cannot_be_is_named_before_a_network_is_loaded(config, monkeypatch,
         infer(dataclasses.replace(config, **changed))
 
 
-@pytest.mark.parametrize("content, told", [(b"", "cannot be read"), (png_begun(30000, 30000), "too large")])
+@pytest.mark.parametrize("content, told", [(b"", "cannot be read"), (png_begun(30000, 30000), "too large")], ids="01")
 def test_a_broken_or_huge_mask_is_named_before_a_network_is_loaded(
     config, landscapes, tmp_path, monkeypatch, content, told
 ):
