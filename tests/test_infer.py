@@ -39,9 +39,15 @@ def config(random_base, controlnet, landscapes, tmp_path):
     )
 
 
-@pytest.fixture
-def no_painting(monkeypatch):
-    monkeypatch.setattr(inferring, "generate", lambda *_: pytest.fail("painted before the fault was told"))
+@pytest.fixture(scope="module")
+def painter(random_base, controlnet, landscapes):
+    base, palette = models.load_base(random_base), read_split(landscapes, "test").palette
+    return Painter(base, models.load_controlnet(controlnet).eval(), palette, str(controlnet))
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch, painter):
+    monkeypatch.setattr(inferring, "load_painter", lambda *_: painter)
 
 
 def test_prompts_are_rows_and_seeds_are_columns_and_nothing_is_overwritten(config, tmp_path):
@@ -60,8 +66,8 @@ def test_the_picture_holds_every_setting_and_can_be_made_again_from_them(config,
     told = read_settings(infer(asked))
     assert set(told["settings"]) == {field.name for field in dataclasses.fields(SampleConfig)}
     assert told["prompt"] == asked.prompt and told["seeds"] == [[0, 0], [0, 1]] and told["control"] == "000000.png"
-    base = models.load_base(config.pretrained_model_name_or_path)
-    assert told["base_fingerprint"] == base.fingerprint and len(told["controlnet_weights"]) == 16
+    assert told["base_fingerprint"] == models.base_fingerprint(config.pretrained_model_name_or_path)
+    assert len(told["controlnet_weights"]) == 16
     again = InferConfig(**told["settings"], control=config.control, prompt=told["prompt"], num_images=2,
                         out=str(tmp_path / "again.png"))  # fmt: skip
     assert infer(again).read_bytes() == (tmp_path / "grid.png").read_bytes()
