@@ -33,6 +33,7 @@ from segcn.vetting import Vetter, draw_picture, open_vetter, verdicts_of
 SETTINGS_FILE = "generation.json"
 CHANGE_NO_IMAGE = (
     "allow_symlinks", "batch_size", "controlnet_model_name_or_path", "limit", "output_dir", "segmenter",
+    "torch_compile",
 )  # fmt: skip
 PATIENCE = 600.0  # seconds without an image of another process, after which its batches are painted here
 COUNTS = ("limit", "replicates", "batch_size", "max_attempts")

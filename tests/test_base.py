@@ -38,7 +38,7 @@ def test_one_command_paints_one_mask(tmp_path):
     mask = np.zeros((128, 128), np.uint8)
     mask[60:], mask[20:40, 20:40] = 4, 2
     write_mask(tmp_path / "mask.png", mask, palette())
-    words = ["--control_image", str(tmp_path / "mask.png"), "--output", str(tmp_path / "out.png"), "--seed", "3"]
+    words = ["--control", str(tmp_path / "mask.png"), "--out", str(tmp_path / "out.png"), "--seed", "3"]
     shipped = ["--controlnet_model_name_or_path", str(BASE / "controlnet"), "--num_inference_steps", "4"]
     done = segcn("infer", *words, *shipped, "--prompt", "a summer landscape by day")
     assert done.returncode == 0, done.stderr
@@ -50,7 +50,7 @@ def test_one_command_paints_one_mask(tmp_path):
 def test_a_wrong_command_is_answered_in_one_line():
     done = segcn("pain")
     assert done.returncode == 2 and "no command 'pain'" in done.stderr and "Traceback" not in done.stderr
-    done = segcn("infer", "--control_image", "nowhere.png", "--prompt", "a lake", "--output", "o.png")
+    done = segcn("infer", "--control", "nowhere.png", "--prompt", "a lake", "--out", "o.png")
     assert done.returncode == 2 and "nowhere.png" in done.stderr and "Traceback" not in done.stderr
 
 
