@@ -1,226 +1,161 @@
-"""The panel of notebook 04: pick a mask, write a prompt, paint, save. Its logic runs headless too."""
+"""The panel of notebook 04: paint a mask, write a prompt, see pictures, keep some. Under voila it is an app."""
 
-import csv
 import dataclasses
-import io
-import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as w
 import numpy as np
-from PIL import Image
 
 from segcn.arguments import make
+from segcn.by_hand import Order, Picture, paint_each
+from segcn.captions import variations
 from segcn.config import SampleConfig
-from segcn.dataset import read_control_mask
-from segcn.errors import UserError
-from segcn.labels import Palette
-from segcn.masks import colourise, write_mask
-from segcn.pipeline import Painter, generate
-from segcn.records import COLUMNS, Split, read_split, write_metadata
+from segcn.gallery import Gallery
+from segcn.mask_painter import MaskPainter
+from segcn.mask_picker import MaskPicker
+from segcn.panel_settings import PanelSettings
+from segcn.pipeline import Painter
+from segcn.records import Split
 
-SIDE = 320  # px of the panel's two pictures
-LISTED_ROWS = 500  # masks in the dropdown
-SAVING = threading.Lock()
 DEFAULTS = make(SampleConfig, "tiny")
-
-
-def paint_one(
-    painter: Painter,
-    mask: np.ndarray,
-    prompt: str,
-    settings: SampleConfig,
-    on_step: Callable[[int], bool | None] | None = None,
-) -> np.ndarray:
-    """One mask, uint8 [H, W] class ids, and a prompt to one image, uint8 [H, W, 3].
-
-    `on_step(step)` is called after each denoising step; True stops.
-    """
-    return generate(painter, mask[None], [prompt], [0], settings, on_step=on_step)[0]
-
-
-def save_row(folder: str | Path, image: np.ndarray, mask: np.ndarray, caption: str, palette: Palette) -> int:
-    """Append a row to a data set folder, which is a whole data set before and after; returns the row's number.
-
-    Nothing that stands is overwritten. UserError if the caption is empty or the folder is another data set.
-    """
-    folder = Path(folder)
-    if not caption.strip():
-        raise UserError("a row of a data set needs a caption: write a prompt before saving")
-    with SAVING:
-        rows = _rows_of(folder, palette)
-        number = _claim(folder)
-        names = f"images/{number:06d}.png", f"masks/{number:06d}.png"
-        _replace(folder / names[1], lambda path: write_mask(path, mask, palette))
-        _replace(folder / names[0], lambda path: Image.fromarray(image).save(path, format="PNG"))
-        write_metadata(folder, [*rows, (*names, caption)])
-    return len(rows)
-
-
-def _rows_of(folder: Path, palette: Palette) -> list[tuple[str, str, str]]:
-    """The rows that stand in `folder`, which is made with its palette if it is new."""
-    for name in ("images", "masks"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    metadata = folder / "metadata.csv"
-    if not metadata.is_file():
-        if (folder / "metadata.jsonl").is_file():
-            raise UserError(f"{folder}: expected metadata.csv, found metadata.jsonl; choose another folder")
-        palette.save(folder / "palette.json")
-        return []
-    header = next(csv.reader(io.StringIO(metadata.read_text(encoding="utf-8-sig"))))
-    if tuple(header) != COLUMNS:
-        raise UserError(f"{metadata}: expected the columns {','.join(COLUMNS)}, found {','.join(header)}")
-    split = read_split(folder)
-    if split.palette.fingerprint != palette.fingerprint:
-        raise UserError(f"{folder}: its palette differs from the mask's; choose another folder")
-    return [
-        (record.image.relative_to(folder).as_posix(), record.mask.relative_to(folder).as_posix(), record.caption)
-        for record in split.records
-    ]
-
-
-def _claim(folder: Path) -> int:
-    """The first number above all that are taken, reserved by its empty mask file."""
-    taken = [int(path.stem) for name in ("images", "masks") for path in (folder / name).glob("[0-9]*.png")]
-    number = max(taken, default=-1) + 1
-    while True:
-        try:
-            (folder / "masks" / f"{number:06d}.png").open("xb").close()
-            return number
-        except FileExistsError:
-            number += 1
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    aside = path.with_name(f".{path.stem}.staged")
-    write(aside)
-    os.replace(aside, path)
-
-
-def png(picture: np.ndarray, side: int = SIDE, smooth: bool = True) -> bytes:
-    """A picture, uint8 [H, W, 3], as PNG of `side` pixels in height; without `smooth` pixels stay squares."""
-    image, kept = Image.fromarray(picture), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
-    file = io.BytesIO()
-    image.resize((max(1, round(image.width * side / image.height)), side), kept).save(file, format="PNG")
-    return file.getvalue()
+SETTLING = 0.2  # s before a press reads the controls: JupyterLab's press can overtake a change made just before it
+AT_ONCE = 4  # captions, or masks, beside each other
 
 
 class Panel(w.VBox):
-    """Mask row, prompt and settings on the left, mask and painted image beside each other, state below."""
+    """Mask painter on the left, settings and buttons on the right, pictures below; it paints in a thread of its own."""
 
     def __init__(self, painter: Painter, split: Split, save_dir: str | Path, defaults: SampleConfig):
         self.painter, self.split, self.save_dir = painter, split, Path(save_dir)
-        self.painted: tuple[np.ndarray, np.ndarray, str] | None = None  # image, mask and prompt that belong together
         self.worker: threading.Thread | None = None
         self.stopped = threading.Event()
-        self.defaults = defaults
-        self._make_controls(defaults)
-        self._connect()
-        super().__init__([w.HBox([self._settings_box(), w.HBox([self.mask_view, self.image_view])]), self._state_box()])
-        self.pick()
+        self.canvas, self.controls = MaskPainter(split.palette), PanelSettings(defaults)
+        self.status, self.progress = w.Label(), w.IntProgress(layout=w.Layout(width="400px", height="12px"))
+        self.status.add_class("segcn-wrapped")
+        self.status.add_class("segcn-status")
+        self.status.layout.width = "400px"
+        self.gallery = Gallery(split.palette, self.save, self.reuse, self.tell)
+        self.picker = MaskPicker(split, defaults, self.use, self.fail)
+        self.picker.pick()
+        left = w.VBox([self.picker, self.canvas])
+        right = w.VBox([self.controls, *self._buttons(), self.progress, self.status])
+        across = w.Layout(flex_flow="row wrap", grid_gap="8px 28px", align_items="flex-start")
+        super().__init__([w.Box([left, right], layout=across), self.gallery])
+        self.add_class("segcn-panel")
+        self.tell("Paint on the mask, write a prompt, press Generate.")
 
-    def _make_controls(self, defaults: SampleConfig) -> None:
-        wide, style = w.Layout(width="380px"), {"description_width": "100px"}
-        captions = [record.caption[:60] for record in self.split.records[:LISTED_ROWS]]
-        options = [(f"{row}: {caption}", row) for row, caption in enumerate(captions)]
-        shared = {"layout": wide, "style": style, "continuous_update": False}
-        self.row = w.Dropdown(options=options, description="mask", layout=wide, style=style)
-        self.prompt = w.Textarea(description="prompt", layout=w.Layout(width="380px", height="80px"), style=style)
-        self.steps = w.IntSlider(defaults.num_inference_steps, 1, 100, description="steps", **shared)
-        self.guidance = w.FloatSlider(
-            defaults.guidance_scale, min=1, max=15, step=0.5, description="guidance", **shared
-        )
-        self.strength = w.FloatSlider(
-            defaults.controlnet_conditioning_scale, min=0, max=2, step=0.05, description="mask weight", **shared
-        )
-        self.seed = w.BoundedIntText(defaults.seed, 0, 2**31 - 1, description="seed", layout=wide, style=style)
+    def _buttons(self) -> list[w.HBox]:
         self.generate_button = w.Button(description="Generate", button_style="primary")
         self.stop_button = w.Button(description="Stop", disabled=True)
-        self.save_button = w.Button(description="Save", disabled=True)
-        self.progress = w.IntProgress(0, 0, 1, layout=w.Layout(width="300px"))
-        self.status = w.Label("Pick a mask, change the prompt, press Generate.")
-        blank = png(np.full((8, 8, 3), 235, np.uint8))
-        self.mask_view, self.image_view = (w.Image(value=blank, format="png") for _ in range(2))
-
-    def _connect(self) -> None:
-        self.row.observe(lambda _: self.pick(), "value")
+        self.captions_button = w.Button(description="Same mask, four captions")
+        self.masks_button = w.Button(description="Same caption, four masks")
         self.generate_button.on_click(lambda _: self.generate())
         self.stop_button.on_click(lambda _: self.stopped.set())
-        self.save_button.on_click(lambda _: self.save())
+        self.captions_button.on_click(lambda _: self.four_captions())
+        self.masks_button.on_click(lambda _: self.four_masks())
+        pairs = (self.generate_button, self.stop_button), (self.captions_button, self.masks_button)
+        for pair in pairs:
+            for button in pair:
+                button.layout.width = "196px"
+        return [w.HBox(pair) for pair in pairs]
 
-    def _settings_box(self) -> w.VBox:
-        buttons = w.HBox([self.generate_button, self.stop_button, self.save_button])
-        return w.VBox([self.row, self.prompt, self.steps, self.guidance, self.strength, self.seed, buttons])
+    def use(self, mask: np.ndarray, caption: str | None = None) -> None:
+        """Put a mask, uint8 [H, W], on the canvas, and a caption into the prompt."""
+        self.canvas.load(mask)
+        if caption is not None:
+            self.controls.prompt.value = caption
+        self.tell(f"A mask of {mask.shape[1]} x {mask.shape[0]} pixels.")
 
-    def _state_box(self) -> w.HBox:
-        return w.HBox([self.progress, self.status])
+    def reuse(self, picture: Picture) -> None:
+        """Bring back what a picture was painted from; Generate paints it again."""
+        self.use(picture.mask, picture.caption)
+        self.controls.show(picture.settings)
+        self.controls.lock.value = True
 
-    def pick(self) -> None:
-        """Show the chosen row's mask and put its caption into the prompt."""
-        record = self.split[self.row.value]
-        try:
-            self.mask = read_control_mask(record.mask, self.split.palette, self.defaults.resolution, self.defaults.fit)
-        except UserError as error:
-            self.status.value = f"Error: {error}"
-            return
-        self.mask_view.value = png(colourise(self.mask, self.split.palette), smooth=False)
-        self.prompt.value = record.caption
+    def tell(self, text: str) -> None:
+        """Say something in the panel; never read as HTML."""
+        self.status.value = text
 
-    def settings(self) -> SampleConfig:
-        """The sampling settings as the controls stand."""
-        return dataclasses.replace(
-            self.defaults,
-            num_inference_steps=self.steps.value,
-            guidance_scale=self.guidance.value,
-            controlnet_conditioning_scale=self.strength.value,
-            seed=self.seed.value,
-        )
+    def fail(self, error: Exception) -> None:
+        """Say what went wrong."""
+        self.tell(f"Error: {error}")
 
     def generate(self) -> None:
-        """Start painting with the values as they stand now; the kernel stays free, so Stop is heard."""
+        """Paint the mask and the prompt as they stand, picture k with the k-th seed from the one that is shown on."""
+
+        def orders(mask: np.ndarray, prompt: str, settings: SampleConfig) -> list[Order]:
+            seeds = range(settings.seed, settings.seed + self.controls.number.value)
+            return [(mask, prompt, dataclasses.replace(settings, seed=seed)) for seed in seeds]
+
+        self._start(orders)
+
+    def four_captions(self) -> None:
+        """Paint the mask with the prompt and three others, all from the same noise."""
+        others = [record.caption for record in self.split.records]
+        self._start(lambda mask, prompt, settings: [
+            (mask, text, settings) for text in variations(prompt, others, AT_ONCE)
+        ])  # fmt: skip
+
+    def four_masks(self) -> None:
+        """Paint the prompt on the mask and on those of the three rows that follow, all from the same noise."""
+        self._start(lambda mask, prompt, settings: [
+            (each, prompt, settings) for each in (mask, *self.picker.following(AT_ONCE - 1))
+        ])  # fmt: skip
+
+    def _start(self, orders: Callable[[np.ndarray, str, SampleConfig], list[Order]]) -> None:
+        """Paint in a thread; the kernel stays free, so Stop is heard."""
         if self.worker is not None and self.worker.is_alive():
             return
         self.stopped.clear()
         self._busy(True)
-        self.progress.value, self.progress.max = 0, self.steps.value
-        self.status.value = "Painting ..."
-        self.worker = threading.Thread(target=self._paint, args=(self.mask, self.prompt.value, self.settings()))
+        self.worker = threading.Thread(target=self._work, args=(orders,), daemon=True)
         self.worker.start()
 
-    def _paint(self, mask: np.ndarray, prompt: str, settings: SampleConfig) -> None:
+    def _work(self, orders: Callable[[np.ndarray, str, SampleConfig], list[Order]]) -> None:
         try:
-            image = paint_one(self.painter, mask, prompt, settings, self._on_step)
-            if self.stopped.is_set():
-                self.status.value = "Stopped."
-            else:
-                self.painted = image, mask, prompt
-                self.image_view.value = png(image)
-                self.status.value = f"Painted with seed {settings.seed}."
-        except Exception as error:
-            self.status.value = f"Error: {error}"
+            time.sleep(SETTLING)
+            self.controls.renew_seed()
+            wanted = orders(self.canvas.mask, self.controls.prompt.value, self.controls.settings())
+            self._paint(wanted)
+        except Exception as error:  # whatever it is, the panel goes on
+            self.fail(error)
         finally:
             self._busy(False)
 
-    def _on_step(self, step: int) -> bool:
-        self.progress.value = step
-        return self.stopped.is_set()
+    def _paint(self, wanted: list[Order]) -> None:
+        done, steps, began = 0, wanted[0][2].num_inference_steps, time.monotonic()
+        self.progress.value, self.progress.max, step = 0, steps * len(wanted), 0
+        self.gallery.begin(len(wanted))
+        self.tell("Painting ...")
+
+        def on_step(number: int) -> bool:
+            nonlocal step
+            step = number
+            self.progress.value = done * steps + step
+            self.tell(f"Painting {done + 1} of {len(wanted)}: step {step} of {steps}")
+            return self.stopped.is_set()
+
+        for picture in paint_each(self.painter, wanted, on_step):
+            self.gallery.add(picture)
+            done += 1
+        if self.stopped.is_set():
+            self.tell(f"Stopped in step {step} of {steps}; {done} of {len(wanted)} painted.")
+        else:
+            self.tell(f"Painted {done} of {len(wanted)} in {time.monotonic() - began:.1f} s.")
 
     def _busy(self, busy: bool) -> None:
-        self.generate_button.disabled, self.stop_button.disabled = busy, not busy
-        self.save_button.disabled = busy or self.painted is None
+        for button in (self.generate_button, self.captions_button, self.masks_button):
+            button.disabled = busy
+        self.stop_button.disabled = not busy
 
-    def save(self) -> None:
-        """Append the painted image, with the mask and prompt it was painted from, to the data set in `save_dir`."""
-        if self.painted is None:
-            self.status.value = "Nothing is painted yet: press Generate."
-            return
-        try:
-            row = save_row(self.save_dir, *self.painted, self.split.palette)
-            self.status.value = f"Saved as row {row} of {self.save_dir}."
-        except (UserError, OSError) as error:
-            self.status.value = f"Error: {error}"
+    def save(self, picture: Picture) -> int:
+        """Append a picture, with mask, caption and settings, to the data set in `save_dir`; returns its row."""
+        row = picture.save(self.save_dir, self.split.palette)
+        self.tell(f"Saved as row {row} of {self.save_dir}.")
+        return row
 
 
 def panel(painter: Painter, split: Split, save_dir: str | Path, defaults: SampleConfig = DEFAULTS) -> Panel:

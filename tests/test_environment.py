@@ -8,7 +8,8 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OTHER_NAMES = {"pillow": "PIL", "tensorboard": None, "jupyterlab": None, "scipy": None}  # None: used through another
+USED_THROUGH_ANOTHER = dict.fromkeys(("tensorboard", "jupyterlab", "scipy", "voila"))
+OTHER_NAMES = {"pillow": "PIL"} | USED_THROUGH_ANOTHER
 
 
 def test_conda_installs_what_pyproject_lists():

@@ -1,20 +1,29 @@
 import dataclasses
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from segcn import models, widgets
+from segcn import by_hand, mask_painter, models, widgets
 from segcn.arguments import make
-from segcn.config import SampleConfig
+from segcn.config import BASE, SampleConfig
 from segcn.errors import UserError
 from segcn.labels import Label, Palette
-from segcn.masks import read_mask
-from segcn.pipeline import Painter
+from segcn.masks import colourise, read_mask, write_mask
+from segcn.pipeline import Painter, load_painter
 from segcn.records import read_split
+from segcn.rows import save_row
 
 SETTINGS = make(SampleConfig, "tiny", num_inference_steps=2)
+HOUSE = 8
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    monkeypatch.setattr(widgets, "SETTLING", 0)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +42,51 @@ def panel(painter, split, tmp_path):
     return widgets.panel(painter, split, tmp_path / "painted", SETTINGS)
 
 
+@pytest.fixture
+def quick_panel(panel, monkeypatch):
+    """A panel whose pictures are the seed's grey and take no time; each step of the painting is announced."""
+
+    def paint(painter, masks, captions, rows, settings, on_step):
+        for step in range(settings.num_inference_steps):
+            if on_step(step + 1):
+                break
+        return np.full((*masks.shape, 3), settings.seed % 256, np.uint8)
+
+    monkeypatch.setattr(by_hand, "generate", paint)
+    return panel
+
+
 def wait(panel):
     panel.worker.join(120)
     assert not panel.worker.is_alive()
+
+
+def press(panel, button):
+    button.click()
+    wait(panel)
+
+
+def await_status(panel, text):
+    until = time.monotonic() + 60
+    while not panel.status.value.startswith(text) and time.monotonic() < until:
+        time.sleep(0.001)
+    assert panel.status.value.startswith(text), panel.status.value
+
+
+def brush(panel, mask):
+    """A change of the mask as the browser sends it."""
+    height, width = mask.shape
+    content = {"kind": "painted", "height": height, "width": width}
+    data = {"content": {"data": {"method": "custom", "content": content}}, "buffers": [memoryview(mask.tobytes())]}
+    panel.canvas._handle_msg(data)
+
+
+def pictures(panel):
+    return [card.picture for card in panel.gallery.cards]
+
+
+def row_mask(split, row):
+    return read_mask(split[row].mask, split.palette)
 
 
 def pair(side=16, seed=0):
@@ -46,7 +97,7 @@ def pair(side=16, seed=0):
 def test_a_saved_row_is_read_back_with_identical_ids(tmp_path, split):
     image, mask = pair()
     mask[0] = 255
-    assert widgets.save_row(tmp_path / "set", image, mask, "a hill, at dusk", split.palette) == 0
+    assert save_row(tmp_path / "set", image, mask, "a hill, at dusk", split.palette) == 0
     row = read_split(tmp_path / "set")[0]
     assert row.caption == "a hill, at dusk"
     assert (read_mask(row.mask, split.palette) == mask).all() and (np.asarray(Image.open(row.image)) == image).all()
@@ -54,7 +105,7 @@ def test_a_saved_row_is_read_back_with_identical_ids(tmp_path, split):
 
 def test_saving_twice_overwrites_nothing(tmp_path, split):
     pairs = [pair(seed=seed) for seed in range(3)]
-    rows = [widgets.save_row(tmp_path, *one, f"caption {k}", split.palette) for k, one in enumerate(pairs)]
+    rows = [save_row(tmp_path, *one, f"caption {k}", split.palette) for k, one in enumerate(pairs)]
     read = read_split(tmp_path)
     assert rows == [0, 1, 2] and [record.caption for record in read.records] == ["caption 0", "caption 1", "caption 2"]
     for record, (_, mask) in zip(read.records, pairs, strict=True):
@@ -63,96 +114,301 @@ def test_saving_twice_overwrites_nothing(tmp_path, split):
 
 def test_files_that_no_row_names_are_not_overwritten(tmp_path, split):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "000004.png").write_bytes(b"mine")
-    widgets.save_row(tmp_path, *pair(), "caption", split.palette)
+    for name in ("000004.png", "0_mine.png"):
+        (tmp_path / "images" / name).write_bytes(b"mine")
+    save_row(tmp_path, *pair(), "caption", split.palette)
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"000004.png", "0_mine.png", "000005.png"}
     assert (tmp_path / "images" / "000004.png").read_bytes() == b"mine"
     assert read_split(tmp_path)[0].image.name == "000005.png"
 
 
 def test_a_row_that_would_spoil_the_data_set_is_refused(tmp_path, split):
-    widgets.save_row(tmp_path, *pair(), "caption", split.palette)
+    save_row(tmp_path, *pair(), "caption", split.palette)
     before = (tmp_path / "metadata.csv").read_bytes()
     other = Palette((Label(0, "cat", (1, 2, 3)),))
     with pytest.raises(UserError, match="caption"):
-        widgets.save_row(tmp_path, *pair(), "  ", split.palette)
+        save_row(tmp_path, *pair(), "  ", split.palette)
     with pytest.raises(UserError, match="palette"):
-        widgets.save_row(tmp_path, *pair(), "caption", other)
+        save_row(tmp_path, *pair(), "caption", other)
     assert (tmp_path / "metadata.csv").read_bytes() == before
 
 
+def test_a_palette_that_stands_in_a_folder_without_rows_is_not_overwritten(tmp_path, split):
+    Palette((Label(0, "cat", (1, 2, 3)),)).save(tmp_path / "palette.json")
+    before = (tmp_path / "palette.json").read_bytes()
+    with pytest.raises(UserError, match="palette"):
+        save_row(tmp_path, *pair(), "caption", split.palette)
+    assert (tmp_path / "palette.json").read_bytes() == before
+
+
 def test_foreign_columns_are_not_dropped(tmp_path, split):
-    widgets.save_row(tmp_path, *pair(), "caption", split.palette)
+    save_row(tmp_path, *pair(), "caption", split.palette)
     metadata = tmp_path / "metadata.csv"
     lines = metadata.read_text().splitlines()
     metadata.write_text(f"{lines[0]},author\n{lines[1]},me\n")
     with pytest.raises(UserError, match="author"):
-        widgets.save_row(tmp_path, *pair(), "caption", split.palette)
+        save_row(tmp_path, *pair(), "caption", split.palette)
 
 
-def test_picking_a_row_shows_its_mask_and_caption(panel, split):
-    first = panel.mask_view.value
-    panel.row.value = 1
-    assert panel.prompt.value == split[1].caption and panel.mask_view.value != first
+def test_the_legend_names_every_class_and_what_the_eraser_leaves():
+    void = Palette((Label(3, "air", (1, 2, 3)), Label(7, "void", (9, 9, 9), ignore=True)))
+    assert mask_painter.legend(void) == [
+        {"id": 3, "name": "air", "colour": [1, 2, 3]},
+        {"id": 255, "name": "void", "colour": [0, 0, 0]},
+    ]
+    own = Palette((Label(0, "Unlabelled", (0, 0, 0)), Label(1, "air", (1, 2, 3))))
+    assert mask_painter.erased(own) == (0, "Unlabelled") and len(mask_painter.legend(own)) == 2
+    assert mask_painter.erased(Palette((Label(1, "air", (1, 2, 3)),))) == (255, "unlabelled")
 
 
-def test_generate_paints_off_the_main_thread_and_save_appends(panel, split):
-    blank = panel.image_view.value
-    panel.row.value = 2
-    panel.prompt.value = "a winter landscape"
+def test_a_row_of_the_data_set_brings_its_mask_and_caption(panel, split):
+    assert (panel.canvas.mask == row_mask(split, 0)).all()
+    panel.picker.row.value = 1
+    assert (panel.canvas.mask == row_mask(split, 1)).all() and panel.controls.prompt.value == split[1].caption
+
+
+def test_a_mask_comes_from_a_path_or_an_upload_and_a_bad_one_changes_nothing(panel, split, tmp_path):
+    mask = pair(side=64)[1]
+    write_mask(tmp_path / "own.png", mask, split.palette)
+    panel.picker.path.value = str(tmp_path / "own.png")
+    assert (panel.canvas.mask == mask).all() and panel.controls.prompt.value == split[0].caption
+    write_mask(tmp_path / "next.png", mask.T.copy(), split.palette)
+    upload(panel, "next.png", (tmp_path / "next.png").read_bytes())
+    assert (panel.canvas.mask == mask.T).all() and panel.picker.upload.value == ()
+    upload(panel, "<b>empty</b>.png", b"")
+    assert "Error: <b>empty</b>.png: the mask cannot be read" in panel.status.value
+    for path in ("nowhere.png", str(tmp_path)):
+        panel.picker.path.value = path
+        assert panel.status.value.startswith(f"Error: {path}"), panel.status.value
+    assert (panel.canvas.mask == mask.T).all()
+
+
+def upload(panel, name, content):
+    panel.picker.upload.set_state({"value": [
+        {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": 0}
+    ]})  # fmt: skip
+
+
+def test_a_stroke_is_kept_and_one_on_a_mask_that_is_gone_is_not(panel, split):
+    painted = row_mask(split, 0)
+    painted[8:24, 8:24] = HOUSE
+    brush(panel, painted)
+    assert (panel.canvas.mask == painted).all()
+    brush(panel, painted[:32])
+    assert (panel.canvas.mask == painted).all()
+    panel.picker.again.click()
+    assert (panel.canvas.mask == row_mask(split, 0)).all()
+
+
+def test_a_stroke_is_not_sent_back_over_what_was_painted_since(panel, split, monkeypatch):
+    sent = []
+    monkeypatch.setattr(panel.canvas, "_send", lambda *told, **_: sent.append(told))
+    brush(panel, row_mask(split, 3))
+    assert not sent
+    panel.picker.pick()
+    assert len(sent) == 1  # the probe sees what is sent: size and ids, at once
+
+
+def test_generate_paints_off_the_main_thread_and_save_appends_what_was_painted(panel, split):
+    painted = row_mask(split, 2)
+    panel.picker.row.value = 2
+    painted[8:24, 8:24] = HOUSE
+    brush(panel, painted)
+    panel.controls.prompt.value = "a winter landscape"
+    panel.controls.window.value = 0.0, 0.5
     panel.generate_button.click()
+    await_status(panel, "Painting")
+    panel.picker.row.value = 0  # what is saved belongs to what was painted, not to what is shown by now
     assert panel.generate_button.disabled and not panel.stop_button.disabled
-    panel.row.value = 0  # what is saved belongs to what was painted, not to what is picked by now
     wait(panel)
-    assert panel.image_view.value != blank and panel.progress.value == 2 and not panel.save_button.disabled
-    panel.save_button.click()
-    panel.save_button.click()
-    saved = read_split(panel.save_dir)
-    assert [record.caption for record in saved.records] == ["a winter landscape"] * 2
-    assert (read_mask(saved[1].mask, split.palette) == read_mask(split[2].mask, split.palette)).all()
+    assert panel.progress.value == 2 and not panel.generate_button.disabled
+    (card,) = panel.gallery.cards
+    card.save_button.click()
+    card.save_button.click()
+    assert card.save_button.description == "Row 0" and card.save_button.disabled
+    (row,) = read_split(panel.save_dir).records
+    assert row.caption == "a winter landscape" and (read_mask(row.mask, split.palette) == painted).all()
+    image = Image.open(row.image)
+    assert (np.asarray(image) == card.picture.image).all() and card.image.value[1:4] == b"PNG"
+    told = json.loads(image.info["segcn"])
+    assert told["prompt"] == "a winter landscape" and told["control_guidance_end"] == 0.5
+    assert told["seed"] == panel.controls.seed.value and told["controlnet_model_name_or_path"] == "fresh"
 
 
-def test_the_same_seed_paints_the_same_and_another_seed_another(painter, split):
-    mask = read_mask(split[0].mask, split.palette)
-    first, again = (widgets.paint_one(painter, mask, "a lake", SETTINGS) for _ in range(2))
-    other = widgets.paint_one(painter, mask, "a lake", dataclasses.replace(SETTINGS, seed=1))
-    assert (first == again).all() and (first != other).any() and first.shape == (*mask.shape, 3)
+def test_the_saved_settings_paint_the_same_image_again(painter, split, tmp_path):
+    mask = row_mask(split, 0)
+    picture = next(by_hand.paint_each(painter, [(mask, "a lake", dataclasses.replace(SETTINGS, seed=7))]))
+    picture.save(tmp_path, split.palette)
+    row = read_split(tmp_path)[0]
+    told = json.loads(Image.open(row.image).info["segcn"])
+    order = read_mask(row.mask, split.palette), told.pop("prompt"), SampleConfig(**told)
+    again, other = by_hand.paint_each(painter, [order, (*order[:2], dataclasses.replace(order[2], seed=8))])
+    assert (again.image == picture.image).all() and (other.image != picture.image).any()
 
 
-def test_html_in_a_prompt_stays_text(panel):
+def test_every_press_has_a_new_seed_unless_it_is_locked(quick_panel):
+    seeds = []
+    for locked in (False, False, True, True):
+        quick_panel.controls.lock.value = locked
+        press(quick_panel, quick_panel.generate_button)
+        seeds.append(pictures(quick_panel)[0].settings.seed)
+    assert len(set(seeds)) == 2 and seeds[1] == seeds[2] == seeds[3]
+
+
+def test_several_images_differ_in_their_seed_alone(quick_panel):
+    quick_panel.controls.number.value = 3
+    press(quick_panel, quick_panel.generate_button)
+    first = quick_panel.controls.seed.value
+    assert [picture.settings.seed for picture in pictures(quick_panel)] == [first, first + 1, first + 2]
+    assert quick_panel.progress.value == quick_panel.progress.max == 6
+    quick_panel.gallery.save_all.click()
+    assert len(read_split(quick_panel.save_dir)) == 3
+
+
+def test_the_same_mask_is_painted_with_four_captions(quick_panel, split):
+    press(quick_panel, quick_panel.captions_button)
+    found = pictures(quick_panel)
+    assert found[0].caption == split[0].caption and len({picture.caption for picture in found}) == 4
+    assert len({picture.settings.seed for picture in found}) == 1
+    assert all((picture.mask == row_mask(split, 0)).all() for picture in found)
+
+
+def test_the_same_caption_is_painted_on_four_masks(quick_panel, split):
+    quick_panel.picker.row.value = len(split) - 2
+    press(quick_panel, quick_panel.masks_button)
+    found = pictures(quick_panel)
+    expected = [row_mask(split, row) for row in (len(split) - 2, len(split) - 1, 0, 1)]
+    assert all((picture.mask == mask).all() for picture, mask in zip(found, expected, strict=True))
+    assert {picture.caption for picture in found} == {split[len(split) - 2].caption}
+
+
+def test_the_settings_are_those_of_the_controls(quick_panel):
+    controls = quick_panel.controls
+    controls.steps.value, controls.guidance.value, controls.strength.value = 3, 4.5, 0.25
+    controls.window.value, controls.scheduler.value, controls.negative_prompt.value = (0.25, 0.75), "ddim", "fog"
+    press(quick_panel, quick_panel.generate_button)
+    used = pictures(quick_panel)[0].settings
+    assert (used.num_inference_steps, used.guidance_scale, used.controlnet_conditioning_scale) == (3, 4.5, 0.25)
+    assert (used.control_guidance_start, used.control_guidance_end) == (0.25, 0.75)
+    assert (used.scheduler, used.negative_prompt) == ("ddim", "fog")
+    controls.window.value = 0.5, 0.5
+    press(quick_panel, quick_panel.generate_button)
+    assert "mask acts" in quick_panel.status.value and len(quick_panel.gallery.entries) == 1
+
+
+def test_settings_far_from_the_usual_are_kept(painter, split, tmp_path):
+    far = dataclasses.replace(
+        SETTINGS, num_inference_steps=250, guidance_scale=30.0, controlnet_conditioning_scale=3.0, seed=5
+    )
+    assert widgets.panel(painter, split, tmp_path, far).controls.settings() == far
+
+
+def test_the_history_leads_back_and_an_old_picture_can_be_painted_again(quick_panel, split):
+    panel = quick_panel
+    press(panel, panel.generate_button)
+    first = pictures(panel)[0]
+    panel.picker.row.value = 1
+    panel.controls.steps.value = 5
+    press(panel, panel.generate_button)
+    assert pictures(panel)[0].caption == split[1].caption and panel.gallery.forward.disabled
+    panel.gallery.back.click()
+    assert pictures(panel) == [first] and panel.gallery.back.disabled and panel.gallery.place.value == "1 of 2"
+    panel.gallery.cards[0].reuse_button.click()
+    assert (panel.canvas.mask == first.mask).all() and panel.controls.prompt.value == split[0].caption
+    press(panel, panel.generate_button)
+    again = pictures(panel)[0]
+    assert again is not first and again.told() | {"controlnet_model_name_or_path": ""} == first.told() | {
+        "controlnet_model_name_or_path": ""
+    }
+
+
+def test_what_is_painted_meanwhile_does_not_turn_the_page(quick_panel):
+    gallery = quick_panel.gallery
+    press(quick_panel, quick_panel.generate_button)
+    old = pictures(quick_panel)[0]
+    gallery.begin(2)
+    gallery.add(old)
+    gallery.back.click()
+    gallery.add(old)
+    assert len(gallery.cards) == 1 and len(gallery.entries[1]) == 2
+    gallery.forward.click()
+    assert len(gallery.cards) == 2 and all(card.image.value for card in gallery.cards)
+
+
+def test_the_mask_is_laid_over_the_picture(quick_panel, split):
+    press(quick_panel, quick_panel.generate_button)
+    (card,) = quick_panel.gallery.cards
+    seen = {}
+    for view in ("picture", "outlines", "classes", "mask"):
+        quick_panel.gallery.view.value = view
+        seen[view] = card.image.value
+    assert len(set(seen.values())) == 4
+    (quick_panel.save_dir.parent / "mask.png").write_bytes(seen["mask"])
+    shown = np.asarray(Image.open(quick_panel.save_dir.parent / "mask.png"))
+    assert (shown == colourise(row_mask(split, 0), split.palette)).all()
+
+
+def test_html_in_a_prompt_stays_text(quick_panel):
     prompt = "<img src=x onerror=alert(1)> & <b>a lake</b>"
-    panel.prompt.value = prompt
-    panel.generate_button.click()
-    wait(panel)
-    panel.save_button.click()
-    assert read_split(panel.save_dir)[0].caption == prompt
-    kinds = {type(widget).__name__ for widget in every_widget(panel)}
-    assert not any("HTML" in kind for kind in kinds)
-    assert not any(getattr(widget, "description_allow_html", False) for widget in every_widget(panel))
+    quick_panel.controls.prompt.value = prompt
+    press(quick_panel, quick_panel.generate_button)
+    quick_panel.gallery.save_all.click()
+    assert read_split(quick_panel.save_dir)[0].caption == prompt
+    kinds = {type(widget).__name__ for widget in every_widget(quick_panel)}
+    assert {"Label", "Card", "MaskPainter"} <= kinds and not any("HTML" in kind for kind in kinds)
+    assert not any(getattr(widget, "description_allow_html", False) for widget in every_widget(quick_panel))
+    browser = Path(mask_painter.__file__).with_suffix(".js").read_text()
+    assert "textContent" in browser and not any(
+        word in browser for word in ("innerHTML", "insertAdjacentHTML", "eval(")
+    )
 
 
-def test_an_error_is_shown_in_the_status(panel, monkeypatch):
-    def fails(*_):
-        raise UserError("no room for <b>this</b>")
+def test_an_error_is_shown_and_the_panel_goes_on(quick_panel, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no room for <b>this</b>")
 
-    monkeypatch.setattr(widgets, "paint_one", fails)
-    panel.generate_button.click()
-    wait(panel)
-    assert panel.status.value == "Error: no room for <b>this</b>"
-    assert not panel.generate_button.disabled and panel.save_button.disabled
+    works = by_hand.generate
+    monkeypatch.setattr(by_hand, "generate", fails)
+    press(quick_panel, quick_panel.generate_button)
+    assert quick_panel.status.value == "Error: no room for <b>this</b>" and not quick_panel.gallery.cards
+    monkeypatch.setattr(by_hand, "generate", works)
+    press(quick_panel, quick_panel.generate_button)
+    assert quick_panel.status.value.startswith("Painted 1 of 1")
+    quick_panel.controls.prompt.value = ""
+    press(quick_panel, quick_panel.generate_button)
+    quick_panel.gallery.save_all.click()
+    assert "needs a caption" in quick_panel.status.value and not quick_panel.gallery.cards[0].save_button.disabled
 
 
-def test_stop_keeps_the_old_picture(panel, monkeypatch):
-    def slow(painter, mask, prompt, settings, on_step):
-        while not on_step(1):
+def test_stop_drops_the_picture_at_work_and_keeps_those_before(panel, monkeypatch):
+    def slow(painter, masks, captions, rows, settings, on_step):
+        first = settings.seed == panel.controls.seed.value
+        while not on_step(1) and not first:
             time.sleep(0.01)
-        return np.zeros((*mask.shape, 3), np.uint8)
+        return np.zeros((*masks.shape, 3), np.uint8)
 
-    monkeypatch.setattr(widgets, "paint_one", slow)
-    blank = panel.image_view.value
+    monkeypatch.setattr(by_hand, "generate", slow)
+    panel.controls.number.value = 3
     panel.generate_button.click()
+    await_status(panel, "Painting 2 of 3")
     panel.stop_button.click()
     wait(panel)
-    assert panel.status.value == "Stopped." and panel.image_view.value == blank and panel.painted is None
+    assert panel.status.value == "Stopped in step 1 of 2; 1 of 3 painted."
+    assert len(panel.gallery.cards) == 1 and panel.stop_button.disabled and not panel.generate_button.disabled
+
+
+@pytest.mark.slow
+def test_on_the_embedded_base_a_picture_is_there_within_three_seconds(landscapes, tmp_path):
+    split = read_split(landscapes, "test")
+    settings = make(SampleConfig, "tiny", resolution=128, controlnet_model_name_or_path=str(BASE / "controlnet"))
+    panel = widgets.panel(load_painter(settings, split.palette), split, tmp_path, settings)
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        press(panel, panel.generate_button)
+        times.append(time.monotonic() - began)
+    assert pictures(panel)[0].image.shape == (128, 128, 3)
+    assert min(times) < 3, times
 
 
 def every_widget(widget):

@@ -1,0 +1,274 @@
+"""Promise: what a person sees and does. Notebook 04 in JupyterLab and under voila, driven in Debian's Chromium."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import papermill
+import pytest
+from PIL import Image
+
+from segcn.config import BASE, ROOT
+from segcn.masks import read_mask
+from segcn.records import read_split
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if CHROMIUM is None:
+    pytest.skip("no Chromium here: apt-get install chromium", allow_module_level=True)
+pytest.importorskip("pytest_playwright", reason="no pytest-playwright here: pip install -e '.[test]'")
+expect = pytest.importorskip("playwright.sync_api").expect
+
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]  # fmt: skip
+LAB = [
+    "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--LabApp.expose_app_in_browser=True",
+    "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    "--LabApp.extension_manager=readonly", "--ServerApp.root_dir=.",
+]  # fmt: skip
+VOILA = ["voila", "04_generate.ipynb", "--no-browser", "--Voila.ip=127.0.0.1"]
+LAB_SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+RUN_ALL = """async () => {
+    const app = window.jupyterapp;
+    await app.restored;
+    const notebook = app.shell.currentWidget;
+    await notebook.context.ready;
+    await notebook.sessionContext.ready;
+    app.commands.execute("notebook:run-all-cells");
+}"""
+PATIENCE = 300_000  # ms for a kernel to start and to run the notebook
+PROMPT = 'a winter landscape at dusk <img src=x onerror="window.heard = 1"> & a house'
+HOUSE = 8
+BROKEN = "<img src=x onerror=window.heard=1>.png"
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args(browser_type_launch_args):
+    return {**browser_type_launch_args, "executable_path": CHROMIUM, "args": FLAGS}
+
+
+@pytest.fixture(scope="session")
+def browser_context_args(browser_context_args):
+    return {**browser_context_args, "viewport": {"width": 1400, "height": 1000}, "service_workers": "block"}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, landscapes):
+    """Two servers on loopback, each with its own copy of the notebook; both kernels are started at once."""
+    servers = {}
+    try:
+        for name in ("lab", "voila"):
+            servers[name] = Server(name, tmp_path_factory.mktemp(name), landscapes)
+        yield servers
+    finally:
+        for server in servers.values():
+            server.stop()
+
+
+class Server:
+    """JupyterLab or voila in a process and a home of its own."""
+
+    def __init__(self, name, folder, dataset):
+        self.folder, self.token, self.port = folder, secrets.token_hex(8), free_port()
+        self.painted = folder / "out" / "painted"
+        parameters = {"dataset_name": str(dataset), "output_dir": str(folder / "out"), "limit": 1,
+                      "num_inference_steps": 2, "pretrained_model_name_or_path": str(BASE)}  # fmt: skip
+        papermill.execute_notebook(
+            str(ROOT / "notebooks" / "04_generate.ipynb"), str(folder / "04_generate.ipynb"), parameters,
+            prepare_only=True, progress_bar=False,
+        )  # fmt: skip
+        for setting, values in LAB_SETTINGS.items():
+            path = folder / "settings" / "@jupyterlab" / f"{setting}.jupyterlab-settings"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values))
+        flags = [f"--ServerApp.port={self.port}", f"--IdentityProvider.token={self.token}"]
+        command = [*LAB, *flags] if name == "lab" else [*VOILA, f"--port={self.port}", f"--token={self.token}"]
+        self.log = (folder / "server.log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=folder, env=self.environment(), stdin=subprocess.DEVNULL,
+            stdout=self.log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        path = f"lab/tree/04_generate.ipynb?token={self.token}&reset" if name == "lab" else f"?token={self.token}"
+        self.url = f"http://127.0.0.1:{self.port}/{path}"
+
+    def environment(self):
+        own = {name: str(self.folder / name.lower()) for name in
+               ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}  # fmt: skip
+        for path in own.values():
+            os.makedirs(path, exist_ok=True)
+        lab = {"JUPYTERLAB_SETTINGS_DIR": self.folder / "settings", "JUPYTERLAB_WORKSPACES_DIR": self.folder / "work"}
+        return {**os.environ, **own, **{name: str(path) for name, path in lab.items()}}
+
+    def wait(self):
+        """Until it answers."""
+        until = time.monotonic() + PATIENCE / 1000
+        while time.monotonic() < until and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/static/nothing", timeout=5)
+                return
+            except urllib.error.HTTPError:
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def stop(self):
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def pages(places, browser, browser_context_args):
+    """Both pages, opened together: the notebooks run side by side."""
+    opened = {}
+    for name, server in places.items():
+        server.wait()
+        opened[name] = browser.new_context(**browser_context_args).new_page()
+        opened[name].set_default_timeout(PATIENCE)
+        opened[name].goto(server.url, wait_until="commit")
+    lab = opened["lab"]
+    lab.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context")
+    lab.evaluate(RUN_ALL)
+    yield opened
+    for page in opened.values():
+        page.context.close()
+
+
+class Person:
+    """Someone in front of the panel."""
+
+    def __init__(self, page, shots):
+        self.page, self.shots, self.panel = page, shots, page.locator(".segcn-panel")
+        self.canvas, self.status = page.locator("canvas.segcn-canvas"), page.locator(".segcn-status")
+        self.page.locator("canvas.segcn-canvas[data-ready]").wait_for()
+        self.page.set_default_timeout(PATIENCE)
+
+    def press(self, name):
+        self.panel.get_by_role("button", name=name, exact=True).click()
+
+    def paint(self, *points):
+        """Draw a line through points given as shares of the canvas's width and height."""
+        self.canvas.scroll_into_view_if_needed()
+        box = self.canvas.bounding_box()
+        places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+        self.page.mouse.move(*places[0])
+        self.page.mouse.down()
+        for place in places[1:]:
+            self.page.mouse.move(*place, steps=8)
+        self.page.mouse.up()
+
+    def write(self, prompt):
+        self.panel.locator("textarea").fill(prompt)
+
+    def set(self, name, value):
+        """Type a number, and leave the field only for the next button."""
+        field = self.panel.locator(".widget-inline-hbox", has=self.page.get_by_text(name, exact=True))
+        field.locator("input").fill(str(value))
+
+    def sees(self, text, within=PATIENCE):
+        expect(self.status).to_contain_text(re.compile(text), timeout=within)
+
+    def images(self):
+        """The width of every painted picture that the browser has decoded."""
+        found = self.panel.locator(".segcn-grid img")
+        return [image.evaluate("image => image.decode().then(() => image.naturalWidth)") for image in found.all()]
+
+    def shoot(self, name):
+        self.panel.screenshot(path=self.shots / f"{name}.png")
+        self.page.screenshot(path=self.shots / f"{name}_page.png")
+
+
+@pytest.mark.parametrize("place", ["lab", "voila"])
+def test_a_person_paints_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, pages, places, tmp_path):
+    person, server = Person(pages[place], tmp_path), places[place]
+    before = len(read_split(server.painted))  # the notebook itself saves a row
+    person.shoot("opened")
+
+    person.panel.locator("button.segcn-class", has_text="house").click()
+    person.write(PROMPT)
+    person.paint((0.3, 0.7), (0.6, 0.7))
+    person.press("Generate")  # at once: the stroke must not come later
+    person.sees(r"Painted 1 of 1")
+    assert person.images() == [128]
+    person.shoot("painted")
+
+    person.set("steps", 1000)
+    person.press("Generate")
+    person.sees(r"step [1-9]\d* of 1000")
+    person.paint((0.3, 0.2), (0.6, 0.2))  # while the kernel is at work
+    person.press("Stop")
+    person.sees(r"Stopped in step \d+ of 1000; 0 of 1 painted")
+    assert person.images() == [128]  # the first one is still there
+
+    person.press("Save")
+    person.sees(f"Saved as row {before} of ")
+    person.set("steps", 2)
+    person.press("Same mask, four captions")
+    person.sees("Painted 4 of 4")
+    assert person.images() == [128] * 4
+    person.press("outlines")
+    person.press("Save all")
+    person.sees(f"Saved as row {before + 4} of ")
+    person.shoot("four")
+    first, *_, last = read_split(server.painted).records[before:]
+    check_saved(read_split(server.painted), first, last)
+    upload_a_broken_mask(person, tmp_path)
+    person.shoot("failed")
+    assert person.page.evaluate("window.heard") is None
+    assert_nothing_is_cut_off(person)
+
+
+def check_saved(split, first, last):
+    """The first picture's mask has the first stroke, the last one's both; caption and settings are as given."""
+    masks = [read_mask(record.mask, split.palette) for record in (first, last)]
+    lower = [mask[87:92, 42:74] == HOUSE for mask in masks]
+    upper = [mask[23:28, 42:74] == HOUSE for mask in masks]
+    assert lower[0].all() and not upper[0].any() and lower[1].all() and upper[1].all()
+    assert first.caption == PROMPT
+    told = json.loads(Image.open(first.image).info["segcn"])
+    assert told["prompt"] == PROMPT and told["num_inference_steps"] == 2
+    images = [np.asarray(Image.open(record.image)) for record in (first, last)]
+    assert images[0].shape == (128, 128, 3) and images[0].std() > 5 and (images[0] != images[1]).any()
+
+
+def upload_a_broken_mask(person, folder):
+    (folder / BROKEN).write_bytes(b"")
+    with person.page.expect_file_chooser() as chooser:
+        person.panel.get_by_role("button", name=re.compile("Upload")).click()
+    chooser.value.set_files(folder / BROKEN)
+    person.sees(re.escape(f"Error: {BROKEN}: the mask cannot be read"))
+
+
+def assert_nothing_is_cut_off(person):
+    """No part of the panel reaches beyond it or the page, and no text but a caption in a list is shortened."""
+    cut = person.panel.evaluate("""panel => {
+        const edge = Math.min(panel.getBoundingClientRect().right, document.documentElement.clientWidth) + 1;
+        const parts = [...panel.querySelectorAll("*")].filter((part) => part.getClientRects().length);
+        return parts.filter((part) => part.getBoundingClientRect().right > edge
+            || (part.matches("button, .widget-label") && part.scrollWidth > part.clientWidth + 1))
+            .map((part) => part.outerHTML.slice(0, 120));
+    }""")
+    assert not cut, cut
