@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from segcn import dealing
 from segcn.config import GenerateConfig
 from segcn.controls import Controls
 from segcn.dealing import Job
 from segcn.geometry import Box
-from segcn.labels import Palette
-from segcn.manifest import WORK, Manifest, write_whole
-from segcn.masks import write_mask
+from segcn.manifest import WORK, Manifest
 from segcn.pipeline import Painter, generate
 from segcn.progress import Progress
 from segcn.prompts import Prompts
-from segcn.records import write_metadata
+from segcn.rows import write_pair
 from segcn.vetting import Painted, Vetter, paint_vetted
 
 WRITERS = 4  # threads that write pictures while the next are painted
@@ -114,22 +111,9 @@ def paint_group(task: Task, group: list[Layout]) -> list[tuple[Layout, Painted]]
 def write_image(task: Task, layout: Layout, painted: Painted) -> None:
     """Write mask, then image, then the record: what the manifest tells of stands."""
     names = task.job.pair(layout.image, painted.kept)
-    write_pair(task.out, names, painted.image, painted.mask, task.controls.palette)
+    write_pair(task.out, names, painted.image, painted.mask, task.controls.palette, work=task.out / WORK)
     record = {"image": layout.image, "row": layout.row, "replicate": layout.replicate, "attempt": painted.attempt}
     record |= {"kept": painted.kept, "file_name": names[0], "conditioning_image_file_name": names[1]}
     if painted.scores:
         record |= {"miou": max(painted.scores), "scores": painted.scores, "ignored": painted.ignored}
     task.manifest.add(record | {"text": layout.caption})
-
-
-def write_pair(out: Path, names: tuple[str, str], image: np.ndarray, mask: np.ndarray, palette: Palette) -> None:
-    """Write mask, then image, each in one step: an image that stands is whole and has its mask."""
-    write_whole(out / names[1], lambda path: write_mask(path, mask, palette), out / WORK)
-    write_whole(out / names[0], lambda path: Image.fromarray(image).save(path, format="PNG"), out / WORK)
-
-
-def finish_dataset(out: Path, rows: Iterable[tuple[str, str, str]], palette: Palette) -> Path:
-    """The palette and, last, the metadata of (image, mask, caption) that makes the folder a data set."""
-    write_whole(out / "palette.json", palette.save, out / WORK)
-    write_metadata(out, rows)
-    return out

@@ -18,10 +18,10 @@ from segcn.checkpoint import write_text
 from segcn.config import OUTPUTS, SampleConfig
 from segcn.dataset import read_framed_mask
 from segcn.errors import UserError
-from segcn.masks import colourise, write_mask
-from segcn.models import weights_digest
+from segcn.masks import colourise
 from segcn.pipeline import Painter, first_noise, generate, make_pipeline
-from segcn.records import Split, read_split, write_metadata
+from segcn.records import Split, read_split
+from segcn.rows import finish_dataset, write_pair
 from segcn.timed import busy_seconds
 
 TURNS = "turns.json"
@@ -66,7 +66,7 @@ class Side:
     def out(self) -> Path:
         """Named after everything that its images and times depend on."""
         told = dataclasses.asdict(self.settings) | {"batch_size": self.batch_size, "threads": torch.get_num_threads()}
-        told |= {"base": self.painter.base.fingerprint, "controlnet": weights_digest(self.painter.controlnet)}
+        told |= {"base": self.painter.base.fingerprint, "controlnet": self.painter.controlnet_digest}
         told |= {"data": self.data, "torch": torch.__version__, "diffusers": diffusers.__version__}
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
         name = "".join(letter if letter.isalnum() or letter in ".-=" else "_" for letter in self.title)
@@ -139,20 +139,21 @@ def take_turn(side: Side, masks: Masks, rows: list[int], name: str, run: float) 
     images = side.paint(masks.ids[rows], [masks.captions[row] for row in rows], rows)
     seconds, own = time.monotonic() - began, time.process_time() - cpu
     other = None if busy is None else max(0.0, busy_seconds() - busy - own) / seconds
-    for kind in ("images", "masks"):
-        (side.out / kind).mkdir(parents=True, exist_ok=True)
     for row, image in zip(rows, images, strict=True):
-        Image.fromarray(image).save(side.out / "images" / f"{row:06d}.png")
-        write_mask(side.out / "masks" / f"{row:06d}.png", masks.ids[row], masks.real.palette)
+        write_pair(side.out, pair_of(row), image, masks.ids[row], masks.real.palette)
     entry = {"seconds": seconds, "cpu_seconds": own, "other_load": other, "run": run}
     write_text(side.out / TURNS, json.dumps(side.turns | {name: entry}, indent=1) + "\n")
 
 
 def finish(side: Side, masks: Masks) -> None:
     """What makes the folder a data set of the rows painted in this run or an earlier one."""
-    masks.real.palette.save(side.out / "palette.json")
-    rows = [(f"images/{row:06d}.png", f"masks/{row:06d}.png", text) for row, text in enumerate(masks.captions)]
-    write_metadata(side.out, rows)
+    rows = [(*pair_of(row), text) for row, text in enumerate(masks.captions)]
+    finish_dataset(side.out, rows, masks.real.palette)
+
+
+def pair_of(row: int) -> tuple[str, str]:
+    """The names of its picture and mask."""
+    return f"images/{row:06d}.png", f"masks/{row:06d}.png"
 
 
 def variant(settings: SampleConfig, words: str) -> SampleConfig:

@@ -10,6 +10,7 @@ import numpy as np
 
 from segcn.config import SampleConfig
 from segcn.labels import Palette
+from segcn.made_with import in_chunk, made_with
 from segcn.pipeline import Painter, generate
 from segcn.rows import save_row
 
@@ -18,21 +19,17 @@ Order = tuple[np.ndarray, str, SampleConfig]  # class ids uint8 [H, W], caption 
 
 @dataclass(eq=False)
 class Picture:
-    """A painted image, uint8 [H, W, 3], and its order; `segcn infer` with these settings paints it again."""
+    """A painted image, uint8 [H, W, 3], its order, and what is told of it in its PNG."""
 
     image: np.ndarray
     mask: np.ndarray  # uint8 [H, W] class ids
     caption: str
     settings: SampleConfig
-
-    def told(self) -> dict[str, Any]:
-        """The prompt and the settings, by the names of their flags."""
-        names = [field.name for field in dataclasses.fields(SampleConfig)]
-        return {"prompt": self.caption} | {name: getattr(self.settings, name) for name in names}
+    told: dict[str, Any]  # see `made_with`
 
     def save(self, folder: str | Path, palette: Palette) -> int:
         """Append image, mask, caption and settings to a data set folder; returns the row's number. See `save_row`."""
-        return save_row(folder, self.image, self.mask, self.caption, palette, self.told())
+        return save_row(folder, self.image, self.mask, self.caption, palette, in_chunk(self.told))
 
 
 def paint_each(
@@ -54,4 +51,4 @@ def paint_each(
         if stopped:
             return
         used = dataclasses.replace(settings, controlnet_model_name_or_path=painter.controlnet_folder)
-        yield Picture(image, mask, caption, used)
+        yield Picture(image, mask, caption, used, made_with(painter, used, [caption], [(used.seed, 0)]))

@@ -19,8 +19,8 @@ from segcn.labels import Palette, find_palette
 from segcn.masks import read_mask
 from segcn.progress import Progress
 from segcn.records import read_named_split
+from segcn.survey import is_dataset, mask_files
 
-MASK_SUFFIXES = {".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
 CHECKED_AT_ONCE = 256  # masks
 
 
@@ -69,25 +69,20 @@ class Controls:
 
 def read_controls(config: GenerateConfig) -> Controls:
     """The rows, captions and palette of --controls; UserError where there are none."""
+    if not config.controls:
+        raise UserError("--controls: expected a data set or a folder of masks, found nothing")
     folder = Path(config.controls)
     if is_dataset(folder):
         split = read_named_split(folder, config.split)
         files, captions = [str(record.mask) for record in split.records], [row.captions for row in split.records]
         palette = Palette.load(config.palette) if config.palette else split.palette
     else:
-        files = sorted(str(path) for path in folder.glob("*") if path.suffix.lower() in MASK_SUFFIXES)
-        if not config.controls or not files:
-            raise UserError(f"--controls {folder}: expected a data set or a folder of masks (PNG), found neither")
+        files = [str(path) for path in mask_files(folder)]
         palette, captions = Palette.load(config.palette or find_palette(folder)), []
     if not files:
         raise UserError(f"--controls {folder}: --split {config.split} leaves no row")
     augment = _augment(config.augment_masks) if config.augment_masks else None
     return Controls(files, captions, palette, config.limit, config.resolution, config.fit, augment, config.seed)
-
-
-def is_dataset(folder: Path) -> bool:
-    """Whether it is a data set, or the metadata file of one, rather than a folder of masks."""
-    return folder.is_file() or any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*"))
 
 
 def _augment(text: str) -> AugmentConfig:

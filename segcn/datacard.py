@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segcn.atomic import write_whole
 from segcn.config import GenerateConfig, SampleConfig
 from segcn.labels import Palette
-from segcn.manifest import WORK, write_whole
+from segcn.manifest import WORK
 from segcn.modelcard import palette_table, public_name, table
 from segcn.vetting import Verdict
 

@@ -3,12 +3,8 @@
 All of it depends on the job alone, so that any number of processes paints the same bytes.
 """
 
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -75,13 +71,3 @@ class Job:
 def noise_of(row: int, replicate: int, attempt: int) -> int:
     """What the noise of a picture depends on besides the seed: the row itself for its first picture."""
     return seeds.seed_of("picture", row, replicate, attempt) if replicate or attempt else row
-
-
-@contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Let one process after the other into the block; the system wakes the next even if one is killed in it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        with suppress(OSError):  # a file system without locks: they get in each other's way at most
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield

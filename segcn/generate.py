@@ -1,7 +1,6 @@
 """A data set, or a folder of masks, to a data set of new images, by any number of processes."""
 
 import json
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +13,9 @@ import torch
 
 from segcn import claim, dealing
 from segcn.arguments import main_guard, parse
+from segcn.atomic import write_whole
 from segcn.augment import AUGMENTS
-from segcn.batches import Task, finish_dataset, paint_batches, write_pair
+from segcn.batches import Task, paint_batches
 from segcn.config import GenerateConfig
 from segcn.controls import Controls, check_masks, read_controls
 from segcn.datacard import figure_rows, write_card
@@ -23,11 +23,13 @@ from segcn.dataset import PairedDataset, to_uint8
 from segcn.dealing import Job, Process
 from segcn.errors import UserError
 from segcn.geometry import boxes
-from segcn.manifest import WORK, Manifest, left_by_others, records_of, write_whole
+from segcn.manifest import WORK, Manifest, left_by_others, records_of
 from segcn.models import Base, reconstruct, weights_digest
+from segcn.noise_prior import source_digest
 from segcn.pipeline import Painter, load_painter
 from segcn.prompts import Prompts, read_prompts
 from segcn.records import Split
+from segcn.rows import finish_dataset, write_pair
 from segcn.vetting import Vetter, draw_picture, open_vetter, verdicts_of
 
 SETTINGS_FILE = "generation.json"
@@ -114,7 +116,9 @@ def settings_of(config: GenerateConfig, painter: Painter, controls: Controls, ve
     for name in CHANGE_NO_IMAGE:
         settings.pop(name)
     if not config.without_control:
-        settings |= {"controlnet": painter.controlnet_folder, "controlnet_weights": weights_digest(painter.controlnet)}
+        settings |= {"controlnet": painter.controlnet_folder, "controlnet_weights": painter.controlnet_digest}
+    if config.noise_prior:
+        settings["noise_prior_content"] = source_digest(config.noise_prior)
     return settings | ({"segmenter_weights": weights_digest(vetter.segmenter)} if vetter else {})
 
 
@@ -171,7 +175,7 @@ def finish(task: Task, log: Callable) -> None:
     write_card(out, task.config, task.settings, figure_rows(task.config, kept, verdicts), palette)
     rows = ((one["file_name"], one["conditioning_image_file_name"], one["text"]) for one in records_of(out)
             if one["kept"])  # fmt: skip
-    finish_dataset(out, rows, palette)
+    finish_dataset(out, rows, palette, work)
     task.manifest.clear()
 
 
@@ -188,9 +192,8 @@ def reconstruct_dataset(
             names.append((f"images/{len(names):06d}.png", f"masks/{len(names):06d}.png"))
             write_pair(out, names[-1], frame.of(image), frame.cut(sample.mask.numpy()), split.palette)
     captions = (record.caption for record in split.records)
-    finish_dataset(out, ((*pair, caption) for pair, caption in zip(names, captions, strict=True)), split.palette)
-    shutil.rmtree(out / WORK)
-    return out
+    rows = ((*pair, caption) for pair, caption in zip(names, captions, strict=True))
+    return finish_dataset(out, rows, split.palette)
 
 
 def command(words: list[str]) -> None:

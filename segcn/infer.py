@@ -1,26 +1,21 @@
 """One mask and one or more prompts to a picture, or a grid of them, that holds the settings it was made with."""
 
 import dataclasses
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from segcn.atomic import write_whole
 from segcn.checkpoint import aside
-from segcn.config import InferConfig, SampleConfig
+from segcn.config import InferConfig
 from segcn.dataset import read_framed_mask
 from segcn.errors import UserError
-from segcn.files import open_image
 from segcn.labels import Palette, find_palette
-from segcn.models import weights_digest
+from segcn.made_with import in_chunk, made_with
 from segcn.pipeline import Painter, generate, load_painter
 
 AT_ONCE = 8  # pictures
-CHUNK = "segcn"  # the name of the PNG's text chunk
 
 
 def infer(config: InferConfig) -> Path:
@@ -31,14 +26,9 @@ def infer(config: InferConfig) -> Path:
     painter = load_painter(config, palette)
     mask, frame = framed or read_framed_mask(mask_path, painter.palette, config.resolution, config.fit)
     lines = [[frame.of(image) for image in line] for line in paint_lines(painter, mask, config)]
-    known = PngInfo()
-    known.add_text(CHUNK, json.dumps(made_with(config, painter)))
+    told = made_with(painter, config, config.prompt, columns_of(config)) | {"control": mask_path.name}
     sheet = Image.fromarray(np.concatenate([np.concatenate(line, axis=1) for line in lines]))
-    try:
-        sheet.save(aside(out), format="PNG", pnginfo=known)
-        os.replace(aside(out), out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from None
+    write_whole(out, lambda path: sheet.save(path, format="PNG", pnginfo=in_chunk(told)))
     return out
 
 
@@ -80,31 +70,6 @@ def paint_lines(painter: Painter, mask: np.ndarray, config: InferConfig) -> list
             images = generate(painter, np.stack([mask] * len(rows)), list(texts), list(rows), settings)
             painted |= {(text, seed, row): image for text, row, image in zip(texts, rows, images, strict=True)}
     return [[painted[text, *column] for column in columns] for text in config.prompt]
-
-
-def made_with(config: InferConfig, painter: Painter) -> dict[str, Any]:
-    """All that the pictures depend on."""
-    names = [field.name for field in dataclasses.fields(SampleConfig)]
-    return {
-        "settings": {name: getattr(config, name) for name in names},
-        "control": Path(config.control).name,
-        "prompt": config.prompt,
-        "seeds": columns_of(config),
-        "base_fingerprint": painter.base.fingerprint,
-        "controlnet": painter.controlnet_folder,
-        "controlnet_weights": weights_digest(painter.controlnet),
-        "palette_fingerprint": painter.palette.fingerprint,
-    }
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """What a PNG of `segcn infer` was made with: settings (those of SampleConfig), prompt, seeds, fingerprints."""
-    with open_image(path) as image:
-        image.load()
-        text = getattr(image, "text", {}).get(CHUNK)
-    if text is None:
-        raise UserError(f"{path}: expected a picture that segcn infer wrote, found none of its settings in it")
-    return json.loads(text)
 
 
 def palette_of(mask_path: Path, config: InferConfig) -> Palette | None:

@@ -3,39 +3,18 @@
 import json
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from segcn.atomic import write_whole
 from segcn.dealing import Job
-from segcn.errors import UserError
 
 FILE = "manifest.jsonl"
 WORK = ".work"  # parts and half-written files; gone when the data set is finished
 MISSING, KEPT, DROPPED = range(3)
 PAUSE = 0.2  # seconds between looks at what other processes have brought
-
-
-def write_whole(path: Path, write: Callable[[Path], Any], work: Path) -> None:
-    """Let `write(file)` write a file in the folder `work`, and move it to its path in one step once it is on the disk.
-
-    UserError where the disk does not take it.
-    """
-    aside = work / f"{os.getpid()}-{threading.get_ident()}-{path.name}"
-    try:
-        for folder in (work, path.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. What stands is whole; mend that, and the same"
-            " command goes on."
-        ) from error
 
 
 class Manifest:

@@ -7,7 +7,6 @@ stands in for pure noise.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from segcn import seeds
+from segcn.atomic import one_at_a_time, write_whole
 from segcn.augment import AUGMENTS
 from segcn.config import OUTPUTS
 from segcn.dataset import PairedDataset
@@ -71,10 +71,21 @@ def open_prior(
     pairs = PairedDataset(split, side, AUGMENTS["none"], 0, fit)
     parts = [VERSION, base.fingerprint, split.fingerprint, len(split), side, fit]
     path = OUTPUTS / "noise_priors" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.safetensors"
-    if not path.is_file():
-        write_prior(measure_prior(pairs, base, log), path, base, palette)
-        log(f"Noise prior of {len(split)} rows: {path}")
+    with one_at_a_time(path.with_suffix(".lock")):
+        if not path.is_file():
+            write_prior(measure_prior(pairs, base, log), path, base, palette)
+            log(f"Noise prior of {len(split)} rows: {path}")
     return read_prior(path, base, palette)
+
+
+def source_digest(source: str) -> str:
+    """16 hexadecimal digits that change with a noise prior's file, or with the rows that it would be made from."""
+    if Path(source).suffix != ".safetensors":
+        return read_named_split(source, f"train[:{ROWS}]").fingerprint
+    try:
+        return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"--noise_prior {source}: cannot be read: {error.strerror}") from None
 
 
 def measure_prior(pairs: PairedDataset, base: Base, log: Callable[[str], None] = print) -> NoisePrior:
@@ -125,11 +136,9 @@ def prior_noise(shape: tuple[int, ...], seed: int, rows: list[int]) -> torch.Ten
 
 def write_prior(prior: NoisePrior, path: Path, base: Base, palette: Palette) -> None:
     """Store it in one step, with the fingerprints of what it was made with."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {name: tensor.contiguous() for name, tensor in vars(prior).items()}
-    save_file(tensors, aside, metadata={"base": base.fingerprint, "palette": palette.fingerprint})
-    os.replace(aside, path)
+    made_for = {"base": base.fingerprint, "palette": palette.fingerprint}
+    write_whole(path, lambda aside: save_file(tensors, aside, metadata=made_for))
 
 
 def read_prior(path: Path, base: Base, palette: Palette) -> NoisePrior:

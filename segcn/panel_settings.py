@@ -7,11 +7,11 @@ import ipywidgets as w
 
 from segcn.config import SampleConfig
 from segcn.errors import UserError
+from segcn.sampling import SCHEDULERS
 
 WIDTH = "400px"
 STYLE = {"description_width": "104px"}
 SEEDS = 2**31  # new seeds are drawn below it
-SCHEDULERS = next(f for f in dataclasses.fields(SampleConfig) if f.name == "scheduler").metadata["choices"]
 
 
 class PanelSettings(w.VBox):
@@ -21,17 +21,17 @@ class PanelSettings(w.VBox):
         self.defaults = defaults
         plain = {"layout": w.Layout(width=WIDTH), "style": STYLE}
         line = plain | {"continuous_update": False}  # sent when left, so before the button that is pressed next
-        half = line | {
-            "layout": w.Layout(width="196px")
-        }  # fields: a slider forgets a number that is typed without Enter
+        half = line | {"layout": w.Layout(width="196px")}  # fields: a slider forgets a number typed without Enter
+        share = line | {"min": 0, "max": 1, "step": 0.05, "readout_format": ".0%"}
         self.prompt = w.Textarea(description="prompt", rows=3, **line)
         self.negative_prompt = w.Text(description="not wanted", placeholder="negative prompt", **line)
         self.steps = w.BoundedIntText(min=1, max=1000, description="steps", **half)
         self.guidance = w.BoundedFloatText(min=1, max=100, step=0.5, description="guidance", **half)
         self.strength = w.BoundedFloatText(min=0, max=100, step=0.1, description="mask weight", **half)
         self.number = w.BoundedIntText(1, min=1, max=16, description="images", **half)
-        self.window = w.FloatRangeSlider(min=0, max=1, step=0.05, description="mask acts", readout_format=".0%", **line)
-        self.scheduler = w.Dropdown(options=SCHEDULERS, description="scheduler", **plain)
+        self.guidance_window = w.FloatRangeSlider(description="text acts", **share)
+        self.window = w.FloatRangeSlider(description="mask acts", **share)
+        self.scheduler = w.Dropdown(options=list(SCHEDULERS), description="scheduler", **plain)
         self.seed = w.BoundedIntText(max=2 * SEEDS, description="seed", layout=w.Layout(width="246px"), style=STYLE)
         self.lock = w.ToggleButton(layout=w.Layout(width="150px"), tooltip="a new seed a press, or this one")
         self.lock.observe(lambda _: self._name_lock(), "value")
@@ -39,7 +39,8 @@ class PanelSettings(w.VBox):
         self.show(defaults)
         pairs = (self.steps, self.number), (self.guidance, self.strength)
         texts, rows = [self.prompt, self.negative_prompt], [w.HBox(pair) for pair in pairs]
-        super().__init__([*texts, *rows, self.window, self.scheduler, w.HBox([self.seed, self.lock])])
+        windows, seed = [self.guidance_window, self.window], w.HBox([self.seed, self.lock])
+        super().__init__([*texts, *rows, *windows, self.scheduler, seed])
 
     def settings(self) -> SampleConfig:
         """The settings as the controls stand; UserError where the mask would act in no step."""
@@ -50,6 +51,8 @@ class PanelSettings(w.VBox):
             self.defaults,
             num_inference_steps=self.steps.value,
             guidance_scale=self.guidance.value,
+            guidance_start=self.guidance_window.value[0],
+            guidance_end=self.guidance_window.value[1],
             controlnet_conditioning_scale=self.strength.value,
             control_guidance_start=start,
             control_guidance_end=end,
@@ -62,6 +65,7 @@ class PanelSettings(w.VBox):
         """Put other settings into the controls."""
         self.steps.value = settings.num_inference_steps
         self.guidance.value = settings.guidance_scale
+        self.guidance_window.value = settings.guidance_start, settings.guidance_end
         self.strength.value = settings.controlnet_conditioning_scale
         self.window.value = settings.control_guidance_start, settings.control_guidance_end
         self.negative_prompt.value = settings.negative_prompt

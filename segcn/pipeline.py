@@ -17,7 +17,7 @@ from segcn.devices import keep_freed_memory, pick_device
 from segcn.errors import UserError
 from segcn.frozen import DTYPES
 from segcn.labels import Palette
-from segcn.models import Base, decode, encode_text, load_base, load_controlnet
+from segcn.models import Base, decode, encode_text, load_base, load_controlnet, weights_digest
 from segcn.noise_prior import NoisePrior, open_prior, prior_noise
 from segcn.sampling import Control, check_sampling, embedding_once, make_scheduler, sample
 
@@ -32,6 +32,11 @@ class Painter:
     controlnet: ControlNetModel | None
     palette: Palette
     controlnet_folder: str
+
+    @cached_property
+    def controlnet_digest(self) -> str:
+        """What tells its weights, which do not change any more, from others."""
+        return weights_digest(self.controlnet)
 
     @cached_property
     def embedding(self) -> Callable[[str], torch.Tensor]:

@@ -1,25 +1,48 @@
-"""Append rows to a data set, one at a time, with the settings that painted them."""
+"""Rows of a data set: image and mask as files, the files around them, and rows appended one at a time."""
 
 import csv
 import io
-import json
-import os
 import threading
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from segcn.atomic import write_whole
 from segcn.errors import UserError
 from segcn.labels import Palette
 from segcn.masks import write_mask
 from segcn.records import COLUMNS, read_split, write_metadata
 
 SAVING = threading.Lock()
-SETTINGS_KEY = "segcn"  # of the PNG's text chunk
+
+
+def write_pair(
+    folder: Path,
+    names: tuple[str, str],
+    image: np.ndarray,
+    mask: np.ndarray,
+    palette: Palette,
+    told: PngInfo | None = None,
+    work: Path | None = None,
+) -> None:
+    """Write mask, then image, each in one step (see `write_whole`): an image that stands is whole and has its mask.
+
+    names: of image and mask; told: text chunks of the image.
+    """
+    write_whole(folder / names[1], lambda path: write_mask(path, mask, palette), work)
+    write_whole(folder / names[0], lambda path: Image.fromarray(image).save(path, format="PNG", pnginfo=told), work)
+
+
+def finish_dataset(
+    folder: Path, rows: Iterable[tuple[str, str, str]], palette: Palette, work: Path | None = None
+) -> Path:
+    """The palette and, last, the metadata of (image, mask, caption) that makes the folder a data set."""
+    write_whole(folder / "palette.json", palette.save, work)
+    write_metadata(folder, rows)
+    return folder
 
 
 def save_row(
@@ -28,24 +51,21 @@ def save_row(
     mask: np.ndarray,
     caption: str,
     palette: Palette,
-    settings: dict[str, Any] | None = None,
+    told: PngInfo | None = None,
 ) -> int:
     """Append a row to a data set folder, which is a whole data set before and after; returns the row's number.
 
-    `settings` go into the image's text chunk, as JSON. Nothing that stands is overwritten. UserError if the caption is
-    empty or the folder is another data set.
+    told: text chunks of the image. Nothing that stands is overwritten. UserError if the caption is empty or the folder
+    is another data set.
     """
     folder = Path(folder)
     if not caption.strip():
         raise UserError("a row of a data set needs a caption: write a prompt before saving")
-    told = PngInfo()
-    told.add_text(SETTINGS_KEY, json.dumps(settings or {}))
     with SAVING:
         rows = _rows_of(folder, palette)
         number = _claim(folder)
         names = f"images/{number:06d}.png", f"masks/{number:06d}.png"
-        _replace(folder / names[1], lambda path: write_mask(path, mask, palette))
-        _replace(folder / names[0], lambda path: Image.fromarray(image).save(path, format="PNG", pnginfo=told))
+        write_pair(folder, names, image, mask, palette, told)
         write_metadata(folder, [*rows, (*names, caption)])
     return len(rows)
 
@@ -85,9 +105,3 @@ def _claim(folder: Path) -> int:
             return number
         except FileExistsError:
             number += 1
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    aside = path.with_name(f".{path.stem}.staged")
-    write(aside)
-    os.replace(aside, path)

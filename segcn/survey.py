@@ -111,6 +111,11 @@ def read_values(path: Path) -> MaskValues:
     return MaskValues(path, coloured, pixels, _own_colours(pixels, colours))
 
 
+def is_dataset(folder: Path) -> bool:
+    """Whether it is a data set, or the metadata file of one, rather than a folder of masks."""
+    return folder.is_file() or any(any(folder.glob(f"{below}{name}")) for below in ("", "*/") for name in METADATA)
+
+
 def mask_files(dataset: str | Path, log: Callable[[str], None] = print) -> list[Path]:
     """The masks of a data set by its metadata, of its folders masks/ or SPLIT/masks/, or of a folder of mask files.
 
@@ -119,7 +124,7 @@ def mask_files(dataset: str | Path, log: Callable[[str], None] = print) -> list[
     folder = Path(dataset)
     if not folder.exists():
         raise UserError(f"{folder}: no such folder; expected a folder of masks, or a data set")
-    if folder.is_file() or any(any(folder.glob(f"{below}{name}")) for below in ("", "*/") for name in METADATA):
+    if is_dataset(folder):
         return _named_masks(find_splits(folder), log)
     own = [folder / "masks"] if (folder / "masks").is_dir() else sorted(folder.glob("*/masks/"))
     boundary = Boundary(folder)

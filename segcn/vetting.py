@@ -11,9 +11,10 @@ import torch
 from matplotlib.figure import Figure
 
 from segcn import dealing, show
+from segcn.atomic import one_at_a_time
 from segcn.augment import Draw, apply
 from segcn.config import GenerateConfig
-from segcn.controls import Controls, is_dataset
+from segcn.controls import Controls
 from segcn.dataset import to_image
 from segcn.errors import UserError
 from segcn.geometry import boxes
@@ -22,6 +23,7 @@ from segcn.manifest import records_of
 from segcn.masks import colourise, read_mask, resize_mask
 from segcn.records import read_image, read_split
 from segcn.segmenter import Segmenter, SegmenterConfig, load_segmenter, predict, shared_folder, train_segmenter
+from segcn.survey import is_dataset
 
 SHOWN = 3  # pictures of each kind in vetting.png
 
@@ -149,7 +151,7 @@ def _trained(config: GenerateConfig, controls: Controls, log: Callable[[str], No
     side = max(shape) if config.fit == "pad" else min(shape)
     settings = SegmenterConfig(resolution=side, fit=config.fit)
     folder = shared_folder(Path(config.output_dir).absolute().parent / "cache", train, settings)
-    with dealing.one_at_a_time(folder.with_name(f".{folder.name}.lock")):
+    with one_at_a_time(folder.with_name(f".{folder.name}.lock")):
         train_segmenter(train, settings, folder, log)
     return folder
 

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from segcn.config import BASE, ROOT
+from segcn.made_with import read_settings
 from segcn.masks import read_mask
 from segcn.records import read_split
 
@@ -248,8 +249,8 @@ def check_saved(split, first, last):
     upper = [mask[23:28, 42:74] == HOUSE for mask in masks]
     assert lower[0].all() and not upper[0].any() and lower[1].all() and upper[1].all()
     assert first.caption == PROMPT
-    told = json.loads(Image.open(first.image).info["segcn"])
-    assert told["prompt"] == PROMPT and told["num_inference_steps"] == 2
+    told = read_settings(first.image)
+    assert told["prompt"] == [PROMPT] and told["settings"]["num_inference_steps"] == 2
     images = [np.asarray(Image.open(record.image)) for record in (first, last)]
     assert images[0].shape == (128, 128, 3) and images[0].std() > 5 and (images[0] != images[1]).any()
 

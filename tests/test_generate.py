@@ -285,7 +285,7 @@ def test_a_mask_that_cannot_be_painted_is_named_before_painting_starts(
 
 @pytest.mark.parametrize("changed, told", [
     ({"output_dir": ""}, "--output_dir"), ({"replicates": 0}, "--replicates"), ({"min_miou": 60.0}, "--min_miou"),
-    ({"batch_size": 0}, "--batch_size"), ({"prompt": " "}, "--prompt"), ({"controls": "nowhere"}, "--controls nowhere"),
+    ({"batch_size": 0}, "--batch_size"), ({"prompt": " "}, "--prompt"), ({"controls": "nowhere"}, "nowhere: no such"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_named_before_a_folder_is_made(config, painter, no_painting, changed, told):
     with pytest.raises(UserError, match=told):

@@ -12,7 +12,8 @@ from segcn import models
 from segcn.arguments import make, parse
 from segcn.config import InferConfig, SampleConfig
 from segcn.errors import UserError
-from segcn.infer import infer, read_settings
+from segcn.infer import infer
+from segcn.made_with import read_settings
 from segcn.masks import write_mask
 from segcn.pipeline import Painter
 from segcn.records import read_split

@@ -8,11 +8,11 @@ import segcn
 PACKAGE = Path(segcn.__file__).parent
 FLOORS = [
     {"errors", "devices", "frozen", "seeds", "home", "loss"},
-    {"captions", "progress", "geometry", "convergence", "sheets"},
+    {"atomic", "captions", "progress", "geometry", "convergence", "sheets"},
     {"config", "files", "checkpoint", "metadata", "timed"},
     {"labels", "train_config"},
     {"masks"},
-    {"records", "augment", "arguments", "schedule", "panel_settings", "mask_painter"},
+    {"records", "augment", "arguments", "schedule", "mask_painter"},
     {"dataset", "memory", "models", "distance", "scan", "survey", "tables", "balance", "finite", "rows"},
     {"bad_samples", "class_weights", "colour", "latent_files", "noise_prior", "sampling", "stamps"},
     {
@@ -28,10 +28,11 @@ FLOORS = [
         "bench_plan",
         "flops",
         "mask_picker",
+        "panel_settings",
     },
-    {"watch", "doctor", "palette", "placing", "evaluate", "dealing", "controls", "by_hand"},
-    {"bench_step", "claim", "best", "judge", "modelcard", "draws", "examples", "launch", "manifest", "gallery"},
-    {"feed", "vetting"},
+    {"watch", "doctor", "palette", "placing", "evaluate", "dealing", "controls", "made_with"},
+    {"bench_step", "claim", "best", "judge", "modelcard", "draws", "examples", "launch", "manifest", "by_hand"},
+    {"feed", "vetting", "gallery"},
     {"prepare", "infer", "widgets", "summary", "quarantine", "importer", "bench"},
     {"validation", "page", "bench_faithful", "preflight", "saving", "export", "objective", "prompts", "datacard"},
     {"batches"},

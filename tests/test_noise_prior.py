@@ -12,7 +12,7 @@ from segcn.config import SampleConfig
 from segcn.dataset import PairedDataset
 from segcn.errors import UserError
 from segcn.labels import Label, Palette
-from segcn.noise_prior import NoisePrior, cells, measure_prior, open_prior
+from segcn.noise_prior import NoisePrior, cells, measure_prior, open_prior, source_digest
 from segcn.pipeline import Painter, generate
 from segcn.records import read_split
 
@@ -93,10 +93,11 @@ def test_it_is_made_once_and_refused_under_another_palette(painter, landscapes, 
     said = []
     made = open_prior(str(landscapes), painter.base, painter.palette, 64, log=said.append)
     files = list(tmp_path.rglob("*"))
-    assert [file.suffix for file in files if file.is_file()] == [".safetensors"] and "12 rows" in said[-1]
+    assert {file.suffix for file in files if file.is_file()} == {".safetensors", ".lock"} and "12 rows" in said[-1]
     monkeypatch.setattr(noise_prior, "measure_prior", None)
     again = open_prior(str(landscapes), painter.base, painter.palette, 64, log=said.append)
-    path = next(file for file in files if file.is_file())
+    path = next(file for file in files if file.suffix == ".safetensors")
+    digests = source_digest(str(path)), source_digest(str(landscapes))
     by_name = open_prior(str(path), painter.base, painter.palette, 64)
     assert all(torch.equal(made.mean, other.mean) for other in (again, by_name)) and len(said) == 1
     other = Palette((Label(0, "moon", (1, 2, 3)),))
@@ -104,5 +105,6 @@ def test_it_is_made_once_and_refused_under_another_palette(painter, landscapes, 
         with pytest.raises(UserError, match=r"--noise_prior .*palette"):
             open_prior(source, painter.base, other, 64)
     path.write_bytes(b"broken")
+    assert source_digest(str(path)) != digests[0] != digests[1] == source_digest(str(landscapes))
     with pytest.raises(UserError, match="expected a noise prior's file"):
         open_prior(str(path), painter.base, painter.palette, 64)
