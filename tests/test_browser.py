@@ -63,7 +63,7 @@ def browser_type_launch_args(browser_type_launch_args):
 
 @pytest.fixture(scope="session")
 def browser_context_args(browser_context_args):
-    return {**browser_context_args, "viewport": {"width": 1400, "height": 1000}, "service_workers": "block"}
+    return {**browser_context_args, "viewport": {"width": 1400, "height": 1200}, "service_workers": "block"}
 
 
 @pytest.fixture(scope="module")
