@@ -170,10 +170,14 @@ def draw_picture(out: Path, job: dealing.Job, verdicts: Sequence[Verdict], palet
     kinds = {"best": kept[:SHOWN], "median": kept[middle : middle + SHOWN], "rejected": dropped[:SHOWN]}
     kinds = {kind: some for kind, some in kinds.items() if some}
     strips = [[_strip(out, job, one, palette) for one in some] for some in kinds.values()]
-    texts = [[f"image {one.image}: mIoU {one.miou:.2f}, the best of {one.attempts}" for one in some]
-             for some in kinds.values()]  # fmt: skip
+    texts = [[_score_line(one) for one in some] for some in kinds.values()]
     with matplotlib.rc_context(show.STYLE):
         return show.grid(strips, left=list(kinds), below=texts, width=3.6)
+
+
+def _score_line(verdict: Verdict) -> str:
+    tries = f", the best of {verdict.attempts}" if verdict.attempts > 1 else ""
+    return f"image {verdict.image}: mIoU {verdict.miou:.2f}{tries}"
 
 
 def _strip(out: Path, job: dealing.Job, verdict: Verdict, palette: Palette) -> np.ndarray:
