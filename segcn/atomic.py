@@ -26,12 +26,13 @@ def write_whole(path: Path, write: Callable[[Path], Any], work: Path | None = No
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}. What stands is whole; mend that, and the same"
             " command goes on."
         ) from error
+    finally:
+        with suppress(OSError):
+            aside.unlink()
 
 
 @contextmanager

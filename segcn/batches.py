@@ -60,19 +60,18 @@ def paint_batches(task: Task, batches: Iterable[int], log: Callable) -> float:
             began = time.monotonic()
             missing = set(task.manifest.missing(batch))
             made = [pair for pair in paint_batch(task, batch) if pair[0].image in missing]
-            done += written(writing)
+            wait(writing)
+            writing, done = [pool.submit(write_image, task, *pair) for pair in made], done + len(made)
             told(done)
-            writing = [pool.submit(write_image, task, *pair) for pair in made]
             slowest = max(slowest, time.monotonic() - began)
-        told(done + written(writing))
+        wait(writing)
     return slowest
 
 
-def written(writing: list[Future]) -> int:
+def wait(writing: list[Future]) -> None:
     """Wait for the writers; what stopped one of them is raised."""
     for future in writing:
         future.result()
-    return len(writing)
 
 
 def paint_batch(task: Task, batch: int) -> list[tuple[Layout, Painted]]:

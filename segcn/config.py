@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]  # the repository; every default path
 OUTPUTS = ROOT / "outputs"
 BASE = ROOT / "data" / "base"
 FITS = ("crop", "pad", "stretch")
+MODELS = {"preset", "pretrained_model_name_or_path", "controlnet_model_name_or_path", "palette"}  # what paints
 
 
 def flag(default: Any, help: str, choices: tuple | None = None, aliases: tuple = ()) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from segcn.atomic import write_whole
-from segcn.config import GenerateConfig, SampleConfig
+from segcn.config import MODELS, GenerateConfig, SampleConfig
 from segcn.labels import Palette
 from segcn.manifest import WORK
 from segcn.modelcard import palette_table, public_name, table
@@ -28,7 +28,7 @@ USE = """```python
 from datasets import load_dataset
 rows = load_dataset("path/of/this/folder", split="train")  # image, conditioning_image, text
 ```"""
-ELSEWHERE = {"preset", "pretrained_model_name_or_path", "controlnet_model_name_or_path", "palette", "seed"}
+ELSEWHERE = MODELS | {"seed", "noise_prior"}
 FILTER = ("min_miou", "max_attempts", "ignore_disagreement")
 
 
@@ -83,6 +83,7 @@ def made_rows(config: GenerateConfig, settings: dict[str, Any]) -> list[tuple[st
         ("masks", f"{plain(public_name(config.controls))}, {plain(config.split)}"),
         ("augmentation of the masks", plain(config.augment_masks or "none")),
         ("texts", "captions dealt out between the rows" if config.mix_prompts else text),
+        ("noise prior", plain(public_name(config.noise_prior)) if config.noise_prior else "none"),
         ("seed", f"{config.seed}; noise by row, replicate and attempt"),
         ("images a row", str(config.replicates)),
     ]  # fmt: skip

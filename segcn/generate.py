@@ -164,7 +164,7 @@ def finish(task: Task, log: Callable) -> None:
     verdicts = verdicts_of(out)
     if verdicts:
         figure = draw_picture(out, task.job, verdicts, palette)
-        write_whole(out / "vetting.png", lambda path: figure.savefig(path, format="png"), work)
+        write_whole(out / "vetting.png", lambda path: figure.savefig(path, format="png", bbox_inches="tight"), work)
         log(f"{kept} images kept, {len(verdicts) - sum(one.kept for one in verdicts)} dropped: see {out}/vetting.png")
     if not kept:
         raise UserError(

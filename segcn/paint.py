@@ -5,13 +5,11 @@ import json
 from pathlib import Path
 
 from segcn.arguments import make
-from segcn.config import GenerateConfig, SampleConfig
+from segcn.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate import SETTINGS_FILE, generate_dataset
 from segcn.pipeline import Painter, load_painter
 from segcn.records import Split, read_split
 from segcn.workspace import Workspace
-
-MODELS = {"preset", "pretrained_model_name_or_path", "controlnet_model_name_or_path", "palette"}
 
 
 def painting_config(ws: Workspace, **settings) -> GenerateConfig:

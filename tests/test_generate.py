@@ -236,21 +236,22 @@ def test_a_set_of_one_image_opens_with_load_dataset_and_keeps_its_rows(config, p
 
 
 def test_the_card_tells_base_controlnet_seed_settings_and_figures_and_reads_no_prompt_as_html(
-    config, painter, quick_painting, tmp_path
+    config, painter, quick_painting, landscapes, tmp_path
 ):
     evil = '<script>alert("1")</script> | ![x](http://x) $a$ 草'
-    out = generate_dataset(dataclasses.replace(config, prompt=evil, negative_prompt=evil, seed=7), painter)
+    given = dataclasses.replace(config, prompt=evil, negative_prompt=evil, seed=7, noise_prior=str(landscapes))
+    out = generate_dataset(given, painter)
     card = (out / "README.md").read_text()
     told = json.loads((out / "generation.json").read_text())
     for text in (told["base_fingerprint"], told["controlnet_weights"], "| seed | 7;", "| num_inference_steps | 2 |",
-                 "| images | 6 |", "| filter | none |", "| 0 | sky | `#"):  # fmt: skip
+                 "| noise prior | landscapes |", "| images | 6 |", "| filter | none |", "| 0 | sky | `#"):  # fmt: skip
         assert text in card
-    assert "<script" not in card and "![x]" not in card and "http:" not in card and str(tmp_path) not in card
+    assert "<script" not in card and "![x]" not in card and "http:" not in card and str(tmp_path.parent) not in card
     assert read_split(out)[0].caption == evil
     assert datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))[0]["text"] == evil
     (out / "README.md").write_text("my own words")
     (out / "metadata.csv").unlink()
-    generate_dataset(dataclasses.replace(config, prompt=evil, negative_prompt=evil, seed=7), painter)
+    generate_dataset(given, painter)
     assert (out / "README.md").read_text() == "my own words"
 
 
