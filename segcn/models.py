@@ -1,6 +1,7 @@
 """Base models and ControlNets: load, encode, decode, make, export. The only place that knows the latent scale."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +11,14 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from segcn import frozen
 from segcn.devices import WIDE, lay_out
 from segcn.errors import UserError
 
+SILU_GAIN = 1.68  # 1 / the root mean square of SiLU of a standard normal
 LAYOUT = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -187,9 +190,19 @@ def make_controlnet(unet: UNet2DConditionModel, latent_factor: int = 8) -> Contr
     narrow = unet.config.block_out_channels[0] < WIDE  # an embedding as small as its U-Net
     embedding = (16, 32, 64, 96) if narrow else (16, 32, 96, 256)
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=embedding)
-    if narrow:  # heard from the first step on; the zero convolutions still keep the start silent
-        controlnet.controlnet_cond_embedding.conv_out.reset_parameters()
+    carry_masks(controlnet.controlnet_cond_embedding)
     return lay_out(controlnet, unet.device)
+
+
+def carry_masks(embedding: ControlNetConditioningEmbedding) -> None:
+    """Initialise all but the last convolution to keep a signal's spread (He et al. 2015, arXiv:1502.01852, for SiLU).
+
+    PyTorch's own initialisation fades what tells two masks apart to a ten-thousandth, and a training is deaf to masks
+    until it has undone that. The last convolution stays zero: the ControlNet still begins as the U-Net's encoder.
+    """
+    for convolution in (embedding.conv_in, *embedding.blocks):
+        torch.nn.init.normal_(convolution.weight, std=SILU_GAIN / math.sqrt(convolution.weight[0].numel()))
+        torch.nn.init.zeros_(convolution.bias)
 
 
 def load_controlnet(

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import ControlNetModel
 from diffusers.optimization import SchedulerType
 
+from segcn import models
 from segcn.errors import UserError
 from segcn.prepare import prepare
 from segcn.schedule import make_schedule
@@ -115,3 +116,13 @@ def test_a_controlnet_that_does_not_fit_the_base_is_refused_before_anything_is_w
 def test_a_folder_without_a_controlnet_is_named(quick, tmp_path):
     with pytest.raises(UserError, match="nowhere: expected a ControlNet"):
         train(dataclasses.replace(quick(tmp_path / "run"), controlnet_model_name_or_path=str(tmp_path / "nowhere")))
+
+
+def test_a_new_controlnet_hears_masks_in_full_and_begins_silent(random_base):
+    unet = models.load_base(random_base).unet
+    embedding = models.make_controlnet(unet).controlnet_cond_embedding
+    heard = {}
+    embedding.conv_out.register_forward_pre_hook(lambda _, features: heard.update(last=features[0]))
+    masks = torch.rand(8, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)  # of large areas
+    assert (embedding(masks) == 0).all()
+    assert heard["last"].std(0).mean() > 0.1  # how far masks differ; PyTorch's own initialisation leaves 5e-5
