@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import resource
-import statistics
 
 import pytest
 import torch
@@ -68,6 +67,6 @@ def test_a_step_is_timed(random_base, capsys):
 
 @pytest.mark.slow
 def test_kept_memory_and_channels_last_are_the_faster_on_the_embedded_base():
-    found = bench_step(log=len)
-    pairs = zip(found["given back", "contiguous"], found["kept", "channels_last"], strict=True)
-    assert statistics.median(plain / ours for plain, ours in pairs) > 1.1
+    found = bench_step(rounds=3, log=len)
+    fastest = {pair: min(seconds) for pair, seconds in found.items()}  # a machine's slow phases only ever add
+    assert fastest["given back", "contiguous"] / fastest["kept", "channels_last"] > 1.1
