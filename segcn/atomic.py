@@ -17,14 +17,14 @@ def write_whole(path: Path, write: Callable[[Path], Any], work: Path | None = No
     work: on the same disk; none: the folder of the path. UserError where the disk does not take it.
     """
     work = work or path.parent
-    aside = work / f".{os.getpid()}-{threading.get_ident()}-{path.name}"
+    staged = work / f".{os.getpid()}-{threading.get_ident()}-{path.name}"
     try:
         for folder in (work, path.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        with aside.open("rb") as file:
+        write(staged)
+        with staged.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(staged, path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}. What stands is whole; mend that, and the same"
@@ -32,7 +32,18 @@ def write_whole(path: Path, write: Callable[[Path], Any], work: Path | None = No
         ) from error
     finally:
         with suppress(OSError):
-            aside.unlink()
+            staged.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step, and leave it to the system when it reaches the disk."""
+    aside(path).write_text(text)
+    os.replace(aside(path), path)
+
+
+def aside(path: Path) -> Path:
+    """Where a file is written before it takes its name."""
+    return path.with_name(f".{path.name}.staged")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from segcn.checkpoint import write_text
+from segcn.atomic import write_text
 from segcn.errors import UserError
 
 REPORT = "bad_rows.json"

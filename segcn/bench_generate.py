@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from segcn.atomic import write_text
 from segcn.bench_peaks import peaks
 from segcn.bench_plan import machine
 from segcn.bench_scores import Extractor, Scores, distance_interval, excess_interval, open_extractor, score
 from segcn.bench_sides import Masks, Side, read_masks, take_turns, variant
 from segcn.bench_verdicts import remarks, table, verdicts
-from segcn.checkpoint import write_text
 from segcn.config import OUTPUTS, GenerateConfig, SampleConfig, flag
 from segcn.errors import UserError
 from segcn.pipeline import Painter, load_painter

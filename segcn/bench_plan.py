@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
-from segcn.checkpoint import write_text
+from segcn.atomic import write_text
 from segcn.config import BASE, OUTPUTS, flag
 from segcn.devices import WIDE
 from segcn.errors import UserError

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from segcn.checkpoint import write_text
+from segcn.atomic import write_text
 from segcn.config import OUTPUTS, SampleConfig
 from segcn.dataset import read_framed_mask
 from segcn.errors import UserError

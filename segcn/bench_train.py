@@ -5,9 +5,9 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator
 
+from segcn.atomic import write_text
 from segcn.bench_faithful import bench_faithful, faithful_lines
 from segcn.bench_plan import SIDES, VARIANTS, BenchTrainConfig, Book, check, command, variant_words
-from segcn.checkpoint import write_text
 from segcn.errors import UserError
 from segcn.records import read_split
 from segcn.timed import Timed

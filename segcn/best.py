@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from segcn import checkpoint
+from segcn.atomic import write_text
 from segcn.watch import LOG, read_log
 
 BEST = "best.json"
@@ -41,7 +42,7 @@ def record_best(output_dir: Path) -> list[str]:
     name = standing[step].name
     old = read_best(output_dir)
     told = {"step": step, "checkpoint": name, "miou": found[step]["miou"], "of_ceiling": found[step]["of_ceiling"]}
-    checkpoint.write_text(output_dir / BEST, json.dumps(told) + "\n")
+    write_text(output_dir / BEST, json.dumps(told) + "\n")
     if old and old["step"] < step and old["step"] in standing and only_best(standing[old["step"]]):
         checkpoint.discard(standing[old["step"]])
     return [name]

@@ -219,17 +219,6 @@ def leaves(tree: dict, path: tuple = ()):
             yield (*path, key), value
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    aside(path).write_text(text)
-    os.replace(aside(path), path)
-
-
-def aside(path: Path) -> Path:
-    """Where a file is written before it takes its name."""
-    return path.with_name(f".{path.name}.staged")
-
-
 def _manifest(hashes: dict[str, str]) -> bytes:
     return json.dumps(hashes, indent=1, sort_keys=True).encode()
 

@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-from segcn import checkpoint, models
+from segcn import models
 from segcn.arguments import to_json
+from segcn.atomic import aside, write_text
 from segcn.errors import UserError
 from segcn.records import Split
 from segcn.train_config import TrainConfig, differences
@@ -33,7 +34,7 @@ def claim(output_dir: Path, config: TrainConfig, split: Split, base: models.Base
         "processes": accelerator.num_processes,
     }
     path = output_dir / RUN_FILE
-    allowed = {config.logging_dir, LOCK, checkpoint.aside(path).name}  # what a kill before the first line leaves
+    allowed = {config.logging_dir, LOCK, aside(path).name}  # what a kill before the first line leaves
     if not path.is_file() and output_dir.exists() and {entry.name for entry in output_dir.iterdir()} - allowed:
         raise UserError(f"{output_dir} is not empty and holds no run of segcn: choose another --output_dir.")
     if accelerator.is_main_process:
@@ -42,7 +43,7 @@ def claim(output_dir: Path, config: TrainConfig, split: Split, base: models.Base
         hold_against(json.loads(path.read_text()), resolved, config, log)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        checkpoint.write_text(path, json.dumps(resolved, indent=1) + "\n")
+        write_text(path, json.dumps(resolved, indent=1) + "\n")
         split.palette.save(output_dir / "palette.json")
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from segcn.atomic import write_text
 from segcn.augment import AUGMENTS
-from segcn.checkpoint import write_text
 from segcn.config import EvaluateConfig
 from segcn.dataset import PairedDataset
 from segcn.distance import (

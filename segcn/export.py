@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import ControlNetModel
 
-from segcn.checkpoint import write_text
+from segcn.atomic import write_text
 from segcn.errors import UserError
 from segcn.modelcard import newest_sheet, write_card
 from segcn.prepare import Run

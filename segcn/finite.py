@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from segcn.checkpoint import write_text
+from segcn.atomic import write_text
 from segcn.errors import UserError
 
 REPORT = "nonfinite.json"

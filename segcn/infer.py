@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from segcn.atomic import write_whole
-from segcn.checkpoint import aside
+from segcn.atomic import aside, write_whole
 from segcn.config import InferConfig
 from segcn.dataset import read_framed_mask
 from segcn.errors import UserError

@@ -1,4 +1,4 @@
-"""What a picture was made with, kept in a text chunk of its PNG: `segcn infer` paints it again from that."""
+"""What a picture was made with, kept in a text chunk of its PNG by `segcn infer` and the panel."""
 
 import dataclasses
 import json

@@ -10,7 +10,7 @@ import torch
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
-from segcn.checkpoint import write_text
+from segcn.atomic import write_text
 from segcn.labels import Palette
 from segcn.records import Split
 from segcn.train_config import TrainConfig

@@ -197,8 +197,8 @@ def make_controlnet(unet: UNet2DConditionModel, latent_factor: int = 8) -> Contr
 def carry_masks(embedding: ControlNetConditioningEmbedding) -> None:
     """Initialise all but the last convolution to keep a signal's spread (He et al. 2015, arXiv:1502.01852, for SiLU).
 
-    PyTorch's own initialisation fades what tells two masks apart to a ten-thousandth, and a training is deaf to masks
-    until it has undone that. The last convolution stays zero: the ControlNet still begins as the U-Net's encoder.
+    PyTorch's own initialisation fades what tells two masks apart to less than a thousandth, and a training is deaf to
+    masks until it has undone that. The last convolution stays zero: the ControlNet still begins as the U-Net's encoder.
     """
     for convolution in (embedding.conv_in, *embedding.blocks):
         torch.nn.init.normal_(convolution.weight, std=SILU_GAIN / math.sqrt(convolution.weight[0].numel()))

@@ -12,7 +12,7 @@ from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from segcn.checkpoint import write_text
+from segcn.atomic import write_text
 from segcn.config import OUTPUTS, ROOT, flag
 from segcn.errors import UserError
 from segcn.evaluate import table

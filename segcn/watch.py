@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from segcn.checkpoint import write_text
+from segcn.atomic import write_text
 
 LOG = "log.jsonl"
 

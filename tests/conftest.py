@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from segcn import models
 from segcn.arguments import make
 from segcn.samples.landscapes import write_landscapes
 from segcn.train_config import TrainConfig
@@ -44,6 +45,14 @@ def random_base(tmp_path_factory):
     tokenizer = build_tokenizer(["a winter landscape at dusk with a lake"] * 3)
     denoiser = Denoiser(SMOKE.unet, SMOKE.vae.latent_channels, tokenizer)
     return export_base(tmp_path_factory.mktemp("models") / "base", SMOKE, vae, tokenizer, denoiser)
+
+
+@pytest.fixture(scope="session")
+def random_controlnet(random_base, tmp_path_factory):
+    """The folder of a ControlNet that has learnt nothing."""
+    folder = tmp_path_factory.mktemp("models") / "controlnet"
+    models.make_controlnet(models.load_base(random_base).unet).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,6 @@ def test_a_step_is_timed(random_base, capsys):
 
 @pytest.mark.slow
 def test_kept_memory_and_channels_last_are_the_faster_on_the_embedded_base():
-    found = bench_step(rounds=3, log=len)
-    fastest = {pair: min(seconds) for pair, seconds in found.items()}  # a machine's slow phases only ever add
-    assert fastest["given back", "contiguous"] / fastest["kept", "channels_last"] > 1.1
+    said = []
+    bench_step(log=said.append)
+    assert "memory kept      , channels_last" in said[-1] and float(said[-1].split("x the pace")[0].split()[-1]) > 1.1

@@ -15,7 +15,6 @@ import torch
 from diffusers import ControlNetModel
 from kills import die_at, warm_context
 
-from segcn import models
 from segcn.arguments import arguments_of, make
 from segcn.claim import LOCK
 from segcn.config import GenerateConfig
@@ -29,20 +28,13 @@ WORLDS = (1, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def controlnet(random_base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "controlnet"
-    models.make_controlnet(models.load_base(random_base).unet).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def config(random_base, controlnet, landscapes, tmp_path_factory):
+def config(random_base, random_controlnet, landscapes, tmp_path_factory):
     """Two images of each of six masks."""
     return make(
         GenerateConfig,
         "tiny",
         pretrained_model_name_or_path=str(random_base),
-        controlnet_model_name_or_path=str(controlnet),
+        controlnet_model_name_or_path=str(random_controlnet),
         controls=str(landscapes),
         output_dir=str(tmp_path_factory.mktemp("sets") / "straight"),
         num_inference_steps=1,
@@ -145,11 +137,13 @@ def test_a_generated_folder_trains_with_this_package(generated, quick, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_generated_folder_trains_with_the_script_of_diffusers_unchanged(generated, random_base, controlnet, tmp_path):
+def test_a_generated_folder_trains_with_the_script_of_diffusers_unchanged(
+    generated, random_base, random_controlnet, tmp_path
+):
     if not os.environ.get("SEGCN_PEER"):
         pytest.skip("set SEGCN_PEER=.../examples/controlnet/train_controlnet.py of diffusers to run it")
     words = {
-        "pretrained_model_name_or_path": random_base, "controlnet_model_name_or_path": controlnet,
+        "pretrained_model_name_or_path": random_base, "controlnet_model_name_or_path": random_controlnet,
         "dataset_name": generated, "output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache", "resolution": 64,
         "train_batch_size": 2, "max_train_steps": 2, "report_to": "tensorboard",
     }  # fmt: skip

@@ -19,20 +19,13 @@ from segcn.pipeline import Painter
 from segcn.records import read_split
 
 
-@pytest.fixture(scope="module")
-def controlnet(random_base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "controlnet"
-    models.make_controlnet(models.load_base(random_base).unet).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def config(random_base, controlnet, landscapes, tmp_path):
+def config(random_base, random_controlnet, landscapes, tmp_path):
     return make(
         InferConfig,
         "tiny",
         pretrained_model_name_or_path=str(random_base),
-        controlnet_model_name_or_path=str(controlnet),
+        controlnet_model_name_or_path=str(random_controlnet),
         control=str(landscapes / "test" / "masks" / "000000.png"),
         prompt=["a lake", "a house"],
         num_inference_steps=2,
@@ -41,9 +34,9 @@ def config(random_base, controlnet, landscapes, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def painter(random_base, controlnet, landscapes):
+def painter(random_base, random_controlnet, landscapes):
     base, palette = models.load_base(random_base), read_split(landscapes, "test").palette
-    return Painter(base, models.load_controlnet(controlnet).eval(), palette, str(controlnet))
+    return Painter(base, models.load_controlnet(random_controlnet).eval(), palette, str(random_controlnet))
 
 
 @pytest.fixture(autouse=True)

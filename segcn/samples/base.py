@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from segcn import checkpoint
+from segcn.atomic import write_text
 from segcn.devices import keep_freed_memory, pick_device
 from segcn.errors import UserError
 from segcn.samples.learning import to_pixels
@@ -62,7 +63,7 @@ def claim_work(work: Path, recipe: BaseRecipe) -> None:
     if work.is_dir() and any(work.iterdir()) and not (path.is_file() and path.read_text() == wanted):
         raise UserError(f"{work} holds something else than the state of this recipe: choose another folder by --work")
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(path, wanted)
+    write_text(path, wanted)
 
 
 @torch.no_grad()

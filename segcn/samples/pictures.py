@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segcn.checkpoint import write_text
+from segcn.atomic import write_text
 from segcn.samples.earth import tile
 from segcn.samples.landscapes import paint
 
