@@ -11,11 +11,12 @@ from pathlib import Path
 from segcn.atomic import write_text
 from segcn.bench_peaks import peaks
 from segcn.bench_plan import machine
-from segcn.bench_scores import Extractor, Scores, distance_interval, excess_interval, open_extractor, score
+from segcn.bench_scores import Scores, distance_interval, excess_interval, score
 from segcn.bench_sides import Masks, Side, read_masks, take_turns, variant
 from segcn.bench_verdicts import remarks, table, verdicts
 from segcn.config import OUTPUTS, GenerateConfig, SampleConfig, flag
 from segcn.errors import UserError
+from segcn.features import Extractor, open_extractor
 from segcn.pipeline import Painter, load_painter
 from segcn.records import Split, read_named_split, read_split
 from segcn.sampling import check_sampling

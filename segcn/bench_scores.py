@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,22 +11,14 @@ from torchmetrics.image.kid import poly_mmd
 from segcn.augment import AUGMENTS
 from segcn.colour import colour_shift
 from segcn.dataset import PairedDataset, to_uint8
-from segcn.distance import find_inception, inception_features
-from segcn.evaluate import faithfulness, features, segmenter_features
+from segcn.evaluate import faithfulness, features
+from segcn.features import Extractor
 from segcn.records import Split
 from segcn.segmenter import Segmenter
 
 GROUPS = 20  # of rows that a jackknife leaves out in turn
 CONFIDENCE = 1.96  # standard errors to either side: 95 %
 BATCH = 32
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """What tells images apart for a kernel distance."""
-
-    name: str
-    features: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,19 +30,11 @@ class Scores:
     colour: dict[str, float]  # `colour_shift` from the real ones
 
 
-def open_extractor(segmenter: Segmenter, inception: str | Path | None) -> Extractor:
-    """Inception where its weights are at hand, else the judge's own features."""
-    weights = find_inception(inception)
-    if weights:
-        return Extractor("Inception v3, 2015-12-05", inception_features(weights))
-    return Extractor("the judge's features, which compare with no published number", segmenter_features(segmenter))
-
-
 def score(images: Split, real: Split, segmenter: Segmenter, extractor: Extractor) -> Scores:
     """Of images painted for the masks of real ones, row by row."""
     found = faithfulness(images, segmenter, BATCH)["miou"] or 0.0
     shift = colour_shift(pictures(real, segmenter), pictures(images, segmenter))
-    return Scores(found, features(images, segmenter, BATCH, extractor.features).double(), shift)
+    return Scores(found, features(images, segmenter, extractor, BATCH), shift)
 
 
 def pictures(split: Split, segmenter: Segmenter) -> Iterator[np.ndarray]:

@@ -18,7 +18,6 @@ from segcn.config import (
     InferConfig,
     PaletteConfig,
 )
-from segcn.errors import UserError
 from segcn.home import use_writable_home
 from segcn.train_config import TrainConfig
 
@@ -32,7 +31,7 @@ COMMANDS = {
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
     "infer": "one mask and one or more prompts to a picture that knows how it was made",
     "generate": "masks to a data set of new images; the same as accelerate launch -m segcn.generate",
-    "evaluate": "are the generated images close to real ones, and do they obey their masks?",
+    "evaluate": "do generated images obey their masks, are they near real ones? compare: two runs; utility: their use",
 }
 
 
@@ -222,12 +221,29 @@ def do_generate(words: list[str]) -> None:
 
 
 def do_evaluate(words: list[str]) -> None:
-    from segcn.evaluate import evaluate_folders, table
+    if words[:1] == ["utility"]:
+        from segcn.utility import command
 
-    config = parse(EvaluateConfig, words, "segcn evaluate")
-    if not (config.real and config.synthetic):
-        raise UserError("segcn evaluate needs --real DATASET and --synthetic DATASET")
-    print(table(evaluate_folders(config)))
+        return command(words[1:])
+    if words[:1] == ["compare"]:
+        return compare_runs(words[1:])
+    from segcn.assess import evaluate_folders
+    from segcn.metrics_table import table
+    from segcn.samples.reading import caption_reader
+    from segcn.show import quiet
+
+    quiet()
+    evaluation = evaluate_folders(parse(EvaluateConfig, words, "segcn evaluate"), caption_reader)
+    if evaluation:
+        print(table(evaluation.metrics))
+
+
+def compare_runs(words: list[str]) -> None:
+    from segcn.compare import compare
+
+    parser = argparse.ArgumentParser(prog="segcn evaluate compare", allow_abbrev=False)
+    parser.add_argument("run", nargs=2, help="folder of an evaluation, or its metrics.json")
+    print(compare(*parser.parse_args(words).run), end="")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from segcn.augment import AugmentConfig, Draw, apply, draw
 from segcn.config import GenerateConfig
 from segcn.dataset import read_framed_mask
-from segcn.errors import UserError
+from segcn.errors import UserError, refuse_failed
 from segcn.geometry import Box
 from segcn.labels import Palette, find_palette
 from segcn.masks import read_mask
@@ -110,9 +110,7 @@ def check_masks(
             failed += filter(None, pool.map(lambda row: _problem(controls, row, factor), some))
             done += len(some)
             told(done)
-    if failed:
-        more = f"; {len(failed) - 1} more of {len(rows)} masks fail" if len(failed) > 1 else ""
-        raise UserError(failed[0] + more)
+    refuse_failed(failed, len(rows), "masks")
 
 
 def _problem(controls: Controls, row: int, factor: int) -> str | None:

@@ -1,28 +1,27 @@
-"""Are the generated images any good: do they obey their masks, and how far are they from real ones?"""
+"""Are the generated images any good: do they obey their masks, how far are they from real ones, are they copies?"""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torchmetrics.classification import MulticlassJaccardIndex
+from safetensors.torch import save_file
 
-from segcn.atomic import write_text
+from segcn import bootstrap
+from segcn.atomic import write_text, write_whole
 from segcn.augment import AUGMENTS
-from segcn.config import EvaluateConfig
+from segcn.bootstrap import Estimate, draws_of, intervals_of, values_of
+from segcn.copies import copying
 from segcn.dataset import PairedDataset
-from segcn.distance import (
-    KERNEL_SUBSETS,
-    find_inception,
-    frechet_distance,
-    inception_features,
-    kernel_distance,
-)
+from segcn.distance import COMPARED, few_images, frechet_estimate, kernel_distance, neighbourhoods
 from segcn.errors import UserError
-from segcn.labels import IGNORE, Palette
-from segcn.records import Split, read_image, read_named_split, read_split
-from segcn.segmenter import Segmenter, SegmenterConfig, load_segmenter, predict, shared_folder, train_segmenter
+from segcn.faithfulness import calibration, confusion, faithfulness_of, iou, pixels_of
+from segcn.features import Extractor
+from segcn.labels import Palette
+from segcn.observe import LEAST_CROP, Observer, Seen, one_core
+from segcn.records import Split
+from segcn.segmenter import Segmenter, SegmenterConfig, predict
 
 ROWS = {
     "real": "real (ceiling)",
@@ -30,68 +29,154 @@ ROWS = {
     "synthetic": "with mask",
     "floor": "no mask (floor)",
 }
-WIDEST = 100  # characters a line of the table
+PARTS_OF = {"real": ("faithfulness", "features", "crops", "text"), "train": ("features",)}
+PARTS_OF |= {"synthetic": PARTS_OF["real"], "reconstructions": ("faithfulness",), "floor": ("faithfulness", "text")}
+LEAST_CROPS = 10  # of a class in each set, below which no distance is taken between them
+METRICS, DRAWS = "metrics.json", "draws.safetensors"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out, and what it was taken from."""
+
+    metrics: dict  # fit for JSON; `intervals` mirrors it with [low, high] of each number that has them
+    splits: dict[str, Split]
+    seen: dict[str, Seen]
+    observer: Observer
+    draws: dict[str, torch.Tensor] = field(repr=False, default_factory=dict)  # by the place of the number
+
+    def write(self, folder: str | Path) -> Path:
+        """Store metrics.json and, for comparisons, the bootstrap's draws; each whole or not at all."""
+        folder = Path(folder)
+        write_metrics(self.metrics, folder / METRICS)
+        write_whole(folder / DRAWS, lambda file: save_file(self.draws, file))
+        return folder / METRICS
 
 
 def evaluate(
     real: Split,
     synthetic: Split,
-    segmenter: Segmenter,
+    observer: Observer,
     floor: Split | None = None,
     reconstructions: Split | None = None,
-    batch_size: int = 32,
-    inception: str | Path | None = None,
+    train: Split | None = None,
     log: Callable[[str], None] = print,
-) -> dict:
-    """Measure faithfulness to the masks and distance from the real images; returns metrics fit for JSON.
+) -> Evaluation:
+    """Measure faithfulness to the masks, distance from the real images, what captions ask for, copies and colours.
 
     real: held-out images, which give the ceiling; synthetic: painted from masks; floor: painted without,
-    beside the masks that they were not shown; reconstructions: real images through the VAE alone. Every image is seen
-    the way the segmenter was trained: made square as its `fit` says, resized once to its resolution.
-    inception: weights for FID and KID (see `find_inception`); without them the segmenter's features are used.
-    UserError names the row of a broken image, or says which palettes or classes differ.
+    beside the masks that they were not shown; reconstructions: real images through the VAE alone; train: the rows that
+    the painter learned from, to look for copies. Every image is seen the way the segmenter was trained: made square as
+    its `fit` says, resized once to its resolution. UserError names the row of a broken image, or says which palettes or
+    classes differ.
     """
-    splits = {"real": real, "reconstructions": reconstructions, "synthetic": synthetic, "floor": floor}
+    splits = {"real": real, "reconstructions": reconstructions, "synthetic": synthetic, "floor": floor, "train": train}
     splits = {name: split for name, split in splits.items() if split is not None}
-    for split in splits.values():
-        check_classes(split, real.palette, segmenter)
-    measured = {}
     for name, split in splits.items():
-        measured[name] = faithfulness(split, segmenter, batch_size)
-        log(f"evaluate: {ROWS[name]}: mIoU {_number(measured[name]['miou'])} on {len(split)} images")
+        check_classes(split, real.palette, observer.segmenter)
+        if len(split) < 2 and name in ("real", "synthetic"):
+            raise UserError(f"{split.metadata}: the distances need at least 2 images, found {len(split)}")
+    seen = {name: observer.observe(split, PARTS_OF[name], log) for name, split in splits.items()}
+    with one_core():
+        told = measured(splits, seen, observer)
+    metrics = values_of(told) | {"intervals": intervals_of(told)}
+    for name, found in metrics["faithfulness"].items():
+        value = "-" if found["miou"] is None else f"{found['miou']:.3f}"
+        log(f"evaluate: {ROWS[name]}: mIoU {value} on {found['images']} images")
+    return Evaluation(metrics, splits, seen, observer, draws_of(told))
+
+
+def measured(splits: dict[str, Split], seen: dict[str, Seen], observer: Observer) -> dict:
+    """Every number as an Estimate, in the nest that metrics.json has."""
+    palette, judged = splits["real"].palette, [name for name in ROWS if name in splits]
+    found = {name: faithfulness_of(seen[name], palette) for name in judged}
+    shares = {name: {kind: bootstrap.ratio(found[name][kind], found["real"][kind]) for kind in ("miou", "boundary_f")}
+              for name in judged[1:]}  # fmt: skip
+    told = {
+        "segmenter": observer.segmenter.settings,
+        "sets": {name: {"folder": str(split.folder), "images": len(split), "fingerprint": split.fingerprint}
+                 for name, split in splits.items()},
+        "settings": {"bootstrap_draws": bootstrap.DRAWS, "level": bootstrap.LEVEL, "least_crop": LEAST_CROP},
+        "classes": list(palette.class_names),
+        "faithfulness": found,
+        "of_ceiling": shares["synthetic"]["miou"],
+        "shares_of_ceiling": shares,
+        "confusion": {name: seen[name]["confusion"].tolist() for name in judged},
+        "reliability": {name: calibration(seen[name]["bins"]) for name in judged},
+        "distance": distance_of(seen["real"]["features"], seen["synthetic"]["features"], observer),
+        "crops": crop_distances(seen["real"], seen["synthetic"], palette, observer.extractor),
+        "text": text_of(seen, observer),
+        "colour": colour_of(seen["real"], seen["synthetic"]),
+        "copies": None,
+    }  # fmt: skip
+    if "train" in seen:
+        features = (seen[name]["features"] for name in ("synthetic", "real", "train"))
+        told["copies"] = {"extractor": observer.extractor.name} | copying(*features)
+    count, width = min(len(splits["real"]), len(splits["synthetic"])), told["distance"]["features"]
+    return told | {"warnings": list(filter(None, [few_images(count, width, observer.extractor.name)]))}
+
+
+def distance_of(near: torch.Tensor, far: torch.Tensor, observer: Observer) -> dict:
+    """Distances between features of real and generated images, [N, D] and [M, D], with every setting."""
+    frechet = frechet_estimate(near, far)
     return {
-        "segmenter": segmenter.settings,
-        "faithfulness": measured,
-        "of_ceiling": _ratio(measured["synthetic"]["miou"], measured["real"]["miou"]),
-        "distance": distance(real, synthetic, segmenter, batch_size, inception),
-    }
+        "extractor": observer.extractor.name,
+        "names": list(observer.extractor.names),
+        "features": near.shape[1],
+        "images_real": len(near),
+        "images_synthetic": len(far),
+        "resolution": observer.segmenter.settings["resolution"],
+        "frechet_draws": len(frechet.draws),
+        "compared_in_pairs": COMPARED,
+        "frechet_distance": frechet,
+        "kernel_distance": kernel_distance(near, far),
+    } | neighbourhoods(near, far)
 
 
-def evaluate_folders(config: EvaluateConfig, log: Callable[[str], None] = print) -> dict:
-    """`segcn evaluate`: read the data sets, load or train the segmenter, measure, and write the metrics as JSON."""
-    real, synthetic = read_named_split(config.real, "test"), read_split(config.synthetic)
-    output = Path(config.output) if config.output else Path(config.synthetic).absolute().parent / "metrics.json"
-    resolution = config.resolution or _side(synthetic, config.fit)
-    segmenter = _segmenter_for(config, real, resolution, output.parent / "cache", log)
-    others = [read_split(folder) if folder else None for folder in (config.floor, config.reconstructions)]
-    metrics = evaluate(real, synthetic, segmenter, *others, inception=config.inception_weights, log=log)
-    write_metrics(metrics, output)
-    log(f"Wrote {output}.")
-    return metrics
+def crop_distances(near: Seen, far: Seen, palette: Palette, extractor: Extractor) -> dict:
+    """The kernel distance between what each class looks like, cut out, in real and in generated images."""
+    per_class, counts = {}, {}
+    for label in palette.labels:
+        if label.ignore:
+            continue
+        one, other = (seen["crops"][seen["crop_classes"] == label.id] for seen in (near, far))
+        counts[label.name] = [len(one), len(other)]
+        enough = min(counts[label.name]) >= LEAST_CROPS
+        per_class[label.name] = kernel_distance(one, other) if enough else None
+    return {"extractor": extractor.name, "kernel_distance": per_class, "crops": counts}
 
 
-def _segmenter_for(config: EvaluateConfig, real: Split, resolution: int, cache: Path, log: Callable) -> Segmenter:
-    """The one given, or one trained on the real images that are not tested on."""
-    if config.segmenter:
-        return load_segmenter(config.segmenter)
-    train = read_split(config.real, "train")
-    if train.metadata == real.metadata:
-        raise UserError(
-            f"--real {config.real} has no train/ and test/: the segmenter must not be trained on the images that it is "
-            "tested on. Split the data set, or give a trained segmenter by --segmenter."
-        )
-    settings = SegmenterConfig(resolution=resolution, seed=config.seed, fit=config.fit)
-    return train_segmenter(train, settings, shared_folder(cache, train, settings), log)
+def text_of(seen: dict[str, Seen], observer: Observer) -> dict:
+    """Of each set the mean of what each reader says; empty without readers."""
+    names = [name for reader in observer.readers for name in reader.names]
+    sets = {name: one["text"] for name, one in seen.items() if "text" in one}
+    return {name: {title: bootstrap.mean(values[:, place]) for place, title in enumerate(names)}
+            for name, values in sets.items()}  # fmt: skip
+
+
+def colour_of(real: Seen, synthetic: Seen) -> dict:
+    """Mean CIE L*a*b* of the generated images less that of the real ones, of the same masks where they have them."""
+    rows = {key: row for row, key in reversed(list(enumerate(real["mask"].tolist())))}
+    partners = [rows.get(key) for key in synthetic["mask"].tolist()]
+    same = None not in partners
+    if same:
+        apart = synthetic["colour"] - real["colour"][partners]
+        found = bootstrap.bootstrap(len(apart), lambda weights: _shift(weights @ apart / len(apart)))
+    else:
+        both = [_means(one["colour"], name) for one, name in ((real, "real"), (synthetic, "synthetic"))]
+        values, draws = (_shift(far - near) for near, far in zip(*both, strict=True))
+        found = {name: Estimate(float(values[name][0]), draws[name]) for name in draws}
+    return {"same_masks": same} | found
+
+
+def _means(colours: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    drawn = torch.cat([weights @ colours / len(colours) for weights in bootstrap.resamples(len(colours), name)])
+    return colours.mean(0, keepdim=True), drawn
+
+
+def _shift(apart: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Lab differences [b, 3] and their norm, which is delta E of CIE 1976."""
+    return dict(zip("Lab", apart.unbind(1), strict=True)) | {"delta_e": apart.norm(dim=1)}
 
 
 def faithfulness(split: Split, segmenter: Segmenter, batch_size: int = 32) -> dict:
@@ -105,96 +190,37 @@ def faithfulness(split: Split, segmenter: Segmenter, batch_size: int = 32) -> di
 
 def measure(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], segmenter: Segmenter, palette: Palette) -> dict:
     """As `faithfulness`, of batches of (images [B, 3, R, R] in [-1, 1], masks uint8 [B, R, R])."""
-    alone = {"sync_on_compute": False}  # of several processes that train, one scores
-    jaccard, count = MulticlassJaccardIndex(segmenter.num_classes, "none", ignore_index=IGNORE, **alone), 0
+    classes, count = segmenter.num_classes, 0
+    confused = torch.zeros(classes, classes, dtype=torch.int64)
     for images, masks in pairs:
-        jaccard.update(predict(segmenter, images).long(), masks.long())
+        confused += confusion(predict(segmenter, images), masks, classes)
         count += len(images)
-    occurs = (jaccard.confmat.sum(1) > 0).tolist()
-    values = jaccard.compute().tolist()
-    iou = [value if wanted else None for value, wanted in zip(values, occurs, strict=True)]
-    found = [value for value in iou if value is not None]
-    classes = [label for label in palette.labels if not label.ignore]
+    each = iou(pixels_of(confused))
+    values = [None if value != value else value for value in each.tolist()]
+    labels = [label for label in palette.labels if not label.ignore]
     return {
-        "miou": sum(found) / len(found) if found else None,
+        "miou": None if each.isnan().all() else each.nanmean().item(),
         "images": count,
-        "per_class": {label.name: iou[label.id] for label in classes},
+        "per_class": {label.name: values[label.id] for label in labels},
     }
 
 
-def distance(
-    real: Split,
-    synthetic: Split,
-    segmenter: Segmenter,
-    batch_size: int = 32,
-    inception: str | Path | None = None,
-) -> dict:
-    """Fréchet and kernel distance between the real and the generated images, with every setting.
-
-    They are called fid and kid only where Inception's weights are at hand; otherwise they are taken between
-    the segmenter's features, which know this data set but compare with no published number.
-    """
-    weights = find_inception(inception)
-    extract = inception_features(weights) if weights else segmenter_features(segmenter)
-    names = ("fid", "kid") if weights else ("frechet_distance", "kernel_distance")
-    near, far = (features(split, segmenter, batch_size, extract) for split in (real, synthetic))
-    mean, deviation, subset_size = kernel_distance(near, far)
-    return {
-        "extractor": "Inception v3, 2015-12-05" if weights else "segmenter features",
-        "features": near.shape[1],
-        "images_real": len(near),
-        "images_synthetic": len(far),
-        "resolution": _resolution(segmenter),
-        names[0]: frechet_distance(near, far),
-        f"{names[1]}_mean": mean,
-        f"{names[1]}_std": deviation,
-        "kernel_subsets": KERNEL_SUBSETS,
-        "kernel_subset_size": subset_size,
-    }
-
-
-def segmenter_features(segmenter: Segmenter) -> Callable[[torch.Tensor], torch.Tensor]:
-    """image [B, 3, H, W] in [-1, 1] -> the segmenter's pooled bottleneck [B, D]."""
-    device = segmenter.head.weight.device
-    return lambda image: segmenter.features(image.to(device)).cpu()
-
-
-def table(metrics: dict) -> str:
-    """The metrics as plain text, at most 100 columns wide; many classes take several blocks of lines."""
-    measured = metrics["faithfulness"]
-    ceiling = measured["real"]["miou"]
-    names = [name for name in ROWS if name in measured]
-    columns = [["", *(ROWS[name] for name in names)]]
-    columns.append(["images", *(str(measured[name]["images"]) for name in names)])
-    columns.append(["mIoU", *(_number(measured[name]["miou"]) for name in names)])
-    columns.append(["of ceiling", *(_number(_ratio(measured[name]["miou"], ceiling)) for name in names)])
-    for label in measured["real"]["per_class"]:
-        columns.append([label[:12], *(_number(measured[name]["per_class"][label]) for name in names)])
-    return "\n\n".join([*_blocks(columns), _distance_lines(metrics["distance"])]) + "\n"
-
-
-def write_metrics(metrics: dict, path: str | Path) -> None:
-    """Store the metrics as JSON, whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(path), json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+@torch.no_grad()
+def features(split: Split, segmenter: Segmenter, extractor: Extractor, batch_size: int = 32) -> torch.Tensor:
+    """The features of each image as the segmenter would see it, float64 [N, D]; UserError below two images."""
+    if len(split) < 2:
+        raise UserError(f"{split.metadata}: the distances need at least 2 images, found {len(split)}")
+    return torch.cat([extractor.extract(images).cpu() for images, _ in _batches(split, segmenter, batch_size)]).double()
 
 
 def _batches(split: Split, segmenter: Segmenter, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (images [B, 3, R, R] in [-1, 1], masks uint8 [B, R, R]), the rows in order, not augmented."""
-    fit = segmenter.settings.get("fit", SegmenterConfig.fit)
-    pairs = PairedDataset(split, _resolution(segmenter), AUGMENTS["none"], 0, fit)
+    settings = segmenter.settings
+    fit, resolution = settings.get("fit", SegmenterConfig.fit), settings.get("resolution", SegmenterConfig.resolution)
+    pairs = PairedDataset(split, resolution, AUGMENTS["none"], 0, fit)
     for start in range(0, len(pairs), batch_size):
         batch = [pairs.sample(row, 0) for row in range(start, min(start + batch_size, len(pairs)))]
         yield torch.stack([sample.image for sample in batch]), torch.stack([sample.mask for sample in batch])
-
-
-@torch.no_grad()
-def features(split: Split, segmenter: Segmenter, batch_size: int, extract: Callable) -> torch.Tensor:
-    """What `extract` makes of each image, [N, D], row by row; UserError where there are fewer than two."""
-    if len(split) < 2:
-        raise UserError(f"{split.metadata}: the distances need at least 2 images, found {len(split)}")
-    segmenter.eval()
-    return torch.cat([extract(images) for images, _ in _batches(split, segmenter, batch_size)])
 
 
 def check_classes(split: Split, palette: Palette, segmenter: Segmenter) -> None:
@@ -208,46 +234,7 @@ def check_classes(split: Split, palette: Palette, segmenter: Segmenter) -> None:
         )
 
 
-def _side(split: Split, fit: str) -> int:
-    """Pixels a side of the square that was painted: what is padded was cut off again."""
-    return (max if fit == "pad" else min)(read_image(split[0].image).shape[:2])
-
-
-def _resolution(segmenter: Segmenter) -> int:
-    return segmenter.settings.get("resolution", SegmenterConfig.resolution)
-
-
-def _ratio(value: float | None, ceiling: float | None) -> float | None:
-    return value / ceiling if value is not None and ceiling else None
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-def _blocks(columns: list[list[str]]) -> list[str]:
-    """Columns of cells side by side, in as many blocks as the width asks for; the first column leads each."""
-    lead, *rest = [_aligned(column, str.rjust if index else str.ljust) for index, column in enumerate(columns)]
-    blocks, block = [], [lead]
-    for column in rest:
-        if sum(len(cells[0]) + 1 for cells in [*block, column]) > WIDEST + 1:
-            blocks.append(block)
-            block = [lead]
-        block.append(column)
-    return ["\n".join(" ".join(cells).rstrip() for cells in zip(*block, strict=True)) for block in [*blocks, block]]
-
-
-def _aligned(column: list[str], justify: Callable[[str, int], str]) -> list[str]:
-    width = max(map(len, column))
-    return [justify(cell, width) for cell in column]
-
-
-def _distance_lines(found: dict) -> str:
-    frechet, kernel = ("FID", "KID") if "fid" in found else ("Fréchet distance", "kernel distance")
-    value = found.get("fid", found.get("frechet_distance"))
-    mean, deviation = (found.get(f"kid_{part}", found.get(f"kernel_distance_{part}")) for part in ("mean", "std"))
-    return (
-        f"{frechet} {value:.4g}, {kernel} {mean:.4g} +- {deviation:.4g}\n"
-        f"({found['extractor']}, {found['images_real']} real and {found['images_synthetic']} generated images,"
-        f" {found['kernel_subsets']} subsets of {found['kernel_subset_size']})"
-    )
+def write_metrics(metrics: dict, path: str | Path) -> None:
+    """Store the metrics as JSON, whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(path), json.dumps(metrics, indent=1, allow_nan=False) + "\n")

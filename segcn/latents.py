@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -117,22 +118,23 @@ def _write_draws(folder, layout: Layout, dataset, base: Base, draws: int, accele
     mine = _share(layout.draws(folder, draws), accelerator)
     keys = ((draw, row) for _, draw, rows in mine for row in rows)
     told, done, bad = Progress("encoded", sum(len(rows) for _, _, rows in mine), log), 0, {}
-    samples, at_once = read_ahead(dataset, keys), max(1, min(BATCH, BATCH * 256**2 // layout.resolution**2))
-    for path, _, rows in mine:
-        array, marks = np.zeros(len(rows), layout.entry), {}
-        for first in range(0, len(rows), at_once):
-            chunk = array[first : first + at_once]
-            found = list(islice(samples, len(chunk)))
-            marks |= {rows[first + i]: str(each) for i, each in enumerate(found) if isinstance(each, UserError)}
-            _encode(chunk, found, base)
-            bad |= marks
-            if len(bad) > bad_limit:
-                raise UserError(too_many(bad.values(), bad_limit))
-            done += len(chunk)
-            told(done)
-        if marks:  # before the file: a file that stands has its marks
-            appear(mark_path(path), lambda file, marks=marks: file.write(json.dumps(marks).encode()))
-        appear(path, lambda file, array=array: np.save(file, array))
+    at_once = max(1, min(BATCH, BATCH * 256**2 // layout.resolution**2))
+    with closing(read_ahead(dataset, keys)) as samples:  # an error must not leave its threads to the garbage collector
+        for path, _, rows in mine:
+            array, marks = np.zeros(len(rows), layout.entry), {}
+            for first in range(0, len(rows), at_once):
+                chunk = array[first : first + at_once]
+                found = list(islice(samples, len(chunk)))
+                marks |= {rows[first + i]: str(each) for i, each in enumerate(found) if isinstance(each, UserError)}
+                _encode(chunk, found, base)
+                bad |= marks
+                if len(bad) > bad_limit:
+                    raise UserError(too_many(bad.values(), bad_limit))
+                done += len(chunk)
+                told(done)
+            if marks:  # before the file: a file that stands has its marks
+                appear(mark_path(path), lambda file, marks=marks: file.write(json.dumps(marks).encode()))
+            appear(path, lambda file, array=array: np.save(file, array))
 
 
 def _encode(entries: np.ndarray, samples: list[Sample | UserError], base: Base) -> None:

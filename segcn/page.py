@@ -1,7 +1,5 @@
 """What the doctor found as one HTML page, with pictures of each kind of fault."""
 
-import base64
-import io
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -14,6 +12,7 @@ from PIL import Image
 from segcn.config import DoctorConfig
 from segcn.doctor import Checkup
 from segcn.findings import KINDS, Case, Finding
+from segcn.html_parts import as_table, head, img
 from segcn.labels import IGNORE, Label, Palette
 from segcn.masks import colourise, read_mask
 from segcn.records import read_image
@@ -22,25 +21,14 @@ from segcn.show import overlay
 from segcn.summary import by_kind, lengths, summary, verdict, where
 
 SIDE = 160  # pixels of a picture in the report
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin: 2em 0 0 } p { margin: 0.3em 0 }
-table { border-collapse: collapse; margin: 0.6em 0 } td, th { padding: 2px 14px 2px 0; text-align: left }
-td { border-top: 1px solid #ddd; vertical-align: top } td.n { text-align: right }
-.error { color: #b3261e } .warning { color: #9a6700 } .fine { color: #1a7f37 } .grey { color: #666 }
-.bar { display: inline-block; height: 0.7em } img { display: block; margin: 0 8px 2px 0; float: left }
-p { overflow-wrap: anywhere }
-.row { clear: both; overflow: hidden; padding: 6px 0; border-top: 1px solid #eee }
-"""
 
 
 def as_html(checkup: Checkup, config: DoctorConfig) -> str:
     """One page that needs no other file; whatever comes from the data set is escaped."""
-    title = escape(f"Check-up of {checkup.dataset.absolute().name}")
+    title = f"Check-up of {checkup.dataset.absolute().name}"
     return "\n".join(
         [
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
-            f"<h1>{title}</h1>",
+            *head(title),
             f'<p class="{"error" if checkup.errors else "fine"}">{escape(verdict(checkup))}</p>',
             f'<p class="grey">{escape(summary(checkup)[0])}; fingerprint {checkup.fingerprint}</p>',
             *_kinds_html(checkup),
@@ -62,14 +50,14 @@ def _kinds_html(checkup: Checkup) -> Iterator[str]:
         )
         for kind, found in by_kind(checkup.findings).items()
     )
-    yield _table(["", "found", "fault"], rows) if checkup.findings else ""
+    yield as_table(["", "found", "fault"], rows) if checkup.findings else ""
 
 
 def _classes_html(checkup: Checkup) -> Iterator[str]:
     for name, table in checkup.classes.items():
         colours = checkup.splits[name].palette.table
         yield f"<h2>Classes in {escape(name)}</h2>"
-        yield _table(
+        yield as_table(
             ["id", "class", "pixels", "share", "masks", ""],
             (
                 (entry["id"], escape(entry["name"]), entry["pixels"], f"{entry['share']:.2%}", entry["masks"], bar)
@@ -87,7 +75,9 @@ def _bar(share: float, colour: Iterable[int]) -> str:
 def _sizes_html(checkup: Checkup) -> Iterator[str]:
     for name, sizes in checkup.sizes.items():
         yield f"<h2>Sizes in {escape(name)}</h2>"
-        yield _table(["images", "width x height"], ((n, "{} x {}".format(*size)) for size, n in sizes.most_common(20)))
+        yield as_table(
+            ["images", "width x height"], ((n, "{} x {}".format(*size)) for size, n in sizes.most_common(20))
+        )
 
 
 def _captions_html(checkup: Checkup) -> Iterator[str]:
@@ -106,11 +96,11 @@ def _examples_html(checkup: Checkup, config: DoctorConfig) -> Iterator[str]:
         for finding in found[: config.examples]:
             shown = [cases[key] for key in ((finding.split, finding.row), finding.other) if key in cases]
             pictures = [p for case in shown for p in _pictures(case, palettes[case.split], config.max_pixels)]
-            yield f'<div class="row">{"".join(map(_img, pictures))}{_text(finding, *shown[:1])}</div>'
+            yield f'<div class="row">{"".join(map(img, pictures))}{_text(finding, *shown[:1])}</div>'
         if len(found) > config.examples:
             rest = ((escape(where(finding)), escape(finding.message)) for finding in found[config.examples : 200])
             more = f", {len(found) - 200} more in doctor.json" if len(found) > 200 else ""
-            yield f"<details><summary>the others{more}</summary>{_table(['where', 'what'], rest)}</details>"
+            yield f"<details><summary>the others{more}</summary>{as_table(['where', 'what'], rest)}</details>"
 
 
 def _text(finding: Finding, case: Case | None = None) -> str:
@@ -157,18 +147,3 @@ def _small(picture: np.ndarray) -> np.ndarray:
         return np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
     image.thumbnail((SIDE, SIDE))
     return np.asarray(image)
-
-
-def _img(picture: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG", optimize=True)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
-
-
-def _table(heads: list[str], rows: Iterable[tuple]) -> str:
-    """Numbers to the right; texts are HTML already."""
-    lines = ["<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
-    for row in rows:
-        cells = (f'<td class="n">{cell:,}</td>' if isinstance(cell, int) else f"<td>{cell}</td>" for cell in row)
-        lines.append("<tr>" + "".join(cells) + "</tr>")
-    return "\n".join([*lines, "</table>"])

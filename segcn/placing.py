@@ -13,7 +13,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from segcn.config import ImportConfig
-from segcn.errors import UserError
+from segcn.errors import UserError, refuse_failed
 from segcn.files import READABLE
 from segcn.metadata import STRAY
 from segcn.progress import Progress
@@ -121,9 +121,7 @@ def rewritten(source: Source, folder: Path) -> list[Placed]:
             placed.append(Placed(row.where, *names, row.captions))
         except UserError as error:
             problems.append(f"{row.where}: {error}")
-    if problems:
-        more = f"; {len(problems) - 1} more of {source.count} rows fail" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}. Name a folder above all files, or use --files copy")
+    refuse_failed(problems, source.count, mend=". Name a folder above all files, or use --files copy")
     return placed
 
 

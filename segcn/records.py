@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from segcn.errors import UserError
+from segcn.errors import UserError, refuse_failed
 from segcn.files import Boundary, open_image
 from segcn.labels import Palette, find_palette
 from segcn.masks import read_mask
@@ -260,8 +260,6 @@ def _file_problem(split: Split, record: Record) -> str | None:
 
 
 def _raise_first(metadata: Path, records: Iterable[Record], problems: list[str | None]) -> None:
-    failed = [(record, problem) for record, problem in zip(records, problems, strict=True) if problem]
-    if failed:
-        record, problem = failed[0]
-        more = f"; {len(failed) - 1} more of {len(problems)} rows fail" if len(failed) > 1 else ""
-        raise UserError(f"{metadata}, line {record.line} (row {record.row}): {problem}{more}")
+    failed = [f"{metadata}, line {record.line} (row {record.row}): {problem}"
+              for record, problem in zip(records, problems, strict=True) if problem]  # fmt: skip
+    refuse_failed(failed, len(problems))

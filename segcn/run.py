@@ -15,7 +15,7 @@ from papermill.exceptions import PapermillExecutionError
 from segcn.atomic import write_text
 from segcn.config import OUTPUTS, ROOT, flag
 from segcn.errors import UserError
-from segcn.evaluate import table
+from segcn.metrics_table import table
 
 NOTEBOOKS = ROOT / "notebooks"
 

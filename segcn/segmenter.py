@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,32 +17,13 @@ from segcn.augment import AugmentConfig
 from segcn.dataset import PairedDataset
 from segcn.devices import pick_device
 from segcn.errors import UserError
-from segcn.labels import IGNORE
-from segcn.masks import read_mask
+from segcn.labels import Palette
 from segcn.records import Split
+from segcn.segmenter_fit import SegmenterConfig, class_weights, fit
 
 # Colours vary more than when the painter is trained, as generated pictures are a little off in tone. No affine:
 # it costs a third of the step, and blurs the boundaries that are to be judged.
 AUGMENT = replace(AugmentConfig.none(), hflip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
-COUNTED_ROWS = 1000  # masks read for the class frequencies
-
-
-@dataclass(frozen=True)
-class SegmenterConfig:
-    """What the trained weights depend on, besides the data."""
-
-    steps: int = 600
-    batch_size: int = 8
-    learning_rate: float = 5e-3  # peak of the one-cycle schedule
-    weight_decay: float = 1e-2
-    width: int = 32  # channels at half resolution
-    resolution: int = 128  # px, the side of the square training images
-    seed: int = 0
-    fit: str = "crop"  # how images become square: crop, pad or stretch
-
-    def __post_init__(self):
-        if min(self.steps, self.batch_size, self.width, self.resolution) < 1:
-            raise UserError(f"segmenter: expected counts and sizes of at least 1, found {self}")
 
 
 class Segmenter(nn.Module):
@@ -115,11 +96,13 @@ def train_segmenter(
     if _stands(output_dir, fingerprint, log):
         return load_segmenter(output_dir, device)
     segmenter = build_segmenter(split.palette.num_classes, config.width, config.seed).to(pick_device(device))
-    _fit(segmenter, split, config, log)
+    fit(segmenter, _batches(split, config), class_weights(split), config, log)
     segmenter.settings = {
         **asdict(config), "num_classes": segmenter.num_classes, "rows": len(split), "fingerprint": fingerprint
     }  # fmt: skip
-    checkpoint.commit(output_dir.parent, output_dir.name, lambda folder: _write(segmenter, split, folder))
+    checkpoint.commit(
+        output_dir.parent, output_dir.name, lambda folder: write_segmenter(segmenter, split.palette, folder)
+    )
     log(f"segmenter: stored in {output_dir}")
     return segmenter
 
@@ -145,68 +128,27 @@ def load_segmenter(folder: str | Path, device: str | None = None) -> Segmenter:
     return segmenter.to(pick_device(device))
 
 
+def write_segmenter(segmenter: Segmenter, palette: Palette, folder: Path) -> None:
+    """Write what `load_segmenter` reads, but for the manifest of `checkpoint.commit`."""
+    weights = {name: tensor.cpu().contiguous() for name, tensor in segmenter.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(segmenter.settings, indent=1) + "\n")
+    palette.save(folder / "palette.json")
+
+
 @torch.no_grad()
 def predict(segmenter: Segmenter, images: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
     """images [N, 3, H, W] in [-1, 1] -> class ids, uint8 [N, H, W] on the CPU."""
-    device = segmenter.head.weight.device
+    device = next(segmenter.parameters()).device
     segmenter.eval()
     ids = [segmenter(batch.to(device)).argmax(1).byte().cpu() for batch in images.split(batch_size)]
     return torch.cat(ids)
-
-
-def segmentation_loss(logits: torch.Tensor, mask: torch.Tensor, class_weights: torch.Tensor) -> torch.Tensor:
-    """Cross entropy, weighted by class, averaged over the labelled pixels (0 where none is).
-
-    logits [B, K, H, W]; mask uint8 [B, H, W], 255 unlabelled; class_weights [K].
-    """
-    per_pixel = F.cross_entropy(logits, mask.long(), class_weights, ignore_index=IGNORE, reduction="none")
-    return per_pixel.sum() / (mask != IGNORE).sum().clamp(min=1)
-
-
-def class_weights(split: Split) -> torch.Tensor:
-    """1 / sqrt(share of the pixels) of every class, [K], scaled to average 1 over the pixels; absent: 0."""
-    counts = torch.zeros(256, dtype=torch.long)
-    for record in split.records[:COUNTED_ROWS]:
-        mask = torch.from_numpy(read_mask(record.mask, split.palette))
-        counts += torch.bincount(mask.flatten(), minlength=256)
-    share = counts[: split.palette.num_classes] / counts[:IGNORE].sum().clamp(min=1)
-    weights = torch.where(share > 0, share.rsqrt(), 0.0)
-    return weights / (weights * share).sum().clamp(min=1e-12)
 
 
 def _convolution(fan_in: int, fan_out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU(inplace=True)
     )
-
-
-def _fit(segmenter: Segmenter, split: Split, config: SegmenterConfig, log: Callable[[str], None]) -> None:
-    device = segmenter.head.weight.device
-    weights = class_weights(split).to(device)
-    optimizer = torch.optim.AdamW(segmenter.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
-    segmenter.train()
-    for step, (image, mask) in enumerate(_batches(split, config), start=1):
-        image, mask = image.to(device, memory_format=torch.channels_last), mask.to(device)
-        loss = segmentation_loss(segmenter(image), mask, weights)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % 25 == 0 or step == config.steps:
-            log(f"segmenter: step {step}/{config.steps}, loss {loss.item():.3f}")
-    _undo_weights(segmenter, weights)
-    segmenter.eval()
-
-
-@torch.no_grad()
-def _undo_weights(segmenter: Segmenter, weights: torch.Tensor) -> None:
-    """Divide the classes' probabilities by the weights they were trained with (arXiv:2007.07314).
-
-    The weights make rare classes learn soon but also spill over their boundaries: undone, mIoU gains 0.015.
-    """
-    shift = torch.where(weights > 0, weights, 1.0).log()
-    segmenter.head.bias -= shift.repeat_interleave(4)  # the pixel shuffle's four places of each class
 
 
 def _batches(split: Split, config: SegmenterConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -244,10 +186,3 @@ def _stands(output_dir: Path, fingerprint: str, log: Callable[[str], None]) -> b
         return False
     log(f"segmenter: reused the one in {output_dir}, trained on the same rows with the same settings")
     return True
-
-
-def _write(segmenter: Segmenter, split: Split, folder: Path) -> None:
-    weights = {name: tensor.cpu().contiguous() for name, tensor in segmenter.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(segmenter.settings, indent=1) + "\n")
-    split.palette.save(folder / "palette.json")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from segcn.config import ImportConfig
-from segcn.errors import UserError
+from segcn.errors import UserError, refuse_failed
 from segcn.records import METADATA
 from segcn.survey import SUFFIXES
 from segcn.tables import Row, arrow_rows, captions_of, file_rows
@@ -132,9 +132,7 @@ def _pairs(images: Path, masks: Path, captions: Path, config: ImportConfig) -> l
                             captions_of(told, config)))  # fmt: skip
         except UserError as error:
             problems.append(f"{photos[stem]}: {error} (looked for {notes[0]} and {notes[1]})")
-    if problems:
-        more = f"; {len(problems) - 1} more of {len(photos)} pairs fail" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}")
+    refuse_failed(problems, len(photos), "pairs")
     return rows
 
 

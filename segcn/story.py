@@ -3,89 +3,24 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from matplotlib import font_manager
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from segcn.augment import AUGMENTS
-from segcn.charts import ACCENT
-from segcn.dataset import PairedDataset, to_uint8
-from segcn.evaluate import ROWS
-from segcn.labels import IGNORE, Palette
 from segcn.masks import colourise
 from segcn.records import Split
-from segcn.segmenter import Segmenter, predict
-from segcn.show import grid, read_pair
+from segcn.show import read_pair
 
 SIDE, GAP, MARGIN = 192, 8, 20  # px
 TEXT_WIDTH, HEAD = 270, 56  # px, of a column of captions and of the line of heads
 HEADS = ("mask", "real image", "with the mask", "without the mask", "another caption")
 INK = "#222222"
-TONES = {"real": "#4d4d4d", "reconstructions": "#a8a8a8", "synthetic": ACCENT, "floor": "#e8a04c"}
-
-
-class Judged(NamedTuple):
-    """A painted image as the segmenter sees it."""
-
-    row: int
-    agreement: float  # share of the labelled pixels whose class is found where the mask wants it
-    image: np.ndarray  # uint8 [R, R, 3]
-    wanted: np.ndarray  # class ids, uint8 [R, R]
-    found: np.ndarray
 
 
 def first_rows(split: Split, limit: int) -> Split:
     """The split cut after `limit` rows."""
     return dataclasses.replace(split, records=split.records[:limit])
-
-
-def judge(split: Split, segmenter: Segmenter, batch_size: int = 32) -> list[Judged]:
-    """Every image of a split held against its mask, the best first."""
-    seen = segmenter.settings
-    pairs = PairedDataset(split, seen["resolution"], AUGMENTS["none"], 0, seen.get("fit", "crop"))
-    judged = []
-    for start in range(0, len(pairs), batch_size):
-        samples = [pairs.sample(row, 0) for row in range(start, min(start + batch_size, len(pairs)))]
-        found = predict(segmenter, torch.stack([sample.image for sample in samples]), batch_size).numpy()
-        for row, (sample, ids) in enumerate(zip(samples, found, strict=True), start):
-            wanted = sample.mask.numpy()
-            counted = wanted != IGNORE
-            agreement = float((ids == wanted)[counted].mean()) if counted.any() else 0.0
-            judged.append(Judged(row, agreement, to_uint8(sample.image), wanted, ids))
-    return sorted(judged, key=lambda one: -one.agreement)
-
-
-def verdicts(judged: Sequence[Judged], palette: Palette, count: int = 4) -> Figure:
-    """The best and the worst images with the classes found in them beside the wanted ones, and where these differ."""
-    half = min(count, len(judged) // 2) or 1
-    chosen = [*judged[:half], *judged[-half:]] if len(judged) > 1 else list(judged)
-    rows = [[one.image, colourise(one.wanted, palette), colourise(one.found, palette), _wrong(one)] for one in chosen]
-    names = ["best"] * half + ["worst"] * (len(chosen) - half)
-    left = [f"{name}\nrow {one.row}\n{one.agreement:.1%} agree" for name, one in zip(names, chosen, strict=True)]
-    return grid(rows, ["painted", "wanted", "found", "differs (red)"], left)
-
-
-def faithfulness_bars(metrics: dict) -> Figure:
-    """IoU of each class and their mean, for every set of images that was measured."""
-    measured = metrics["faithfulness"]
-    names = [name for name in ROWS if name in measured]
-    classes = ["mean", *measured["real"]["per_class"]]
-    figure = Figure(figsize=(max(7, 0.85 * len(classes)), 3.2))
-    axes = figure.add_subplot()
-    thick = 0.8 / len(names)
-    for number, name in enumerate(names):
-        values = [measured[name]["miou"], *measured[name]["per_class"].values()]
-        places = np.arange(len(classes)) + (number - (len(names) - 1) / 2) * thick
-        axes.bar(places, [value or 0 for value in values], thick, color=TONES[name], label=ROWS[name])
-    axes.set(ylim=(0, 1), ylabel="IoU", xticks=range(len(classes)), xticklabels=classes)
-    axes.tick_params(axis="x", length=0)
-    axes.set_title("how well a segmenter finds the wanted classes", pad=24)
-    axes.legend(ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
-    return figure
 
 
 def tell(
@@ -130,13 +65,6 @@ def save_story(picture: Image.Image, path: Path) -> Path:
     staged = path.with_name(f".{path.name}")
     picture.save(staged, format="PNG", optimize=True)
     return staged.replace(path)
-
-
-def _wrong(one: Judged) -> np.ndarray:
-    """The image in grey, red where found and wanted class differ."""
-    grey = np.repeat(one.image.mean(-1, keepdims=True).astype(np.uint8) // 2 + 100, 3, axis=2)
-    grey[(one.found != one.wanted) & (one.wanted != IGNORE)] = (220, 40, 40)
-    return grey
 
 
 def _write(pen: ImageDraw.ImageDraw, caption: str, left: float, middle: float, most: int = 8) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from segcn.config import ImportConfig
-from segcn.errors import UserError
+from segcn.errors import UserError, refuse_failed
 from segcn.metadata import STRAY, SWALLOWED
 
 CANDIDATES = {
@@ -39,9 +39,7 @@ def file_rows(table: Path, config: ImportConfig) -> list[Row]:
             rows.append(_row(f"{table}, line {line}", fields, columns, table.parent, config))
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        more = f"; {len(problems) - 1} more of {len(problems) + len(rows)} rows fail" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}")
+    refuse_failed(problems, len(problems) + len(rows))
     return _merged(rows)
 
 

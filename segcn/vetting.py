@@ -166,7 +166,7 @@ def draw_picture(out: Path, job: dealing.Job, verdicts: Sequence[Verdict], palet
     """The best, median and rejected pictures of a finished set: mask, picture, and the mask's borders in it."""
     kept = sorted((one for one in verdicts if one.kept), key=lambda one: (-one.miou, one.image))
     dropped = sorted((one for one in verdicts if not one.kept), key=lambda one: (one.miou, one.image))
-    middle = max(0, (len(kept) - SHOWN) // 2)
+    middle = max(SHOWN, (len(kept) - SHOWN) // 2)  # none of the best once more
     kinds = {"best": kept[:SHOWN], "median": kept[middle : middle + SHOWN], "rejected": dropped[:SHOWN]}
     kinds = {kind: some for kind, some in kinds.items() if some}
     strips = [[_strip(out, job, one, palette) for one in some] for some in kinds.values()]

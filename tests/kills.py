@@ -29,6 +29,7 @@ def die_at(last: int) -> Callable[[], None]:
     def strike() -> None:
         if next(count) == last:
             os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()  # some kernels come back from the call before the process ends
 
     def hear(event: str, arguments: tuple) -> None:
         writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")

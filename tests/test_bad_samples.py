@@ -92,6 +92,15 @@ def test_by_default_the_run_ends_with_file_and_row(rows, base, tmp_path, fault, 
     assert said in str(caught.value) and "--on_bad_sample skip:N" in str(caught.value)
 
 
+def test_a_run_that_ends_leaves_no_thread_reading_ahead(rows, base, tmp_path):
+    spoil(rows, 5)
+    before = set(threading.enumerate())
+    with pytest.raises(UserError) as caught:
+        latents.build(tmp_path / "cache", rows, base, 1, ALONE, print)
+    reading = [thread for thread in set(threading.enumerate()) - before if "ThreadPool" in thread.name]
+    assert caught.tb and not reading
+
+
 def test_the_message_is_the_same_from_a_worker(rows):
     spoil(rows, 5)
     told = []

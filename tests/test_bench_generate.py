@@ -81,6 +81,7 @@ def test_both_ways_with_equal_settings_paint_the_same_pictures_in_turns(bench, t
     assert (tmp_path / "out" / "bench_generate.txt").read_text().strip() in said[-1]
 
 
+@pytest.mark.slow
 def test_what_was_painted_is_kept_and_a_stopped_one_goes_on(bench, monkeypatch):
     config, painted = bench(plain_guidance_scales=[4.0, 7.5]), []
     paint = Side.paint

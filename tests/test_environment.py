@@ -8,7 +8,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-USED_THROUGH_ANOTHER = dict.fromkeys(("tensorboard", "jupyterlab", "scipy", "voila"))
+USED_THROUGH_ANOTHER = dict.fromkeys(("tensorboard", "jupyterlab", "voila"))
 OTHER_NAMES = {"pillow": "PIL"} | USED_THROUGH_ANOTHER
 
 
@@ -21,7 +21,7 @@ def test_conda_installs_what_pyproject_lists():
 
 def test_dev_is_test_and_samples():
     extras = PROJECT["optional-dependencies"]
-    assert extras["dev"] == ["segcn[test,samples]"] and any(word.startswith("ruff") for word in extras["test"])
+    assert extras["dev"][0] == "segcn[test,samples]" and any(word.startswith("ruff") for word in extras["test"])
 
 
 def test_every_dependency_is_imported():
@@ -36,3 +36,12 @@ def test_every_dependency_is_imported():
         name = requirement.split(">=")[0]
         module = OTHER_NAMES.get(name, name)
         assert module is None or module in modules, f"{name} is listed but never imported"
+
+
+def test_hooks_before_a_commit_are_local_and_run_what_dev_installs():
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [one["repo"] for one in repositories] == ["local"]
+    entries = [hook["entry"].split()[0] for hook in repositories[0]["hooks"]]
+    assert entries == ["ruff", "ruff", "jupyter"] and any(
+        "pre-commit" in word for word in PROJECT["optional-dependencies"]["dev"]
+    )

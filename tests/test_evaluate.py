@@ -1,5 +1,11 @@
+"""Promise: an evaluation says what is so, the same however it is run, and each number moves the way it should."""
+
 import json
-import math
+import os
+import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,16 +13,23 @@ import torch
 from PIL import Image, ImageFilter
 from test_segmenter import PALETTE, write_rectangles
 
-from segcn.dataset import to_image
-from segcn.distance import INCEPTION_WEIGHTS, frechet_distance, kernel_distance
+from segcn.assess import evaluate_folders
+from segcn.compare import compare
+from segcn.config import EvaluateConfig
 from segcn.errors import UserError
-from segcn.evaluate import evaluate, faithfulness, table, write_metrics
+from segcn.evaluate import DRAWS, METRICS, evaluate, faithfulness
+from segcn.evaluate_charts import extremes, strip
+from segcn.evaluate_page import as_html
+from segcn.features import INCEPTION, INCEPTION_WEIGHTS, open_extractor
 from segcn.labels import IGNORE, Label, Palette
 from segcn.masks import read_mask, write_mask
-from segcn.records import read_split
-from segcn.segmenter import SegmenterConfig, build_segmenter, predict, train_segmenter
+from segcn.metrics_table import lookup, table
+from segcn.observe import LEAST_CROP, Observer
+from segcn.records import read_split, write_metadata
+from segcn.segmenter import SegmenterConfig, load_segmenter, train_segmenter
 
 QUICK = SegmenterConfig(steps=80, batch_size=8, learning_rate=0.015, width=16, resolution=32)
+ROWS = 16
 
 
 def quiet(line):
@@ -29,116 +42,232 @@ def no_inception(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    return write_rectangles(tmp_path_factory.mktemp("real") / "test", 12, seed=7)
+def folder(tmp_path_factory):
+    """Data with train/ and test/, and a segmenter that was trained on the former."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    train = write_rectangles(folder / "data" / "train", 32)
+    write_rectangles(folder / "data" / "test", ROWS, seed=7)
+    train_segmenter(train, QUICK, folder / "segmenter", quiet, "cpu")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def segmenter(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("segmenter")
-    return train_segmenter(write_rectangles(folder / "train", 32), QUICK, folder / "trained", log=quiet)
+def observer(folder):
+    segmenter = load_segmenter(folder / "segmenter", "cpu")
+    return Observer(segmenter, open_extractor(segmenter), cache=folder / "cache")
 
 
 @pytest.fixture(scope="module")
-def metrics(real, segmenter, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sets")
-    blurred = changed(real, folder / "blurred", lambda image: image.filter(ImageFilter.GaussianBlur(3)))
-    noisy = changed(real, folder / "noisy", lambda image: Image.effect_noise(image.size, 60).convert("RGB"))
-    return evaluate(real, blurred, segmenter, floor=noisy, reconstructions=real, batch_size=5, log=quiet)
+def real(folder):
+    return read_split(folder / "data" / "test")
 
 
-def changed(split, folder, change):
-    """A copy of a rectangle set whose images went through `change`."""
-    copy = write_rectangles(folder, len(split), seed=7)
-    for record in copy.records:
-        change(Image.open(record.image)).save(record.image)
-    return read_split(folder)
+@pytest.fixture(scope="module")
+def changed(folder, observer, real):
+    """The evaluation of a copy of the real images, each of which went through `change`."""
+
+    def evaluated(name, change, **others):
+        copy = write_rectangles(folder / name, ROWS, seed=7)
+        for record in copy.records:
+            change(Image.open(record.image)).save(record.image)
+        return evaluate(real, read_split(folder / name), observer, **others, log=quiet)
+
+    return evaluated
 
 
-def brute_force(predicted, wanted, classes):
-    """Intersection over union of every class, pixel by pixel, None where the class is not wanted."""
-    pixels = [(p, w) for p, w in zip(predicted.flatten(), wanted.flatten(), strict=True) if w != IGNORE]
-    iou = []
-    for label in range(classes):
-        both = sum(p == label and w == label for p, w in pixels)
-        either = sum(p == label or w == label for p, w in pixels)
-        iou.append(both / either if any(w == label for _, w in pixels) else None)
-    return iou
+@pytest.fixture(scope="module")
+def same(folder, observer, real):
+    return evaluate(real, real, observer, reconstructions=real, log=quiet).metrics
 
 
-def test_a_briefly_trained_segmenter_finds_the_rectangles(real, segmenter):
-    assert faithfulness(real, segmenter)["miou"] > 0.9
+@pytest.fixture(scope="module")
+def blurred(folder, changed, real):
+    noise = write_rectangles(folder / "noise", 8, seed=7)
+    for record in noise.records:
+        Image.effect_noise((32, 32), 60).convert("RGB").save(record.image)
+    train = read_split(folder / "data" / "train")
+    return changed("blurred", lambda image: image.filter(ImageFilter.GaussianBlur(2)), floor=noise, train=train)
 
 
-def test_miou_is_that_of_a_count_over_all_pixels(real):
-    segmenter = build_segmenter(3, width=8, seed=3)
-    segmenter.settings = {"resolution": 32}
-    images = np.stack([np.array(Image.open(record.image)) for record in real.records])
-    predicted = predict(segmenter, to_image(torch.from_numpy(images).permute(0, 3, 1, 2)))
-    wanted = np.stack([read_mask(record.mask, PALETTE) for record in real.records])
-    expected = brute_force(predicted.numpy(), wanted, 3)
-    found = faithfulness(real, segmenter, batch_size=5)
-    assert list(found["per_class"].values()) == pytest.approx(expected)
-    assert found["miou"] == pytest.approx(sum(expected) / 3)
-    assert found["images"] == 12
+def swapped(image):
+    """Grass in the colour of roads, and roads in that of grass."""
+    pixels = np.array(image).astype(int)
+    grass, road = (np.array(label.colour) for label in PALETTE.labels[1:])
+    is_grass, is_road = (abs(pixels - colour).sum(-1, keepdims=True) < 60 for colour in (grass, road))
+    return Image.fromarray(
+        (pixels + (road - grass) * is_grass + (grass - road) * is_road).clip(0, 255).astype(np.uint8)
+    )
 
 
-def test_a_class_that_no_mask_wants_leaves_the_mean(tmp_path, segmenter):
-    split = write_rectangles(tmp_path, 3)
-    for record in split.records:
-        mask = read_mask(record.mask, PALETTE)
-        write_mask(record.mask, np.where(mask == 2, IGNORE, mask), PALETTE)
-    found = faithfulness(read_split(tmp_path), segmenter)
-    assert found["per_class"]["road"] is None
-    assert found["miou"] == pytest.approx(np.mean([found["per_class"][name] for name in ("sky", "grass")]))
+def moved(image, pixels=2):
+    return Image.fromarray(np.roll(np.array(image), pixels, (0, 1)))
 
 
-def test_identical_sets_are_at_no_distance_and_blur_moves_them_apart(real, segmenter, metrics):
-    same = evaluate(real, real, segmenter, log=quiet)["distance"]
-    assert same["frechet_distance"] == pytest.approx(0, abs=1e-4)
-    assert metrics["distance"]["frechet_distance"] > same["frechet_distance"] + 0.01
-    assert metrics["distance"]["kernel_distance_mean"] > same["kernel_distance_mean"]
+def told_by(page):
+    """A page without what is in its pictures."""
+    return re.sub(r'base64,[^"]*', "", page)
 
 
-def test_frechet_distance_of_known_gaussians():
-    line = torch.tensor([[-1.0], [0.0], [1.0]])
-    assert frechet_distance(line, line + 3) == pytest.approx(9, abs=1e-6)
-    assert frechet_distance(line, 2 * line) == pytest.approx(1, abs=1e-6)
+def at(metrics, *place):
+    return lookup(metrics, place), lookup(metrics["intervals"], place)
 
 
-def test_kernel_distance_repeats_and_leaves_the_random_state():
-    near, far = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.ones(70, 4)
-    state = torch.get_rng_state()
-    first = kernel_distance(near, far)
-    assert first == kernel_distance(near, far) and first[2] == 50
-    assert torch.equal(torch.get_rng_state(), state)
+def test_an_identical_set_reaches_its_ceiling_and_is_at_no_distance(same):
+    assert same["of_ceiling"] == 1 and same["intervals"]["of_ceiling"] == [1, 1]
+    assert same["distance"]["frechet_distance"] == pytest.approx(0, abs=1e-9)
+    assert (
+        same["intervals"]["distance"]["kernel_distance"][0] <= 0 <= same["intervals"]["distance"]["kernel_distance"][1]
+    )
+    assert same["colour"]["delta_e"] == 0 and same["colour"]["same_masks"]
+    assert min(same["distance"][key] for key in ("precision", "recall", "coverage")) == 1
+    assert same["faithfulness"]["real"]["miou"] > 0.9
 
 
-def test_the_distance_names_its_extractor_and_is_not_called_fid(metrics):
-    assert metrics["distance"]["extractor"] == "segmenter features"
-    assert not {"fid", "kid_mean"} & set(metrics["distance"])
-    assert (metrics["distance"]["images_real"], metrics["distance"]["images_synthetic"]) == (12, 12)
+def test_blur_moves_the_distances_up_and_faithfulness_down_but_no_colour(same, blurred):
+    assert max(blurred.metrics["shares_of_ceiling"]["synthetic"].values()) < 0.99
+    assert blurred.metrics["distance"]["frechet_distance"] > 0.01
+    assert blurred.metrics["intervals"]["distance"]["kernel_distance"][0] > 0
+    assert blurred.metrics["distance"]["coverage"] < same["distance"]["coverage"]
+    assert blurred.metrics["colour"]["delta_e"] < 2
 
 
-def test_the_floor_lies_below_and_the_reconstructions_at_the_ceiling(metrics):
+def test_a_shift_moves_areas_and_more_so_outlines_but_hardly_the_distances(blurred, changed):
+    shifted = changed("shifted", moved).metrics
+    shares = shifted["shares_of_ceiling"]["synthetic"]
+    assert shares["boundary_f"] < shares["miou"] - 0.1 < 0.85
+    assert shifted["distance"]["frechet_distance"] < blurred.metrics["distance"]["frechet_distance"] / 2
+    assert shifted["colour"]["delta_e"] < 2
+
+
+def test_swapped_classes_lose_their_iou_are_confused_and_look_wrong_and_the_third_class_does_not(changed, same):
+    found = changed("swapped", swapped).metrics
+    iou, ceiling = (one["faithfulness"]["synthetic"]["per_class"] for one in (found, same))
+    assert iou["sky"] > ceiling["sky"] - 0.1
+    assert max(iou["grass"], iou["road"]) < 0.1 < ceiling["grass"] and found["of_ceiling"] < 0.5
+    confused = np.array(found["confusion"]["synthetic"])
+    assert confused[1, 2] > 10 * confused[1, 1] and confused[2, 1] > 10 * confused[2, 2]
+    crops = found["intervals"]["crops"]["kernel_distance"]
+    assert crops["grass"][0] > 0 and crops["road"][0] > 0 > crops["sky"][0]
+
+
+def test_brighter_images_are_lighter_and_the_same_masks_are_compared(changed):
+    lighter = changed("brighter", lambda image: image.point(lambda value: min(255, value + 30))).metrics
+    value, (low, high) = at(lighter, "colour", "L")
+    assert 5 < low <= value <= high < 20 and lighter["colour"]["same_masks"]
+
+
+def test_training_images_are_found_out_as_copies(folder, observer, real):
+    train = read_split(folder / "data" / "train")
+    found = evaluate(real, train, observer, train=train, log=quiet).metrics
+    assert found["intervals"]["copies"]["nearer_than_real"][0] > 0.9
+    assert all(one["row"] == one["training_row"] and one["distance"] < 1e-5 for one in found["copies"]["closest"])
+    assert not found["colour"]["same_masks"]
+
+
+def test_the_floor_lies_below_the_ceiling_and_every_interval_holds_its_value(blurred):
+    metrics = blurred.metrics
     found = {name: entry["miou"] for name, entry in metrics["faithfulness"].items()}
-    assert found["floor"] < found["synthetic"] < found["real"] == found["reconstructions"]
-    assert metrics["of_ceiling"] == found["synthetic"] / found["real"]
+    assert found["floor"] < found["synthetic"] < found["real"]
+    for place in (
+        ("faithfulness", "synthetic", "miou"), ("shares_of_ceiling", "floor", "miou"),
+        ("faithfulness", "real", "boundary_f"), ("faithfulness", "synthetic", "per_class", "road"),
+        ("distance", "frechet_distance"), ("distance", "kernel_distance"), ("copies", "nearer_than_real"),
+        ("crops", "kernel_distance", "grass"), ("reliability", "synthetic", "expected_calibration_error"),
+    ):  # fmt: skip
+        value, (low, high) = at(metrics, *place)
+        assert low <= value <= high and low < high, place
 
 
-def test_the_table_holds_every_number(metrics):
-    text = table(metrics)
+def test_no_number_depends_on_batch_size_threads_or_processes(folder, observer, real, blurred):
+    other = read_split(folder / "blurred")
+    plain = Observer(observer.segmenter, observer.extractor)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        batches = [evaluate(real, other, Observer(plain.segmenter, plain.extractor, batch_size=size), log=quiet).metrics
+                   for size in (1, 5)]  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    parts = [Observer(plain.segmenter, plain.extractor, (), folder / "shared", 3, (rank, 2)) for rank in (0, 1)]
+    seen = [part.observe(other, log=quiet)["pixels"] for part in parts]
+    assert [len(one) for one in seen] == [9, 7]
+    shared = Observer(plain.segmenter, plain.extractor, (), folder / "shared", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Observer, "look", lambda *_: pytest.fail("looked twice"))
+        shared.observe(other, log=quiet)
+    metrics = [evaluate(real, other, one, log=quiet).metrics for one in (plain, shared)]
+    assert batches[0] == batches[1] == metrics[0] == metrics[1]
+
+
+def test_a_changed_image_is_looked_at_again(tmp_path, observer):
+    split = write_rectangles(tmp_path / "data", 4)
+    kept = Observer(observer.segmenter, observer.extractor, cache=tmp_path / "cache")
+    first = kept.observe(split, log=quiet)["pixels"]
+    Image.open(split[1].image).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(split[1].image)
+    again = kept.observe(split, log=quiet)["pixels"]
+    assert not torch.equal(first[1], again[1]) and torch.equal(first[2], again[2])
+    for path in (tmp_path / "cache" / "seen").iterdir():
+        path.write_bytes(b"torn")
+    assert torch.equal(kept.observe(split, log=quiet)["pixels"], again)
+
+
+KILLED = """
+import os, signal, sys
+from segcn.assess import evaluate_folders
+from segcn.config import EvaluateConfig
+replace, done = os.replace, []
+def replace_or_die(*paths):
+    done.append(paths)
+    if len(done) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+        signal.pause()  # some kernels come back from the call before the process ends
+    replace(*paths)
+os.replace = replace_or_die
+real, synthetic, segmenter, output, size = sys.argv[1:]
+evaluate_folders(EvaluateConfig(real=real, synthetic=synthetic, segmenter=segmenter, output_dir=output, batch_size=3))
+"""
+
+
+def test_an_evaluation_that_was_killed_and_restarted_writes_the_bytes_of_one_that_was_not(folder, tmp_path, blurred):
+    places = [str(folder / name) for name in ("data", "blurred", "segmenter")]
+    config = dict(zip(("real", "synthetic", "segmenter"), places, strict=True)) | {"batch_size": 3}
+    line = [sys.executable, "-c", KILLED, *places, str(tmp_path / "killed"), "3"]
+    assert subprocess.run(line, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).returncode == -signal.SIGKILL
+    stood = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "cache" / "seen").glob("*.safetensors")}
+    assert stood and not (tmp_path / "killed" / METRICS).exists()
+    for name in ("killed", "whole"):
+        evaluate_folders(EvaluateConfig(**config, output_dir=str(tmp_path / name)), log=quiet)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stood.items())
+    for name in (METRICS, DRAWS, "report.html"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_write_the_bytes_of_one(folder, tmp_path, blurred):
+    words = [f"--{name}={folder / path}" for name, path in
+             (("real", "data"), ("synthetic", "blurred"), ("segmenter", "segmenter"))]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    for name, start in (("one", [sys.executable]), ("two", torchrun)):
+        line = [*start, "-m", "segcn.cli", "evaluate", *words, f"--output_dir={tmp_path / name}", "--batch_size=3"]
+        subprocess.run(line, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    for name in (METRICS, DRAWS, "report.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_table_names_the_extractor_and_holds_the_numbers_with_their_intervals(blurred):
+    metrics, text = blurred.metrics, table(blurred.metrics)
     for entry in metrics["faithfulness"].values():
         for value in (entry["miou"], *entry["per_class"].values()):
             assert f"{value:.3f}" in text
-    for key in ("frechet_distance", "kernel_distance_mean", "kernel_distance_std"):
-        assert f"{metrics['distance'][key]:.4g}" in text
-    assert f"{metrics['of_ceiling']:.3f}" in text and "FID" not in text
+    low, high = metrics["intervals"]["shares_of_ceiling"]["synthetic"]["miou"]
+    assert f"{metrics['of_ceiling']:.3f} [{low:.3f}, {high:.3f}]" in text
+    assert "Fréchet distance (segmenter features)" in text and "kernel distance (segmenter features)" in text
+    assert "FID" not in text and "KID" not in text and "mostly bias" in text
     assert all(name in text for name in ("real (ceiling)", "with mask", "no mask (floor)", *PALETTE.names))
 
 
-def test_the_table_stays_narrow_with_many_classes(metrics):
-    crowded = json.loads(json.dumps(metrics))
+def test_the_table_stays_narrow_with_many_classes(blurred):
+    crowded = json.loads(json.dumps(blurred.metrics))
     for entry in crowded["faithfulness"].values():
         entry["per_class"] = {f"a class of things {k}": k / 150 for k in range(150)}
     text = table(crowded)
@@ -146,46 +275,129 @@ def test_the_table_stays_narrow_with_many_classes(metrics):
     assert f"{149 / 150:.3f}" in text
 
 
-def test_metrics_are_stored_as_json_and_evaluate_repeats(real, segmenter, metrics, tmp_path):
-    write_metrics(metrics, tmp_path / "run" / "metrics.json")
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
-    once, twice = (evaluate(real, real, segmenter, batch_size=5, log=quiet) for _ in range(2))
-    assert once == twice
-    assert all(map(math.isfinite, [once["of_ceiling"], once["distance"]["kernel_distance_std"]]))
+def test_the_report_is_one_file_that_escapes_names_and_names_its_extractor(folder, observer, real, tmp_path):
+    split = write_rectangles(tmp_path / "<script>alert(1)</script>" / "set", 8, seed=7)
+    palette = Palette((*PALETTE.labels[:2], Label(2, "<b>road & way</b>", PALETTE.labels[2].colour)))
+    rows = [(record.image_name, record.mask_name, "<img src=x onerror=alert(2)>") for record in split.records]
+    for one in (split.folder, tmp_path / "real"):
+        write_rectangles(one, 8, seed=7)
+        palette.save(one / "palette.json")
+        write_metadata(one, rows)
+    page = told_by(as_html(evaluate(read_split(tmp_path / "real"), read_split(split.folder), observer, log=quiet)))
+    assert "<script" not in page and "<img src=x" not in page and "<b>road" not in page
+    assert "&lt;script&gt;" in page and "segmenter features" in page and "FID" not in page
+    assert page.count("data:image/png;") == 5 and "http" not in page
+    assert "Not measured: the real data set has no train split" in page
 
 
-def test_images_of_any_size_are_seen_at_the_segmenters_resolution(tmp_path, segmenter):
-    large = write_rectangles(tmp_path, 6, seed=7, side=100)
-    assert faithfulness(large, segmenter)["miou"] > 0.8
+def test_the_report_shows_the_copies_and_tells_the_ceiling_and_the_floor(blurred):
+    page = told_by(as_html(blurred))
+    assert page.count("data:image/png;") == 8
+    told = ("real (ceiling)", "no mask (floor)", "mostly bias", "closest pairs", "expected calibration error")
+    assert all(words in page for words in told)
 
 
-def test_a_broken_image_is_named_with_its_row(tmp_path, segmenter):
+def test_the_best_and_worst_images_of_a_class_are_those_with_the_best_and_worst_iou(blurred):
+    wanted, found, both = blurred.seen["synthetic"]["pixels"][:, 2].double().unbind(1)
+    chosen = extremes(blurred, 2)
+    large = wanted >= min(max(LEAST_CROP, 0.01 * 32 * 32), wanted[wanted > 0].median())
+    scores = (both / (wanted + found - both))[large].sort(descending=True).values.tolist()
+    assert [value for _, value in chosen] == pytest.approx(scores[:2] + scores[-2:])
+    picture = strip(blurred, chosen[0][0])
+    assert picture.shape == (32, 3 * 32 + 2 * 3, 3)
+    wanted_mask = read_mask(blurred.splits["synthetic"][chosen[0][0]].mask, PALETTE)
+    assert (picture[:, 35:67] == PALETTE.table[wanted_mask]).all()
+
+
+def test_two_runs_are_compared_with_paired_intervals(folder, observer, real, blurred, tmp_path):
+    blurred.write(tmp_path / "blurred")
+    evaluate(real, real, observer, log=quiet).write(tmp_path / "same")
+    told = {line[:44].strip(): line for line in compare(tmp_path / "blurred", tmp_path / "same" / METRICS).splitlines()}
+    share = told["mIoU of ceiling, with mask"]
+    assert f"{blurred.metrics['of_ceiling']:.3f}" in share and "1.000" in share and share.endswith("*")
+    assert "Fréchet distance (segmenter features)" in told and told["IoU of grass, with mask"].endswith("*")
+    same = compare(tmp_path / "same", tmp_path / "same")
+    assert "0.000 [0.000, 0.000]" in same and not any(line.endswith("]  *") for line in same.splitlines())
+    with pytest.raises(UserError, match=r"expected metrics\.json and draws\.safetensors"):
+        compare(tmp_path / "same", tmp_path / "none")
+
+
+def test_metrics_are_stored_whole_as_json(blurred, tmp_path):
+    blurred.write(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / METRICS).read_text()) == blurred.metrics
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [DRAWS, METRICS]
+
+
+def test_the_evaluation_of_other_images_is_not_replaced(folder, tmp_path, blurred):
+    settings = {"real": str(folder / "data"), "segmenter": str(folder / "segmenter"), "output_dir": str(tmp_path)}
+    (tmp_path / METRICS).write_text('{"sets": {"synthetic": {"folder": "/somewhere/else"}}}')
+    with pytest.raises(UserError, match=r"tells of /somewhere/else, not of .*choose another --output_dir"):
+        evaluate_folders(EvaluateConfig(**settings, synthetic=str(folder / "blurred")), log=quiet)
+    with pytest.raises(UserError, match="needs --real DATASET and --synthetic DATASET"):
+        evaluate_folders(EvaluateConfig(real="here"), log=quiet)
+
+
+def test_a_class_that_no_mask_wants_leaves_the_mean(tmp_path, observer):
+    split = write_rectangles(tmp_path, 3)
+    for record in split.records:
+        mask = read_mask(record.mask, PALETTE)
+        write_mask(record.mask, np.where(mask == 2, IGNORE, mask), PALETTE)
+    found = faithfulness(read_split(tmp_path), observer.segmenter)
+    assert found["per_class"]["road"] is None
+    assert found["miou"] == pytest.approx(np.mean([found["per_class"][name] for name in ("sky", "grass")]))
+    metrics = evaluate(read_split(tmp_path), read_split(tmp_path), observer, log=quiet).metrics
+    assert metrics["faithfulness"]["real"]["miou"] == pytest.approx(found["miou"])
+    assert metrics["faithfulness"]["real"]["per_class"]["road"] is None
+
+
+def test_images_of_any_size_are_seen_at_the_segmenters_resolution(tmp_path, observer):
+    assert faithfulness(write_rectangles(tmp_path, 6, seed=7, side=100), observer.segmenter)["miou"] > 0.8
+
+
+def test_a_broken_image_is_named_with_its_file_and_row(tmp_path, observer, real):
     split = write_rectangles(tmp_path, 4)
     split[2].image.write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"metadata\.csv, line 4 \(row 2\).*2\.png"):
-        faithfulness(split, segmenter)
+    for look in (lambda: evaluate(real, split, observer, log=quiet), lambda: faithfulness(split, observer.segmenter)):
+        with pytest.raises(UserError, match=r"metadata\.csv, line 4 \(row 2\).*2\.png"):
+            look()
 
 
-def test_sets_that_do_not_belong_together_are_refused(tmp_path, real, segmenter):
+def test_sets_that_do_not_belong_together_are_refused(tmp_path, real, observer):
     split = write_rectangles(tmp_path, 3)
     Palette((*PALETTE.labels, Label(3, "house", (1, 2, 3)))).save(tmp_path / "palette.json")
     other = read_split(tmp_path)
     with pytest.raises(UserError, match="its palette differs"):
-        evaluate(real, other, segmenter, log=quiet)
+        evaluate(real, other, observer, log=quiet)
     with pytest.raises(UserError, match="expected the 3 classes of the segmenter, found 4"):
-        evaluate(other, other, segmenter, log=quiet)
+        evaluate(other, other, observer, log=quiet)
     with pytest.raises(UserError, match="at least 2 images"):
-        evaluate(split, type(split)(split.folder, split.metadata, PALETTE, split.records[:1]), segmenter, log=quiet)
+        evaluate(split, type(split)(split.folder, split.metadata, PALETTE, split.records[:1]), observer, log=quiet)
 
 
-def test_inception_weights_are_used_when_at_hand_and_missing_ones_are_named(real, segmenter, tmp_path):
+def test_inception_weights_are_used_when_at_hand_and_missing_or_wrong_ones_are_named(observer, tmp_path):
     with pytest.raises(UserError, match=INCEPTION_WEIGHTS):
-        evaluate(real, real, segmenter, inception=tmp_path / "none.pth", log=quiet)
-    try:
-        import torch_fidelity  # noqa: F401
-    except ModuleNotFoundError:
-        stored = tmp_path / "torch" / "hub" / "checkpoints" / INCEPTION_WEIGHTS
-        stored.parent.mkdir(parents=True)
-        stored.touch()
-        with pytest.raises(UserError, match="pip install torch-fidelity"):
-            evaluate(real, real, segmenter, log=quiet)
+        open_extractor(observer.segmenter, tmp_path / "none.pth")
+    stored = tmp_path / "torch" / "hub" / "checkpoints" / INCEPTION_WEIGHTS
+    stored.parent.mkdir(parents=True)
+    stored.write_bytes(b"not weights")
+    with pytest.raises(UserError, match="expected Inception's weights"):
+        open_extractor(observer.segmenter)
+
+
+@pytest.mark.slow
+def test_inceptions_features_are_named_and_those_of_other_weights_are_not_called_fid(observer, real, tmp_path):
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: None)
+        patch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        random = theirs.FeatureExtractorInceptionV3("random", ["2048"])
+    torch.save(random.state_dict(), tmp_path / "inception.pth")
+    extractor = open_extractor(observer.segmenter, tmp_path / "inception.pth")
+    found = evaluate(real, real, Observer(observer.segmenter, extractor), log=quiet)
+    assert found.metrics["distance"]["features"] == 2048 and "below 10240 images" in table(found.metrics)
+    assert "Fréchet distance (Inception v3 with other weights (inception.pth)): " in table(found.metrics)
+    published = observer.extractor._replace(name=INCEPTION)
+    found = evaluate(real, real, Observer(observer.segmenter, published), log=quiet)
+    assert "FID (Inception v3, 2015-12-05): " in table(found.metrics)
+    assert "KID (Inception v3, 2015-12-05)" in told_by(as_html(found))

@@ -164,7 +164,7 @@ def test_the_launchers_write_what_one_command_writes(warm, config, tmp_path, lau
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert tree(tmp_path / "launched") == tree(tmp_path / "one")
-    assert done.stdout.count(str(tmp_path / "launched")) == 1
+    assert done.stdout.splitlines().count(str(tmp_path / "launched")) == 1
 
 
 @pytest.mark.slow

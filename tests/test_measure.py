@@ -72,6 +72,7 @@ def test_the_picture_has_a_mask_and_four_captions_a_row(measured):
     assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 1000
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_more_images(measured, landscapes):
     config, _, _ = measured
     painted = config.folder / "with_mask" / "images" / "000000.png"

@@ -9,15 +9,8 @@ from segcn.errors import UserError
 from segcn.labels import IGNORE, Label, Palette
 from segcn.masks import write_mask
 from segcn.records import read_split, write_metadata
-from segcn.segmenter import (
-    SegmenterConfig,
-    build_segmenter,
-    class_weights,
-    load_segmenter,
-    predict,
-    segmentation_loss,
-    train_segmenter,
-)
+from segcn.segmenter import build_segmenter, load_segmenter, predict, train_segmenter
+from segcn.segmenter_fit import SegmenterConfig, class_weights, segmentation_loss
 
 PALETTE = Palette(
     (Label(0, "sky", (90, 160, 220)), Label(1, "grass", (70, 150, 60)), Label(2, "road", (120, 110, 100)))
@@ -91,6 +84,17 @@ def test_unlabelled_pixels_leave_the_loss():
         segmentation_loss(logits, mask, ones), segmentation_loss(logits[..., 2:, :], mask[:, 2:], ones)
     )
     assert segmentation_loss(logits, torch.full_like(mask, IGNORE), ones) == 0
+
+
+def test_a_weight_makes_the_pixels_of_a_picture_count_less_and_of_weight_zero_not_at_all():
+    logits, ones = torch.randn(2, 3, 4, 4), torch.ones(3)
+    mask = torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
+    mask[1, :2] = IGNORE  # 16 pixels of the first picture, 8 of the second
+    first, second = (segmentation_loss(logits[i : i + 1], mask[i : i + 1], ones) for i in (0, 1))
+    quarter = segmentation_loss(logits, mask, ones, torch.tensor([1.0, 0.25]))
+    assert torch.isclose(quarter, (16 * first + 2 * second) / 18)
+    assert torch.isclose(segmentation_loss(logits, mask, ones, torch.tensor([1.0, 0.0])), first)
+    assert torch.equal(segmentation_loss(logits, mask, ones), segmentation_loss(logits, mask, ones, torch.ones(2)))
 
 
 def test_rare_classes_weigh_more_and_the_average_pixel_one(split):

@@ -3,7 +3,6 @@ import shlex
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -14,7 +13,6 @@ from segcn.balance import class_pixels, frequencies
 from segcn.dataset import PairedDataset
 from segcn.labels import Label, Palette
 from segcn.records import read_split
-from segcn.segmenter import build_segmenter
 from segcn.sheets import write_sheet
 from segcn.train_config import TrainConfig
 
@@ -222,18 +220,6 @@ def test_captions_are_retold():
     assert captions.common_words(["a red house", "the red car"], 1) == [("red", 2)]
 
 
-def test_the_judge_orders_images_by_agreement(test):
-    torch.manual_seed(0)
-    segmenter = build_segmenter(test.palette.num_classes, width=8)
-    segmenter.settings = {"resolution": 64}
-    judged = story.judge(test, segmenter)
-    scores = [one.agreement for one in judged]
-    assert sorted(one.row for one in judged) == list(range(6)) and scores == sorted(scores, reverse=True)
-    best = judged[0]
-    assert best.agreement == pytest.approx((best.wanted == best.found).mean())
-    assert shows_something(story.verdicts(judged, test.palette, 2)) and story.verdicts(judged[:1], test.palette)
-
-
 def test_the_story_shows_each_picture_in_its_place(test, tmp_path):
     black = np.zeros((2, 64, 64, 3), np.uint8)
     picture = story.tell(test, test, test, black, ["one", "a very long caption " * 20])
@@ -245,9 +231,3 @@ def test_the_story_shows_each_picture_in_its_place(test, tmp_path):
     assert (drawn[story.HEAD : story.HEAD + story.SIDE, column] == 0).all()
     mask = np.asarray(story.enlarged(show.colours(show.read_pair(test, 0)[1], test), smooth=False))
     assert (drawn[story.HEAD : story.HEAD + story.SIDE, left : left + story.SIDE] == mask).all()
-
-
-def test_bars_of_faithfulness_name_every_measured_set():
-    one = {"miou": 0.5, "per_class": {"sky": 0.5, "sun": None}}
-    figure = story.faithfulness_bars(json.loads(json.dumps({"faithfulness": {"real": one, "synthetic": one}})))
-    assert len(figure.axes[0].containers) == 2 and shows_something(figure)

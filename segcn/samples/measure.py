@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 from segcn import show
 from segcn.config import OUTPUTS, GenerateConfig, SampleConfig, flag
+from segcn.distance import frechet_distance
 from segcn.errors import UserError
-from segcn.evaluate import distance, faithfulness, write_metrics
+from segcn.evaluate import faithfulness, features, write_metrics
+from segcn.features import open_extractor
 from segcn.generate import generate_dataset, reconstruct_dataset
 from segcn.masks import colourise
 from segcn.pipeline import Painter, generate, load_painter
@@ -42,6 +45,10 @@ Log = Callable[[str], None]
 @dataclass(frozen=True)
 class MeasureConfig(SampleConfig):
     """Measure the embedded base and its ControlNet on held-out landscapes and tiles of the Earth."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = SampleConfig.PRESETS | {
+        "tiny": {"num_inference_steps": 10, "guidance_scale": 2.5, "scheduler": "dpm"}  # as the base was chosen
+    }
 
     controlnet_model_name_or_path: str | None = flag(None, "ControlNet folder; none: the one shipped with the base")
     resolution: int = flag(128, "pixels a side")
@@ -134,7 +141,9 @@ def faithful(sets: dict[str, Split], segmenter: Segmenter, log: Log) -> dict:
         found[name] = faithfulness(split, segmenter)
         log(f"measure: {name.replace('_', ' ')}: mIoU {found[name]['miou']:.3f} on {len(split)} images")
     shares = {name: dict(shares_of(one, found["real"])) for name, one in found.items()}
-    apart = distance(sets["real"], sets["with_mask"], segmenter)
+    extractor = open_extractor(segmenter)
+    near, far = (features(sets[name], segmenter, extractor) for name in ("real", "with_mask"))
+    apart = {"extractor": extractor.name, "frechet_distance": frechet_distance(near, far)}
     return {"segmenter": segmenter.settings, "faithfulness": found, "share_of_ceiling": shares, "distance": apart}
 
 

@@ -1,0 +1,124 @@
+"""Segmenters that learn from real and synthetic pictures mixed in each batch, and what they find in test images."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from segcn import seeds
+from segcn.augment import AUGMENTS, AugmentConfig
+from segcn.dataset import PairedDataset
+from segcn.devices import pick_device
+from segcn.faithfulness import confusion, pixels_of
+from segcn.records import Split
+from segcn.segmenter import Segmenter, build_segmenter, predict
+from segcn.segmenter_fit import SegmenterConfig, class_weights, fit
+
+# As strong for real pictures as for synthetic ones, whose layouts were moved by affine draws, too: synthetic pictures
+# shall not win by a lack of augmentation.
+AUGMENT = replace(AugmentConfig(), scale_min=0.75, scale_max=1.5, brightness=0.3, contrast=0.3, saturation=0.3)
+KEPT_BYTES = 2**30  # of decoded pictures, at most, that stay in memory
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a segmenter learns from; one of both may be None."""
+
+    real: Split | None
+    synthetic: Split | None
+    share: float = 0.0  # of the pictures of a batch, on average, that are synthetic
+    weight: float = 1.0  # of a synthetic picture's pixels in the loss, 0 to 1
+
+
+class KeptPairs(PairedDataset):
+    """A data set whose pictures are decoded once, as far as they fit into `KEPT_BYTES`."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        first = sum(tensor.nbytes for tensor in super()._read(0))
+        self._read = lru_cache(max(1, KEPT_BYTES // first))(super()._read)
+
+
+def train_mixed(mixture: Mixture, config: SegmenterConfig, log: Callable[[str], None] = print) -> Segmenter:
+    """A segmenter after `config.steps` batches of a mixture, whatever it is made of.
+
+    All segmenters that are compared take the same steps with the same number of pictures in each, under a learning rate
+    that falls to zero, with the same augmentation and, of a seed, the same initial weights: those with synthetic
+    pictures see fewer real ones, never more of anything.
+    """
+    palette = (mixture.real or mixture.synthetic).palette
+    segmenter = build_segmenter(palette.num_classes, config.width, config.seed).to(pick_device())
+    weights = class_weights(mixture.real or mixture.synthetic)
+    losses = fit(segmenter, mixed_batches(mixture, config), weights, config, log)
+    segmenter.settings = asdict(config) | {"num_classes": segmenter.num_classes, "last_fall": last_fall(losses)}
+    return segmenter
+
+
+def last_fall(losses: torch.Tensor) -> float:
+    """By which share the mean loss fell from the last tenth but one of the steps to the last one: converged is about 0.
+
+    losses [steps].
+    """
+    tenth = max(1, len(losses) // 10)
+    before, last = losses[-2 * tenth : -tenth].mean().item(), losses[-tenth:].mean().item()
+    return round(1 - last / before, 4) if before else 0.0
+
+
+def mixed_batches(
+    mixture: Mixture, config: SegmenterConfig
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield (image [B, 3, R, R] in [-1, 1], mask uint8 [B, R, R], weights [B]) of every step.
+
+    The real pictures of a seed come in the same order and with the same draws, whatever they are mixed with.
+    """
+    streams = {
+        synthetic: _samples(
+            KeptPairs(split, config.resolution, AUGMENT, config.seed, config.fit), synthetic, config.seed
+        )
+        for synthetic, split in ((False, mixture.real), (True, mixture.synthetic))
+        if split is not None
+    }
+    for step in range(config.steps):
+        which = [synthetic if len(streams) == 2 else next(iter(streams))
+                 for synthetic in synthetic_places(step, config.batch_size, mixture.share)]  # fmt: skip
+        samples = [next(streams[synthetic]) for synthetic in which]
+        weights = torch.tensor([mixture.weight if synthetic and len(streams) == 2 else 1.0 for synthetic in which])
+        yield torch.stack([one.image for one in samples]), torch.stack([one.mask for one in samples]), weights
+
+
+def synthetic_places(step: int, batch_size: int, share: float) -> list[bool]:
+    """Which places of a batch are synthetic: over the steps exactly `share` of all places."""
+    before, after = (int((step + more) * batch_size * share + 1e-6) for more in (0, 1))
+    return [place >= batch_size - (after - before) for place in range(batch_size)]
+
+
+def found_in(segmenter: Segmenter, split: Split, batch_size: int = 32) -> np.ndarray:
+    """What is both found and there, either of both, and there: int64 [images, 3, K], pixels of each test image."""
+    settings = segmenter.settings
+    pairs = PairedDataset(split, settings["resolution"], AUGMENTS["none"], 0, settings["fit"])
+    found = []
+    for first in range(0, len(pairs), batch_size):
+        samples = [pairs.sample(row, 0) for row in range(first, min(first + batch_size, len(pairs)))]
+        seen = predict(segmenter, torch.stack([sample.image for sample in samples])).numpy()
+        found += [overlap(ids, one.mask.numpy(), segmenter.num_classes) for ids, one in zip(seen, samples, strict=True)]
+    return np.stack(found)
+
+
+def overlap(seen: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
+    """Of class ids, uint8 [H, W], the pixels of each class in both, in either, and in the mask: int64 [3, K].
+
+    Where the mask is 255 nothing is counted.
+    """
+    confused = confusion(torch.from_numpy(seen), torch.from_numpy(mask), classes)
+    there, found, both = pixels_of(confused).unbind(-1)
+    return torch.stack([both, found + there - both, there]).numpy()
+
+
+def _samples(pairs: PairedDataset, synthetic: bool, seed: int) -> Iterator:
+    epoch = 0
+    while True:
+        order = seeds.permutation(len(pairs), "mixing", seed, "synthetic" if synthetic else "real", epoch)
+        yield from (pairs.sample(row, epoch) for row in order)
+        epoch += 1

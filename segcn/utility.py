@@ -1,0 +1,221 @@
+"""`segcn evaluate utility`: train segmenters on real and synthetic images, and test them all on held-out real ones."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from segcn import checkpoint
+from segcn.arguments import parse, to_json
+from segcn.atomic import write_text
+from segcn.errors import UserError
+from segcn.generate import generate_dataset
+from segcn.mixing import Mixture, found_in, train_mixed
+from segcn.records import METADATA, Split, check_split, read_split
+from segcn.segmenter import write_segmenter
+from segcn.show import quiet
+from segcn.train import train
+from segcn.utility_plan import (
+    Arm,
+    UtilityConfig,
+    arms,
+    check,
+    drawn_rows,
+    estimate,
+    fitting,
+    key_of,
+    painting,
+    stage_rows,
+    training,
+)
+from segcn.utility_report import metrics_of, report, write_report
+
+COUNTS = "found_in_test.npy"  # of a finished segmenter
+
+
+@dataclass
+class Study:
+    """What is at hand while a study runs."""
+
+    config: UtilityConfig
+    rows: dict[float, Split]  # of each fraction, in a folder of their own
+    test: Split
+    log: Callable[[str], None]
+    clock: "Clock" = field(init=False)
+
+    def __post_init__(self):
+        self.clock = Clock(list(self.units()), self.log)
+
+    def units(self) -> Iterator[tuple[str, float]]:
+        """Kind and seconds of every piece of work that is still to do."""
+        for fraction in self.config.some:
+            if not finished_controlnet(self.controlnet(fraction)):
+                yield "controlnet", estimate(self.config, "controlnet")
+            if not finished_images(self.synthetic(fraction)):
+                yield "synthetic", estimate(self.config, "synthetic")
+        for arm in arms(self.config):
+            for seed in range(self.config.seeds):
+                if checkpoint.problem(self.segmenter(arm, seed)):
+                    yield "segmenter", estimate(self.config, "segmenter")
+
+    def controlnet(self, fraction: float) -> Path:
+        return self._folder("controlnets", f"{fraction:g}", key_of(self.config, self.rows[fraction], "controlnet"))
+
+    def synthetic(self, fraction: float) -> Path:
+        """Its name depends on the ControlNet and on the segmenter that vets, too."""
+        parents = self.controlnet(fraction).name, self.segmenter(Arm(fraction, 0.0), 0).name
+        return self._folder("images", f"{fraction:g}", key_of(self.config, self.rows[fraction], "synthetic", *parents))
+
+    def segmenter(self, arm: Arm, seed: int) -> Path:
+        mixed = () if arm.ratio == 0 else (self.synthetic(arm.fraction).name, self.config.synthetic_weight)
+        more = (arm.ratio, seed, self.test.fingerprint, *mixed)
+        key = key_of(self.config, self.rows[arm.fraction], "segmenter", *more)
+        return self._folder("segmenters", f"{arm.fraction:g}-{arm.name}-{seed}", key)
+
+    def _folder(self, kind: str, name: str, key: str) -> Path:
+        return self.config.folder / kind / f"{name}-{key}"
+
+
+class Clock:
+    """How far a study is, and how long the rest may take at the pace so far."""
+
+    def __init__(self, units: list[tuple[str, float]], log: Callable[[str], None]):
+        self.left, self.log = sum(seconds for _, seconds in units), log
+        self.total, self.done, self.began, self.expected = len(units), 0, time.monotonic(), 0.0
+
+    def finished(self, seconds: float, what: str) -> None:
+        """Say what was done; seconds: what it was expected to take."""
+        self.done, self.expected, self.left = self.done + 1, self.expected + seconds, self.left - seconds
+        gone = time.monotonic() - self.began
+        left = self.left * gone / self.expected
+        self.log(f"[{self.done}/{self.total}] {what}; {_minutes(gone)} gone, about {_minutes(left)} left")
+
+
+def evaluate_utility(config: UtilityConfig, log: Callable[[str], None] = print) -> dict:
+    """The whole study; writes rows.json, metrics.json, utility.md and utility.png, and returns the metrics.
+
+    Every ControlNet, set of images and segmenter stands in a folder of its own and is made once: killed anywhere, the
+    same command goes on and ends with the same metrics.
+    """
+    study = open_study(config, log)
+    log(f"{study.clock.total} pieces of work, about {_minutes(study.clock.left)} on two slow cores; {config.folder}")
+    for fraction in config.some:
+        learn(study, Arm(fraction, 0.0), None, range(1))  # it vets the images
+        learn_to_paint(study, fraction)
+    for arm in arms(config):
+        synthetic = None if arm.ratio == 0 else read_split(study.synthetic(arm.fraction))
+        learn(study, arm, synthetic, range(config.seeds))
+    counts = {arm: counts_of(study, arm) for arm in arms(config)}
+    metrics = metrics_of(config, study.rows, images_made(study), counts) | {"last_fall": largest_fall(study)}
+    write_report(metrics, config.folder)
+    return metrics
+
+
+def open_study(config: UtilityConfig, log: Callable[[str], None]) -> Study:
+    """Check the settings and both splits, and set the rows of each fraction apart."""
+    check(config)
+    train_rows, test = read_split(config.dataset_name, "train"), read_split(config.dataset_name, "test")
+    if test.palette.fingerprint != train_rows.palette.fingerprint:
+        raise UserError(f"{config.dataset_name}: expected one palette, found another one in {test.folder}")
+    for split in (train_rows, test):
+        check_split(split, log)
+    chosen = {fraction: drawn_rows(train_rows, fraction, config.seed) for fraction in config.some}
+    config.folder.mkdir(parents=True, exist_ok=True)
+    places = {fraction: config.folder / "rows" / f"{fraction:g}-{train_rows.fingerprint[:6]}-{config.seed}"
+              for fraction in config.some}  # fmt: skip
+    named = {f"{fraction:g}": [train_rows[row].image_name for row in rows] for fraction, rows in chosen.items()}
+    write_text(config.folder / "rows.json", json.dumps(named, indent=1) + "\n")
+    write_text(config.folder / "utility_config.json", to_json(config))
+    rows = {fraction: stage_rows(train_rows, chosen[fraction], places[fraction]) for fraction in config.some}
+    return Study(config, rows, test, log)
+
+
+def learn(study: Study, arm: Arm, synthetic: Split | None, seeds: range) -> None:
+    """Train the segmenters of an arm that do not stand yet, and count what each finds in the test images."""
+    real = None if arm.ratio is None else study.rows[arm.fraction]
+    mixture = Mixture(real, synthetic, arm.share, study.config.synthetic_weight)
+    for seed in seeds:
+        folder = study.segmenter(arm, seed)
+        if checkpoint.problem(folder) is None:
+            continue
+        segmenter = train_mixed(mixture, fitting(study.config, seed), lambda line: None)
+        counts = found_in(segmenter, study.test)
+
+        def write(staged: Path, segmenter=segmenter, counts=counts) -> None:
+            write_segmenter(segmenter, study.test.palette, staged)
+            np.save(staged / COUNTS, counts)
+
+        checkpoint.commit(folder.parent, folder.name, write)
+        study.clock.finished(estimate(study.config, "segmenter"), f"segmenter {folder.name}")
+
+
+def learn_to_paint(study: Study, fraction: float) -> None:
+    """The ControlNet of a fraction, and the images that it paints, vetted by the first segmenter of the fraction."""
+    config, rows, where = study.config, study.rows[fraction], study.controlnet(fraction)
+    if not finished_controlnet(where):
+        train(training(config, rows, where))
+        study.clock.finished(estimate(config, "controlnet"), f"ControlNet {where.name}")
+    images = study.synthetic(fraction)
+    if not finished_images(images):
+        vetter = study.segmenter(Arm(fraction, 0.0), 0)
+        generate_dataset(painting(config, rows, where, vetter, images), log=study.log)
+        study.clock.finished(estimate(config, "synthetic"), f"images {images.name}")
+
+
+def finished_controlnet(folder: Path) -> bool:
+    return (folder / "diffusion_pytorch_model.safetensors").is_file()  # written last
+
+
+def finished_images(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in METADATA)  # written last
+
+
+def images_made(study: Study) -> dict[float, dict]:
+    """Of each fraction how many images were painted and kept, and which share of their pixels does not count."""
+    made = {}
+    for fraction in study.config.some:
+        folder = study.synthetic(fraction)
+        lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        kept = [line for line in lines if line["kept"]]
+        made[fraction] = {
+            "painted": len(lines), "kept": len(kept),
+            "miou": round(float(np.mean([line["miou"] for line in kept])), 4),
+            "ignored": round(float(np.mean([line["ignored"] for line in kept])), 4),
+        }  # fmt: skip
+    return made
+
+
+def largest_fall(study: Study) -> float:
+    """By which share the loss still fell in the last tenth of the steps, on average: of the arm where it was most."""
+    told = [
+        [json.loads((study.segmenter(arm, seed) / "config.json").read_text())["last_fall"]
+         for seed in range(study.config.seeds)]
+        for arm in arms(study.config)
+    ]  # fmt: skip
+    return round(float(np.mean(told, 1).max()), 4)
+
+
+def counts_of(study: Study, arm: Arm) -> np.ndarray:
+    """int64 [seeds, images, 3, K]: what the segmenters of an arm found in the test images."""
+    return np.stack([np.load(study.segmenter(arm, seed) / COUNTS) for seed in range(study.config.seeds)])
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+
+
+def command(words: list[str]) -> None:
+    """`segcn evaluate utility`; stopped, it keeps what is finished."""
+    quiet()
+    config = parse(UtilityConfig, words, "segcn evaluate utility")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
+    try:
+        print(report(evaluate_utility(config)))
+    except KeyboardInterrupt:
+        sys.exit("Stopped: what is finished is kept, and the same command goes on.")

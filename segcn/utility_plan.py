@@ -1,0 +1,248 @@
+"""What a study of usefulness consists of: its settings, the rows of each fraction, the runs, and how long they take."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from segcn import seeds
+from segcn.arguments import make
+from segcn.config import BASE, OUTPUTS, GenerateConfig, flag
+from segcn.errors import UserError
+from segcn.mixing import AUGMENT
+from segcn.models import base_fingerprint
+from segcn.records import Split, find_splits, read_split, write_metadata
+from segcn.segmenter_fit import SegmenterConfig
+from segcn.train_config import TrainConfig
+
+LEARNING_STEP = 0.6  # seconds of a ControlNet's step at batch 16, 128 pixels, on two slow cores
+PAINTING_STEP = 0.035  # of one picture's denoising step there
+FITTING_SAMPLE = 0.0035  # of one image of 64 pixels through a segmenter and back there
+
+
+@dataclass(frozen=True)
+class UtilityConfig:
+    """Do synthetic images help a segmenter? Trained on real, synthetic and both, it is tested on held-out real ones.
+
+    For each fraction of the real rows a ControlNet, the vetting of its images and the segmenters learn from these rows
+    alone. Whatever is finished is kept, and the same command goes on.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "tiny": {},
+        "sd15": {
+            "controlnet_steps": 10_000,
+            "num_inference_steps": 20,
+            "segmenter_steps": 4000,
+            "resolution": 512,
+            "segmenter_resolution": 256,
+        },
+    }
+    SECTIONS: ClassVar[dict[str, str]] = {
+        "preset": "data and models",
+        "fractions": "what is compared",
+        "images": "the synthetic images",
+        "segmenter_steps": "the segmenters",
+    }
+
+    preset: str = flag("tiny", "defaults to start from: tiny (the embedded base) or sd15", ("tiny", "sd15"))
+    dataset_name: str = flag("", "data set of real images with train/ and test/")
+    pretrained_model_name_or_path: str = flag(
+        str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout", aliases=("--base",)
+    )
+    output_dir: str = flag(str(OUTPUTS / "utility"), "folder of the study: everything is kept there")
+    resolution: int = flag(128, "pixels a side")
+    fit: str = flag("crop", "how images become square: crop, pad or stretch", ("crop", "pad", "stretch"))
+    allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
+    fractions: str = flag("0.05,0.1,0.25,1", "of the real rows, each holding the rows of the smaller ones")
+    ratios: str = flag("0.5,1,2", "synthetic images for each real one in a batch, compared at the largest fraction")
+    few_real_ratio: float = flag(1.0, "the same for every fraction")
+    seeds: int = flag(5, "segmenters of each kind")
+    seed: int = flag(0, "of the choice of rows, the ControlNets and the images")
+    resamples: int = flag(2000, "bootstrap resamples behind each interval")
+    images: int = flag(320, "painted for each fraction, as many from each of its rows")
+    controlnet_steps: int = flag(300, "optimizer steps of each fraction's ControlNet")
+    num_inference_steps: int = flag(6, "denoising steps")
+    augment_masks: str = flag("affine", "how layouts are drawn from the masks of the rows, as segcn generate does")
+    noise_prior: bool = flag(False, "start painting from the class statistics of the rows, as segcn generate does")
+    min_miou: float = flag(0.3, "an image in which the segmenter of these rows finds less of its mask is painted anew")
+    max_attempts: int = flag(2, "times an image is painted before it is dropped")
+    ignore_disagreement: bool = flag(True, "pixels in which that segmenter sees another class do not count")
+    batch_size: int = flag(16, "images painted at once")
+    segmenter_steps: int = flag(400, "optimizer steps of every segmenter")
+    segmenter_batch_size: int = flag(16, "images in each of them, real and synthetic together")
+    segmenter_resolution: int = flag(64, "pixels a side to which every image is resized for them")
+    segmenter_width: int = flag(SegmenterConfig.width, "channels of the segmenter at half resolution")
+    synthetic_weight: float = flag(1.0, "weight of a synthetic image's pixels beside real ones, 0 to 1")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir).absolute()
+
+    @property
+    def some(self) -> tuple[float, ...]:
+        """The fractions, the smallest first."""
+        return tuple(sorted(set(_numbers("fractions", self.fractions, 1))))
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The ratios, the smallest first."""
+        return tuple(sorted(set(_numbers("ratios", self.ratios, 100))))
+
+
+class Arm(NamedTuple):
+    """What a segmenter learns from: rows of a fraction, with `ratio` synthetic images for each real one.
+
+    ratio: 0 is real images alone, None synthetic ones alone.
+    """
+
+    fraction: float
+    ratio: float | None
+
+    @property
+    def name(self) -> str:
+        return "synthetic" if self.ratio is None else f"real+{self.ratio:g}x" if self.ratio else "real"
+
+    @property
+    def share(self) -> float:
+        """Of the images of a batch that are synthetic."""
+        return 1.0 if self.ratio is None else self.ratio / (1 + self.ratio)
+
+
+def check(config: UtilityConfig) -> None:
+    """UserError for settings that would fail only after a while, or mean nothing."""
+    for name in ("images", "controlnet_steps", "num_inference_steps", "max_attempts", "batch_size", "segmenter_steps",
+                 "segmenter_batch_size", "segmenter_resolution", "segmenter_width", "resamples"):  # fmt: skip
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name}: expected 1 or more, found {getattr(config, name)}")
+    if config.seeds < 2:
+        raise UserError(f"--seeds: expected 2 or more, since one tells nothing of its spread, found {config.seeds}")
+    for name in ("min_miou", "synthetic_weight"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name}: expected 0 to 1, found {getattr(config, name)}")
+    if not config.some or config.few_real_ratio not in config.shares:
+        raise UserError(f"--few_real_ratio {config.few_real_ratio:g}: expected one of --ratios {config.ratios}")
+    if not config.dataset_name:
+        raise UserError("--dataset_name: expected a data set folder with train/ and test/, found nothing")
+    if not {"train", "test"} <= set(find_splits(config.dataset_name)):
+        raise UserError(
+            f"--dataset_name {config.dataset_name}: expected train/ and test/, to test on real images that nothing was"
+            f" trained on, found {', '.join(find_splits(config.dataset_name))}; move rows to test/ (data/README.md)"
+        )
+
+
+def arms(config: UtilityConfig) -> list[Arm]:
+    """Real alone and with synthetic at every fraction; at the largest one synthetic alone and every ratio, too."""
+    few = [Arm(fraction, ratio) for fraction in config.some for ratio in (0.0, config.few_real_ratio)]
+    whole = config.some[-1]
+    return [*few, Arm(whole, None), *(Arm(whole, ratio) for ratio in config.shares if ratio != config.few_real_ratio)]
+
+
+def drawn_rows(split: Split, fraction: float, seed: int) -> list[int]:
+    """The rows of a fraction, two at least, in the order drawn: those of a smaller fraction come first in a larger."""
+    count = min(len(split), max(2, round(fraction * len(split))))
+    return seeds.permutation(len(split), "few real", seed)[:count]
+
+
+def stage_rows(split: Split, rows: list[int], folder: Path) -> Split:
+    """A data set of some rows of another: links to its files, or copies where the file system has no links.
+
+    Whatever reads this folder cannot see any other row.
+    """
+    if not any(folder.glob("metadata.*")):
+        (folder / "palette.json").unlink(missing_ok=True)
+        records = [split[row] for row in rows]
+        for record in records:
+            for name in (record.image_name, record.mask_name):
+                _link(Path(record.folder, name), folder / name)
+        split.palette.save(folder / "palette.json")
+        write_metadata(folder, ((one.image_name, one.mask_name, one.captions) for one in records))
+    return read_split(folder)
+
+
+def training(config: UtilityConfig, rows: Split, folder: Path) -> TrainConfig:
+    """How the ControlNet of a fraction is trained: as the preset says, on its rows, from the base alone."""
+    draws = max(1, min(16, config.controlnet_steps * 16 // (4 * len(rows))))  # each is seen four times or more
+    return make(
+        TrainConfig, config.preset, dataset_name=str(rows.folder), output_dir=str(folder), seed=config.seed,
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path, cache_dir=str(config.folder / "cache"),
+        resolution=config.resolution, fit=config.fit, max_train_steps=config.controlnet_steps, cache_draws=draws,
+        checkpointing_steps=100, checkpoints_total_limit=1, logging_steps=50, report_to="none",
+    )  # fmt: skip
+
+
+def painting(config: UtilityConfig, rows: Split, controlnet: Path, segmenter: Path, folder: Path) -> GenerateConfig:
+    """How the synthetic images of a fraction are painted and vetted: from its rows, by what learned from its rows."""
+    return make(
+        GenerateConfig, config.preset, controls=str(rows.folder), split="train", output_dir=str(folder),
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path, seed=config.seed,
+        controlnet_model_name_or_path=str(controlnet), segmenter=str(segmenter), resolution=config.resolution,
+        fit=config.fit, limit=min(config.images, len(rows)), replicates=-(-config.images // len(rows)),
+        num_inference_steps=config.num_inference_steps, augment_masks=config.augment_masks or None,
+        min_miou=config.min_miou, max_attempts=config.max_attempts, ignore_disagreement=config.ignore_disagreement,
+        batch_size=config.batch_size, noise_prior=str(rows.folder) if config.noise_prior else None,
+    )  # fmt: skip
+
+
+def fitting(config: UtilityConfig, seed: int) -> SegmenterConfig:
+    """How every segmenter is trained, whatever it is trained on."""
+    return SegmenterConfig(
+        steps=config.segmenter_steps, batch_size=config.segmenter_batch_size, width=config.segmenter_width,
+        resolution=config.segmenter_resolution, seed=seed, fit=config.fit,
+    )  # fmt: skip
+
+
+def key_of(config: UtilityConfig, rows: Split, kind: str, *more: Any) -> str:
+    """10 hexadecimal digits that change with whatever the ControlNet, the images or a segmenter depends on."""
+    relevant = {
+        "controlnet": ("preset", "resolution", "fit", "seed", "controlnet_steps"),
+        "synthetic": ("images", "num_inference_steps", "augment_masks", "noise_prior", "min_miou", "max_attempts",
+                      "ignore_disagreement", "batch_size"),
+        "segmenter": ("segmenter_resolution", "fit", "segmenter_steps", "segmenter_batch_size", "segmenter_width"),
+    }[kind]  # fmt: skip
+    told = {name: getattr(config, name) for name in relevant} | {"rows": rows.fingerprint, "more": more}
+    if kind == "segmenter":
+        told |= {"augment": asdict(AUGMENT)}
+    elif kind == "controlnet":
+        told |= {"base": _fingerprint_once(config.pretrained_model_name_or_path)}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def estimate(config: UtilityConfig, kind: str) -> float:
+    """Seconds of a ControlNet, of a synthetic set or of a segmenter run on two slow cores."""
+    area, crop = (config.resolution / 128) ** 2, (config.segmenter_resolution / 64) ** 2
+    return {
+        "controlnet": config.controlnet_steps * LEARNING_STEP * area + 20,
+        "synthetic": config.images * config.num_inference_steps * PAINTING_STEP * area * 1.3 + 10,
+        "segmenter": config.segmenter_steps * config.segmenter_batch_size * FITTING_SAMPLE * crop + 2,
+    }[kind]
+
+
+@functools.cache
+def _fingerprint_once(base: str) -> str:
+    return base_fingerprint(base)
+
+
+def _numbers(name: str, text: str, most: float) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < number <= most for number in found):
+        raise UserError(f"--{name}: expected numbers above 0 and up to {most:g} as in 0.5,1, found {text!r}")
+    return found
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        try:
+            os.link(os.path.realpath(source), target)
+        except OSError:
+            aside = target.with_name(f".{target.name}.staged")
+            shutil.copy2(source, aside)
+            os.replace(aside, target)

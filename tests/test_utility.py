@@ -1,0 +1,298 @@
+"""Promise: the study of usefulness leaks nothing between fractions, resumes to the same bytes, says what it found."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kills import die_at, forked
+from test_segmenter import PALETTE, write_rectangles
+
+from segcn import utility, utility_report
+from segcn.errors import UserError
+from segcn.labels import IGNORE
+from segcn.masks import write_mask
+from segcn.mixing import Mixture, last_fall, mixed_batches, overlap, synthetic_places, train_mixed
+from segcn.records import read_split, write_metadata
+from segcn.segmenter_fit import SegmenterConfig
+from segcn.utility import evaluate_utility
+from segcn.utility_intervals import estimate, interval, resampled
+from segcn.utility_plan import Arm, UtilityConfig, arms, drawn_rows, painting, stage_rows, training
+
+QUICK = SegmenterConfig(steps=3, batch_size=4, width=8, resolution=32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_rectangles(folder / "train", 8)
+    write_rectangles(folder / "test", 4, seed=1)
+    return folder
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    return UtilityConfig(
+        dataset_name=str(data), output_dir=str(tmp_path / "study"), fractions="0.25,1", ratios="1,2", seeds=2,
+        images=4, resolution=32, segmenter_resolution=32, segmenter_steps=2, segmenter_batch_size=2, segmenter_width=8,
+        resamples=50,
+    )  # fmt: skip
+
+
+def files_below(folder):
+    return {path.name for path in Path(folder).rglob("*.png")}
+
+
+def test_each_fraction_holds_the_rows_of_the_smaller_ones(data):
+    split = read_split(data, "train")
+    few, more, all_rows = (drawn_rows(split, fraction, 3) for fraction in (0.25, 0.5, 1))
+    assert (len(few), len(more), sorted(all_rows)) == (2, 4, list(range(8)))
+    assert more[:2] == few and all_rows[:4] == more
+    assert drawn_rows(split, 1, 4) != all_rows
+    assert len(drawn_rows(split, 0.01, 3)) == 2  # one row has no other to differ from
+
+
+def test_what_learns_from_a_fraction_is_given_a_folder_of_its_rows_alone(data, config, tmp_path):
+    split = read_split(data, "train")
+    rows = drawn_rows(split, 0.25, 0)
+    staged = stage_rows(split, rows, tmp_path / "rows")
+    assert files_below(tmp_path / "rows") == {f"{name}{row}.png" for row in rows for name in ("", "mask-")}
+    assert [(one.image_name, one.captions) for one in staged.records] == [
+        (split[row].image_name, split[row].captions) for row in rows
+    ]
+    learns = training(config, staged, tmp_path / "controlnet")
+    paints = painting(config, staged, tmp_path / "controlnet", tmp_path / "segmenter", tmp_path / "images")
+    assert learns.dataset_name == paints.controls == str(tmp_path / "rows")
+    assert learns.controlnet_model_name_or_path is None and learns.faithfulness_rows == 0  # begins with the base alone
+    assert paints.controlnet_model_name_or_path == str(tmp_path / "controlnet")
+    assert paints.segmenter == str(tmp_path / "segmenter")
+    with_prior = painting(dataclasses.replace(config, noise_prior=True), staged, *[tmp_path] * 3)
+    assert paints.noise_prior is None and with_prior.noise_prior == str(tmp_path / "rows")
+    assert (paints.limit, paints.replicates) == (2, 2)
+
+
+def test_every_fraction_is_compared_and_the_largest_in_all_ways(config):
+    assert [(arm.fraction, arm.name) for arm in arms(config)] == [
+        (0.25, "real"), (0.25, "real+1x"), (1, "real"), (1, "real+1x"), (1, "synthetic"), (1, "real+2x"),
+    ]  # fmt: skip
+    assert [Arm(1, ratio).share for ratio in (0, 1, 3, None)] == [0, 0.5, 0.75, 1]
+
+
+def test_over_the_steps_the_share_of_synthetic_pictures_is_exact():
+    for batch_size, share in [(16, 1 / 3), (5, 0.5), (7, 2 / 3), (4, 0), (4, 1)]:
+        places = [synthetic_places(step, batch_size, share) for step in range(300)]
+        assert {len(batch) for batch in places} == {batch_size}
+        assert sum(map(sum, places)) == round(300 * batch_size * share)
+
+
+def test_a_mixture_shows_the_real_pictures_in_their_order_and_weighs_the_synthetic_ones(tmp_path):
+    real, synthetic = write_rectangles(tmp_path / "real", 6), write_rectangles(tmp_path / "synthetic", 3, seed=9)
+    alone = list(mixed_batches(Mixture(real, None), QUICK))
+    mixed = list(mixed_batches(Mixture(real, synthetic, 0.5, 0.25), QUICK))
+    assert [weights.tolist() for *_, weights in alone] == [[1, 1, 1, 1]] * 3
+    assert [weights.tolist() for *_, weights in mixed] == [[1, 1, 0.25, 0.25]] * 3
+    shown = torch.cat([image for image, *_ in alone])
+    assert torch.equal(torch.cat([image[:2] for image, *_ in mixed]), shown[:6])
+    assert alone[0][0].shape == (4, 3, 32, 32) and alone[0][1].shape == (4, 32, 32)
+    only = list(mixed_batches(Mixture(None, synthetic, 1.0, 0.25), QUICK))
+    assert [weights.tolist() for *_, weights in only] == [[1, 1, 1, 1]] * 3
+
+
+def test_the_fall_of_the_loss_in_the_last_tenth_tells_whether_it_has_levelled():
+    falling, level = torch.linspace(2, 1, 100), torch.cat([torch.linspace(2, 1, 50), torch.ones(50)])
+    assert last_fall(level) == 0
+    assert last_fall(falling) == pytest.approx(1 - falling[90:].mean().item() / falling[80:90].mean().item(), abs=1e-4)
+
+
+def test_pixels_that_are_marked_ignored_change_nothing_that_is_learned(tmp_path):
+    real, synthetic = write_rectangles(tmp_path / "real", 4), write_rectangles(tmp_path / "synthetic", 4, seed=9)
+
+    def weights(weight, blank):
+        if blank:
+            for record in synthetic.records:
+                write_mask(record.mask, np.full((32, 32), IGNORE, np.uint8), PALETTE)
+        found = train_mixed(Mixture(real, synthetic, 0.5, weight), QUICK, lambda line: None)
+        return torch.cat([tensor.flatten().float() for tensor in found.state_dict().values()])
+
+    unweighed = weights(0.0, blank=False)
+    assert not torch.equal(weights(1.0, blank=False), unweighed)
+    assert torch.equal(weights(1.0, blank=True), unweighed)
+
+
+def test_overlap_equals_a_count_pixel_by_pixel():
+    draw = np.random.default_rng(0)
+    seen, mask = draw.integers(0, 3, (2, 9, 7)).astype(np.uint8)
+    mask[draw.random(mask.shape) < 0.2] = IGNORE
+    found = overlap(seen, mask, 4)
+    for label in range(4):
+        pixels = [(s == label, m == label) for s, m in zip(seen.flat, mask.flat, strict=True) if m != IGNORE]
+        assert found[:, label].tolist() == [
+            sum(a and b for a, b in pixels), sum(a or b for a, b in pixels), sum(b for _, b in pixels),
+        ]  # fmt: skip
+
+
+def brute_force(counts, resamples, seed):
+    """Each resample image by image and seed by seed."""
+    seeds, images, _, classes = counts.shape
+    drawn = np.random.default_rng(seed)
+    of_images = drawn.multinomial(images, np.full(images, 1 / images), resamples)
+    of_seeds = drawn.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
+    found = []
+    for times, often in zip(of_images, of_seeds, strict=True):
+        chosen = [number for number, count in enumerate(often) for _ in range(count)]
+        values = []
+        for one in chosen:
+            summed = sum(counts[one, image] * count for image, count in enumerate(times))
+            values.append([summed[0, label] / summed[1, label] for label in range(classes)])
+        per_class = np.mean(values, 0)
+        found.append([*per_class, per_class.mean()])
+    return np.array(found)
+
+
+@pytest.fixture
+def counts():
+    draw = np.random.default_rng(5)
+    either = draw.integers(50, 100, (3, 12, 2, 4))
+    either[:, :, 0] = either[:, :, 1] * draw.uniform(0.4, 0.8, (3, 12, 4))
+    return either
+
+
+def test_resamples_equal_a_brute_force_bootstrap_over_seeds_and_images(counts):
+    assert np.allclose(resampled(counts, 40, 7), brute_force(counts, 40, 7), rtol=1e-12)
+    low, high = interval(resampled(counts, 2000))
+    assert (low < estimate(counts)).all() and (estimate(counts) < high).all()
+    values = np.sort(resampled(counts, 201)[:, -1])
+    assert interval(resampled(counts, 201))[:, -1].tolist() == [values[5], values[195]]  # 2.5 and 97.5 % of 200 gaps
+
+
+def test_differences_are_paired_so_what_every_image_gains_has_a_narrow_interval(counts):
+    better = counts.copy()
+    better[:, :, 0] += 2  # everywhere: less than images and seeds differ by
+    apart = interval(resampled(better, 500, 1) - resampled(counts, 500, 2))[:, -1]
+    paired = interval(resampled(better, 500, 1) - resampled(counts, 500, 1))[:, -1]
+    assert paired[0] > 0 and np.ptp(paired) < np.ptp(apart) / 3
+
+
+@pytest.mark.parametrize(
+    "found, ends, said", [(0.05, [0.02, 0.08], "raise"), (-0.05, [-0.08, -0.02], "lower"), (0.01, [-0.01, 0.03], "no")]
+)
+def test_the_verdict_says_whether_the_interval_holds_zero(found, ends, said):
+    arm = {"fraction": 0.05, "rows": 51, "miou": 0.7, "above_real": {"miou": found, "miou_interval": ends}}
+    sentence = utility_report.verdict(arm)
+    assert sentence.startswith("With 5 % of the real rows (51), ") and sentence.endswith(".")
+    assert next(word for word in ("raise", "lower", "no effect") if word in sentence).startswith(said)
+    assert f"from {0.7 - found:.3f} to 0.700" in sentence and f"{ends[0]:+.3f} to {ends[1]:+.3f}" in sentence
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """In place of a ControlNet's training and of painting: files as they leave them, and what they were told."""
+    told = []
+
+    def train(settings):
+        told.append(settings)
+        folder = Path(settings.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+
+    def paint(settings, log):
+        told.append(settings)
+        folder, split = Path(settings.output_dir), read_split(settings.controls)
+        made = write_rectangles(folder / "made", 4, seed=len(split))
+        lines = [{"kept": True, "miou": 0.5, "ignored": 0.25}] * 4
+        (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        made.palette.save(folder / "palette.json")
+        write_metadata(folder, [(f"made/{one.image_name}", f"made/{one.mask_name}", "x") for one in made.records])
+
+    monkeypatch.setattr(utility, "train", train)
+    monkeypatch.setattr(utility, "generate_dataset", paint)
+    return told
+
+
+def test_a_study_measures_every_arm_learns_from_its_named_rows_alone_and_draws_both_curves(config, stand_ins, data):
+    said = []
+    metrics = evaluate_utility(config, said.append)
+    folder, rows = Path(config.output_dir), json.loads((Path(config.output_dir) / "rows.json").read_text())
+    assert len(metrics["arms"]) == 6 and len(metrics["verdicts"]) == 2
+    assert all(len(arm["of_each_seed"]) == 2 and 0 <= arm["miou"] <= 1 for arm in metrics["arms"])
+    assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    assert rows["1"][:2] == rows["0.25"] and len(rows["1"]) == 8
+    seen = [read_split(one.dataset_name if hasattr(one, "dataset_name") else one.controls) for one in stand_ins]
+    assert [[record.image_name for record in split.records] for split in seen] == [
+        rows["0.25"], rows["0.25"], rows["1"], rows["1"],
+    ]  # fmt: skip
+    text = (folder / "utility.md").read_text()
+    expected = ["has seen images without masks", "pigeonhole bootstrap", "25.0% of their pixels"]
+    assert all(part in text for part in [*expected, f"fell by {metrics['last_fall']:.1%} at most"])
+    assert any(line.startswith("16 pieces of work") for line in said)
+    assert any(line.startswith("[16/16]") and line.endswith("left") for line in said)
+    again = []
+    evaluate_utility(config, again.append)
+    assert any(line.startswith("0 pieces of work") for line in again) and len(stand_ins) == 4
+    axes = utility_report.plot(metrics).axes
+    assert {one.get_title() + one.get_title("left") for one in axes[1:]} == {"sky", "grass", "road"}
+    assert all(len(one.get_lines()) == 2 and one.get_xscale() == "log" for one in axes)
+    assert [line.get_xdata().tolist() for line in axes[0].get_lines()] == [[2, 8]] * 2
+
+
+def test_killed_at_any_change_to_the_disk_the_same_command_ends_with_the_same_metrics(config, stand_ins, tmp_path):
+    def study(name, change=0):
+        def work():
+            torch.set_num_threads(1)
+            if change:
+                die_at(change)
+            with open(os.devnull, "w") as sys.stdout:
+                evaluate_utility(dataclasses.replace(config, output_dir=str(tmp_path / name)))
+
+        return forked(work)
+
+    assert study("straight") == 0
+    straight, draw, kills = (tmp_path / "straight" / "metrics.json").read_bytes(), random.Random(), 0
+    for name in ("once", "twice"):
+        for _ in range(3):
+            kills += study(name, draw.randint(10, 120)) == -signal.SIGKILL
+        assert study(name) == 0
+        assert (tmp_path / name / "metrics.json").read_bytes() == straight
+    assert kills >= 2
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"fractions": "0.1,2"}, "--fractions: expected numbers above 0 and up to 1"),
+        ({"ratios": "one"}, "--ratios: expected numbers"),
+        ({"few_real_ratio": 3.0}, "--few_real_ratio 3: expected one of --ratios 1,2"),
+        ({"seeds": 1}, "--seeds: expected 2 or more"),
+        ({"synthetic_weight": 1.5}, "--synthetic_weight: expected 0 to 1"),
+        ({"dataset_name": ""}, "--dataset_name: expected a data set folder"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_anything_is_trained(config, change, said):
+    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+        evaluate_utility(dataclasses.replace(config, **change), lambda line: None)
+
+
+def test_without_held_out_rows_there_is_no_study(config, data):
+    with pytest.raises(UserError, match="expected train/ and test/"):
+        evaluate_utility(dataclasses.replace(config, dataset_name=str(data / "train")), lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_whole_small_study_trains_paints_and_measures(landscapes, random_base, tmp_path):
+    words = ["--dataset_name", landscapes, "--base", random_base, "--output_dir", tmp_path / "study",
+             "--fractions", "0.25,1", "--ratios", "1", "--seeds", "2", "--images", "6", "--resolution", "64",
+             "--segmenter_resolution", "32",
+             "--controlnet_steps", "2", "--num_inference_steps", "2", "--segmenter_steps", "4",
+             "--segmenter_batch_size", "2", "--segmenter_width", "8", "--min_miou", "0"]  # fmt: skip
+    utility.command([str(word) for word in words])
+    metrics = (tmp_path / "study" / "metrics.json").read_bytes()
+    made = json.loads(metrics)["synthetic"]
+    assert {fraction: one["kept"] for fraction, one in made.items()} == {"0.25": 6, "1": 6}
+    utility.command([str(word) for word in words])
+    assert (tmp_path / "study" / "metrics.json").read_bytes() == metrics
