@@ -81,6 +81,9 @@ def do_samples(words: list[str]) -> None:
     sd15 = kinds.add_parser("sd15", help="write a base of Stable Diffusion 1.5's size with random weights, to time")
     sd15.add_argument("out", type=Path, help="model folder to write, 4.3 GB")
     sd15.add_argument("--seed", type=int, default=0)
+    failures = kinds.add_parser("failures", help="draw what the usual failures look like, provoked on the landscapes")
+    failures.add_argument("out", type=Path, help="PNG to write")
+    failures.add_argument("--work", type=Path, default=OUTPUTS / "failures", help="where its ControlNets are trained")
     kinds.add_parser("measure", help="measure the embedded base and its ControlNet on held-out pictures")
     if words[:1] == ["measure"]:
         return measure_base(words[1:])
@@ -98,6 +101,11 @@ def do_samples(words: list[str]) -> None:
         from segcn.samples.sd15 import build_sd15
 
         build_sd15(**options)
+    elif kind == "failures":
+        from segcn.samples.failures import write_failures
+        from segcn.workspace import sample_landscapes
+
+        write_failures(**options, dataset=sample_landscapes())
     else:
         from segcn.samples.base import SMOKE, BaseRecipe, build_base
 

@@ -179,6 +179,7 @@ class ImportConfig:
     caption: str | None = flag(
         None, "for rows without one; {classes} stands for those in the mask, largest first: 'a scene of {classes}'"
     )
+    test: int = flag(0, "rows to hold out in test/, drawn at random from a SOURCE without splits; 0: none")
     image_column: str | None = flag(None, "column of the images; none: file_name, or image")
     conditioning_image_column: str | None = flag(
         None, "column of the masks; none: conditioning_image_file_name, or conditioning_image"

@@ -9,22 +9,23 @@ from segcn.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate import SETTINGS_FILE, generate_dataset
 from segcn.pipeline import Painter, load_painter
 from segcn.records import Split, read_split
-from segcn.workspace import Workspace
+from segcn.workspace import Workspace, from_root
 
 
 def painting_config(ws: Workspace, **settings) -> GenerateConfig:
     """How a notebook's run paints its held-out masks: the preset's settings, changed by those that are not 0 or ""."""
-    finished = (ws.controlnet / "diffusion_pytorch_model.safetensors").is_file()
     given = {name: value for name, value in settings.items() if value or name == "seed"}
+    if "controlnet_model_name_or_path" in given:
+        given["controlnet_model_name_or_path"] = str(from_root(given["controlnet_model_name_or_path"]))
+    own = {"controlnet_model_name_or_path": ws.trained_controlnet(), "resolution": ws.resolution(), "fit": ws.fit()}
     return make(
         GenerateConfig,
         ws.preset,
         pretrained_model_name_or_path=str(ws.base),
-        controlnet_model_name_or_path=str(ws.controlnet) if finished else None,
         controls=str(ws.dataset),
         split=ws.split_names[1],
         output_dir=str(ws.generated),
-        **{"resolution": ws.resolution(), "fit": ws.fit()} | given,
+        **own | given,
     )
 
 

@@ -39,6 +39,8 @@ def claim(config: ImportConfig) -> Path:
         raise UserError("segcn import needs two places: segcn import SOURCE OUT")
     source, out = Path(config.source).resolve(), Path(config.out).resolve()
     if config.files == "rewrite":
+        if config.test:
+            raise UserError("--test: the files would have to lie in train/ and test/; use --files copy or symlink")
         if not out.is_dir():
             raise UserError(f"--files rewrite: expected a folder that holds all files, found none at {out}")
         return out

@@ -13,11 +13,13 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from segcn.atomic import write_text
-from segcn.config import OUTPUTS, ROOT, flag
+from segcn.config import OUTPUTS, flag
 from segcn.errors import UserError
 from segcn.metrics_table import table
+from segcn.workspace import NOTEBOOKS
 
-NOTEBOOKS = ROOT / "notebooks"
+PATHS = ("pretrained_model_name_or_path", "dataset_name", "output_dir", "controlnet_model_name_or_path", "clip",
+         "inception_weights")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,25 @@ class RunConfig:
     fit: str | None = flag(None, "what makes a picture square: crop, pad or stretch; none: crop")
     augment: str | None = flag(None, "affine or none, and changes: affine,degrees=20,fill=cover; none: affine")
     class_balance: float | None = flag(None, "repeat rows with classes that fewer rows show than this share; none: 0")
+    row: int | None = flag(None, "of notebook 02: which row to augment; none: 0")
+    draws: int | None = flag(None, "of notebook 02: augmentations of it; none: 10")
+    counted_rows: int | None = flag(None, "of notebook 02: rows in which to count classes; none: 200")
     max_train_steps: int | None = flag(None, "optimizer steps; none: 400, or one pass over the data of sd15")
     train_batch_size: int | None = flag(None, "rows a step; none: 16, or 4 of sd15")
+    faithfulness_rows: int | None = flag(None, "held-out masks painted and scored while it trains; none: 12")
+    num_processes: int | None = flag(None, "that train together; none: 1")
+    more_flags: str = flag("", "more flags of segcn train, as one text")
+    controlnet_model_name_or_path: str = flag("", "ControlNet to paint with; none: the one that notebook 03 trained")
+    num_inference_steps: int | None = flag(None, "denoising steps; none: the preset's")
+    guidance_scale: float | None = flag(None, "weight of the text; none: the preset's")
+    controlnet_conditioning_scale: float | None = flag(None, "weight of the mask; none: the preset's")
     batch_size: int | None = flag(None, "pictures painted at once; none: 16")
     mixed_precision: str | None = flag(None, "of training and painting; none: no", ("no", "fp16", "bf16"))
     limit: int | None = flag(None, "held-out masks to paint and score; none: 128")
+    floor_limit: int | None = flag(None, "rows to paint without their mask; none: 48")
+    segmenter_steps: int | None = flag(None, "training steps of the judge; none: its default")
+    inception_weights: str = flag("", "file for FID and KID as published; none: torch.hub's, if there")
+    clip: str = flag("", "folder of a CLIPModel, for CLIPScore; none: without")
     seed: int | None = flag(None, "of training and painting; none: 0")
     allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
     only: str = flag("", "a part of the notebooks, such as 03,04")
@@ -80,7 +96,7 @@ def run(config: RunConfig) -> Path:
 
 def from_here(config: RunConfig) -> RunConfig:
     """The config with absolute paths: those of a command line count from the folder it is given in."""
-    paths = {name: getattr(config, name) for name in ("pretrained_model_name_or_path", "dataset_name", "output_dir")}
+    paths = {name: getattr(config, name) for name in PATHS}
     absolute = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path}
     return replace(config, **{"output_dir": str(OUTPUTS / config.preset)} | absolute)
 

@@ -2,13 +2,14 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os.path import isfile
 from pathlib import Path
 from typing import Any
 
+from segcn import seeds
 from segcn.config import ImportConfig
 from segcn.errors import UserError, refuse_failed
 from segcn.records import METADATA
@@ -48,7 +49,26 @@ def find_sources(config: ImportConfig) -> dict[str, Source]:
             raise UserError(f"{path}: expected a split's name of letters and digits, found {name!r}")
         if not source.count:
             raise UserError(f"{path}: expected at least one row{' in ' + name if name else ''}, found none")
+    found = held_out(found, config.test) if config.test else found
     return dict(sorted(found.items(), key=lambda item: item[0] != "train"))
+
+
+def held_out(found: dict[str, Source], count: int) -> dict[str, Source]:
+    """train and test of a source without splits: so many rows, the same at each call, go to test; UserError."""
+    if list(found) != [""]:
+        raise UserError(f"--test {count}: expected a source without splits, found {', '.join(found)}: leave it out")
+    whole = found[""]
+    if not 0 < count < whole.count:
+        raise UserError(f"--test {count}: expected fewer than the {whole.count} rows that there are, and 1 at least")
+    chosen = set(seeds.permutation(whole.count, "held out", 0)[:count])
+
+    def rows(test: bool) -> Iterator[Row]:
+        return (row for k, row in enumerate(whole.rows()) if (k in chosen) == test)
+
+    return {
+        "train": Source(whole.folder, whole.count - count, partial(rows, False)),
+        "test": Source(whole.folder, count, partial(rows, True)),
+    }
 
 
 def _of_file(path: Path, config: ImportConfig) -> dict[str, Source]:

@@ -12,6 +12,7 @@ from segcn.records import METADATA, Split, read_named_split, read_split
 from segcn.samples.landscapes import write_landscapes
 from segcn.train_config import TrainConfig
 
+NOTEBOOKS = ROOT / "notebooks"
 SAMPLE_ROWS = {"train": 1024, "test": 128}
 HELD_OUT_SEED = 6161  # of no sample set, of no training, and of no rows on which settings were chosen
 HELD_OUT = 128  # rows at most, of a data set without test/
@@ -72,6 +73,11 @@ class Workspace:
     def test_split(self) -> Split:
         """The rows held out."""
         return read_named_split(self.dataset, self.split_names[1])
+
+    def trained_controlnet(self) -> str | None:
+        """The ControlNet of this run, once its training is finished."""
+        finished = (self.controlnet / "diffusion_pytorch_model.safetensors").is_file()
+        return str(self.controlnet) if finished else None
 
     def resolution(self) -> int:
         """Pixels a side of the painted pictures: those of the training in `controlnet`, else the preset's."""
