@@ -1,7 +1,7 @@
 """A sweep over guidance and control strength: its points, what each painted, and one picture of all of them."""
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,7 +14,7 @@ from segcn.show import colours, grid, read_pair, side_by_side
 from segcn.story import first_rows
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Point:
     """One setting of notebook 04, and the folder that it paints into."""
 
@@ -25,7 +25,8 @@ class Point:
     @property
     def parameters(self) -> dict[str, float | str]:
         """As notebook 04 takes them."""
-        return dataclasses.asdict(self) | {"output_dir": str(self.folder)}
+        weights = {name: getattr(self, name) for name in ("guidance_scale", "controlnet_conditioning_scale")}
+        return weights | {"output_dir": str(self.folder)}
 
     def painted(self, limit: int) -> Split:
         """The first images that it painted."""
