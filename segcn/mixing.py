@@ -30,6 +30,7 @@ class Mixture:
     synthetic: Split | None
     share: float = 0.0  # of the pictures of a batch, on average, that are synthetic
     weight: float = 1.0  # of a synthetic picture's pixels in the loss, 0 to 1
+    real_last: float = 0.0  # of the steps, the last ones, in which real pictures stand alone, where there are both
 
 
 class KeptPairs(PairedDataset):
@@ -80,9 +81,11 @@ def mixed_batches(
         for synthetic, split in ((False, mixture.real), (True, mixture.synthetic))
         if split is not None
     }
+    mixed = round(config.steps * (1 - mixture.real_last))
     for step in range(config.steps):
+        share = mixture.share if step < mixed else 0.0
         which = [synthetic if len(streams) == 2 else next(iter(streams))
-                 for synthetic in synthetic_places(step, config.batch_size, mixture.share)]  # fmt: skip
+                 for synthetic in synthetic_places(step, config.batch_size, share)]  # fmt: skip
         samples = [next(streams[synthetic]) for synthetic in which]
         weights = torch.tensor([mixture.weight if synthetic and len(streams) == 2 else 1.0 for synthetic in which])
         yield torch.stack([one.image for one in samples]), torch.stack([one.mask for one in samples]), weights

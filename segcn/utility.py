@@ -72,7 +72,7 @@ class Study:
         return self._folder("images", f"{fraction:g}", key_of(self.config, self.rows[fraction], "synthetic", *parents))
 
     def segmenter(self, arm: Arm, seed: int) -> Path:
-        mixed = () if arm.ratio == 0 else (self.synthetic(arm.fraction).name, self.config.synthetic_weight)
+        mixed = () if arm.ratio == 0 else (self.synthetic(arm.fraction).name, *self.config.mixing)
         more = (arm.ratio, seed, self.test.fingerprint, *mixed)
         key = key_of(self.config, self.rows[arm.fraction], "segmenter", *more)
         return self._folder("segmenters", f"{arm.fraction:g}-{arm.name}-{seed}", key)
@@ -138,7 +138,7 @@ def open_study(config: UtilityConfig, log: Callable[[str], None]) -> Study:
 def learn(study: Study, arm: Arm, synthetic: Split | None, seeds: range) -> None:
     """Train the segmenters of an arm that do not stand yet, and count what each finds in the test images."""
     real = None if arm.ratio is None else study.rows[arm.fraction]
-    mixture = Mixture(real, synthetic, arm.share, study.config.synthetic_weight)
+    mixture = Mixture(real, synthetic, arm.share, *study.config.mixing)
     for seed in seeds:
         folder = study.segmenter(arm, seed)
         if checkpoint.problem(folder) is None:

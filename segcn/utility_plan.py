@@ -67,6 +67,7 @@ class UtilityConfig:
     images: int = flag(320, "painted for each fraction, as many from each of its rows")
     controlnet_steps: int = flag(300, "optimizer steps of each fraction's ControlNet")
     num_inference_steps: int = flag(6, "denoising steps")
+    controlnet_conditioning_scale: float = flag(1.0, "weight of the mask")
     augment_masks: str = flag("affine", "how layouts are drawn from the masks of the rows, as segcn generate does")
     noise_prior: bool = flag(False, "start painting from the class statistics of the rows, as segcn generate does")
     min_miou: float = flag(0.3, "an image in which the segmenter of these rows finds less of its mask is painted anew")
@@ -78,6 +79,7 @@ class UtilityConfig:
     segmenter_resolution: int = flag(64, "pixels a side to which every image is resized for them")
     segmenter_width: int = flag(SegmenterConfig.width, "channels of the segmenter at half resolution")
     synthetic_weight: float = flag(1.0, "weight of a synthetic image's pixels beside real ones, 0 to 1")
+    real_last: float = flag(0.3, "share of the steps, the last ones, that real images have to themselves, 0 to 1")
 
     @property
     def folder(self) -> Path:
@@ -92,6 +94,11 @@ class UtilityConfig:
     def shares(self) -> tuple[float, ...]:
         """The ratios, the smallest first."""
         return tuple(sorted(set(_numbers("ratios", self.ratios, 100))))
+
+    @property
+    def mixing(self) -> tuple[float, float]:
+        """How synthetic images are mixed with real ones: their weight, and for how long the real ones end alone."""
+        return self.synthetic_weight, self.real_last
 
 
 class Arm(NamedTuple):
@@ -121,7 +128,7 @@ def check(config: UtilityConfig) -> None:
             raise UserError(f"--{name}: expected 1 or more, found {getattr(config, name)}")
     if config.seeds < 2:
         raise UserError(f"--seeds: expected 2 or more, since one tells nothing of its spread, found {config.seeds}")
-    for name in ("min_miou", "synthetic_weight"):
+    for name in ("min_miou", "synthetic_weight", "real_last"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name}: expected 0 to 1, found {getattr(config, name)}")
     if not config.some or config.few_real_ratio not in config.shares:
@@ -182,7 +189,8 @@ def painting(config: UtilityConfig, rows: Split, controlnet: Path, segmenter: Pa
         pretrained_model_name_or_path=config.pretrained_model_name_or_path, seed=config.seed,
         controlnet_model_name_or_path=str(controlnet), segmenter=str(segmenter), resolution=config.resolution,
         fit=config.fit, limit=min(config.images, len(rows)), replicates=-(-config.images // len(rows)),
-        num_inference_steps=config.num_inference_steps, augment_masks=config.augment_masks or None,
+        num_inference_steps=config.num_inference_steps,
+        controlnet_conditioning_scale=config.controlnet_conditioning_scale, augment_masks=config.augment_masks or None,
         min_miou=config.min_miou, max_attempts=config.max_attempts, ignore_disagreement=config.ignore_disagreement,
         batch_size=config.batch_size, noise_prior=str(rows.folder) if config.noise_prior else None,
     )  # fmt: skip
@@ -200,8 +208,8 @@ def key_of(config: UtilityConfig, rows: Split, kind: str, *more: Any) -> str:
     """10 hexadecimal digits that change with whatever the ControlNet, the images or a segmenter depends on."""
     relevant = {
         "controlnet": ("preset", "resolution", "fit", "seed", "controlnet_steps"),
-        "synthetic": ("images", "num_inference_steps", "augment_masks", "noise_prior", "min_miou", "max_attempts",
-                      "ignore_disagreement", "batch_size"),
+        "synthetic": ("images", "num_inference_steps", "controlnet_conditioning_scale", "augment_masks", "noise_prior",
+                      "min_miou", "max_attempts", "ignore_disagreement", "batch_size"),
         "segmenter": ("segmenter_resolution", "fit", "segmenter_steps", "segmenter_batch_size", "segmenter_width"),
     }[kind]  # fmt: skip
     told = {name: getattr(config, name) for name in relevant} | {"rows": rows.fingerprint, "more": more}

@@ -97,6 +97,7 @@ def report(metrics: dict[str, Any]) -> str:
     done = (
         f"Every segmenter took {settings['segmenter_steps']} steps of {settings['segmenter_batch_size']} images, real"
         f" and synthetic together, with the same augmentation and a learning rate that falls to zero;"
+        f" where both are mixed, the last {settings['real_last']:.0%} of the steps are the real images' alone;"
         f" {settings['seeds']} seeds each, all tested on the same {metrics['test_images']} held-out real images."
         f" In the last tenth of the steps the training loss of an arm fell by {metrics['last_fall']:.1%} at most."
         " A class's IoU is that of all test images together, and mIoU the mean over the classes."

@@ -1,6 +1,7 @@
 """What many tests share: a small data set of landscapes and a random base of three narrow networks."""
 
 import os
+import shutil
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub must fail
@@ -14,6 +15,11 @@ from segcn.arguments import make
 from segcn.samples.landscapes import write_landscapes
 from segcn.train_config import TrainConfig
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]  # fmt: skip
 QUICK = {
     "resolution": 64,
     "train_batch_size": 2,
@@ -69,3 +75,13 @@ def quick(landscapes, random_base, tmp_path_factory):
         return make(TrainConfig, preset, **given)
 
     return config
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args(browser_type_launch_args):
+    return {**browser_type_launch_args, "executable_path": CHROMIUM, "args": FLAGS}
+
+
+@pytest.fixture(scope="session")
+def browser_context_args(browser_context_args):
+    return {**browser_context_args, "viewport": {"width": 1400, "height": 1200}, "service_workers": "block"}

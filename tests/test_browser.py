@@ -1,69 +1,26 @@
 """Promise: what a person sees and does. Notebook 04 in JupyterLab and under voila, driven in Debian's Chromium."""
 
-import json
-import os
 import re
-import secrets
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 
 import numpy as np
-import papermill
 import pytest
 from PIL import Image
+from servers import (
+    OPENED,
+    PATIENCE,
+    RUN_ALL,
+    Server,
+    expect,
+)
 
-from segcn.config import BASE, ROOT
+from segcn.config import BASE
 from segcn.made_with import read_settings
 from segcn.masks import read_mask
 from segcn.records import read_split
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("no Chromium here: apt-get install chromium", allow_module_level=True)
-pytest.importorskip("pytest_playwright", reason="no pytest-playwright here: pip install -e '.[test]'")
-expect = pytest.importorskip("playwright.sync_api").expect
-
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-]  # fmt: skip
-LAB = [
-    "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--LabApp.expose_app_in_browser=True",
-    "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-    "--LabApp.extension_manager=readonly", "--ServerApp.root_dir=.",
-]  # fmt: skip
-VOILA = ["voila", "04_generate.ipynb", "--no-browser", "--Voila.ip=127.0.0.1"]
-LAB_SETTINGS = {
-    "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-}
-RUN_ALL = """async () => {
-    const app = window.jupyterapp;
-    await app.restored;
-    const notebook = app.shell.currentWidget;
-    await notebook.context.ready;
-    await notebook.sessionContext.ready;
-    app.commands.execute("notebook:run-all-cells");
-}"""
-PATIENCE = 300_000  # ms for a kernel to start and to run the notebook
 PROMPT = 'a winter landscape at dusk <img src=x onerror="window.heard = 1"> & a house'
 HOUSE = 8
 BROKEN = "<img src=x onerror=window.heard=1>.png"
-
-
-@pytest.fixture(scope="session")
-def browser_type_launch_args(browser_type_launch_args):
-    return {**browser_type_launch_args, "executable_path": CHROMIUM, "args": FLAGS}
-
-
-@pytest.fixture(scope="session")
-def browser_context_args(browser_context_args):
-    return {**browser_context_args, "viewport": {"width": 1400, "height": 1200}, "service_workers": "block"}
 
 
 @pytest.fixture(scope="module")
@@ -72,73 +29,14 @@ def places(tmp_path_factory, landscapes):
     servers = {}
     try:
         for name in ("lab", "voila"):
-            servers[name] = Server(name, tmp_path_factory.mktemp(name), landscapes)
+            folder = tmp_path_factory.mktemp(name)
+            parameters = {"dataset_name": str(landscapes), "output_dir": str(folder / "out"), "limit": 1,
+                          "num_inference_steps": 2, "pretrained_model_name_or_path": str(BASE)}  # fmt: skip
+            servers[name] = Server(name, folder, {"04_generate": parameters})
         yield servers
     finally:
         for server in servers.values():
             server.stop()
-
-
-class Server:
-    """JupyterLab or voila in a process and a home of its own."""
-
-    def __init__(self, name, folder, dataset):
-        self.folder, self.token, self.port = folder, secrets.token_hex(8), free_port()
-        self.painted = folder / "out" / "painted"
-        parameters = {"dataset_name": str(dataset), "output_dir": str(folder / "out"), "limit": 1,
-                      "num_inference_steps": 2, "pretrained_model_name_or_path": str(BASE)}  # fmt: skip
-        papermill.execute_notebook(
-            str(ROOT / "notebooks" / "04_generate.ipynb"), str(folder / "04_generate.ipynb"), parameters,
-            prepare_only=True, progress_bar=False,
-        )  # fmt: skip
-        for setting, values in LAB_SETTINGS.items():
-            path = folder / "settings" / "@jupyterlab" / f"{setting}.jupyterlab-settings"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(values))
-        flags = [f"--ServerApp.port={self.port}", f"--IdentityProvider.token={self.token}"]
-        command = [*LAB, *flags] if name == "lab" else [*VOILA, f"--port={self.port}", f"--token={self.token}"]
-        self.log = (folder / "server.log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=folder, env=self.environment(), stdin=subprocess.DEVNULL,
-            stdout=self.log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        path = f"lab/tree/04_generate.ipynb?token={self.token}&reset" if name == "lab" else f"?token={self.token}"
-        self.url = f"http://127.0.0.1:{self.port}/{path}"
-
-    def environment(self):
-        own = {name: str(self.folder / name.lower()) for name in
-               ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}  # fmt: skip
-        for path in own.values():
-            os.makedirs(path, exist_ok=True)
-        lab = {"JUPYTERLAB_SETTINGS_DIR": self.folder / "settings", "JUPYTERLAB_WORKSPACES_DIR": self.folder / "work"}
-        return {**os.environ, **own, **{name: str(path) for name, path in lab.items()}}
-
-    def wait(self):
-        """Until it answers."""
-        until = time.monotonic() + PATIENCE / 1000
-        while time.monotonic() < until and self.process.poll() is None:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/static/nothing", timeout=5)
-                return
-            except urllib.error.HTTPError:
-                return
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError((self.folder / "server.log").read_text())
-
-    def stop(self):
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        self.log.close()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +47,10 @@ def pages(places, browser, browser_context_args):
         server.wait()
         opened[name] = browser.new_context(**browser_context_args).new_page()
         opened[name].set_default_timeout(PATIENCE)
-        opened[name].goto(server.url, wait_until="commit")
+        url = server.lab_url("04_generate") if name == "lab" else server.url
+        opened[name].goto(url, wait_until="commit")
     lab = opened["lab"]
-    lab.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context")
+    lab.wait_for_function(OPENED)
     lab.evaluate(RUN_ALL)
     yield opened
     for page in opened.values():
@@ -205,7 +104,7 @@ class Person:
 @pytest.mark.parametrize("place", ["lab", "voila"])
 def test_a_person_paints_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, pages, places, tmp_path):
     person, server = Person(pages[place], tmp_path), places[place]
-    before = len(read_split(server.painted))  # the notebook itself saves a row
+    before = len(read_split(server.folder / "out" / "painted"))  # the notebook itself saves a row
     person.shoot("opened")
 
     person.panel.locator("button.segcn-class", has_text="house").click()
@@ -234,8 +133,8 @@ def test_a_person_paints_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, 
     person.press("Save all")
     person.sees(f"Saved as row {before + 4} of ")
     person.shoot("four")
-    first, *_, last = read_split(server.painted).records[before:]
-    check_saved(read_split(server.painted), first, last)
+    first, *_, last = read_split(server.folder / "out" / "painted").records[before:]
+    check_saved(read_split(server.folder / "out" / "painted"), first, last)
     upload_a_broken_mask(person, tmp_path)
     person.shoot("failed")
     assert person.page.evaluate("window.heard") is None

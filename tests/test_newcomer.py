@@ -109,6 +109,7 @@ def walked(tmp_path_factory, random_base):
     return folder
 
 
+@pytest.mark.slow
 def test_the_walk_from_a_folder_ends_with_a_measured_set_and_a_study(walked):
     assert [len(read_split(walked / "pairs", name)) for name in ("train", "test")] == [8, 64]
     assert all(row.caption.startswith("a photo of ") for row in read_split(walked / "pairs", "train").records)
@@ -117,6 +118,7 @@ def test_the_walk_from_a_folder_ends_with_a_measured_set_and_a_study(walked):
     assert all((out / name).is_file() for name in ("report.html", "metrics.json", "utility/utility.png"))
 
 
+@pytest.mark.slow
 def test_no_secret_of_the_environment_is_in_any_file(walked):
     seen = 0
     for path in walked.rglob("*"):

@@ -100,6 +100,8 @@ def test_a_mixture_shows_the_real_pictures_in_their_order_and_weighs_the_synthet
     shown = torch.cat([image for image, *_ in alone])
     assert torch.equal(torch.cat([image[:2] for image, *_ in mixed]), shown[:6])
     assert alone[0][0].shape == (4, 3, 32, 32) and alone[0][1].shape == (4, 32, 32)
+    ends = list(mixed_batches(Mixture(real, synthetic, 0.5, 0.25, real_last=1 / 3), QUICK))
+    assert [weights.tolist() for *_, weights in ends] == [[1, 1, 0.25, 0.25]] * 2 + [[1, 1, 1, 1]]
     only = list(mixed_batches(Mixture(None, synthetic, 1.0, 0.25), QUICK))
     assert [weights.tolist() for *_, weights in only] == [[1, 1, 1, 1]] * 3
 
