@@ -61,66 +61,9 @@ def do_run(words: list[str]) -> None:
 
 
 def do_samples(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="segcn samples", allow_abbrev=False)
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    pictures = {
-        "landscapes": "procedural landscapes with exact masks and captions",
-        "earth": "real places in three styles with MODIS land cover; needs pip install 'segcn[samples]'",
-    }
-    for name, text in pictures.items():
-        samples = kinds.add_parser(name, help=text)
-        samples.add_argument("out", type=Path)
-        samples.add_argument("--count", type=int, default=1024, help="rows (of the train split, with --test)")
-        samples.add_argument("--resolution", type=int, default=128, help="pixels a side")
-        samples.add_argument("--seed", type=int, default=0)
-        samples.add_argument("--test", type=int, help="rows of a test split: writes OUT/train and OUT/test")
-    base = kinds.add_parser("base", help="train the embedded base model: hours on a CPU; resumes")
-    base.add_argument("out", type=Path, help="model folder to write")
-    base.add_argument("--work", type=Path, default=OUTPUTS / "base", help="where its training state is kept")
-    base.add_argument("--smoke", action="store_true", help="three steps of everything, to see that it runs")
-    sd15 = kinds.add_parser("sd15", help="write a base of Stable Diffusion 1.5's size with random weights, to time")
-    sd15.add_argument("out", type=Path, help="model folder to write, 4.3 GB")
-    sd15.add_argument("--seed", type=int, default=0)
-    failures = kinds.add_parser("failures", help="draw what the usual failures look like, provoked on the landscapes")
-    failures.add_argument("out", type=Path, help="PNG to write")
-    failures.add_argument("--work", type=Path, default=OUTPUTS / "failures", help="where its ControlNets are trained")
-    kinds.add_parser("measure", help="measure the embedded base and its ControlNet on held-out pictures")
-    if words[:1] == ["measure"]:
-        return measure_base(words[1:])
-    options = vars(parser.parse_args(words))
-    kind = options.pop("kind")
-    if kind == "landscapes":
-        from segcn.samples.landscapes import write_landscapes
+    from segcn.samples.commands import command
 
-        write_landscapes(**options)
-    elif kind == "earth":
-        from segcn.samples.earth import write_earth
-
-        write_earth(**options)
-    elif kind == "sd15":
-        from segcn.samples.sd15 import build_sd15
-
-        build_sd15(**options)
-    elif kind == "failures":
-        from segcn.samples.failures import write_failures
-        from segcn.workspace import sample_landscapes
-
-        write_failures(**options, dataset=sample_landscapes())
-    else:
-        from segcn.samples.base import SMOKE, BaseRecipe, build_base
-
-        build_base(options["work"], options["out"], SMOKE if options["smoke"] else BaseRecipe())
-
-
-def measure_base(words: list[str]) -> None:
-    from segcn.records import read_split
-    from segcn.samples.measure import MeasureConfig, measure
-    from segcn.show import quiet
-    from segcn.workspace import sample_landscapes
-
-    quiet()
-    config = parse(MeasureConfig, words, "segcn samples measure")
-    measure(config, read_split(sample_landscapes(), "train"))
+    command(words)
 
 
 def do_import(words: list[str]) -> None:

@@ -70,7 +70,7 @@ def test_every_flag_that_a_page_shows_is_one_of_its_command(page, words, monkeyp
         parse(kind, arguments, program)
         raise Parsed
 
-    for place in ("segcn.cli.parse", "segcn.generate.parse", "segcn.utility.parse"):
+    for place in ("segcn.cli.parse", "segcn.generate.parse", "segcn.utility.parse", "segcn.samples.commands.parse"):
         monkeypatch.setattr(place, read)
     for place in ("samples.landscapes.write_landscapes", "samples.earth.write_earth", "samples.sd15.build_sd15",
                   "samples.failures.write_failures", "workspace.sample_landscapes", "compare.compare"):  # fmt: skip

@@ -21,7 +21,7 @@ COMMON = {"preset", "pretrained_model_name_or_path", "dataset_name", "output_dir
 LESSON_COMMON = {"pretrained_model_name_or_path", "output_dir"}
 NAMES = ["01_inspect_data", "02_paired_augmentation", "03_train", "04_generate", "05_evaluate"]
 LESSON = "00_embedded_base"
-BENCHMARK = "06_benchmark"
+BENCHMARK, SWEEP = "06_benchmark", "07_sweep"
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -30,8 +30,8 @@ def code_cells(book):
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def test_there_are_a_lesson_five_and_a_benchmark():
-    assert [path.stem for path in NOTEBOOKS] == [LESSON, *NAMES, BENCHMARK]
+def test_there_are_a_lesson_five_a_benchmark_and_a_sweep():
+    assert [path.stem for path in NOTEBOOKS] == [LESSON, *NAMES, BENCHMARK, SWEEP]
 
 
 @each_notebook
