@@ -91,6 +91,7 @@ def decode(paths: Iterable[Path]) -> None:
 
 
 def load(path: Path) -> None:
+    """Decode a picture, and do nothing with it."""
     with contextlib.closing(Image.open(path)) as image:
         image.load()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from segcn import checkpoint, models
 from segcn.arguments import make
 from segcn.bench_plan import BenchTrainConfig, Book, command
-from segcn.config import SampleConfig
+from segcn.config import WEIGHTS, SampleConfig
 from segcn.devices import pick_device
 from segcn.errors import UserError
 from segcn.judge import PAINTED_AT_ONCE, held_out_rows, open_judge, paint, score
@@ -16,7 +16,6 @@ from segcn.records import find_splits, read_split
 from segcn.train_config import TrainConfig
 
 SHARE = 0.5  # of the ceiling, which has to be reached
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def bench_faithful(config: BenchTrainConfig, book: Book) -> list[dict]:
@@ -128,6 +127,7 @@ def seconds(entry: dict) -> float:
 
 
 def told(config: BenchTrainConfig, entry: dict) -> str:
+    """When a run began to obey, or how far it came."""
     best = max(entry["scores"].values())
     if entry["reached"]:
         return f"{seconds(entry):7.0f} s, step {entry['reached']} (mIoU {best:.3f})"

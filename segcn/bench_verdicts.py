@@ -62,4 +62,5 @@ def verdicts(found: dict) -> Iterator[str]:
 
 
 def verdict(found: str, wanted: str, met: bool) -> str:
+    """A line that ends with met or MISSED."""
     return f"  {found}  {wanted}  {'met' if met else 'MISSED'}"

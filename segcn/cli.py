@@ -55,18 +55,21 @@ def usage() -> str:
 
 
 def do_run(words: list[str]) -> None:
+    """`segcn run`."""
     from segcn.run import RunConfig, run
 
     run(parse(RunConfig, words, "segcn run"))
 
 
 def do_samples(words: list[str]) -> None:
+    """`segcn samples`."""
     from segcn.samples.commands import command
 
     command(words)
 
 
 def do_import(words: list[str]) -> None:
+    """`segcn import`."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched; read when huggingface_hub is first imported
     from segcn.importer import import_dataset
 
@@ -81,6 +84,7 @@ def do_import(words: list[str]) -> None:
 
 
 def do_validate(words: list[str]) -> None:
+    """`segcn validate`."""
     from segcn.report import validate
 
     first = ["--dataset_name"] if words and not words[0].startswith("-") else []
@@ -88,6 +92,7 @@ def do_validate(words: list[str]) -> None:
 
 
 def do_palette(words: list[str]) -> None:
+    """`segcn palette`."""
     from segcn.palette import make_palette
 
     first = ["--dataset_name"] if words and not words[0].startswith("-") else []
@@ -95,6 +100,7 @@ def do_palette(words: list[str]) -> None:
 
 
 def do_bench(words: list[str]) -> None:
+    """`segcn bench`."""
     if words[:1] == ["train"]:
         return bench_training(words[1:])
     if words[:1] == ["generate"]:
@@ -123,6 +129,7 @@ def do_bench(words: list[str]) -> None:
 
 
 def bench_training(words: list[str]) -> None:
+    """`segcn bench train`."""
     from segcn.bench_plan import BenchTrainConfig
     from segcn.bench_train import bench_train
 
@@ -135,6 +142,7 @@ def bench_training(words: list[str]) -> None:
 
 
 def bench_generating(words: list[str]) -> None:
+    """`segcn bench generate`."""
     from segcn.bench_generate import BenchGenerateConfig, bench_generate
     from segcn.show import quiet
 
@@ -147,6 +155,7 @@ def bench_generating(words: list[str]) -> None:
 
 
 def do_train(words: list[str]) -> None:
+    """`segcn train`."""
     from segcn.launch import STOPPED, training_lines
 
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -160,18 +169,21 @@ def do_train(words: list[str]) -> None:
 
 
 def do_infer(words: list[str]) -> None:
+    """`segcn infer`."""
     from segcn.infer import infer
 
     print(infer(parse(InferConfig, words, "segcn infer")))
 
 
 def do_generate(words: list[str]) -> None:
+    """`segcn generate`."""
     from segcn.generate import command
 
     command(words)
 
 
 def do_evaluate(words: list[str]) -> None:
+    """`segcn evaluate`."""
     if words[:1] == ["utility"]:
         from segcn.utility import command
 
@@ -190,6 +202,7 @@ def do_evaluate(words: list[str]) -> None:
 
 
 def compare_runs(words: list[str]) -> None:
+    """`segcn evaluate compare`."""
     from segcn.compare import compare
 
     parser = argparse.ArgumentParser(prog="segcn evaluate compare", allow_abbrev=False)

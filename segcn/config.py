@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 ROOT = Path(__file__).resolve().parents[1]  # the repository; every default path is below it
 OUTPUTS = ROOT / "outputs"
 BASE = ROOT / "data" / "base"
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a ControlNet: written last, so it is whole where this stands
 FITS = ("crop", "pad", "stretch")
 MODELS = {"preset", "pretrained_model_name_or_path", "controlnet_model_name_or_path", "palette"}  # what paints
 

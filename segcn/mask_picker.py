@@ -78,4 +78,5 @@ class MaskPicker(w.VBox):
 
 
 def narrow() -> w.Layout:
+    """The width of a short field."""
     return w.Layout(width="112px")

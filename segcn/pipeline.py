@@ -11,7 +11,7 @@ import torch
 from diffusers import ControlNetModel, DDPMScheduler, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
 from segcn import seeds
-from segcn.config import OUTPUTS, SampleConfig
+from segcn.config import OUTPUTS, WEIGHTS, SampleConfig
 from segcn.dataset import to_control, to_uint8
 from segcn.devices import keep_freed_memory, pick_device
 from segcn.errors import UserError
@@ -83,7 +83,7 @@ def find_controlnet(base_folder: str, palette: Palette | None = None) -> str:
     candidates = []
     for run in OUTPUTS.glob("**/train_config.json"):
         folder, made_for = run.parent, json.loads(run.read_text())
-        finished = (folder / "diffusion_pytorch_model.safetensors").is_file()
+        finished = (folder / WEIGHTS).is_file()
         same_base = Path(made_for["pretrained_model_name_or_path"]).absolute() == Path(base_folder).absolute()
         same_palette = palette is None or made_for["palette_fingerprint"] == palette.fingerprint
         if finished and same_base and same_palette:

@@ -204,6 +204,7 @@ def best_batch(config: TrainConfig, seen: list[Seen], total: int, gradients: int
 
 
 def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what a full GPU, or a full machine, raises."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 

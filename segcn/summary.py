@@ -40,6 +40,7 @@ def by_kind(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
 
 
 def where(finding: Finding) -> str:
+    """Split, line and file of a finding."""
     row = "" if finding.row is None else f" line {finding.line} (row {finding.row})"
     return f"{finding.split}{row}" + (f": {finding.file}" if finding.file else "")
 
@@ -50,6 +51,7 @@ def _shares(table: list[dict]) -> str:
 
 
 def lengths(told: dict) -> str:
+    """How many captions there are, and how long."""
     if not told["captions"]:
         return "none"
     spans = (f"{told[what]['least']} to {told[what]['most']} {what}" for what in ("words", "tokens"))
@@ -58,6 +60,7 @@ def lengths(told: dict) -> str:
 
 
 def verdict(checkup: Checkup) -> str:
+    """One sentence: fit for training, or not."""
     errors, warnings = len(checkup.errors), len(checkup.findings) - len(checkup.errors)
     if not errors:
         return f"No errors, {warnings} warnings: fit for training."

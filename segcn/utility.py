@@ -13,6 +13,7 @@ import numpy as np
 from segcn import checkpoint
 from segcn.arguments import parse, to_json
 from segcn.atomic import write_text
+from segcn.config import WEIGHTS
 from segcn.errors import UserError
 from segcn.generate import generate_dataset
 from segcn.mixing import Mixture, found_in, train_mixed
@@ -168,10 +169,12 @@ def learn_to_paint(study: Study, fraction: float) -> None:
 
 
 def finished_controlnet(folder: Path) -> bool:
-    return (folder / "diffusion_pytorch_model.safetensors").is_file()  # written last
+    """Whether its training came to the end."""
+    return (folder / WEIGHTS).is_file()
 
 
 def finished_images(folder: Path) -> bool:
+    """Whether every image was painted."""
     return any((folder / name).is_file() for name in METADATA)  # written last
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from segcn.arguments import make
-from segcn.config import BASE, OUTPUTS, ROOT
+from segcn.config import BASE, OUTPUTS, ROOT, WEIGHTS
 from segcn.errors import UserError
 from segcn.records import METADATA, Split, read_named_split, read_split
 from segcn.samples.landscapes import write_landscapes
@@ -76,7 +76,7 @@ class Workspace:
 
     def trained_controlnet(self) -> str | None:
         """The ControlNet of this run, once its training is finished."""
-        finished = (self.controlnet / "diffusion_pytorch_model.safetensors").is_file()
+        finished = (self.controlnet / WEIGHTS).is_file()
         return str(self.controlnet) if finished else None
 
     def resolution(self) -> int:

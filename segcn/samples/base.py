@@ -22,6 +22,8 @@ from segcn.samples.vae import VaeRecipe, standardise_latents, train_vae
 
 @dataclass(frozen=True)
 class BaseRecipe:
+    """How the embedded base is made: from what, and how long."""
+
     landscapes: int = 32768  # painted for it
     earth: int = 12288  # tiles of the train side of the earth
     resolution: int = 128  # pixels a side

@@ -25,6 +25,8 @@ OF_EARTH: Heads = {"style": tuple(start for _, start in PICTURES.values())}
 
 @dataclass(frozen=True)
 class RecogniserRecipe:
+    """How a network that recognises seasons, hours or styles is trained."""
+
     steps: int = 300  # optimizer steps
     batch_size: int = 32
     learning_rate: float = 3e-3  # peak, after a warm-up of 100 steps and before a cosine to zero

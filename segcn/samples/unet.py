@@ -20,6 +20,8 @@ from segcn.samples.learning import Learning, autocast, compiled
 
 @dataclass(frozen=True)
 class UnetRecipe:
+    """The embedded base's U-Net and text encoder, and how they are trained."""
+
     steps: int = 15300  # optimizer steps
     batch_size: int = 256  # latents a step
     learning_rate: float = 1e-3  # peak, after a warm-up of 100 steps and before a cosine to zero

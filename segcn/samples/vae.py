@@ -19,6 +19,8 @@ POSTERIOR_STD = 0.01  # of standardised latents
 
 @dataclass(frozen=True)
 class VaeRecipe:
+    """The embedded base's autoencoder, and how it is trained."""
+
     steps: int = 7000  # optimizer steps
     batch_size: int = 32  # crops a step
     crop: int = 128  # pixels a side
