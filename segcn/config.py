@@ -84,7 +84,9 @@ class GenerateConfig(SampleConfig):
     split: str = flag("test", "which split of a data set that has several; train[24:]: its rows from the 25th on")
     output_dir: str = flag("", "data set folder to write")
     prompt: str | None = flag(
-        None, "one text for all, in which {classes} stands for those in the mask; none: the data set's captions"
+        None,
+        "one text for all; in it {classes} stands for those in the mask, {caption} for the row's caption, and"
+        " {by day|at night} for one of these, drawn for each picture; none: the data set's captions",
     )
     mix_prompts: bool = flag(False, "give each row the caption of another, so that text does not tell the layout")
     limit: int | None = flag(None, "use only the first rows")

@@ -1,5 +1,6 @@
 """What each picture is told: captions of the data set or of another row, one text, or the classes of its mask."""
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,8 @@ from segcn.errors import UserError
 from segcn.geometry import Draw
 from segcn.importer import classes_of
 
-CLASSES = "{classes}"
+CLASSES, CAPTION = "{classes}", "{caption}"
+ONE_OF = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")  # {by day|at night}
 
 
 @dataclass
@@ -26,10 +28,11 @@ class Prompts:
 
     def asked(self, row: int, replicate: int) -> str:
         """The text before its mask is read: of several captions a row, each replicate takes the next."""
-        if self.text is not None:
-            return self.text
+        if self.text is not None and CAPTION not in self.text:
+            return self._drawn(self.text, row, replicate)
         captions = self.controls.captions[self._giver(row, replicate) if self.mixed else row]
-        return captions[replicate % len(captions)]
+        caption = captions[replicate % len(captions)]
+        return caption if self.text is None else self._drawn(self.text, row, replicate).replace(CAPTION, caption)
 
     def told(self, asked: str, mask: np.ndarray, drawn: Draw | None) -> str:
         """The text with the classes of the mask, uint8 [H, W], in it, and mirrored as the mask is where so asked."""
@@ -37,6 +40,16 @@ class Prompts:
             asked = asked.replace(CLASSES, classes_of(mask, self.controls.palette))
         flipped = drawn is not None and drawn.flip and self.controls.augment.sided_captions == "rewrite"
         return mirrored(asked) if flipped else asked
+
+    def _drawn(self, text: str, row: int, replicate: int) -> str:
+        """The text with one of each {by day|at night}."""
+
+        def one_of(found: re.Match) -> str:
+            options = found[1].split("|")
+            place = seeds.integer(len(options), "prompts", self.controls.seed, row, replicate, found.start())
+            return options[place]
+
+        return ONE_OF.sub(one_of, text)
 
     def _giver(self, row: int, replicate: int) -> int:
         if replicate not in self.orders:
@@ -49,7 +62,7 @@ def read_prompts(config: GenerateConfig, controls: Controls) -> Prompts:
     """The texts that the flags ask for; UserError where there are none."""
     if config.prompt is not None and not config.prompt.strip():
         raise UserError("--prompt: expected a text, found an empty one; without the flag, captions of the data set")
-    if config.prompt is None and not controls.captions:
+    if CAPTION in (config.prompt or CAPTION) and not controls.captions:
         raise UserError(
             f"--controls {config.controls} has no captions: give one by --prompt, in which {CLASSES} stands for the"
             " classes of each mask"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from segcn import seeds
-from segcn.arguments import make
+from segcn.arguments import make, preset_defaults
 from segcn.config import BASE, OUTPUTS, GenerateConfig, flag
 from segcn.errors import UserError
 from segcn.mixing import AUGMENT
@@ -22,6 +22,8 @@ from segcn.train_config import TrainConfig
 LEARNING_STEP = 0.6  # seconds of a ControlNet's step at batch 16, 128 pixels, on two slow cores
 PAINTING_STEP = 0.035  # of one picture's denoising step there
 FITTING_SAMPLE = 0.0035  # of one image of 64 pixels through a segmenter and back there
+PAINTED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "mix_prompts", "augment_masks", "min_miou",
+           "max_attempts", "ignore_disagreement", "batch_size")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class UtilityConfig:
     controlnet_steps: int = flag(300, "optimizer steps of each fraction's ControlNet")
     num_inference_steps: int = flag(6, "denoising steps")
     controlnet_conditioning_scale: float = flag(1.0, "weight of the mask")
+    prompt: str | None = flag(None, "what the images are told in place of their captions, as segcn generate takes it")
+    mix_prompts: bool = flag(False, "give each row the caption of another of its fraction")
     augment_masks: str = flag("affine", "how layouts are drawn from the masks of the rows, as segcn generate does")
     noise_prior: bool = flag(False, "start painting from the class statistics of the rows, as segcn generate does")
     min_miou: float = flag(0.3, "an image in which the segmenter of these rows finds less of its mask is painted anew")
@@ -189,10 +193,8 @@ def painting(config: UtilityConfig, rows: Split, controlnet: Path, segmenter: Pa
         pretrained_model_name_or_path=config.pretrained_model_name_or_path, seed=config.seed,
         controlnet_model_name_or_path=str(controlnet), segmenter=str(segmenter), resolution=config.resolution,
         fit=config.fit, limit=min(config.images, len(rows)), replicates=-(-config.images // len(rows)),
-        num_inference_steps=config.num_inference_steps,
-        controlnet_conditioning_scale=config.controlnet_conditioning_scale, augment_masks=config.augment_masks or None,
-        min_miou=config.min_miou, max_attempts=config.max_attempts, ignore_disagreement=config.ignore_disagreement,
-        batch_size=config.batch_size, noise_prior=str(rows.folder) if config.noise_prior else None,
+        noise_prior=str(rows.folder) if config.noise_prior else None,
+        **{name: getattr(config, name) for name in PAINTED if getattr(config, name) != ""},
     )  # fmt: skip
 
 
@@ -208,15 +210,17 @@ def key_of(config: UtilityConfig, rows: Split, kind: str, *more: Any) -> str:
     """10 hexadecimal digits that change with whatever the ControlNet, the images or a segmenter depends on."""
     relevant = {
         "controlnet": ("preset", "resolution", "fit", "seed", "controlnet_steps"),
-        "synthetic": ("images", "num_inference_steps", "controlnet_conditioning_scale", "augment_masks", "noise_prior",
-                      "min_miou", "max_attempts", "ignore_disagreement", "batch_size"),
+        "synthetic": ("images", "noise_prior", *PAINTED),
         "segmenter": ("segmenter_resolution", "fit", "segmenter_steps", "segmenter_batch_size", "segmenter_width"),
     }[kind]  # fmt: skip
     told = {name: getattr(config, name) for name in relevant} | {"rows": rows.fingerprint, "more": more}
     if kind == "segmenter":
         told |= {"augment": asdict(AUGMENT)}
-    elif kind == "controlnet":
-        told |= {"base": _fingerprint_once(config.pretrained_model_name_or_path)}
+    elif kind == "synthetic":
+        told |= {"defaults": preset_defaults(GenerateConfig, config.preset)}
+    else:
+        base = _fingerprint_once(config.pretrained_model_name_or_path)
+        told |= {"base": base, "defaults": preset_defaults(TrainConfig, config.preset)}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
 

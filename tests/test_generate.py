@@ -21,6 +21,7 @@ from segcn import generate as generating
 from segcn.arguments import make
 from segcn.augment import AUGMENTS
 from segcn.config import GenerateConfig
+from segcn.controls import read_controls
 from segcn.dataset import PairedDataset, read_control_mask
 from segcn.dealing import Process
 from segcn.errors import UserError
@@ -30,6 +31,7 @@ from segcn.labels import Label, Palette
 from segcn.manifest import records_of
 from segcn.masks import read_mask, write_mask
 from segcn.pipeline import Painter, find_controlnet, generate
+from segcn.prompts import read_prompts
 from segcn.records import check_split, read_split, write_metadata
 
 
@@ -187,6 +189,17 @@ def test_a_prompt_may_name_the_classes_of_each_mask(config, painter, quick_paint
     out = read_split(generate_dataset(dataclasses.replace(config, prompt="a scene of {classes}"), painter))
     named = [f"a scene of {classes_of(read_mask(row.mask, out.palette), out.palette)}" for row in out.records]
     assert [row.caption for row in out.records] == named and len(set(named)) > 1
+
+
+def test_a_prompt_may_hold_the_rows_caption_and_choices_that_each_picture_draws_for_itself(landscapes, config):
+    own = [row.caption for row in read_split(landscapes, "test").records]
+    given = dataclasses.replace(config, prompt="{caption}, {in fog|in rain|}")
+    prompts = read_prompts(given, read_controls(given))
+    asked = {(row, replicate): prompts.asked(row, replicate) for row in range(6) for replicate in range(5)}
+    assert {text.removeprefix(own[row]) for (row, _), text in asked.items()} == {", in fog", ", in rain", ", "}
+    assert asked == {key: read_prompts(given, read_controls(given)).asked(*key) for key in asked}
+    both = dataclasses.replace(config, prompt="a view {by day|at night} of {classes}")
+    assert "of {classes}" in read_prompts(both, read_controls(both)).asked(0, 0)
 
 
 def test_mixed_prompts_are_the_captions_dealt_out_between_the_rows(config, painter, quick_painting, landscapes):
