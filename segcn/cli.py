@@ -63,7 +63,7 @@ def do_run(words: list[str]) -> None:
 
 def do_samples(words: list[str]) -> None:
     """`segcn samples`."""
-    from segcn.samples.commands import command
+    from segcn.samples_cli import command
 
     command(words)
 

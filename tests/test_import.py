@@ -458,3 +458,28 @@ def test_the_command(source, tmp_path, monkeypatch, capsys):
         assert stopped.value.code == 2 and "not empty" in capsys.readouterr().err
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def test_rows_may_be_held_out_the_same_at_each_call_and_every_pair_stays_one(tmp_path):
+    source = make_files(tmp_path / "source", 9)
+    PALETTE.save(source / "palette.json")
+    found = []
+    for name in ("one", "two"):
+        run(source, tmp_path / name, caption="a", test=3)
+        splits = {split: read_split(tmp_path / name, split) for split in ("train", "test")}
+        shown = {split: [[np.array_equal(read_image(row.image), photo(k)) for k in range(9)].index(True)
+                         for row in rows.records] for split, rows in splits.items()}  # fmt: skip
+        for split, rows in splits.items():
+            masks = [read_mask(row.mask, rows.palette) for row in rows.records]
+            assert all(np.array_equal(seen, mask(k)) for seen, k in zip(masks, shown[split], strict=True))
+        found.append(shown)
+    assert found[0] == found[1] and len(found[0]["test"]) == 3
+    assert sorted(found[0]["train"] + found[0]["test"]) == list(range(9))
+
+
+@pytest.mark.parametrize("count", [-1, 3, 4])
+def test_no_more_rows_than_there_are_can_be_held_out(source, tmp_path, count):
+    with pytest.raises(UserError, match=f"--test {count}: expected fewer than the 3 rows"):
+        run(source, tmp_path / "out", caption="a", test=count)
+    with pytest.raises(UserError, match="use --files copy or symlink"):
+        run(source, tmp_path, caption="a", test=1, files="rewrite")

@@ -45,4 +45,4 @@ def test_what_reads_data_knows_no_network():
 
 
 def test_sample_data_are_imported_only_from_the_top():
-    assert {room for room, below in rooms().items() if "samples" in below} <= {"cli", "workspace"}
+    assert {room for room, below in rooms().items() if "samples" in below} <= {"cli", "samples_cli", "workspace"}

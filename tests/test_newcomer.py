@@ -60,9 +60,9 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize(
-    ("page", "words"), ALL, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else ""
+    ("told_in", "words"), ALL, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else ""
 )
-def test_every_flag_that_a_page_shows_is_one_of_its_command(page, words, monkeypatch):
+def test_every_flag_that_a_page_shows_is_one_of_its_command(told_in, words, monkeypatch):
     def stop(*_, **__):
         raise Parsed
 
@@ -70,7 +70,7 @@ def test_every_flag_that_a_page_shows_is_one_of_its_command(page, words, monkeyp
         parse(kind, arguments, program)
         raise Parsed
 
-    for place in ("segcn.cli.parse", "segcn.generate.parse", "segcn.utility.parse", "segcn.samples.commands.parse"):
+    for place in ("segcn.cli.parse", "segcn.generate.parse", "segcn.utility.parse", "segcn.samples_cli.parse"):
         monkeypatch.setattr(place, read)
     for place in ("samples.landscapes.write_landscapes", "samples.earth.write_earth", "samples.sd15.build_sd15",
                   "samples.failures.write_failures", "workspace.sample_landscapes", "compare.compare"):  # fmt: skip
