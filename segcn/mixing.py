@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property
+from itertools import count
 
 import numpy as np
 import torch
 
 from segcn import seeds
 from segcn.augment import AUGMENTS, AugmentConfig
-from segcn.dataset import PairedDataset
+from segcn.dataset import PairedDataset, to_image, to_uint8
 from segcn.devices import pick_device
 from segcn.faithfulness import confusion, pixels_of
 from segcn.records import Split
@@ -19,7 +20,7 @@ from segcn.segmenter_fit import SegmenterConfig, class_weights, fit
 # As strong for real pictures as for synthetic ones, whose layouts were moved by affine draws, too: synthetic pictures
 # shall not win by a lack of augmentation.
 AUGMENT = replace(AugmentConfig(), scale_min=0.75, scale_max=1.5, brightness=0.3, contrast=0.3, saturation=0.3)
-KEPT_BYTES = 2**30  # of decoded pictures, at most, that stay in memory
+KEPT_DRAWS = 4096  # augmented pictures of a data set, at most, that stay in memory; of more rows none do
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,42 @@ class Mixture:
     weight: float = 1.0  # of a synthetic picture's pixels in the loss, 0 to 1
     real_last: float = 0.0  # of the steps, the last ones, in which real pictures stand alone, where there are both
 
+    @cached_property
+    def draws(self) -> dict[bool, "Draws"]:
+        """Of the real (False) and the synthetic pictures (True), for every segmenter that learns from this mixture."""
+        both = {False: self.real, True: self.synthetic}
+        return {synthetic: Draws(split) for synthetic, split in both.items() if split is not None}
 
-class KeptPairs(PairedDataset):
-    """A data set whose pictures are decoded once, as far as they fit into `KEPT_BYTES`."""
 
-    def __init__(self, *arguments, **settings):
-        super().__init__(*arguments, **settings)
-        first = sum(tensor.nbytes for tensor in super()._read(0))
-        self._read = lru_cache(max(1, KEPT_BYTES // first))(super()._read)
+class Draws:
+    """The pictures of a data set, each augmented in a few ways, once: epoch e takes draw e modulo their number.
+
+    As with the latent cache, the draws are the same whatever learns from them; a segmenter's seed orders the rows. Of a
+    data set with more rows than can be kept every epoch has draws of its own.
+    """
+
+    def __init__(self, split: Split):
+        self.split, self.number = split, KEPT_DRAWS // len(split)
+        self.kept: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def sample(self, row: int, epoch: int, config: SegmenterConfig) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image float32 [3, R, R] in [-1, 1] and class ids uint8 [R, R]."""
+        place = row, epoch % self.number if self.number else epoch
+        key = *place, config.resolution, config.fit
+        found = self.kept.get(key)
+        if found is None:
+            drawn = PairedDataset(self.split, config.resolution, AUGMENT, 0, config.fit).sample(*place)
+            found = torch.from_numpy(to_uint8(drawn.image)), drawn.mask.clone()  # a quarter of the size of floats
+            if self.number:
+                self.kept[key] = found
+        return to_image(found[0].permute(2, 0, 1)), found[1]
+
+    def stream(self, synthetic: bool, config: SegmenterConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Epoch after epoch, each in an order of its own."""
+        for epoch in count():
+            kind = "synthetic" if synthetic else "real"
+            order = seeds.permutation(len(self.split), "mixing", config.seed, kind, epoch)
+            yield from (self.sample(row, epoch, config) for row in order)
 
 
 def train_mixed(mixture: Mixture, config: SegmenterConfig, log: Callable[[str], None] = print) -> Segmenter:
@@ -74,13 +103,7 @@ def mixed_batches(
 
     The real pictures of a seed come in the same order and with the same draws, whatever they are mixed with.
     """
-    streams = {
-        synthetic: _samples(
-            KeptPairs(split, config.resolution, AUGMENT, config.seed, config.fit), synthetic, config.seed
-        )
-        for synthetic, split in ((False, mixture.real), (True, mixture.synthetic))
-        if split is not None
-    }
+    streams = {synthetic: draws.stream(synthetic, config) for synthetic, draws in mixture.draws.items()}
     mixed = round(config.steps * (1 - mixture.real_last))
     for step in range(config.steps):
         share = mixture.share if step < mixed else 0.0
@@ -88,7 +111,8 @@ def mixed_batches(
                  for synthetic in synthetic_places(step, config.batch_size, share)]  # fmt: skip
         samples = [next(streams[synthetic]) for synthetic in which]
         weights = torch.tensor([mixture.weight if synthetic and len(streams) == 2 else 1.0 for synthetic in which])
-        yield torch.stack([one.image for one in samples]), torch.stack([one.mask for one in samples]), weights
+        images, masks = zip(*samples, strict=True)
+        yield torch.stack(images), torch.stack(masks), weights
 
 
 def synthetic_places(step: int, batch_size: int, share: float) -> list[bool]:
@@ -117,11 +141,3 @@ def overlap(seen: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
     confused = confusion(torch.from_numpy(seen), torch.from_numpy(mask), classes)
     there, found, both = pixels_of(confused).unbind(-1)
     return torch.stack([both, found + there - both, there]).numpy()
-
-
-def _samples(pairs: PairedDataset, synthetic: bool, seed: int) -> Iterator:
-    epoch = 0
-    while True:
-        order = seeds.permutation(len(pairs), "mixing", seed, "synthetic" if synthetic else "real", epoch)
-        yield from (pairs.sample(row, epoch) for row in order)
-        epoch += 1

@@ -13,7 +13,7 @@ from segcn import seeds
 from segcn.arguments import make, preset_defaults
 from segcn.config import BASE, OUTPUTS, GenerateConfig, flag
 from segcn.errors import UserError
-from segcn.mixing import AUGMENT
+from segcn.mixing import AUGMENT, KEPT_DRAWS
 from segcn.models import base_fingerprint
 from segcn.records import Split, find_splits, read_split, write_metadata
 from segcn.segmenter_fit import SegmenterConfig
@@ -215,7 +215,7 @@ def key_of(config: UtilityConfig, rows: Split, kind: str, *more: Any) -> str:
     }[kind]  # fmt: skip
     told = {name: getattr(config, name) for name in relevant} | {"rows": rows.fingerprint, "more": more}
     if kind == "segmenter":
-        told |= {"augment": asdict(AUGMENT)}
+        told |= {"augment": asdict(AUGMENT), "draws": KEPT_DRAWS}
     elif kind == "synthetic":
         told |= {"defaults": preset_defaults(GenerateConfig, config.preset)}
     else:

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub must fail
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from segcn import models
 from segcn.arguments import make
@@ -75,6 +76,14 @@ def quick(landscapes, random_base, tmp_path_factory):
         return make(TrainConfig, preset, **given)
 
     return config
+
+
+@pytest.fixture
+def fresh_precision():
+    """accelerate holds on to the first precision of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from segcn import prepare
 from segcn.train import train
 
-
-@pytest.fixture(autouse=True)
-def fresh_precision():
-    """accelerate holds on to the first precision of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_precision")
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ def files_of(folder):
     return sorted(str(path) for path in Path(folder).rglob("*")) if Path(folder).exists() else []
 
 
+@pytest.mark.usefixtures("fresh_precision")
 def test_preflight_measures_two_steps_proposes_a_batch_and_writes_no_run(quick, tmp_path, capsys):
     config = quick(tmp_path / "out", preflight=True, max_train_steps=5000, train_batch_size=4, memory_preset=8)
     before = files_of(config.cache_dir)

@@ -14,7 +14,8 @@ import torch
 from kills import die_at, forked
 from test_segmenter import PALETTE, write_rectangles
 
-from segcn import utility, utility_report
+from segcn import mixing, utility, utility_report
+from segcn.dataset import PairedDataset
 from segcn.errors import UserError
 from segcn.labels import IGNORE
 from segcn.masks import write_mask
@@ -104,6 +105,21 @@ def test_a_mixture_shows_the_real_pictures_in_their_order_and_weighs_the_synthet
     assert [weights.tolist() for *_, weights in ends] == [[1, 1, 0.25, 0.25]] * 2 + [[1, 1, 1, 1]]
     only = list(mixed_batches(Mixture(None, synthetic, 1.0, 0.25), QUICK))
     assert [weights.tolist() for *_, weights in only] == [[1, 1, 1, 1]] * 3
+
+
+def test_every_draw_of_a_small_data_set_is_made_once_and_a_large_one_has_new_ones_each_epoch(tmp_path, monkeypatch):
+    split, made = write_rectangles(tmp_path / "real", 3), []
+    sample = PairedDataset.sample
+    monkeypatch.setattr(PairedDataset, "sample", lambda self, *key: (made.append(key), sample(self, *key))[1])
+    monkeypatch.setattr(mixing, "KEPT_DRAWS", 7)
+    draws = mixing.Draws(split)
+    first, again, third = (draws.sample(1, epoch, QUICK) for epoch in (0, 2, 1))
+    assert made == [(1, 0), (1, 1)] and torch.equal(first[0], again[0]) and not torch.equal(first[0], third[0])
+    exact = sample(PairedDataset(split, QUICK.resolution, mixing.AUGMENT, 0, QUICK.fit), 1, 0)
+    assert (first[0] - exact.image).abs().max() <= 0.5 / 127.5 + 1e-6 and torch.equal(first[1], exact.mask)
+    monkeypatch.setattr(mixing, "KEPT_DRAWS", 2)
+    large = mixing.Draws(split)
+    assert not torch.equal(large.sample(1, 0, QUICK)[0], large.sample(1, 2, QUICK)[0]) and not large.kept
 
 
 def test_the_fall_of_the_loss_in_the_last_tenth_tells_whether_it_has_levelled():

@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from segcn import checkpoint, judge, segmenter, validation
 from segcn import train as training
@@ -159,10 +158,9 @@ def test_a_scored_run_ends_with_the_weights_of_one_that_is_not(watched, quick, t
     assert losses[0] == losses[1]
 
 
+@pytest.mark.usefixtures("fresh_precision")
 def test_half_precision_paints_and_scores(judged, tmp_path):
-    AcceleratorState._reset_state()
     out = train(judged(tmp_path / "out", mixed_precision="bf16", max_train_steps=1, use_ema=True))
-    AcceleratorState._reset_state()
     assert list(scores(told(out))) == [0, 1]
 
 
