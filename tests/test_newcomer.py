@@ -16,11 +16,14 @@ from segcn import cli
 from segcn.config import ROOT
 from segcn.errors import UserError
 from segcn.labels import Label, Palette
+from segcn.latent_files import Layout
 from segcn.masks import write_mask
 from segcn.notebook import check_cells
 from segcn.records import read_split
 from segcn.run import RunConfig
+from segcn.samples import failures
 from segcn.segmenter import SegmenterConfig, train_segmenter
+from segcn.train_config import TrainConfig
 
 PAGES = ("README.md", "data/README.md")
 SECRETS = {name: f"canary-{name.lower()}-5150" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
@@ -128,6 +131,14 @@ def test_no_secret_of_the_environment_is_in_any_file(walked):
     assert seen > 100
 
 
+def test_a_draw_of_the_cache_has_the_size_that_the_page_tells():
+    layout = Layout(50_000, (4, 64, 64), 512, (77, 768))
+    told = f"{layout.entry.itemsize / 1e6:.2f} MB a row at 512 pixels, {layout.draw_bytes / 1e9:.0f} GB in all"
+    assert told in (ROOT / "data" / "README.md").read_text()
+    assert "(`--cache_budget_gb`, 20 by default)" in (ROOT / "data" / "README.md").read_text()
+    assert TrainConfig.cache_budget_gb == 20
+
+
 def test_unknown_parameters_and_wrong_types_are_refused_by_name():
     cell = (
         'limit: int = 128  # rows\nscale: float = 0.0  # weight\nname: str = ""  # text\nfast: bool = False  # or not'
@@ -165,3 +176,10 @@ def test_segcn_run_takes_the_parameters_of_the_five_notebooks_and_no_others(caps
     with pytest.raises(SystemExit):
         cli.do_run(["--limit", "three"])
     assert "--limit: invalid int value: 'three'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_failure_is_painted_beside_the_picture_as_it_should_be(tmp_path, landscapes):
+    recipe = failures.Recipe(early_steps=1, early_rows=4, copying_steps=1, copied_rows=2)
+    out = failures.write_failures(tmp_path / "failures.png", tmp_path / "work", landscapes, recipe)
+    assert Image.open(out).width > 1000 and np.asarray(Image.open(out)).std() > 20
