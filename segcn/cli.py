@@ -23,7 +23,7 @@ from segcn.train_config import TrainConfig
 
 COMMANDS = {
     "run": "notebooks 01 to 05 in order: data, augmentation, training, generation, evaluation",
-    "samples": "the sample data (landscapes, earth), what fails (failures), the embedded base (base) and its figures (measure)",
+    "samples": "sample data (landscapes, earth), failures, the embedded base (base) and its figures (measure)",
     "import": "pictures and masks, metadata files, parquet or saved datasets to a data set of this package",
     "validate": "check a data set: decode every file and report every fault with its row",
     "palette": "write a palette.json for masks that have none: a ready one, or one proposed from them",
