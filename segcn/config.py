@@ -28,7 +28,7 @@ class SampleConfig:
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "sd15": {"num_inference_steps": 20, "guidance_scale": 7.5, "scheduler": "unipc"},
-        "tiny": {"num_inference_steps": 16, "guidance_scale": 1.5, "guidance_end": 0.5, "scheduler": "unipc"},
+        "tiny": {"num_inference_steps": 14, "guidance_scale": 3.5, "guidance_end": 0.4, "scheduler": "unipc"},
     }
 
     preset: str = flag("tiny", "defaults to start from: tiny (the embedded base) or sd15", ("tiny", "sd15"))
