@@ -8,13 +8,16 @@ import os
 import shutil
 import sys
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from segcn.config import ROOT
 from segcn.errors import UserError
 from segcn.files import SYMLINKS
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def preset_defaults(kind: type, preset: str) -> dict[str, Any]:

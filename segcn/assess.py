@@ -16,7 +16,7 @@ from segcn.features import open_extractor
 from segcn.foreign import open_segmenter
 from segcn.observe import Observer
 from segcn.records import Split, find_splits, read_image, read_named_split, read_split
-from segcn.segmenter import Segmenter, SegmenterConfig, shared_folder, train_segmenter
+from segcn.segmenter import AnySegmenter, SegmenterConfig, shared_folder, train_segmenter
 from segcn.text_scores import Reader, clip_reader
 
 Log = Callable[[str], None]
@@ -43,7 +43,7 @@ def evaluate_folders(
     if process[0]:
         wait()  # the first process trains what the others then load
     elif process[1] > 1:
-        torch.set_num_threads(os.cpu_count())  # as without torchrun: what is trained depends on it
+        torch.set_num_threads(os.cpu_count() or 1)  # as without torchrun: what is trained depends on it
     observer = open_observer(config, splits, cache, process, caption_reader, log)
     if process[1] > 1:
         if process[0] == 0:
@@ -124,7 +124,7 @@ def open_readers(
     return (*([clip_reader(clip)] if clip else []), *([own] if own else []))
 
 
-def _segmenter(config: EvaluateConfig, splits: dict[str, Split], cache: Path, log: Log) -> Segmenter:
+def _segmenter(config: EvaluateConfig, splits: dict[str, Split], cache: Path, log: Log) -> AnySegmenter:
     resolution = config.resolution or _side(splits["synthetic"], config.fit)
     if config.segmenter:
         return open_segmenter(config.segmenter, splits["real"].palette, resolution, config.fit)

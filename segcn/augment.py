@@ -1,6 +1,7 @@
 """Paired augmentation: drawn once for a (seed, epoch, row), applied to image and mask alike."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torchvision.transforms.v2 import InterpolationMode
@@ -63,7 +64,7 @@ class AugmentConfig:
         start, *changes = [part.strip() for part in text.split(",")]
         if start not in AUGMENTS:
             raise _unread(f"expected {' or '.join(AUGMENTS)} first, found {start!r}")
-        changed = dict(map(_read_change, changes))
+        changed: dict[str, Any] = dict(map(_read_change, changes))
         try:
             return replace(AUGMENTS[start], **changed)
         except UserError as error:
@@ -72,7 +73,8 @@ class AugmentConfig:
     @property
     def still(self) -> bool:
         """Whether every epoch draws the same."""
-        return replace(self, **{name: words[0] for name, words in WORDS.items()}) == AugmentConfig.none()
+        words: dict[str, Any] = {name: known[0] for name, known in WORDS.items()}
+        return replace(self, **words) == AugmentConfig.none()
 
 
 def _read_change(change: str) -> tuple[str, float | str]:
@@ -109,7 +111,7 @@ def draw(config: AugmentConfig, seed: int, epoch: int, row: int, caption: str = 
         return between(name, centre - reach, centre + reach)
 
     keeps_sides = cannot_be_mirrored if config.sided_captions == "rewrite" else says_a_side
-    crop = [around(name, 0.5, config.crop_shift / 2) for name in ("crop_top", "crop_left")]
+    top, left = (around(name, 0.5, config.crop_shift / 2) for name in ("crop_top", "crop_left"))
     drawn = Draw(
         angle=around("angle", 0.0, config.degrees),
         translate_x=around("translate_x", 0.0, config.translate),
@@ -118,7 +120,7 @@ def draw(config: AugmentConfig, seed: int, epoch: int, row: int, caption: str = 
         shear_x=around("shear_x", 0.0, config.shear),
         shear_y=around("shear_y", 0.0, config.shear),
         flip=between("flip", 0.0, 1.0) < config.hflip and not keeps_sides(caption),
-        crop=(*crop, between("crop_size", config.crop_min, 1.0)),
+        crop=(top, left, between("crop_size", config.crop_min, 1.0)),
         brightness=around("brightness", 1.0, config.brightness),
         contrast=around("contrast", 1.0, config.contrast),
         saturation=around("saturation", 1.0, config.saturation),

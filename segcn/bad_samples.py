@@ -1,7 +1,7 @@
 """Rows whose files go bad after the check: the run ends, or goes on with the next good row, as --on_bad_sample says."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,7 +76,7 @@ class BadRows:
         skipped = [self._between(bad, used) for bad, used in self.accelerator.gather(pairs).tolist() if bad >= 0]
         self.add({row: None for rows in skipped for row in rows})
 
-    def add(self, rows: dict[int, str | None]) -> None:
+    def add(self, rows: Mapping[int, str | None]) -> None:
         """Take note of bad rows and why, the same ones in every process; UserError if there are more than the limit."""
         new = sorted(rows.keys() - self.known.keys())
         for row in new:

@@ -31,7 +31,7 @@ class Stream:
         if repeats is not None:
             self._offsets = np.array([seeds.uniform("repeats", seed, row) for row in range(rows)])
         self._span = range(0)  # the positions of the epoch in use
-        self._keys: tuple[np.ndarray, np.ndarray] | None = None  # their visits and rows
+        self._keys = np.empty(0, np.int64), np.empty(0, np.int64)  # their visits and rows
 
     def start(self, epoch: int) -> int:
         """The position at which an epoch starts: how many rows stand in those before it."""
@@ -45,7 +45,8 @@ class Stream:
         return int(visits[place]), int(rows[place])
 
     def _visits(self, epoch: int) -> np.ndarray:
-        """The number of visits of each row before an epoch, int64 [N]."""
+        """The number of visits of each row before an epoch, int64 [N]; where rows are repeated."""
+        assert self.repeats is not None
         return np.floor(epoch * self.repeats + self._offsets).astype(np.int64)
 
     def _epoch_of(self, position: int) -> int:

@@ -54,7 +54,8 @@ def paint_batches(task: Task, batches: Iterable[int], log: Callable) -> float:
     """Paint whole batches and write what is missing of each while the next is painted; the slowest's seconds."""
     batches, slowest, done = list(batches), 0.0, 0
     owed = sum(len(task.manifest.missing(batch)) for batch in batches)
-    told, writing = Progress("painted", owed, log), []
+    told = Progress("painted", owed, log)
+    writing: list[Future] = []
     with ThreadPoolExecutor(WRITERS) as pool:
         for batch in batches:
             began = time.monotonic()
@@ -111,6 +112,7 @@ def write_image(task: Task, layout: Layout, painted: Painted) -> None:
     """Write mask, then image, then the record: what the manifest tells of stands."""
     names = task.job.pair(layout.image, painted.kept)
     write_pair(task.out, names, painted.image, painted.mask, task.controls.palette, work=task.out / WORK)
+    record: dict[str, Any]
     record = {"image": layout.image, "row": layout.row, "replicate": layout.replicate, "attempt": painted.attempt}
     record |= {"kept": painted.kept, "file_name": names[0], "conditioning_image_file_name": names[1]}
     if painted.scores:

@@ -5,6 +5,7 @@ import json
 import statistics
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -30,7 +31,7 @@ def measured(config: BenchTrainConfig) -> tuple[BenchTrainConfig, list[dict]]:
 def newest(path: Path) -> list[dict]:
     """Of a train.json the pairs with the settings, machine and versions of its newest run, in the table's order."""
     entries = [entry for entry in json.loads(path.read_text()) if "variant" in entry] if path.is_file() else []
-    last = max(entries, key=lambda entry: entry["began"], default=None)
+    last: dict = max(entries, key=lambda entry: entry["began"], default={})
     same = [entry for entry in entries if all(entry[k] == last[k] for k in ("settings", "machine", "versions"))]
     return sorted(same, key=lambda entry: (list(VARIANTS).index(entry["variant"]), entry["round"]))
 
@@ -77,7 +78,7 @@ def _pair(axes, place: float, values: list[float], ratio: float) -> None:
 def _legend(figure: Figure, config: BenchTrainConfig, limit: float) -> None:
     """The two sides, and what the dashes are."""
     axes = figure.axes[0]
-    handles = [axes.bar(0, 0, color=tone) for tone in (TONES[1], TONES[0])]
+    handles: list[Any] = [axes.bar(0, 0, color=tone) for tone in (TONES[1], TONES[0])]
     handles.append(axes.hlines([], 0, 0, colors="black", linestyles="dashed"))
     names = [*config.names.values(), f"all that leaving the encoders out can give by arithmetic: {limit:.2f}x"]
     figure.legend(handles, names, loc="upper center", ncols=3)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from segcn import checkpoint, models
@@ -24,14 +25,14 @@ def bench_faithful(config: BenchTrainConfig, book: Book) -> list[dict]:
     The time runs from the start of the process, cache building included, to the checkpoint's weights on disk. Scoring
     is not counted. It stops at the first checkpoint that obeys.
     """
-    if "test" not in find_splits(config.dataset_name):
+    if "test" not in find_splits(config.dataset):
         raise UserError(f"--until_faithful: {config.dataset_name} has no test/ with masks that are held out")
     entries = [train_contender(config, book, *contender) for contender in contenders(config)]
     scorer = None
     for entry in entries:
         if "reached" not in entry:
             scorer = scorer or Scorer(config, book.log)
-            scorer.score(entry, lambda entry=entry: book.add(entry))
+            scorer.score(entry, partial(book.add, entry))
             shutil.rmtree(entry["where"])
     return entries
 
@@ -39,7 +40,7 @@ def bench_faithful(config: BenchTrainConfig, book: Book) -> list[dict]:
 def contenders(config: BenchTrainConfig) -> list[tuple[str, str, tuple[str, ...]]]:
     """(title, side, words) of each run; the peer gets our share of empty captions too, as guidance needs them."""
     ours = ("--preset", config.preset, "--checkpoints_total_limit", str(config.faithful_steps))
-    found = [("segcn at its defaults", "ours", ours)]
+    found: list[tuple[str, str, tuple[str, ...]]] = [("segcn at its defaults", "ours", ours)]
     if not config.peer:
         return [("segcn --cache none at its defaults", "peer", ours), *found]
     empty = str(make(TrainConfig, config.preset).proportion_empty_prompts)
@@ -80,8 +81,9 @@ class Scorer:
             TrainConfig, config.preset, **shared, dataset_name=config.dataset_name, resolution=config.resolution,
             faithfulness_rows=config.faithfulness_rows,
         )  # fmt: skip
-        split = read_split(config.dataset_name, "train")
+        split = read_split(config.dataset, "train")
         held_out = held_out_rows(training, split)
+        assert held_out is not None
         self.judge = open_judge(training, held_out, split, config.folder, self.device, log)
         self.ceiling = self.judge.ceiling["miou"]
         self.base = models.load_base(config.pretrained_model_name_or_path, self.device)

@@ -202,6 +202,7 @@ def memory_of(config: BenchGenerateConfig, side: Side, counts: tuple[int, ...], 
     if not path.is_file():
         log(f"Memory: {side.title} paints {counts[-1]} masks.")
         where = {"controls": str(real.metadata), "split": "train", "output_dir": str(config.out / "memory")}
-        painting = GenerateConfig(**dataclasses.asdict(side.settings), **where, batch_size=side.batch_size)
+        settings = dataclasses.asdict(side.settings) | where
+        painting = GenerateConfig(**settings, batch_size=side.batch_size)
         write_text(path, json.dumps(peaks(painting, counts)) + "\n")
     return json.loads(path.read_text())

@@ -79,6 +79,12 @@ class BenchTrainConfig:
         return Path(self.output_dir).absolute()
 
     @property
+    def dataset(self) -> Path:
+        """The data set: `bench_train` names the sample landscapes where none is given."""
+        assert self.dataset_name is not None
+        return Path(self.dataset_name)
+
+    @property
     def chosen(self) -> list[str]:
         """Names of the variants."""
         return [name.strip() for name in self.variants.split(",") if name.strip()]
@@ -115,7 +121,7 @@ def check(config: BenchTrainConfig) -> None:
 
 def command(config: BenchTrainConfig, side: str, where: Path, steps: int, save_every: int, more: tuple) -> list[str]:
     """The command line of one side, writing below the folder `where`: the same flags by the same names, and `more`."""
-    data = Path(config.dataset_name).absolute()
+    data = config.dataset.absolute()
     shared: dict[str, Any] = {
         "pretrained_model_name_or_path": Path(config.pretrained_model_name_or_path).absolute(),
         "dataset_name": data.parent if data.is_file() else data,

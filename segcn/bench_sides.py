@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -138,7 +139,8 @@ def take_turn(side: Side, masks: Masks, rows: list[int], name: str, run: float) 
     busy, cpu, began = busy_seconds(), time.process_time(), time.monotonic()
     images = side.paint(masks.ids[rows], [masks.captions[row] for row in rows], rows)
     seconds, own = time.monotonic() - began, time.process_time() - cpu
-    other = None if busy is None else max(0.0, busy_seconds() - busy - own) / seconds
+    now = busy_seconds()
+    other = None if busy is None or now is None else max(0.0, now - busy - own) / seconds
     for row, image in zip(rows, images, strict=True):
         write_pair(side.out, pair_of(row), image, masks.ids[row], masks.real.palette)
     entry = {"seconds": seconds, "cpu_seconds": own, "other_load": other, "run": run}
@@ -158,13 +160,13 @@ def pair_of(row: int) -> tuple[str, str]:
 
 def variant(settings: SampleConfig, words: str) -> SampleConfig:
     """The settings changed by "name=value,name=value"; UserError for a name or value that they do not have."""
-    known = {field.name: field for field in dataclasses.fields(SampleConfig)}
-    changes = {}
+    known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SampleConfig)}
+    changes: dict[str, Any] = {}
     for word in words.split(","):
         name, _, value = word.partition("=")
         if name not in known:
             raise UserError(f"--variants {words}: expected name=value,name=value with flags' names, found {word!r}")
-        kind = str if known[name].default is None else type(known[name].default)
+        kind = str if known[name] is None else type(known[name])
         try:
             changes[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):

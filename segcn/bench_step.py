@@ -33,7 +33,7 @@ def bench_step(
     Each is measured in a process of its own, where the median of its steps counts. The ratios compare the fastest
     rounds: what else a machine does only ever adds.
     """
-    found = {pair: [] for pair in itertools.product(MEMORIES, LAYOUTS)}
+    found: dict[tuple[str, str], list[float]] = {pair: [] for pair in itertools.product(MEMORIES, LAYOUTS)}
     for number in range(1, rounds + 1):
         for (memory, layout), seconds in found.items():
             code = RUN.format(str(pretrained_model_name_or_path), memory, layout, resolution, batch_size, steps)

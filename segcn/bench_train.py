@@ -28,7 +28,7 @@ def bench_train(config: BenchTrainConfig, log: Callable[[str], None] = print) ->
     """
     check(config)
     config = dataclasses.replace(config, dataset_name=config.dataset_name or str(sample_landscapes()))
-    rows = len(read_split(config.dataset_name, "train"))
+    rows = len(read_split(config.dataset, "train"))
     if rows < (config.max_train_samples or 0):
         raise UserError(f"--max_train_samples {config.max_train_samples}: {config.dataset_name} has {rows} rows")
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,8 @@ def pairs_of(entries: list[dict], variant: str) -> Iterator[tuple[dict, dict]]:
     found = {(entry["side"], entry["round"]): entry for entry in entries if entry.get("variant") == variant}
     for number in sorted({number for _, number in found}):
         if all((side, number) in found for side in SIDES):
-            yield tuple(found[side, number] for side in SIDES)
+            peer, ours = (found[side, number] for side in SIDES)
+            yield peer, ours
 
 
 def ratios(entries: list[dict], variant: str, measure: str) -> list[float]:

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from segcn.arguments import main_guard, parse
@@ -124,7 +125,7 @@ def do_bench(words: list[str]) -> None:
     kinds.add_parser("train", help="training against diffusers' train_controlnet.py: pace, memory, time to obey")
     kinds.add_parser("generate", help="painting against one pipeline call an image: pace, faithfulness, distance")
     options = vars(parser.parse_args(words))
-    found = {"validate": bench_validate, "metadata": bench_metadata, "step": bench_step}
+    found: dict[str, Callable] = {"validate": bench_validate, "metadata": bench_metadata, "step": bench_step}
     found[options.pop("kind")](**options)
 
 

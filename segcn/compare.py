@@ -49,6 +49,7 @@ def read_run(folder: str | Path) -> tuple[dict, dict]:
 def places(one: dict, other: dict) -> list[tuple[str, tuple[str, ...]]]:
     """(title, place in the metrics) of every number that both runs tell, the means before the classes."""
     extractor = one["distance"]["extractor"]
+    wanted: list[tuple[str, tuple[str, ...]]]
     wanted = [(f"{title} of ceiling, {ROWS[name]}", ("shares_of_ceiling", name, key))
               for key, title in (("miou", "mIoU"), ("boundary_f", "boundary F")) for name in SETS]  # fmt: skip
     wanted += [(f"{title}, {ROWS[name]}", ("faithfulness", name, key))

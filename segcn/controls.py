@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def _augment(text: str) -> AugmentConfig:
         found = AugmentConfig.parse(text)
     except UserError as error:
         raise UserError(str(error).replace("--augment:", "--augment_masks:")) from None
-    still = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    still: dict[str, Any] = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
     return replace(found, **still, fill=found.fill if "fill=" in text.replace(" ", "") else "cover")
 
 
@@ -102,8 +103,8 @@ def check_masks(
 
     factor: pixels a side of one latent cell. UserError names the first that cannot be painted and how many more fail.
     """
-    failed, done = [], 0
-    rows = list(dict.fromkeys(row for row, _ in places))
+    failed: list[str] = []
+    done, rows = 0, list(dict.fromkeys(row for row, _ in places))
     told = Progress("masks checked", len(rows), log)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for some in _cut(rows, CHECKED_AT_ONCE):

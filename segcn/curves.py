@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -62,7 +63,7 @@ def draw_faithfulness(axes: Axes, entries: list[dict]) -> None:
     axes.axhline(1, color="#888888", linewidth=1, linestyle=":")
     axes.plot(steps, values, color=ACCENT, linewidth=1.8, marker="o", markersize=4)
     best, began = int(np.argmax(values)), convergence_step(steps, values)
-    note = {"textcoords": "offset points", "fontsize": 8, "annotation_clip": False}
+    note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "annotation_clip": False}
     if best > 0:
         at = (steps[best], values[best])
         axes.plot(*at, marker="o", markersize=7, color=ACCENT)
@@ -187,7 +188,7 @@ def progress(folder: Path) -> Figure:
     """The curves so far, and under them the newest validation sheet."""
     entries, sheets = read_log(folder / LOG), validation_sheets(folder)
     picture = np.asarray(Image.open(sheets[-1])) if sheets else None
-    height = 9 * picture.shape[0] / picture.shape[1] + 0.3 if sheets else 0
+    height = 9 * picture.shape[0] / picture.shape[1] + 0.3 if picture is not None else 0
     figure = Figure(figsize=(9, 2.6 + height), layout="constrained")
     curves, *below = figure.subfigures(
         1 + bool(sheets), 1, height_ratios=[2.6, height][: 1 + bool(sheets)], squeeze=False

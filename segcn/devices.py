@@ -2,9 +2,12 @@
 
 import contextlib
 import ctypes
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 WIDE = 320  # channels of the first block: Stable Diffusion's
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # the names of mallopt(3)
@@ -36,7 +39,7 @@ def give_freed_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def lay_out(network: nn.Module, device: str | torch.device) -> nn.Module:
+def lay_out(network: "ModelMixin", device: str | torch.device) -> "ModelMixin":
     """Move a network of diffusers to a device, its weights in the order in which convolutions are fastest there.
 
     That is channels_last, but for wide networks on CPUs (`segcn bench step` measures it).

@@ -31,8 +31,8 @@ def frechet_estimate(real: torch.Tensor, synthetic: torch.Tensor) -> Estimate:
     for near, far in zip(*(resamples(len(one), name, draws) for one, name in zip(sets, SIDES, strict=True)),
                          strict=True):  # fmt: skip
         found += [_frechet(_moments(sets[0], v), _moments(sets[1], w)) for v, w in zip(near, far, strict=True)]
-    found = torch.stack(found)
-    return Estimate(value, (found - found.mean() + value).clamp(min=0) if count > 1 else found)
+    drawn = torch.stack(found)
+    return Estimate(value, (drawn - drawn.mean() + value).clamp(min=0) if count > 1 else drawn)
 
 
 def _moments(features: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,7 +22,7 @@ from segcn.features import Extractor
 from segcn.labels import Palette
 from segcn.observe import LEAST_CROP, Observer, Seen, one_core
 from segcn.records import Split
-from segcn.segmenter import Segmenter, SegmenterConfig, predict
+from segcn.segmenter import AnySegmenter, Segmenter, SegmenterConfig, predict
 
 ROWS = {
     "real": "real (ceiling)",
@@ -70,8 +71,8 @@ def evaluate(
     its `fit` says, resized once to its resolution. UserError names the row of a broken image, or says which palettes or
     classes differ.
     """
-    splits = {"real": real, "reconstructions": reconstructions, "synthetic": synthetic, "floor": floor, "train": train}
-    splits = {name: split for name, split in splits.items() if split is not None}
+    given = {"real": real, "reconstructions": reconstructions, "synthetic": synthetic, "floor": floor, "train": train}
+    splits = {name: split for name, split in given.items() if split is not None}
     for name, split in splits.items():
         check_classes(split, real.palette, observer.segmenter)
         if len(split) < 2 and name in ("real", "synthetic"):
@@ -92,7 +93,7 @@ def measured(splits: dict[str, Split], seen: dict[str, Seen], observer: Observer
     found = {name: faithfulness_of(seen[name], palette) for name in judged}
     shares = {name: {kind: bootstrap.ratio(found[name][kind], found["real"][kind]) for kind in ("miou", "boundary_f")}
               for name in judged[1:]}  # fmt: skip
-    told = {
+    told: dict[str, Any] = {
         "segmenter": observer.segmenter.settings,
         "sets": {name: {"folder": str(split.folder), "images": len(split), "fingerprint": split.fingerprint}
                  for name, split in splits.items()},
@@ -223,7 +224,7 @@ def _batches(split: Split, segmenter: Segmenter, batch_size: int) -> Iterator[tu
         yield torch.stack([sample.image for sample in batch]), torch.stack([sample.mask for sample in batch])
 
 
-def check_classes(split: Split, palette: Palette, segmenter: Segmenter) -> None:
+def check_classes(split: Split, palette: Palette, segmenter: AnySegmenter) -> None:
     """UserError where the palette is another one, or the segmenter knows another number of classes."""
     if split.palette.fingerprint != palette.fingerprint:
         raise UserError(f"{split.folder}: its palette differs from the one of the real images, {palette.names}")

@@ -45,7 +45,7 @@ def worst_classes(metrics: dict) -> list[str]:
     """The classes that occur, at most 20: those with the lowest IoU, in the order of their ids."""
     found = {label: value for label, value in metrics["faithfulness"]["synthetic"]["per_class"].items()
              if value is not None}  # fmt: skip
-    kept = sorted(found, key=found.get)[:MOST]
+    kept = sorted(found, key=lambda label: found[label])[:MOST]
     return [label for label in found if label in kept]
 
 
@@ -56,8 +56,8 @@ def reliability(metrics: dict) -> Figure:
     axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle=":")
     for name, told in metrics["reliability"].items():
         label = f"{ROWS[name]}, off by {told['expected_calibration_error']:.3f}"
-        style = {"color": TONES[name], "linewidth": 1.6, "marker": "o", "markersize": 3.5, "label": label}
-        axes.plot(told["confidence"], told["accuracy"], **style)
+        points = told["confidence"], told["accuracy"]
+        axes.plot(*points, color=TONES[name], linewidth=1.6, marker="o", markersize=3.5, label=label)
     axes.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel="confidence of the segmenter", ylabel="share of such pixels right")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     return figure
@@ -114,7 +114,7 @@ def nearest_distances(metrics: dict) -> Figure:
     }
     figure = Figure(figsize=(6.5, 2.6))
     axes = figure.add_subplot()
-    edges = np.linspace(0, max(max(values) for values, _ in sets.values()) or 1, 31)
+    edges = np.linspace(0, max(max(values) for values, _ in sets.values()) or 1, 31).tolist()
     for name, (values, tone) in sets.items():
         weights = np.full(len(values), 1 / len(values))
         axes.hist(values, edges, weights=weights, color=tone, alpha=0.22)

@@ -41,7 +41,7 @@ class Examples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | str | int]:
         visit, row = key
         seed, settings = self.settings["seed"], self.settings
-        example, mask = self._uncached(visit, row) if self.cache is None else self._cached(visit, row)
+        example, mask = self._uncached(visit, row) if self.cache is None else self._cached(self.cache, visit, row)
         if seeds.uniform("control drop", seed, visit, row) < settings["empty_controls"]:
             example["control"] = torch.zeros_like(example["control"])
         if settings["class_weights"] is not None:
@@ -63,8 +63,8 @@ class Examples(Dataset):
         example = {"image": sample.image, "control": sample.control, "caption": self._told(visit, row, sample.caption)}
         return example | {"cells": valid_cells(sample.valid[None], self.factor)[0], "row": used}, sample.mask
 
-    def _cached(self, visit: int, row: int) -> tuple[dict, torch.Tensor]:
-        cache, draw, side = self.cache, visit % self.cache.draws, self.dataset.resolution
+    def _cached(self, cache: LatentCache, visit: int, row: int) -> tuple[dict, torch.Tensor]:
+        draw, side = visit % cache.draws, self.dataset.resolution
         used = cache.good(row)
         entry = cache.entry(draw, used)
         mask = torch.from_numpy(np.array(entry["mask"]))

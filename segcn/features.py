@@ -8,11 +8,11 @@ from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from segcn.errors import UserError
 from segcn.models import weights_digest
+from segcn.segmenter import AnySegmenter
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_HASH = Path(INCEPTION_WEIGHTS).stem.rpartition("-")[2]  # how the SHA-256 of those of 2015 begins
@@ -32,7 +32,7 @@ class Extractor(NamedTuple):
         return ("FID", "KID") if self.name == INCEPTION else ("Fréchet distance", "kernel distance")
 
 
-def open_extractor(segmenter: nn.Module, inception: str | Path | None = None) -> Extractor:
+def open_extractor(segmenter: AnySegmenter, inception: str | Path | None = None) -> Extractor:
     """Inception where its weights are given or at hand, else the segmenter's own features.
 
     These know this data set but compare with no published number. UserError where a file that is given is missing.

@@ -46,6 +46,7 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
     run, asked = Path(config.output_dir) / RUN_FILE, config.cache_draws
     if run.is_file() and asked is None:
         asked = json.loads(run.read_text()).get("cache_draws")
+    assert config.max_train_steps is not None
     seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
     visits, captions = seen * accelerator.num_processes / len(dataset), len(latents.captions_of(dataset))
     found = [0]
@@ -68,6 +69,7 @@ def make_examples(config: TrainConfig, dataset: PairedDataset, base: Base, accel
     """The source of training examples; with the cache, both encoders leave memory, unless the run paints with them."""
     cache, limit = None, parse_limit(config.on_bad_sample)
     if config.cache == "latents":
+        assert config.cache_draws is not None
         folder = cache_folder(config, dataset, base)
         cache = latents.build(folder, dataset, base, config.cache_draws, accelerator, log.say, limit)
     paints = config.validation_image or config.faithfulness_rows

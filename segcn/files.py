@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from segcn.errors import UserError
 
@@ -40,7 +40,7 @@ class Unreadable(UserError):
 
 
 @contextmanager
-def open_image(path: str | Path, what: str = "image", max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+def open_image(path: str | Path, what: str = "image", max_pixels: int = MAX_PIXELS) -> Iterator[ImageFile.ImageFile]:
     """A picture, for as long as the block lasts; Unreadable where opening it, or decoding it in the block, fails.
 
     A picture of more pixels than the limit is refused from its header, before it takes any memory.

@@ -106,14 +106,14 @@ def file_findings(case: Case, image: ImageFacts | None, mask: MaskFacts | None) 
         seen = f"; {mask.fault.message}" if mask.fault is not None else ""
         yield case.finding("lossy_mask", f"{mask.lossy} compression changes labels{seen}", record.mask)
     if image is not None and mask is not None and image.size and mask.size and image.size != mask.size:
-        yield case.finding(*_size_fault(image, mask), record.mask)
+        yield case.finding(*_size_fault(image.size, mask.size, image.orientation), record.mask)
 
 
-def _size_fault(image: ImageFacts, mask: MaskFacts) -> tuple[str, str]:
-    expected, found = "{} x {}".format(*image.size), "{} x {}".format(*mask.size)
+def _size_fault(image: tuple[int, int], mask: tuple[int, int], orientation: int) -> tuple[str, str]:
+    expected, found = "{} x {}".format(*image), "{} x {}".format(*mask)
     message = f"expected its image's size, {expected}, found {found}"
-    if image.orientation >= 5 and image.size == mask.size[::-1]:
-        return "rotation", f"{message}: EXIF orientation {image.orientation} turns the image, the mask is not turned"
+    if orientation >= 5 and image == mask[::-1]:
+        return "rotation", f"{message}: EXIF orientation {orientation} turns the image, the mask is not turned"
     return "size", message
 
 
@@ -128,7 +128,7 @@ def long_findings(
 
 def copy_findings(cases: Sequence[Case], images: dict[Path, ImageFacts]) -> Iterator[Finding]:
     """Rows whose image has the pixels of an earlier row's: in another split, else in the same one."""
-    earlier = defaultdict(list)
+    earlier: dict[tuple, list[Case]] = defaultdict(list)
     for case in cases:
         same = earlier[images[case.record.image].identity]
         elsewhere = [other for other in same if other.split != case.split]
@@ -146,7 +146,7 @@ def near_findings(cases: Sequence[Case], images: dict[Path, ImageFacts]) -> Iter
     for number in range(1, len(splits)):
         before, here = np.flatnonzero(order < number), np.flatnonzero(order == number)
         for at, found, bits in zip(here, *nearest(hashes[here], hashes[before]), strict=True):
-            case, other = cases[at], cases[before[found]]
+            case, other = cases[int(at)], cases[int(before[found])]
             same = images[case.record.image].identity == images[other.record.image].identity
             if bits <= NEAR and not same:
                 message = f"{bits} of 64 hash bits differ from {other}"

@@ -2,24 +2,31 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from segcn.devices import pick_device
 from segcn.errors import UserError
 from segcn.labels import Palette
-from segcn.segmenter import Segmenter, load_segmenter
+from segcn.segmenter import AnySegmenter, load_segmenter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # where a folder says nothing
 NEVER = -1e4  # logit of an id that the network does not know
 
 
-class ForeignSegmenter(nn.Module):
+class ForeignSegmenter(AnySegmenter):
     """Takes and gives what our own segmenter does: images in [-1, 1], logits of the palette's ids at their size."""
 
-    def __init__(self, model: nn.Module, ids: list[int], num_classes: int, look: dict, settings: dict):
+    ids: torch.Tensor
+    image_mean: torch.Tensor
+    image_std: torch.Tensor
+
+    def __init__(self, model: "PreTrainedModel", ids: list[int], num_classes: int, look: dict, settings: dict):
         super().__init__()
         self.model, self.num_classes, self.settings = model, num_classes, settings
         self.side = look.get("size")
@@ -46,7 +53,7 @@ class ForeignSegmenter(nn.Module):
 
 def open_segmenter(
     folder: str | Path, palette: Palette, resolution: int, fit: str, device: str | None = None
-) -> Segmenter | ForeignSegmenter:
+) -> AnySegmenter:
     """Ours, or one of transformers'; UserError where it is neither, or knows another number of classes.
 
     resolution, fit: how a network of transformers' sees the images; ours remembers that.
@@ -79,7 +86,7 @@ def ids_of(palette: Palette, count: int, folder: str | Path) -> list[int]:
     )
 
 
-def _load(folder: Path) -> tuple[nn.Module, dict]:
+def _load(folder: Path) -> tuple["PreTrainedModel", dict]:
     from transformers import AutoModelForSemanticSegmentation
 
     look = IMAGENET | {name: value for name, value in (_told(folder / "preprocessor_config.json") or {}).items()

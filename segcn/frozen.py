@@ -5,6 +5,8 @@ float16, the weight is widened when it is used, once forwards and once backwards
 between the two. Normalisations stay as they are.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +23,7 @@ def computes_fast(dtype: torch.dtype, device: torch.device) -> bool:
         return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return True
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(has.get(flag) for flag in CPU_FLAGS[dtype])
 
 

@@ -71,7 +71,7 @@ class Gallery(w.VBox):
         self.view.observe(lambda _: self._look(), "value")
         self.back.on_click(lambda _: self.turn_to(self.shown - 1))
         self.forward.on_click(lambda _: self.turn_to(self.shown + 1))
-        self.save_all.on_click(lambda _: [self.keep(card) for card in self.cards])
+        self.save_all.on_click(lambda _: self._keep_all())
         self.grid = w.Box(layout=w.Layout(flex_flow="row wrap", grid_gap="10px"))
         self.grid.add_class("segcn-grid")
         bar = w.HBox(
@@ -119,6 +119,10 @@ class Gallery(w.VBox):
             self.tell(f"Error: {error}")
             return
         card.save_button.description, card.save_button.disabled = f"Row {row}", True
+
+    def _keep_all(self) -> None:
+        for card in self.cards:
+            self.keep(card)
 
     def _look(self) -> None:
         for card in self.cards:

@@ -183,12 +183,13 @@ def reconstruct_dataset(
     split: Split, base: Base, out: Path, resolution: int, batch_size: int = 16, fit: str = "crop"
 ) -> Path:
     """The real images through the autoencoder and back, as a data set: the ceiling of a latent model."""
-    pairs, names = PairedDataset(split, resolution, AUGMENTS["none"], 0, fit), []
+    pairs = PairedDataset(split, resolution, AUGMENTS["none"], 0, fit)
+    names: list[tuple[str, str]] = []
     for first in range(0, len(pairs), batch_size):
         samples = [pairs.sample(row, 0) for row in range(first, min(first + batch_size, len(pairs)))]
         images = to_uint8(reconstruct(base.vae, torch.stack([sample.image for sample in samples])))
         for sample, image in zip(samples, images, strict=True):
-            frame = boxes(sample.draw, tuple(sample.original.shape[1:]), resolution)[1]
+            frame = boxes(sample.draw, sample.original.shape[1:], resolution)[1]
             names.append((f"images/{len(names):06d}.png", f"masks/{len(names):06d}.png"))
             write_pair(out, names[-1], frame.of(image), frame.cut(sample.mask.numpy()), split.palette)
     captions = (record.caption for record in split.records)

@@ -4,6 +4,7 @@ Points are (x, y) in pixels; the centre of pixel k lies at k, so that a picture 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Box(NamedTuple):
         return pixels[self.top : self.top + self.height, self.left : self.left + self.width]
 
 
-def boxes(draw: Draw, size: tuple[int, int], resolution: int) -> tuple[Box, Box]:
+def boxes(draw: Draw, size: Sequence[int], resolution: int) -> tuple[Box, Box]:
     """What is cut out of a picture of `size` (height, width), and where in the square of R x R it is put.
 
     crop: a square of the short side, to the whole square; stretch: all, to the whole square; pad: all, to its middle.

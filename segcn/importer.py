@@ -92,7 +92,7 @@ def _write(
     elif config.palette in READY:
         for warning in _fitting(masks, palette):
             log(f"Warning: {warning}")
-    captioned = {name: list(_captioned(folder / name, rows[name], palette, config.caption)) for name in rows}
+    captioned = {name: list(_captioned(folder / name, rows[name], palette, config.caption or "")) for name in rows}
     if not (folder / "palette.json").exists():
         palette.save(folder / "palette.json")
     for name in sorted(rows, key=lambda name: name == "train"):
@@ -118,7 +118,7 @@ def _write_rows(folder: Path, rows: list[tuple[str, str, tuple[str, ...]]]) -> N
 
 
 def _captioned(
-    folder: Path, rows: Iterable[Placed], palette: Palette, caption: str | None
+    folder: Path, rows: Iterable[Placed], palette: Palette, caption: str
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Rows with --caption where they have none of their own."""
     for row in rows:

@@ -60,7 +60,8 @@ def columns_of(config: InferConfig) -> list[tuple[int, int]]:
 
 def paint_lines(painter: Painter, mask: np.ndarray, config: InferConfig) -> list[list[np.ndarray]]:
     """A list of pictures, uint8 [H, W, 3], for each prompt."""
-    columns, painted = columns_of(config), {}
+    columns = columns_of(config)
+    painted: dict[tuple[str, int, int], np.ndarray] = {}
     for seed in dict.fromkeys(seed for seed, _ in columns):
         cells = [(text, row) for text in config.prompt for own, row in dict.fromkeys(columns) if own == seed]
         for first in range(0, len(cells), AT_ONCE):

@@ -38,10 +38,10 @@ def held_out_rows(config: TrainConfig, split: Split) -> Split | None:
     """
     if not config.faithfulness_rows:
         return None
-    if "test" in find_splits(config.dataset_name):
-        found = read_split(config.dataset_name, "test")
+    if "test" in find_splits(config.dataset):
+        found = read_split(config.dataset, "test")
     else:
-        found = read_split(config.dataset_name, "train")
+        found = read_split(config.dataset, "train")
         found = dataclasses.replace(found, records=found.records[len(split) :])
     if not found.records:
         raise UserError(

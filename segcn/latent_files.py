@@ -112,10 +112,10 @@ class LatentCache:
     def text_of(self, caption: str) -> np.ndarray:
         """float16 [L,D]; KeyError for a caption that was not embedded."""
         key = seeds.seed_of(caption)
-        place = np.searchsorted(self._hashes, key)
-        if place == len(self._hashes) or self._hashes[place] != key:
+        found = np.searchsorted(self._hashes, key)
+        if found == len(self._hashes) or self._hashes[found] != key:
             raise KeyError(caption)
-        block, place = divmod(int(self._order[place]), CAPTIONS)
+        block, place = divmod(int(self._order[found]), CAPTIONS)
         return self._open(*self._text[block])[place]
 
 

@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -33,6 +34,7 @@ BATCH = 16  # pictures of 256 px, or smaller ones, encoded at once; of larger on
 def layout_of(dataset: PairedDataset, base: Base) -> Layout:
     """The shapes of the cache of a data set under a base."""
     side = dataset.resolution // base.latent_factor
+    assert base.text_encoder is not None
     text_shape = base.tokenizer.model_max_length, base.text_encoder.config.hidden_size
     return Layout(len(dataset), (base.unet.config.in_channels, side, side), dataset.resolution, text_shape)
 
@@ -46,6 +48,7 @@ def cache_key(dataset: PairedDataset, encoders: str) -> str:
 
 def encoders_fingerprint(base: Base) -> str:
     """Changes with the base, the weights and precision of its two encoders, and its tokenizer."""
+    assert base.vae is not None and base.text_encoder is not None
     vocabulary = hashlib.sha256(json.dumps(sorted(base.tokenizer.get_vocab().items())).encode()).hexdigest()
     parts = [f"{weights_digest(part)} {part.dtype}" for part in (base.vae, base.text_encoder)]
     return " ".join([base.fingerprint, *parts, vocabulary])
@@ -110,18 +113,20 @@ def _write_text(folder: Path, layout: Layout, captions: list[str], base: Base, a
         for first in range(0, len(block), 64):
             told = captions[block.start : block.stop][first : first + 64]
             array[first : first + 64] = encode_text(base, told).float().cpu().numpy()
-        appear(path, lambda file, array=array: np.save(file, array))
+        appear(path, partial(np.save, arr=array))
 
 
 def _write_draws(folder, layout: Layout, dataset, base: Base, draws: int, accelerator, log, bad_limit: int) -> None:
     """Encode this process's share of the draws, while threads read what comes next."""
     mine = _share(layout.draws(folder, draws), accelerator)
     keys = ((draw, row) for _, draw, rows in mine for row in rows)
-    told, done, bad = Progress("encoded", sum(len(rows) for _, _, rows in mine), log), 0, {}
+    told, done = Progress("encoded", sum(len(rows) for _, _, rows in mine), log), 0
+    bad: dict[int, str] = {}
     at_once = max(1, min(BATCH, BATCH * 256**2 // layout.resolution**2))
     with closing(read_ahead(dataset, keys)) as samples:  # an error must not leave its threads to the garbage collector
         for path, _, rows in mine:
-            array, marks = np.zeros(len(rows), layout.entry), {}
+            array = np.zeros(len(rows), layout.entry)
+            marks: dict[int, str] = {}
             for first in range(0, len(rows), at_once):
                 chunk = array[first : first + at_once]
                 found = list(islice(samples, len(chunk)))
@@ -133,22 +138,25 @@ def _write_draws(folder, layout: Layout, dataset, base: Base, draws: int, accele
                 done += len(chunk)
                 told(done)
             if marks:  # before the file: a file that stands has its marks
-                appear(mark_path(path), lambda file, marks=marks: file.write(json.dumps(marks).encode()))
-            appear(path, lambda file, array=array: np.save(file, array))
+                _write_marks(mark_path(path), marks)
+            appear(path, partial(np.save, arr=array))
+
+
+def _write_marks(path: Path, marks: dict[int, str]) -> None:
+    appear(path, lambda file: file.write(json.dumps(marks).encode()))
 
 
 def _encode(entries: np.ndarray, samples: list[Sample | UserError], base: Base) -> None:
     """Fill the entries of the samples; those of bad rows stay 0."""
-    places = [place for place, sample in enumerate(samples) if isinstance(sample, Sample)]
-    if not places:
+    good = {place: sample for place, sample in enumerate(samples) if isinstance(sample, Sample)}
+    if not good:
         return
-    moments = encode_moments(base.vae, torch.stack([samples[place].image for place in places])).float().cpu()
-    for place, moment in zip(places, moments, strict=True):
-        sample = samples[place]
+    moments = encode_moments(base.vae, torch.stack([sample.image for sample in good.values()])).float().cpu()
+    for (place, sample), moment in zip(good.items(), moments, strict=True):
         entries[place] = moment.numpy(), sample.mask.numpy(), np.packbits(sample.valid.numpy())
 
 
-def read_ahead(dataset: PairedDataset, keys: Iterable[tuple[int, int]]) -> Iterator[Sample | UserError]:
+def read_ahead(dataset: PairedDataset, keys: Iterable[tuple[int, int]]) -> Generator[Sample | UserError]:
     """The samples of (draw, row) in order, or the error of a bad one; threads are two batches ahead."""
 
     def read(draw: int, row: int) -> Sample | UserError:

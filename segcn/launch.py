@@ -6,7 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from typing import IO
 
 from segcn.arguments import arguments_of
 from segcn.errors import UserError
@@ -32,7 +33,7 @@ def training_command(config: TrainConfig, num_processes: int = 1) -> list[str]:
     return [sys.executable, "-m", *launcher, "-m", "segcn.train", *arguments_of(config)]
 
 
-def training_lines(config: TrainConfig, num_processes: int = 1) -> Iterator[str]:
+def training_lines(config: TrainConfig, num_processes: int = 1) -> Generator[str]:
     """Run the training and yield each line that it prints.
 
     Interrupted, it lets the processes commit a checkpoint, and yields what they say, before KeyboardInterrupt goes on;
@@ -41,7 +42,9 @@ def training_lines(config: TrainConfig, num_processes: int = 1) -> Iterator[str]
     UserError; another failure is named by the process that died, or by its last line.
     """
     process = start(training_command(config, num_processes))
-    said, last, report = [], "", []  # its message, its last line, and what the launcher adds
+    said: list[str] = []  # its message
+    report: list[str] = []  # what the launcher adds
+    last = ""  # the newest line of its own
     try:
         for line in own_lines(lines_of(process), report):
             if said or line.startswith("Error: "):
@@ -51,7 +54,8 @@ def training_lines(config: TrainConfig, num_processes: int = 1) -> Iterator[str]
                 yield line
     except BaseException:  # the reader was interrupted, or left
         stop(process)
-        for line in own_lines(process.stdout, report):  # to its end: the launcher may be gone before the training is
+        # To the end of its output: the launcher may be gone before the training is.
+        for line in own_lines(output_of(process), report):
             print(line.rstrip("\n"), flush=True)
         raise
     finally:
@@ -109,7 +113,7 @@ def lines_of(process: subprocess.Popen) -> Iterator[str]:
     interruption = None
     while True:
         try:
-            yield from (line.rstrip("\n") for line in process.stdout)
+            yield from (line.rstrip("\n") for line in output_of(process))
             break
         except KeyboardInterrupt as error:
             if interruption:
@@ -131,6 +135,12 @@ def start(command: list[str]) -> subprocess.Popen:
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
         start_new_session=True,
     )
+
+
+def output_of(process: subprocess.Popen) -> IO[str]:
+    """The stream that `start` opened."""
+    assert process.stdout is not None
+    return process.stdout
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -97,7 +97,8 @@ class Manifest:
     def _forget_deleted(self) -> None:
         """Images that the manifest holds and the folder does not are missing; folders are listed one by one."""
         for kind in ("images", "masks"):
-            listed, names = "", frozenset()
+            listed = ""
+            names: frozenset[str] = frozenset()
             for image in range(len(self.job)):
                 folder, _, name = self.job.name(kind, image).rpartition("/")
                 if folder != listed:

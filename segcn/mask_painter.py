@@ -22,7 +22,7 @@ class MaskPainter(anywidget.AnyWidget):
     ids = CByteMemoryView().tag(sync=True, echo_update=False)  # traitlets.Bytes refuses what a browser sends
     width = Int().tag(sync=True)
     height = Int().tag(sync=True)
-    labels = List().tag(sync=True)
+    labels: List[dict] = List().tag(sync=True)
     eraser = Int(IGNORE).tag(sync=True)
 
     def __init__(self, palette: Palette):

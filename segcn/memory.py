@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def fit(config: TrainConfig, half: str, fast: bool) -> tuple[TrainConfig, list[s
     if config.memory_preset is None:
         return config, []
     pictures, flags = PRESETS[config.memory_preset]
-    wanted = flags | _batch(config, pictures) | ({"mixed_precision": half} if fast else {})
+    wanted: dict[str, Any] = flags | _batch(config, pictures) | ({"mixed_precision": half} if fast else {})
     given_half = config.mixed_precision if config.mixed_precision in ("fp16", "bf16") else half
     wanted |= {"frozen_precision": given_half, "cache": "latents"}
     wanted = {name: value for name, value in wanted.items() if getattr(config, name) != value}

@@ -66,8 +66,8 @@ def _csv_lines(metadata: Path) -> Iterator[Line]:
             yield Line(number, fields[image], fields[mask], (fields[text],))
         elif fault or fields:
             padded = [_clean(field) for field in fields] + [""] * len(header)
-            fault = fault or _count_fault(header, fields)
-            yield Line(number, padded[image], padded[mask], (padded[text],), ("metadata", fault))
+            message = fault or _count_fault(header, fields)
+            yield Line(number, padded[image], padded[mask], (padded[text],), ("metadata", message))
 
 
 def _csv_rows(metadata: Path) -> Iterator[tuple[int, list[str], str | None]]:
@@ -108,7 +108,7 @@ def _clean(field: str) -> str:
     return field if field.isprintable() else field.encode("utf-8", "replace").decode().replace("\0", "?")
 
 
-def _count_fault(header: list[str], fields: list[str]) -> str | None:
+def _count_fault(header: list[str], fields: list[str]) -> str:
     return (
         f"expected {len(header)} fields, found {len(fields)}: {_clean(str(fields))};"
         ' a caption with a comma stands in double quotes, e.g. "a hill, at dusk"'
@@ -130,10 +130,10 @@ def _jsonl_line(number: int, text: bytes) -> Line:
     if not isinstance(row, dict):
         return Line(number, "", "", (), ("metadata", f"expected an object of strings, found {_shown(row)}"))
     image, mask, told = (row.get(column) for column in COLUMNS)
-    names = [_clean(name) if isinstance(name, str) else "" for name in (image, mask)]
+    image, mask = (_clean(name) if isinstance(name, str) else "" for name in (image, mask))
     captions = told if isinstance(told, list) else [told]
     written = tuple(_clean(caption) for caption in captions if isinstance(caption, str))
-    return Line(number, *names, written, _row_fault(row, captions))
+    return Line(number, image, mask, written, _row_fault(row, captions))
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -78,9 +78,10 @@ def train_mixed(mixture: Mixture, config: SegmenterConfig, log: Callable[[str], 
     that falls to zero, with the same augmentation and, of a seed, the same initial weights: those with synthetic
     pictures see fewer real ones, never more of anything.
     """
-    palette = (mixture.real or mixture.synthetic).palette
-    segmenter = build_segmenter(palette.num_classes, config.width, config.seed).to(pick_device())
-    weights = class_weights(mixture.real or mixture.synthetic)
+    split = mixture.real or mixture.synthetic
+    assert split is not None
+    segmenter = build_segmenter(split.palette.num_classes, config.width, config.seed).to(pick_device())
+    weights = class_weights(split)
     losses = fit(segmenter, mixed_batches(mixture, config), weights, config, log)
     segmenter.settings = asdict(config) | {"num_classes": segmenter.num_classes, "last_fall": last_fall(losses)}
     return segmenter

@@ -76,19 +76,20 @@ def load_base(
         frozen.hold(unet, held)
     _leave_file(unet)  # before the other parts are loaded: this is where the most memory is taken
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **hub)
+    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **hub)
     parts = Base(
         folder=str(folder),
         vae=vae,
         vae_config=dict(vae.config),
-        text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **hub),
+        text_encoder=text_encoder,
         tokenizer=load_tokenizer(folder, tokenizer_name, tokenizer_hub),
         unet=unet,
         scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
         dtype=dtype,
     )
-    for part in (parts.vae, parts.text_encoder, parts.unet):
+    for part in (vae, text_encoder, unet):
         part.requires_grad_(False).eval().to(device)
-    for part in (parts.vae, parts.unet):
+    for part in (vae, unet):
         lay_out(part, device)
     return parts
 
@@ -172,6 +173,7 @@ def reconstruct(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
 
 def encode_text(base: Base, captions: list[str]) -> torch.Tensor:
     """Captions -> embeddings [B,L,D], cut at the tokenizer's length L."""
+    assert base.text_encoder is not None
     tokens = base.tokenizer(
         captions,
         padding="max_length",

@@ -7,7 +7,7 @@ stands in for pure noise.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def source_digest(source: str) -> str:
 def measure_prior(pairs: PairedDataset, base: Base, log: Callable[[str], None] = print) -> NoisePrior:
     """Encode every row once, and take means and deviations class by class."""
     side, classes = pairs.resolution // base.latent_factor, pairs.split.palette.num_classes
-    count, total, squares = 0, 0, 0
+    count = total = squares = torch.zeros((), dtype=torch.double)
     told = Progress("rows encoded for the noise prior", len(pairs), log)
     for first in range(0, len(pairs), BATCH):
         samples = [pairs.sample(row, 0) for row in range(first, min(first + BATCH, len(pairs)))]
@@ -123,7 +123,7 @@ def gaussian(count: torch.Tensor, total: torch.Tensor, squares: torch.Tensor) ->
     return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
 
 
-def cells(masks: np.ndarray, shape: tuple[int, int]) -> torch.Tensor:
+def cells(masks: np.ndarray, shape: Sequence[int]) -> torch.Tensor:
     """The class in the middle of each latent cell: uint8 [B, H, W] -> int64 [B, h, w]; 255 stays."""
     high, wide = (pixels // count for pixels, count in zip(masks.shape[1:], shape, strict=True))
     return torch.from_numpy(masks[:, high // 2 :: high, wide // 2 :: wide].astype(np.int64))

@@ -11,7 +11,7 @@ from segcn.errors import UserError
 from segcn.show import quiet
 
 INJECTED = "# Parameters\n"  # how papermill begins the cell that it puts behind the one tagged `parameters`
-TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
+TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
 
 
 def begin() -> None:

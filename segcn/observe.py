@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.nn import functional as F
 
 from segcn.atomic import write_whole
@@ -30,6 +29,7 @@ from segcn.labels import IGNORE
 from segcn.models import weights_digest
 from segcn.progress import Progress
 from segcn.records import Split
+from segcn.segmenter import AnySegmenter
 from segcn.text_scores import Reader
 
 FORMAT = 1  # of what is kept; a change of any number here needs another one
@@ -44,7 +44,7 @@ Seen = dict[str, torch.Tensor]
 class Observer:
     """What looks at images, and where it keeps what it saw."""
 
-    segmenter: nn.Module
+    segmenter: AnySegmenter
     extractor: Extractor
     readers: tuple[Reader, ...] = ()
     cache: Path | None = None  # none: nothing is kept

@@ -42,6 +42,7 @@ def make_palette(config: PaletteConfig, log: Callable[[str], None] = print) -> P
             log(line)
         for warning in warnings:
             log(f"Warning: {warning}")
+    assert palette is not None  # without masks `_target` asks for a ready one
     try:
         palette.save(target)
     except OSError as error:
@@ -85,7 +86,7 @@ def spread_colours() -> tuple[Colour, ...]:
     for _ in range(2 * IGNORE):  # some may be taken
         nearest = np.minimum(nearest, np.linalg.norm(points - points[chosen[-1]], axis=1)).round(6)
         chosen.append(int(nearest.argmax()))
-    return tuple(tuple(map(int, rgb[k])) for k in chosen[1:])
+    return tuple((int(red), int(green), int(blue)) for red, green, blue in rgb[chosen[1:]])
 
 
 def _proposal(found: Survey, names: Sequence[str] | None) -> Palette:

@@ -36,6 +36,7 @@ class Painter:
     @cached_property
     def controlnet_digest(self) -> str:
         """What tells its weights, which do not change any more, from others."""
+        assert self.controlnet is not None
         return weights_digest(self.controlnet)
 
     @cached_property
@@ -72,6 +73,7 @@ def load_painter(settings: SampleConfig, palette: Palette | None = None) -> Pain
         base.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     controlnet = load_controlnet(folder, device, dtype).eval()
     if settings.torch_compile:
+        assert base.vae is not None
         for network in (base.unet, controlnet, base.vae.decoder):
             network.compile()
     keep_freed_memory(device)
@@ -113,7 +115,9 @@ def generate(
     (settings.seed, its entry in rows) alone. `on_step(step)` is called after each denoising step; True stops.
     """
     check_sampling(settings)
-    size = size or masks.shape[1:]
+    if not size:
+        assert masks is not None
+        size = masks.shape[1:]
     noise = first_noise(painter.base, rows, settings, size)
     negative = torch.stack([painter.embedding(settings.negative_prompt)] * len(captions))
     text = torch.stack([painter.embedding(caption) for caption in captions])

@@ -82,7 +82,7 @@ def copied(name: str, source: Source, folder: Path, config: ImportConfig, log: C
             names.append(f"{kind}/{stem}{_extension(content)}")
             (folder / names[-1]).parent.mkdir(parents=True, exist_ok=True)
             _put(content, folder / names[-1], row.where, config.files)
-        placed.append(Placed(row.where, *names, row.captions))
+        placed.append(Placed(row.where, names[0], names[1], row.captions))
         told(k + 1)
     return placed
 
@@ -93,7 +93,8 @@ def _extension(content: Path | bytes) -> str:
         return content.suffix.lower()
     try:
         with Image.open(io.BytesIO(content), formats=READABLE) as image:
-            return EXTENSIONS.get(image.format, f".{image.format.lower()}")
+            name = image.format or "PNG"
+            return EXTENSIONS.get(name, f".{name.lower()}")
     except Exception:  # a broken picture is copied too: the check names its row
         return ".png"
 
@@ -119,8 +120,8 @@ def rewritten(source: Source, folder: Path) -> list[Placed]:
         if isinstance(row.image, bytes) or isinstance(row.mask, bytes):
             raise UserError(f"{row.where}: the picture lies inside the table, where no path leads: use --files copy")
         try:
-            names = [_below(content, folder) for content in (row.image, row.mask)]
-            placed.append(Placed(row.where, *names, row.captions))
+            image, mask = (_below(content, folder) for content in (row.image, row.mask))
+            placed.append(Placed(row.where, image, mask, row.captions))
         except UserError as error:
             problems.append(f"{row.where}: {error}")
     refuse_failed(problems, source.count, mend=". Name a folder above all files, or use --files copy")

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from segcn import balance, draws, memory
 from segcn.errors import UserError
 from segcn.feed import cache_root
+from segcn.latent_files import Layout
 from segcn.memory import GB
 from segcn.prepare import Run, make_accelerator, make_repeats, prepare, read_rows, resolve
 from segcn.train_config import TrainConfig, total_steps
@@ -34,6 +35,12 @@ class Seen:
     batch: int
     peak: int | None
     seconds: float  # of the second step
+
+    @property
+    def measured(self) -> int:
+        """The peak of steps that memory was enough for."""
+        assert self.peak is not None
+        return self.peak
 
 
 def preflight(config: TrainConfig, learn: Learn) -> None:
@@ -83,8 +90,8 @@ def trial(config: TrainConfig, folder: Path, rows: int, accelerator: Accelerator
 def measure(run: Run, learn: Learn, sizes: tuple[int, int], before: int) -> list[Seen]:
     """Two steps at each size that memory seems to allow, the smaller first, so that its peak is its own."""
     first = two_steps(run, learn, sizes[0])
-    device, activations = run.accelerator.device, first.peak - before - sum(parts(run).values())
-    more = first.peak + (sizes[1] - sizes[0]) * activations
+    device, activations = run.accelerator.device, first.measured - before - sum(parts(run).values())
+    more = first.measured + (sizes[1] - sizes[0]) * activations
     if device.type == "cpu" and more > memory.total_bytes(device):  # running out would end the process
         return [first, Seen(sizes[1], None, math.nan)]
     try:
@@ -135,17 +142,17 @@ def report(run: Run, config: TrainConfig, seen: list[Seen], before: int) -> list
     shown = asked if asked.peak is not None else small
     total = budget(config, run.accelerator.device)
     counted = {name: size for name, size in (parts(run) | {"Python and libraries": before}).items() if size}
-    counted["activations and the rest"] = max(0, shown.peak - sum(counted.values()))
+    counted["activations and the rest"] = max(0, shown.measured - sum(counted.values()))
     lines = [f"Preflight: 2 steps of {shown.batch} x {config.gradient_accumulation_steps} rows, {config.resolution} px,"
              f" on {run.accelerator.num_processes} process(es), {run.accelerator.device.type}"]  # fmt: skip
     if asked.peak is None:
         lines.append(f"  Memory runs out at --train_batch_size {asked.batch}: what follows is for {shown.batch}.")
     lines += [f"  {name:26} {size / GB:6.2f} GB" for name, size in counted.items()]
-    lines.append(f"  {'peak':26} {shown.peak / GB:6.2f} GB of {total / GB:.1f}")
+    lines.append(f"  {'peak':26} {shown.measured / GB:6.2f} GB of {total / GB:.1f}")
     return lines + times(run, config, shown) + proposal(config, seen, total, counted["its gradients"])
 
 
-def budget(config: TrainConfig, device: torch.device) -> int:
+def budget(config: TrainConfig, device: torch.device) -> float:
     """Bytes that a process may take: the device's, or those of --memory_preset where that is less."""
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
     return min(memory.total_bytes(device) // sharers, (config.memory_preset or math.inf) * GB)
@@ -161,22 +168,22 @@ def times(run: Run, config: TrainConfig, shown: Seen) -> list[str]:
     seconds = steps * shown.seconds * config.train_batch_size / shown.batch
     lines = [f"  {shown.seconds:.2f} s a step: {steps} steps take {spell(seconds)}"]
     if run.examples.cache is not None:
+        layout = dataclasses.replace(run.examples.cache.layout, rows=len(whole))
         pace = len(run.split) / run.cache_seconds
-        pictures = len(whole) * draws_of(run, config, len(whole), steps * rows * processes / len(whole))
+        pictures = len(whole) * draws_of(run, config, layout, steps * rows * processes / len(whole))
         lines.append(f"  {pace:.1f} pictures a second into the cache: {pictures} take {spell(pictures / pace)}")
         seconds += pictures / pace
     return [*lines, f"  the whole run, if no cache stands yet: {spell(seconds)}"]
 
 
-def draws_of(run: Run, config: TrainConfig, rows: int, visits: float) -> int:
+def draws_of(run: Run, config: TrainConfig, layout: Layout, visits: float) -> int:
     """How many draws of each row the whole run will cache."""
-    still, cache = run.examples.dataset.augment.still, run.examples.cache
-    bytes_of_draw = dataclasses.replace(cache.layout, rows=rows).draw_bytes
+    still = run.examples.dataset.augment.still
     free, limit = draws.free_bytes(cache_root(config)), config.cache_budget_gb * 1e9
-    return draws.resolve_draws(1 if still else config.cache_draws, visits, bytes_of_draw, 0, limit, free)
+    return draws.resolve_draws(1 if still else config.cache_draws, visits, layout.draw_bytes, 0, limit, free)
 
 
-def proposal(config: TrainConfig, seen: list[Seen], total: int, gradients: int) -> list[str]:
+def proposal(config: TrainConfig, seen: list[Seen], total: float, gradients: int) -> list[str]:
     """The largest micro-batch that fits, by the measured bytes of a picture, with the same effective batch."""
     size, slope = best_batch(config, seen, total, gradients)
     if size is None:
@@ -186,19 +193,19 @@ def proposal(config: TrainConfig, seen: list[Seen], total: int, gradients: int) 
     return [f"{per}Proposed: --train_batch_size {size} --gradient_accumulation_steps {effective // size}"]
 
 
-def best_batch(config: TrainConfig, seen: list[Seen], total: int, gradients: int) -> tuple[int | None, float | None]:
+def best_batch(config: TrainConfig, seen: list[Seen], total: float, gradients: int) -> tuple[int | None, float | None]:
     """(micro-batch, bytes of a picture); None for the first where not even 1 fits, for the second where unknown.
 
     gradients: their bytes; they wait through the forward passes only where micro-batches are accumulated.
     """
     small, large = seen
-    slope = None if large.peak is None else max(0.0, (large.peak - small.peak) / (large.batch - small.batch))
+    slope = None if large.peak is None else max(0.0, (large.peak - small.measured) / (large.batch - small.batch))
     effective, waiting = config.train_batch_size * config.gradient_accumulation_steps, 0
     for size in (n for n in range(effective, 0, -1) if effective % n == 0):
         if config.gradient_accumulation_steps == 1 and size < effective:
             waiting = gradients
         known = size == small.batch or (slope is not None)
-        if known and small.peak + waiting + (slope or 0) * (size - small.batch) <= SHARE * total:
+        if known and small.measured + waiting + (slope or 0) * (size - small.batch) <= SHARE * total:
             return size, slope
     return None, slope
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import ControlNetModel, DDPMScheduler
 from diffusers.training_utils import EMAModel
@@ -51,8 +52,8 @@ class Run:
     split: Split
     base: models.Base
     controlnet: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    optimizer: AcceleratedOptimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
     examples: Examples
     bad_rows: BadRows
     log: Log
@@ -75,6 +76,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
+        assert self.config.max_train_steps is not None
         return self.config.max_train_steps
 
 
@@ -119,9 +121,7 @@ def prepare(config: TrainConfig) -> Run:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill what one flag says for another."""
-    dataset = config.dataset_name or config.train_data_dir
-    if dataset is None:
-        raise UserError("--dataset_name: expected a data set folder or its metadata.csv, found nothing")
+    dataset = config.dataset
     AugmentConfig.parse(config.augment)
     parse_limit(config.on_bad_sample)
     if not 0 <= config.class_balance <= 1:
@@ -170,7 +170,7 @@ def explain_obsolete(config: TrainConfig, log: Log) -> None:
 
 def read_rows(config: TrainConfig) -> Split:
     """The training rows, cut at --max_train_samples."""
-    split = read_split(config.dataset_name, "train")
+    split = read_split(config.dataset, "train")
     return dataclasses.replace(split, records=split.records[: config.max_train_samples])
 
 
@@ -179,7 +179,7 @@ def check_rows(config: TrainConfig, split: Split, output_dir: Path, log: Log) ->
     run, rows = output_dir / RUN_FILE, f"{len(split)} rows, {len(split.palette.class_names)} classes"
     if run.is_file() and json.loads(run.read_text()).get("data_fingerprint") == split.fingerprint:
         return log.say(f"{rows}: checked when this run began.")
-    report = find_report(read_split(config.dataset_name, "train"))
+    report = find_report(read_split(config.dataset, "train"))
     if report is None:
         check_split(split, log.say)
         return log.say(f"{rows}: every image and mask decodes, to declared labels only.")

@@ -38,8 +38,9 @@ class Prompts:
         """The text with the classes of the mask, uint8 [H, W], in it, and mirrored as the mask is where so asked."""
         if CLASSES in asked and self.text is not None:
             asked = asked.replace(CLASSES, classes_of(mask, self.controls.palette))
-        flipped = drawn is not None and drawn.flip and self.controls.augment.sided_captions == "rewrite"
-        return mirrored(asked) if flipped else asked
+        augment = self.controls.augment
+        rewrites = augment is not None and augment.sided_captions == "rewrite"
+        return mirrored(asked) if rewrites and drawn is not None and drawn.flip else asked
 
     def _drawn(self, text: str, row: int, replicate: int) -> str:
         """The text with one of each {by day|at night}."""

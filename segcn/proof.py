@@ -78,7 +78,8 @@ def misplaced(draw: Draw, size: tuple[int, int], resolution: int) -> tuple[float
     source = to_source(np.stack([columns, rows], -1), draw, size, resolution)
     inner = ((source > 2) & (source < np.array(size[::-1]) - 3)).all(-1)
     found = [torch.stack(pair)[:, rows, columns].T.numpy() for pair in ((image[0], image[1]), (across[0], down[0]))]
-    return tuple(float(np.abs(places - source)[inner].max()) for places in found)
+    of_image, of_mask = (float(np.abs(places - source)[inner].max()) for places in found)
+    return of_image, of_mask
 
 
 def covered(pairs: PairedDataset, row: int, draws: int = 5) -> Figure:
@@ -88,7 +89,7 @@ def covered(pairs: PairedDataset, row: int, draws: int = 5) -> Figure:
         for fill in ("ignore", "cover")
     )
     in_frame = {epoch: ignoring.sample(row, epoch).valid.sum().item() for epoch in range(4 * draws)}
-    epochs = sorted(in_frame, key=in_frame.get)[:draws]
+    epochs = sorted(in_frame, key=lambda epoch: in_frame[epoch])[:draws]
     samples = [[source.sample(row, epoch) for epoch in epochs] for source in (ignoring, covering)]
     pictures = [[_overlaid(sample, pairs.split.palette) for sample in line] for line in samples]
     notes = [[f"scale {s.draw.scale:.2f}, {s.valid.float().mean():.0%} in frame" for s in line] for line in samples]
@@ -172,7 +173,8 @@ def _landmarks(mask: np.ndarray, across: int) -> np.ndarray:
         middle = (np.array(field) + 0.5) * sides
         near = np.argwhere(border)
         near = near[(np.abs(near - middle) < sides / 2).all(1)]
-        points.append(min(near, key=lambda place, at=middle: np.abs(place - at).sum(), default=middle)[::-1])
+        nearest = near[np.abs(near - middle).sum(1).argmin()] if len(near) else middle
+        points.append(nearest[::-1])
     return np.array(points, np.float64)
 
 

@@ -61,11 +61,11 @@ def _rows(case: Case, folder: Path) -> list[tuple[str, str, str]]:
     Names that lead nowhere stay as they were.
     """
     record = case.record
-    names = (record.image_name, record.mask_name)
+    image, mask = record.image_name, record.mask_name
     if case.readable:
         paths = (record.image, record.mask)
-        names = tuple(relpath(path.absolute(), folder).replace("\\", "/") for path in paths)
-    return [(*names, " ".join(caption.split())) for caption in record.captions or ("",)]
+        image, mask = (relpath(path.absolute(), folder).replace("\\", "/") for path in paths)
+    return [(image, mask, " ".join(caption.split())) for caption in record.captions or ("",)]
 
 
 def _reason(faults: Sequence[Finding]) -> str:

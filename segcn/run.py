@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import papermill
 from nbconvert import HTMLExporter
@@ -97,7 +98,7 @@ def run(config: RunConfig) -> Path:
 def from_here(config: RunConfig) -> RunConfig:
     """The config with absolute paths: those of a command line count from the folder it is given in."""
     paths = {name: getattr(config, name) for name in PATHS}
-    absolute = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path}
+    absolute: dict[str, Any] = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path}
     return replace(config, **{"output_dir": str(OUTPUTS / config.preset)} | absolute)
 
 

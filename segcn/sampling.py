@@ -49,7 +49,8 @@ class EmbeddedOnce(torch.nn.Module):
 
     def __init__(self, embedding: torch.nn.Module, pictures: int):
         super().__init__()
-        self.embedding, self.pictures, self.kept = embedding, pictures, None
+        self.embedding, self.pictures = embedding, pictures
+        self.kept: torch.Tensor | None = None
 
     def forward(self, control: torch.Tensor) -> torch.Tensor:
         """control [B or 2B, 3, H, W], B the number of pictures -> [B or 2B, C, h, w]."""

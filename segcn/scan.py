@@ -44,6 +44,7 @@ class ImageFacts:
     @property
     def identity(self) -> tuple:
         """Equal for images with the same pixels; the thumb makes up for the few bits of a checksum."""
+        assert self.thumb is not None
         return self.size, self.checksum, self.all_pixels, self.thumb.tobytes()
 
 
@@ -78,9 +79,9 @@ def scan_files(
         for facts in pool.map(partial(_facts, max_pixels=max_pixels), files):
             found.append(facts)
             progress(len(found))
-    known = list(zip(files, found, strict=True))
-    of_images = {path: facts for (path, palette), facts in known if palette is None}
-    return _told_apart(of_images), {path: facts for (path, palette), facts in known if palette is not None}
+    known = [(path, facts) for (path, _), facts in zip(files, found, strict=True)]
+    of_images = {path: facts for path, facts in known if isinstance(facts, ImageFacts)}
+    return _told_apart(of_images), {path: facts for path, facts in known if isinstance(facts, MaskFacts)}
 
 
 def _told_apart(images: dict[Path, ImageFacts]) -> dict[Path, ImageFacts]:
@@ -90,7 +91,7 @@ def _told_apart(images: dict[Path, ImageFacts]) -> dict[Path, ImageFacts]:
         if facts.fault is None:
             alike[facts.identity].append(path)
     twins = [path for paths in alike.values() if len(paths) > 1 for path in paths]
-    return images | {path: replace(images[path], all_pixels=zlib.crc32(read_image(path))) for path in twins}
+    return images | {path: replace(images[path], all_pixels=zlib.crc32(read_image(path).data)) for path in twins}
 
 
 def _facts(file: tuple[Path, Palette | None], max_pixels: int) -> ImageFacts | MaskFacts:
@@ -102,9 +103,9 @@ def image_facts(path: Path, max_pixels: int) -> ImageFacts:
     """Size, orientation, checksum and thumb of an image, or its fault."""
     try:
         with open_image(path, max_pixels=max_pixels) as image:
-            orientation, image = image.getexif().get(ORIENTATION, 1), upright(image)
-            sampled = image.resize(SAMPLED, Image.Resampling.NEAREST)
-            return ImageFacts(None, image.size, orientation, zlib.crc32(sampled.tobytes()), thumb=grey_thumb(sampled))
+            orientation, photo = image.getexif().get(ORIENTATION, 1), upright(image)
+            sampled = photo.resize(SAMPLED, Image.Resampling.NEAREST)
+            return ImageFacts(None, photo.size, orientation, zlib.crc32(sampled.tobytes()), thumb=grey_thumb(sampled))
     except Unreadable as error:
         return ImageFacts(_fault(path, error))
 

@@ -9,7 +9,7 @@ from segcn.train_config import TrainConfig
 STEPPED = SchedulerType.PIECEWISE_CONSTANT.value
 
 
-def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule of --lr_scheduler, stepped once for each optimizer step whatever the number of processes."""
     name, rules = check_schedule(config.lr_scheduler)
     return get_scheduler(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,18 @@ from segcn.segmenter_fit import SegmenterConfig, class_weights, fit
 AUGMENT = replace(AugmentConfig.none(), hflip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
 
 
-class Segmenter(nn.Module):
+class AnySegmenter(nn.Module):
+    """Ours or somebody else's: images [B, 3, H, W] in [-1, 1] to logits [B, num_classes, H, W]."""
+
+    num_classes: int
+    settings: dict[str, Any]  # how it was trained, or how it wants to see: resolution, fit
+
+    def features(self, image: torch.Tensor) -> torch.Tensor:
+        """image [B, 3, H, W] in [-1, 1] -> what tells images apart [B, D]."""
+        raise NotImplementedError
+
+
+class Segmenter(AnySegmenter):
     """U-Net (Ronneberger et al. 2015, arXiv:1505.04597) that works at half resolution and below.
 
     The stem is space-to-depth, the head a pixel shuffle (Shi et al. 2016, arXiv:1609.05158); skips are added,
@@ -47,7 +59,7 @@ class Segmenter(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(coarse, fine, 1, bias=False) for fine, coarse in pairs)
         self.up = nn.ModuleList(_convolution(fine, fine) for fine, _ in pairs)
         self.head = nn.Conv2d(width, 4 * num_classes, 1)
-        self.settings: dict = {}  # how it was trained, as stored in config.json
+        self.settings = {}  # how it was trained, as stored in config.json
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """image [B, 3, H, W] in [-1, 1], any size -> logits [B, num_classes, H, W]."""

@@ -43,7 +43,7 @@ def write_sheet(path: Path, lines: Sequence[np.ndarray]) -> np.ndarray:
 def read_sheet(path: Path) -> list[list[np.ndarray]]:
     """The pictures of each line of a sheet, uint8 [R, R, 3]."""
     with Image.open(path) as image:
-        return cut_out(np.asarray(image), int(image.text["columns"]))
+        return cut_out(np.asarray(image), int(image.info["columns"]))
 
 
 def cut_out(sheet: np.ndarray, columns: int) -> list[list[np.ndarray]]:

@@ -6,6 +6,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,10 @@ from segcn.labels import Palette
 from segcn.masks import colourise, read_mask
 from segcn.records import Split, read_image
 
-STYLE = {
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+STYLE: dict["RcKeyType", Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 100,
     "font.family": "DejaVu Sans",
@@ -55,7 +59,7 @@ def quiet() -> None:
 
 
 def grid(
-    rows: Sequence[Sequence[np.ndarray | None]],
+    rows: Sequence[Sequence[np.ndarray | None] | np.ndarray],
     heads: Sequence[str] = (),
     left: Sequence[str] = (),
     below: Sequence[Sequence[str]] = (),
@@ -82,7 +86,7 @@ def grid(
             figure.text(0, 1 - (top + height / 2) / total[1], text, va="center", fontsize=8)
         for column, picture in enumerate(row):
             box = (beside + column * (width + GAP), total[1] - top - height, width, height)
-            _place(figure, picture, [box[0] / total[0], box[1] / total[1], box[2] / total[0], box[3] / total[1]])
+            _place(figure, picture, (box[0] / total[0], box[1] / total[1], box[2] / total[0], box[3] / total[1]))
             if notes and picture is not None:
                 at = (box[0] / total[0], (box[1] - GAP / 2) / total[1])
                 figure.text(*at, notes[number][column], va="top", fontsize=8, color="#333333", linespacing=1.1)
@@ -154,12 +158,12 @@ def legend(palette: Palette, columns: int = 5) -> Figure:
     """Each label's colour, id and name."""
     lines = -(-len(palette.labels) // columns)
     figure = Figure(figsize=(1.7 * columns, 0.32 * lines))
-    axes = figure.add_axes([0, 0, 1, 1])
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, columns), ylim=(lines, 0))
     axes.axis("off")
     for place, label in enumerate(palette.labels):
         line, column = divmod(place, columns)
-        swatch = {"facecolor": np.array(label.colour) / 255, "edgecolor": "#888888", "linewidth": 0.5}
+        swatch: dict[str, Any] = {"facecolor": np.array(label.colour) / 255, "edgecolor": "#888888", "linewidth": 0.5}
         axes.add_patch(matplotlib.patches.Rectangle((column + 0.02, line + 0.2), 0.16, 0.6, **swatch))
         text = f"{label.id}  {label.name}" + (" (ignored)" if label.ignore else "")
         axes.text(column + 0.24, line + 0.52, text, va="center")
@@ -200,7 +204,7 @@ def _beside(texts: Sequence[str], most: float = 1.6) -> float:
     return min(most, (longest + 1) / LETTERS + (GAP if texts else 0))
 
 
-def _place(figure: Figure, picture: np.ndarray | None, box: list[float]) -> None:
+def _place(figure: Figure, picture: np.ndarray | None, box: tuple[float, float, float, float]) -> None:
     if picture is None:
         return
     axes = figure.add_axes(box)

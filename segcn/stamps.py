@@ -31,7 +31,7 @@ def overlook_bad(split: Split, recorded: str, folder: Path, limit: int) -> None:
     if not limit or split.fingerprint == recorded or not path.is_file():
         return
     changed = np.flatnonzero(np.load(path) != _stamps(split))
-    if len(changed) <= limit and all(row < len(split) and _gone_bad(split, row) for row in changed):
+    if len(changed) <= limit and all(row < len(split) and _gone_bad(split, row) for row in changed.tolist()):
         vars(split)["fingerprint"] = recorded  # a cached property
 
 

@@ -71,7 +71,9 @@ def survey(paths: Iterable[Path], log: Callable[[str], None] = print) -> Survey:
     unique = list(dict.fromkeys(paths))
     if not unique:
         raise UserError("expected masks, found none")
-    progress, found, first = Progress("masks read", len(unique), log), {}, {}
+    progress = Progress("masks read", len(unique), log)
+    found: dict[bool, Survey] = {}  # by whether they are coloured
+    first: dict[bool, Path] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, mask in enumerate(pool.map(read_values, unique), start=1):
             found.setdefault(mask.coloured, Survey(mask.coloured)).add(mask)
@@ -160,9 +162,11 @@ def _named_masks(splits: dict[str, Path], log: Callable[[str], None]) -> list[Pa
 
 
 def _own_colours(pixels: dict[int, int], colours: list[int] | None) -> dict[int, Colour]:
-    own = {value: tuple(colours[3 * value : 3 * value + 3]) for value in pixels} if colours else {}
-    complete = all(len(colour) == 3 for colour in own.values())
-    return own if complete and len(set(own.values())) == len(own) else {}
+    told = {value: colours[3 * value : 3 * value + 3] for value in pixels} if colours else {}
+    if not all(len(colour) == 3 for colour in told.values()):
+        return {}
+    own = {value: (red, green, blue) for value, (red, green, blue) in told.items()}
+    return own if len(set(own.values())) == len(own) else {}
 
 
 def _too_many(path: Path, pixels: dict[int, int], coloured: bool) -> str:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from os.path import abspath, isfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ CANDIDATES = {
     "conditioning_image_column": ("conditioning_image_file_name", "conditioning_image"),
     "caption_column": ("text",),
 }  # tried in this order where a flag names none: those of the contract, then diffusers'
+
+Columns = tuple[str, str, str | None]  # of image, mask and caption
 
 
 class Row(NamedTuple):
@@ -60,17 +62,21 @@ def arrow_rows(dataset: Any, name: str, folder: Path, config: ImportConfig) -> I
         raise UserError(f"{where}: cannot be read as pictures in {columns[0]} and {columns[1]}: {error}") from None
 
 
-def choose_columns(names: Iterable[str], config: ImportConfig, where: str) -> tuple[str, str, str | None]:
+def choose_columns(names: Iterable[str], config: ImportConfig, where: str) -> Columns:
     """The columns of image, mask and caption; there may be no captions where --caption is given."""
-    names, chosen = list(names), []
-    for flag, candidates in CANDIDATES.items():
-        given = getattr(config, flag)
-        found = [column for column in ((given,) if given else candidates) if column in names]
-        if not found and (given or flag != "caption_column" or not config.caption):
-            expected = given or " or ".join(candidates)
-            raise UserError(f"{where}: expected a column {expected}, found {', '.join(names)}; name it by --{flag}")
-        chosen.append(found[0] if found else None)
-    return tuple(chosen)
+    names = list(names)
+    image, mask, caption = (_column(flag, names, config, where) for flag in CANDIDATES)
+    return image, mask, caption or None
+
+
+def _column(flag: str, names: list[str], config: ImportConfig, where: str) -> str:
+    """The column that a flag names, else the first that it may be; "" for captions where --caption is given."""
+    given, candidates = getattr(config, flag), CANDIDATES[flag]
+    found = [column for column in ((given,) if given else candidates) if column in names]
+    if not found and (given or flag != "caption_column" or not config.caption):
+        expected = given or " or ".join(candidates)
+        raise UserError(f"{where}: expected a column {expected}, found {', '.join(names)}; name it by --{flag}")
+    return found[0] if found else ""
 
 
 def captions_of(told: Any, config: ImportConfig) -> tuple[str, ...]:
@@ -86,13 +92,14 @@ def captions_of(told: Any, config: ImportConfig) -> tuple[str, ...]:
     return written
 
 
-def _row(where: str, fields: dict[str, Any], columns: Sequence[str | None], folder: Path, config: ImportConfig) -> Row:
-    files, column = [], None
+def _row(where: str, fields: dict[str, Any], columns: Columns, folder: Path, config: ImportConfig) -> Row:
+    files: list[Path | bytes] = []
+    column: str | None = None
     try:
         for column in columns[:2]:
             files.append(_file(fields.get(column), folder))
         column = columns[2]
-        return Row(where, *files, captions_of(fields.get(column) if column else None, config))
+        return Row(where, files[0], files[1], captions_of(fields.get(column) if column else None, config))
     except UserError as error:
         raise UserError(f"{where}: {f'column {column}: ' if column else ''}{error}") from None
 

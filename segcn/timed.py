@@ -66,7 +66,8 @@ def run_timed(command: list[str], log: Path, events: Path, steps: int, every: fl
     if missing:
         raise UserError(f"{events}: expected the loss of steps 1 to {steps} in TensorBoard files, found none of step "
                         f"{missing[0]}; see {log}")  # fmt: skip
-    other = None if busy is None else (busy_seconds() - busy - (children_seconds() - own)) / seconds
+    now = busy_seconds()
+    other = None if busy is None or now is None else (now - busy - (children_seconds() - own)) / seconds
     return Timed(began, seconds, step_ends, memory, other)
 
 

@@ -21,7 +21,8 @@ from segcn.validation import begin_validation, validate
 def train(config: TrainConfig) -> Path | None:
     """Train as configured and return the run folder, a ControlNet that plain diffusers opens. Resumes by itself."""
     if config.preflight:
-        return preflight(config, learn)
+        preflight(config, learn)
+        return None
     run = prepare(config)
     resume(run)
     catch_signals(run)
@@ -86,7 +87,7 @@ def count_step(run: Run) -> None:
         run.ema.step(run.accelerator.unwrap_model(run.controlnet).parameters())
     run.schedule.step()
     run.step += 1
-    run.log.step(run.step, run.total_steps, run.schedule.get_last_lr()[0])
+    run.log.step(run.step, run.total_steps, float(run.schedule.get_last_lr()[0]))
 
 
 def look_and_save(run: Run) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from segcn.config import BASE, FITS, flag
+from segcn.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,14 @@ two nodes, and a Slurm script that requeues itself, are in
     conditioning_image_column: str = flag("conditioning_image", "metadata.csv names it conditioning_image_file_name")
     caption_column: str = flag("text", "metadata.csv names it text")
     image_interpolation_mode: str = flag("bilinear", "images are resized bilinear with antialias, masks NEAREST")
+
+    @property
+    def dataset(self) -> str:
+        """The data set by either of its flags; UserError without."""
+        found = self.dataset_name or self.train_data_dir
+        if found is None:
+            raise UserError("--dataset_name: expected a data set folder or its metadata.csv, found nothing")
+        return found
 
 
 OBSOLETE = {

@@ -1,5 +1,7 @@
 """What is trained, and how: the ControlNet and its optimizer."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from diffusers import ControlNetModel
@@ -55,7 +57,7 @@ def make_trainable(config: TrainConfig, base: models.Base) -> ControlNetModel:
 def make_optimizer(config: TrainConfig, controlnet: ControlNetModel, accelerator: Accelerator):
     """AdamW, fused, or in 8 bits (Dettmers et al. 2022, arXiv:2110.02861)."""
     effective = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    settings = {
+    settings: dict[str, Any] = {
         "lr": config.learning_rate * (effective if config.scale_lr else 1),
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,

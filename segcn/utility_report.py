@@ -1,6 +1,7 @@
 """What a study of usefulness found: metrics.json, tables and verdicts in words, and the plot over the real rows."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,10 +142,14 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
     axes.legend(loc="lower right")
     for place, name in enumerate(classes):
         small = rest[0].add_subplot(below, columns, place + 1)
-        _curves(small, metrics, lambda entry, name=name: (entry["per_class"][name], entry["intervals"][name]))
+        _curves(small, metrics, functools.partial(_class_iou, name=name))
         small.set_title(name, fontsize=9)
         small.tick_params(labelsize=7)
     return figure
+
+
+def _class_iou(entry: dict, name: str) -> tuple[float, list[float]]:
+    return entry["per_class"][name], entry["intervals"][name]
 
 
 def _curves(axes: Axes, metrics: dict, read: Callable[[dict], tuple[float, list[float]]]) -> None:

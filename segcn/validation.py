@@ -35,12 +35,12 @@ def begin_validation(run: Run) -> None:
     if run.accelerator.is_main_process and run.held_out is not None:
         cache, device = cache_root(run.config), run.accelerator.device
         run.judge = judge.open_judge(run.config, run.held_out, run.split, cache, device, run.log.say)
-        say_ceiling(run)
+        say_ceiling(run, run.judge.ceiling)
     if missing:
         validate(run)
     if run.judge is not None and not run.stop_signal:
         record_best(run.output_dir)
-        say_cost(run)
+        say_cost(run, len(run.judge.rows))
 
 
 def validate(run: Run) -> bool:
@@ -79,7 +79,7 @@ def look(run: Run) -> bool:
     if run.stop_signal:
         return False
     show_sheet(run, lines)
-    score = None if painted is None else judge.score(run.judge, painted)
+    score = None if painted is None or run.judge is None else judge.score(run.judge, painted)
     seconds = time.monotonic() - began
     say_if_too_slow(run, seconds)
     run.log.validated(seconds)
@@ -106,6 +106,7 @@ def paint(run: Run, painter: Painter, settings: SampleConfig, on_step: Callable)
     if run.stop_signal:
         return [], None
     if not config.validation_image:
+        assert run.judge is not None and painted is not None
         return [colours[run.judge.masks[:SHOWN]], painted[:SHOWN]], painted
     masks, prompts = validation_pairs(run)
     lines = [colours[masks]]
@@ -117,7 +118,7 @@ def paint(run: Run, painter: Painter, settings: SampleConfig, on_step: Callable)
 
 def validation_pairs(run: Run) -> tuple[np.ndarray, list[str]]:
     """Masks uint8 [N,R,R] and a prompt for each; a single mask or prompt is repeated."""
-    images, prompts = run.config.validation_image, run.config.validation_prompt
+    images, prompts = run.config.validation_image or [], run.config.validation_prompt or []
     count = max(len(images), len(prompts))
     masks = [read_control_mask(path, run.split.palette, run.config.resolution, run.config.fit) for path in images]
     return np.stack((masks * count)[:count]), (list(prompts) * count)[:count]
@@ -154,23 +155,22 @@ def write_score(run: Run, score: dict) -> bool:
     return better
 
 
-def say_ceiling(run: Run) -> None:
+def say_ceiling(run: Run, real: dict) -> None:
     """What the segmenter makes of the real images: the ceiling, a line of the log that is written once."""
-    real, asked = run.judge.ceiling, run.config.faithfulness_rows
+    asked = run.config.faithfulness_rows
     if not any("ceiling" in entry for entry in read_log(run.log.path)):
         run.log.write({"step": 0, "ceiling": real})
     fewer = f" ({asked} were asked for, no more are held out)" if real["images"] < asked else ""
     run.log.say(f"The ceiling: mIoU {real['miou'] or 0:.3f} on the {real['images']} held-out real images{fewer}.")
 
 
-def say_cost(run: Run) -> None:
+def say_cost(run: Run, rows: int) -> None:
     """How long a validation takes, as measured by the newest one, and how many come."""
     every, scored = run.config.validation_steps, list(scores(read_log(run.log.path)).values())
     if not scored:
         return
     seconds = scored[-1]["seconds"]
     times = math.ceil(run.total_steps / every) - run.step // every
-    rows = len(run.held_out)
     run.log.say(f"Faithfulness on {rows} rows every {every} steps: about {seconds:.0f} s each, {times} times.")
 
 

@@ -101,19 +101,19 @@ def paint_vetted(
     left = list(range(len(masks)))
     if vetter is None:
         return [Painted(image, mask) for image, mask in zip(paint(left, 0), masks, strict=True)]
-    best: list[Tried | None] = [None] * len(masks)
+    best: dict[int, Tried] = {}
     scores: list[list[float]] = [[] for _ in masks]
     for attempt in range(vetter.max_attempts):
         images = paint(left, attempt)
         for one, image, seen in zip(left, images, vetter.see(images), strict=True):
             score = vetter.score(seen, masks[one])
             scores[one].append(score)
-            if best[one] is None or score > best[one].score:
+            if one not in best or score > best[one].score:
                 best[one] = Tried(score, attempt, image, seen)
         left = [one for one in left if best[one].score < vetter.min_miou]
         if not left:
             break
-    return [_judged(*found, vetter) for found in zip(best, scores, masks, strict=True)]
+    return [_judged(best[one], scores[one], mask, vetter) for one, mask in enumerate(masks)]
 
 
 def _judged(best: Tried, scores: list[float], mask: np.ndarray, vetter: Vetter) -> Painted:

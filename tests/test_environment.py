@@ -1,6 +1,7 @@
 """Promise: one list of dependencies, in pyproject.toml; environment.yml only points to it."""
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -42,6 +43,6 @@ def test_hooks_before_a_commit_are_local_and_run_what_dev_installs():
     repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert [one["repo"] for one in repositories] == ["local"]
     entries = [hook["entry"].split()[0] for hook in repositories[0]["hooks"]]
-    assert entries == ["ruff", "ruff", "jupyter"] and any(
-        "pre-commit" in word for word in PROJECT["optional-dependencies"]["dev"]
-    )
+    assert entries == ["ruff", "ruff", "mypy", "jupyter"]
+    installed = {re.split("[>=[]", word)[0] for word in PROJECT["optional-dependencies"]["dev"]}
+    assert {"pre-commit", "mypy"} <= installed

@@ -72,7 +72,7 @@ def targets(metrics: dict) -> Iterator[tuple[str, float, float, str]]:
     for name, mean, least in (("reconstructions", 0.9, 0.6), ("with_mask", 0.75, 0.45)):
         shares = metrics["share_of_ceiling"][name]
         per_class = {label: share for label, share in shares.items() if label != "mean" and share is not None}
-        worst = min(per_class, key=per_class.get)
+        worst = min(per_class, key=lambda label: per_class[label])
         yield f"{NAMES[name]}: mIoU, of the ceiling", shares["mean"], mean, ""
         yield f"{NAMES[name]}: worst class ({worst}), of its own", per_class[worst], least, ""
     for name, wanted in (("real", 0.98), ("captions_alone", 0.9), ("with_mask", 0.85)):

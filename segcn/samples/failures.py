@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -66,6 +67,7 @@ def write_failures(out: Path, work: Path, dataset: Path, recipe: Recipe = Recipe
 
 def controlnets(work: Path, dataset: Path, recipe: Recipe) -> dict[str, str]:
     """Folders: the one shipped with the base, one stopped too early, and one that saw a few rows too often."""
+    few: dict[str, Any]
     few = {"max_train_samples": recipe.copied_rows, "max_train_steps": recipe.copying_steps, "augment": "none"}
     kinds = {"early": {"max_train_samples": recipe.early_rows, "max_train_steps": recipe.early_steps}, "copying": few}
     for name, changes in kinds.items():

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ def landscapes(count: int) -> tuple[torch.Tensor, list[str]]:
 
 def to_latents(base: Base, image: torch.Tensor) -> torch.Tensor:
     """image [B, 3, H, W] in [-1, 1] -> the posterior's mean, scaled, [B, C, h, w]."""
+    assert base.vae is not None
     return encode_moments(base.vae, image).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
 
 
@@ -83,8 +85,8 @@ def caption_distances(base: Base, captions: Sequence[str]) -> Figure:
     pooled = torch.nn.functional.normalize(embeddings[range(len(captions)), ends], dim=1)
     distances = (1 - pooled @ pooled.T).clamp(min=0)
     figure = Figure(figsize=(8, 0.42 * len(captions) + 0.3))
-    axes = figure.add_axes([0.5, 0.05, 0.48, 0.9])
-    axes.imshow(distances, cmap="Blues", vmax=2 * distances.max(), aspect="auto")
+    axes = figure.add_axes((0.5, 0.05, 0.48, 0.9))
+    axes.imshow(distances, cmap="Blues", vmax=2 * distances.max().item(), aspect="auto")
     axes.set(xticks=[], yticks=range(len(captions)), yticklabels=captions)
     for row, line in enumerate(distances.tolist()):
         for column, value in enumerate(line):
@@ -146,7 +148,7 @@ def guided(base: Base, captions: Sequence[str], settings: SampleConfig, scales: 
 
 def small_recipe(steps: int) -> BaseRecipe:
     """The recipe's smoke preset with a given number of steps for both trainings."""
-    vae, unet = (dataclasses.replace(part, steps=steps) for part in (SMOKE.vae, SMOKE.unet))
+    vae, unet = dataclasses.replace(SMOKE.vae, steps=steps), dataclasses.replace(SMOKE.unet, steps=steps)
     return dataclasses.replace(SMOKE, vae=vae, unet=unet)
 
 
@@ -180,6 +182,7 @@ def scratch_and_shipped(scratch: Path, base: Base, image: torch.Tensor) -> Figur
 def beside(small: BaseRecipe, whole: BaseRecipe) -> str:
     """Where two recipes differ, a line each."""
     lines = [f"{'':22}{'here':>16}{'embedded base':>18}"]
+    pairs: list[tuple[str, Any, Any]]
     pairs = [("pictures: ", small, whole), ("vae: ", small.vae, whole.vae), ("unet: ", small.unet, whole.unet)]
     for part, one, other in pairs:
         for name, value in dataclasses.asdict(one).items():

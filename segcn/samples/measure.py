@@ -81,7 +81,7 @@ def measure(config: MeasureConfig, train: Split, log: Log = print) -> dict:
     save_grid(draw_grid(config, sets["real"], painter), config.folder / "grid.png")
     judges = SegmenterConfig(steps=config.segmenter_steps, resolution=config.resolution)
     segmenter = train_segmenter(train, judges, config.folder / "segmenter", log)
-    metrics = {"settings": dataclasses.asdict(config) | {"base_fingerprint": painter.base.fingerprint}}
+    metrics: dict[str, Any] = {"settings": dataclasses.asdict(config) | {"base_fingerprint": painter.base.fingerprint}}
     metrics["autoencoder"] = likeness(sets["real"], sets["reconstructions"])
     metrics |= faithful(sets, segmenter, log)
     metrics["recognised"] = season_and_time(config, train, sets, log)
@@ -115,7 +115,7 @@ def painted_sets(config: MeasureConfig, real: Split, painter: Painter, log: Log)
 def paint_set(config: MeasureConfig, real: Split, folder: Path, painter: Painter, alone: bool, log: Log) -> Split:
     """The masks and captions of a split painted into `folder`; `alone`: its captions without its masks."""
     sampling = {field.name: getattr(config, field.name) for field in dataclasses.fields(SampleConfig)}
-    where = {"controls": str(real.folder), "output_dir": str(folder), "limit": len(real)}
+    where: dict[str, Any] = {"controls": str(real.folder), "output_dir": str(folder), "limit": len(real)}
     painting = GenerateConfig(**sampling, **where, batch_size=config.batch_size, without_control=alone)
     return read_named_split(generate_dataset(painting, painter, log), f"train[:{len(real)}]")
 

@@ -20,7 +20,7 @@ def caption_reader(dataset: Path, train: Split, cache: Path, log: Callable[[str]
 
     The network that reads is trained on the rows of `train` and kept in `cache`.
     """
-    heads = HEADS.get(_kind(dataset))
+    heads = HEADS.get(_kind(dataset) or "")
     if heads is None:
         return None
     recogniser = train_recogniser(train, heads, cache / "recogniser", log=log)

@@ -77,7 +77,8 @@ def train_recogniser(
         rows = rows_of(step, len(split), recipe)
         batch = to_pixels(images[rows])
         found = model(batch.flip(3) if step % 2 else batch)
-        learning.descend(sum(F.cross_entropy(logits, wanted[rows, head]) for head, logits in enumerate(found)))
+        losses = (F.cross_entropy(logits, wanted[rows, head]) for head, logits in enumerate(found))
+        learning.descend(sum(losses, start=torch.tensor(0.0)))
     return model.eval()
 
 

@@ -117,7 +117,9 @@ def train_denoiser(
         target = scheduler.get_velocity(clean, noise, timestep)
         learning.descend(F.mse_loss(prediction.float(), target))
         pair.average.update_parameters(pair.live)
-    return pair.average.module.eval()
+    average = pair.average.module.eval()
+    assert isinstance(average, Denoiser)
+    return average
 
 
 class Pair(torch.nn.Module):

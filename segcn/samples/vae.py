@@ -95,7 +95,8 @@ def random_crops(images, masks, rarity, recipe: VaeRecipe, step: int) -> tuple[t
 
 def class_weights(masks: torch.Tensor) -> torch.Tensor:
     """Weights [256]: one over the square root of a class's share, scaled so that the mean over pixels is 1."""
-    counts = sum(torch.bincount(part.flatten().long(), minlength=256) for part in masks.split(1024))
+    counted = (torch.bincount(part.flatten().long(), minlength=256) for part in masks.split(1024))
+    counts = sum(counted, start=torch.tensor(0))
     share = counts.float() / masks.numel()
     weights = torch.where(share > 0, share.clamp(min=1e-3).rsqrt(), 0)
     return weights / (weights * share).sum()
