@@ -113,7 +113,7 @@ def check(config: BenchTrainConfig) -> None:
         raise UserError(
             f"--peer {config.peer}: no such file; it is examples/controlnet/train_controlnet.py of diffusers"
         )
-    for name in ("rounds", "warmup_steps", "measured_steps", "checkpointing_steps"):
+    for name in ("rounds", "warmup_steps", "measured_steps", "checkpointing_steps", "faithfulness_rows"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name}: expected at least 1, found {getattr(config, name)}")
     latent_factor(config.pretrained_model_name_or_path)

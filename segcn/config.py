@@ -89,6 +89,11 @@ class GenerateConfig(SampleConfig):
         " {by day|at night} for one of these, drawn for each picture; none: the data set's captions",
     )
     mix_prompts: bool = flag(False, "give each row the caption of another, so that text does not tell the layout")
+    vary: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "words of the texts that may stand for one another, one drawn for each picture: 'by day|at"
+                          " night' 'a summer|a winter'; what they change must not be in the mask"},
+    )  # fmt: skip
     limit: int | None = flag(None, "use only the first rows")
     replicates: int = flag(1, "pictures a row")
     augment_masks: str | None = flag(

@@ -83,6 +83,7 @@ def made_rows(config: GenerateConfig, settings: dict[str, Any]) -> list[tuple[st
         ("masks", f"{plain(public_name(config.controls))}, {plain(config.split)}"),
         ("augmentation of the masks", plain(config.augment_masks or "none")),
         ("texts", "captions dealt out between the rows" if config.mix_prompts else text),
+        ("words varied", plain(", ".join(config.vary) or "none")),
         ("noise prior", plain(public_name(config.noise_prior)) if config.noise_prior else "none"),
         ("seed", f"{config.seed}; noise by row, replicate and attempt"),
         ("images a row", str(config.replicates)),

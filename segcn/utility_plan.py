@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,7 +22,7 @@ from segcn.train_config import TrainConfig
 LEARNING_STEP = 0.6  # seconds of a ControlNet's step at batch 16, 128 pixels, on two slow cores
 PAINTING_STEP = 0.035  # of one picture's denoising step there
 FITTING_SAMPLE = 0.0035  # of one image of 64 pixels through a segmenter and back there
-PAINTED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "mix_prompts", "augment_masks", "min_miou",
+PAINTED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "vary", "augment_masks", "min_miou",
            "max_attempts", "ignore_disagreement", "batch_size")  # fmt: skip
 
 
@@ -71,7 +71,9 @@ class UtilityConfig:
     num_inference_steps: int = flag(6, "denoising steps")
     controlnet_conditioning_scale: float = flag(1.0, "weight of the mask")
     prompt: str | None = flag(None, "what the images are told in place of their captions, as segcn generate takes it")
-    mix_prompts: bool = flag(False, "give each row the caption of another of its fraction")
+    vary: list[str] = field(
+        default_factory=list, metadata={"help": "words of the captions to exchange, as segcn generate does"}
+    )
     augment_masks: str = flag("affine", "how layouts are drawn from the masks of the rows, as segcn generate does")
     noise_prior: bool = flag(False, "start painting from the class statistics of the rows, as segcn generate does")
     min_miou: float = flag(0.3, "an image in which the segmenter of these rows finds less of its mask is painted anew")

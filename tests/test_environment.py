@@ -44,5 +44,5 @@ def test_hooks_before_a_commit_are_local_and_run_what_dev_installs():
     assert [one["repo"] for one in repositories] == ["local"]
     entries = [hook["entry"].split()[0] for hook in repositories[0]["hooks"]]
     assert entries == ["ruff", "ruff", "mypy", "jupyter"]
-    installed = {re.split("[>=[]", word)[0] for word in PROJECT["optional-dependencies"]["dev"]}
-    assert {"pre-commit", "mypy"} <= installed
+    extras = PROJECT["optional-dependencies"]
+    assert {"ruff", "mypy", "pre-commit"} <= {re.split("[>=[]", word)[0] for word in extras["dev"] + extras["test"]}

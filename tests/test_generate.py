@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import os
 import tracemalloc
 from collections import Counter
@@ -210,6 +211,36 @@ def test_mixed_prompts_are_the_captions_dealt_out_between_the_rows(config, paint
     assert dealt[::2] != own and dealt[::2] != dealt[1::2]
     with pytest.raises(UserError, match="leave out --prompt"):
         generate_dataset(dataclasses.replace(given, prompt="a lake"), painter)
+
+
+def test_varied_words_are_exchanged_within_their_group_and_nothing_else_of_a_caption_changes(config, landscapes):
+    own = [row.caption for row in read_split(landscapes, "test").records]
+    seasons, hours = "a spring|a summer|an autumn|a winter", "at dawn|by day|at dusk|at night"
+    given = dataclasses.replace(config, vary=[seasons, hours], limit=None)
+    prompts = read_prompts(given, read_controls(given))
+    asked = {(row, replicate): prompts.asked(row, replicate) for row in range(len(own)) for replicate in range(16)}
+
+    def told(text: str) -> tuple[str, str]:
+        return re.search(seasons, text)[0], re.search(hours, text)[0]
+
+    def rest(text: str) -> str:
+        return re.sub(hours, "HOUR", re.sub(seasons, "SEASON", text))
+
+    assert {rest(text) == rest(own[row]) for (row, _), text in asked.items()} == {True}
+    assert len({told(text) for text in asked.values()}) == 16  # the groups are drawn independently
+    assert asked == {key: read_prompts(given, read_controls(given)).asked(*key) for key in asked}
+    mixed = Counter(told(asked[0, replicate])[0] for replicate in range(16))
+    assert len(mixed) > 1, "one row is told of several seasons"
+
+
+@pytest.mark.parametrize(("group", "match"), [
+    ("by day", "with bars between"), ("by day|", "with bars"), ("by day|by day", "with bars"),
+    ("benign|malignant", "no caption of .* has one of these words"), ("spri|wint", "no caption"),
+])  # fmt: skip
+def test_a_group_of_words_that_would_vary_nothing_is_refused(config, group, match):
+    given = dataclasses.replace(config, vary=[group])
+    with pytest.raises(UserError, match=match):
+        read_prompts(given, read_controls(given))
 
 
 def test_augmented_masks_are_new_layouts_that_fill_the_frame_and_are_painted_from(
