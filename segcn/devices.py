@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,3 +48,14 @@ def lay_out(network: "ModelMixin", device: str | torch.device) -> "ModelMixin":
     wide_on_cpu = torch.device(device).type == "cpu" and network.config.block_out_channels[0] >= WIDE
     layout = torch.contiguous_format if wide_on_cpu else torch.channels_last
     return network.to(device, memory_format=layout)
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[int]:
+    """Compute on one core for as long as the block lasts, as sums depend on how they are split; the cores there are."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield cores
+    finally:
+        torch.set_num_threads(cores)

@@ -15,12 +15,13 @@ from segcn.augment import AUGMENTS
 from segcn.bootstrap import Estimate, draws_of, intervals_of, values_of
 from segcn.copies import copying
 from segcn.dataset import PairedDataset
+from segcn.devices import one_core
 from segcn.distance import COMPARED, few_images, frechet_estimate, kernel_distance, neighbourhoods
 from segcn.errors import UserError
 from segcn.faithfulness import calibration, confusion, faithfulness_of, iou, pixels_of
 from segcn.features import Extractor
 from segcn.labels import Palette
-from segcn.observe import LEAST_CROP, Observer, Seen, one_core
+from segcn.observe import LEAST_CROP, Observer, Seen
 from segcn.records import Split
 from segcn.segmenter import AnySegmenter, Segmenter, SegmenterConfig, predict
 

@@ -7,11 +7,12 @@ from matplotlib.figure import Figure
 
 from segcn.charts import ACCENT
 from segcn.dataset import to_uint8
+from segcn.devices import one_core
 from segcn.evaluate import ROWS, Evaluation
 from segcn.labels import Palette
 from segcn.masks import colourise
 from segcn.metrics_table import lookup
-from segcn.observe import LEAST_CROP, one_core
+from segcn.observe import LEAST_CROP
 from segcn.show import grid, side_by_side
 
 MOST = 20  # classes shown at most: those with the lowest IoU

@@ -1,8 +1,7 @@
 """Segmenters that learn from real and synthetic pictures mixed in each batch, and what they find in test images."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 
 import numpy as np
@@ -19,11 +18,11 @@ from segcn.segmenter_fit import SegmenterConfig, class_weights, fit
 
 # As strong for real pictures as for synthetic ones, whose layouts were moved by affine draws, too: synthetic pictures
 # shall not win by a lack of augmentation.
-AUGMENT = replace(AugmentConfig(), scale_min=0.75, scale_max=1.5, brightness=0.3, contrast=0.3, saturation=0.3)
+AUGMENT = replace(AugmentConfig(), scale_min=0.75, scale_max=1.5)
 KEPT_DRAWS = 4096  # augmented pictures of a data set, at most, that stay in memory; of more rows none do
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mixture:
     """What a segmenter learns from; one of both may be None."""
 
@@ -33,11 +32,12 @@ class Mixture:
     weight: float = 1.0  # of a synthetic picture's pixels in the loss, 0 to 1
     real_last: float = 0.0  # of the steps, the last ones, in which real pictures stand alone, where there are both
 
-    @cached_property
-    def draws(self) -> dict[bool, "Draws"]:
-        """Of the real (False) and the synthetic pictures (True), for every segmenter that learns from this mixture."""
+    # Of the real (False) and the synthetic pictures (True), for every segmenter that learns from this mixture:
+    draws: dict[bool, "Draws"] = field(init=False)
+
+    def __post_init__(self):
         both = {False: self.real, True: self.synthetic}
-        return {synthetic: Draws(split) for synthetic, split in both.items() if split is not None}
+        self.draws = {synthetic: Draws(split) for synthetic, split in both.items() if split is not None}
 
 
 class Draws:

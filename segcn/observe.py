@@ -6,9 +6,9 @@ or on that of processes, and what was seen before a kill is used after it.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from segcn.augment import AUGMENTS
 from segcn.boundary import boundary_counts
 from segcn.colour import to_lab
 from segcn.dataset import PairedDataset, Sample, to_uint8
+from segcn.devices import one_core
 from segcn.faithfulness import confidence_bins, confusion, pixels_of
 from segcn.features import Extractor
 from segcn.labels import IGNORE
@@ -122,17 +123,6 @@ class Observer:
         bins = confidence_bins(sure[labelled], (found == wanted)[labelled])
         edges = boundary_counts(found, wanted, count)
         return {"confusion": confused, "pixels": pixels_of(confused), "edges": edges, "bins": bins}
-
-
-@contextmanager
-def one_core() -> Iterator[int]:
-    """Compute on one core for as long as the block lasts, as sums depend on how they are split; the cores there are."""
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield cores
-    finally:
-        torch.set_num_threads(cores)
 
 
 def crops(image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:

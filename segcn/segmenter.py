@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -25,6 +26,7 @@ from segcn.segmenter_fit import SegmenterConfig, class_weights, fit
 # Colours vary more than when the painter is trained, as generated pictures are a little off in tone. No affine:
 # it costs a third of the step, and blurs the boundaries that are to be judged.
 AUGMENT = replace(AugmentConfig.none(), hflip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
+BUILDING = threading.Lock()  # PyTorch draws initial weights from one generator of the whole process
 
 
 class AnySegmenter(nn.Module):
@@ -86,7 +88,7 @@ class Segmenter(AnySegmenter):
 
 def build_segmenter(num_classes: int, width: int = SegmenterConfig.width, seed: int = 0) -> Segmenter:
     """A fresh segmenter in evaluation mode whose weights depend on the arguments alone."""
-    with torch.random.fork_rng(devices=[]):
+    with BUILDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.seed_of("segmenter", seed, "weights"))
         return Segmenter(num_classes, width).to(memory_format=torch.channels_last).eval()
 

@@ -3,17 +3,21 @@
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from segcn import checkpoint
 from segcn.arguments import parse, to_json
 from segcn.atomic import write_text
 from segcn.config import WEIGHTS
+from segcn.devices import one_core, pick_device
 from segcn.errors import UserError
 from segcn.generate import generate_dataset
 from segcn.mixing import Mixture, found_in, train_mixed
@@ -105,12 +109,10 @@ def evaluate_utility(config: UtilityConfig, log: Callable[[str], None] = print) 
     """
     study = open_study(config, log)
     log(f"{study.clock.total} pieces of work, about {_minutes(study.clock.left)} on two slow cores; {config.folder}")
+    learn(study, [(Arm(fraction, 0.0), range(1)) for fraction in config.some])  # they vet the images
     for fraction in config.some:
-        learn(study, Arm(fraction, 0.0), None, range(1))  # it vets the images
         learn_to_paint(study, fraction)
-    for arm in arms(config):
-        synthetic = None if arm.ratio == 0 else read_split(study.synthetic(arm.fraction))
-        learn(study, arm, synthetic, range(config.seeds))
+    learn(study, [(arm, range(config.seeds)) for arm in arms(config)])
     counts = {arm: counts_of(study, arm) for arm in arms(config)}
     metrics = metrics_of(config, study.rows, images_made(study), counts) | {"last_fall": largest_fall(study)}
     write_report(metrics, config.folder)
@@ -136,23 +138,53 @@ def open_study(config: UtilityConfig, log: Callable[[str], None]) -> Study:
     return Study(config, rows, test, log)
 
 
-def learn(study: Study, arm: Arm, synthetic: Split | None, seeds: range) -> None:
-    """Train the segmenters of an arm that do not stand yet, and count what each finds in the test images."""
+def learn(study: Study, wanted: list[tuple[Arm, range]]) -> None:
+    """Train the segmenters of arms and seeds that do not stand yet, on a CPU one on each core, to the same bytes."""
+    stop = threading.Event()
+
+    def go_on(line: str) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    with (
+        one_core() as cores,
+        ThreadPoolExecutor(
+            cores if pick_device() == "cpu" else 1, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool,
+    ):
+        begun = {}
+        for arm, some in wanted:
+            missing = [seed for seed in some if checkpoint.problem(study.segmenter(arm, seed))]
+            mixture = mixture_of(study, arm) if missing else None
+            begun |= {pool.submit(learn_one, study, mixture, arm, seed, go_on): (arm, seed) for seed in missing}
+            del mixture  # its pictures leave the memory with the last segmenter that learns from them
+        try:
+            for future in as_completed(begun):
+                future.result()
+                told = study.segmenter(*begun.pop(future)).name
+                study.clock.finished(estimate(study.config, "segmenter"), f"segmenter {told}")
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def mixture_of(study: Study, arm: Arm) -> Mixture:
+    """What an arm learns from."""
     real = None if arm.ratio is None else study.rows[arm.fraction]
-    mixture = Mixture(real, synthetic, arm.share, *study.config.mixing)
-    for seed in seeds:
-        folder = study.segmenter(arm, seed)
-        if checkpoint.problem(folder) is None:
-            continue
-        segmenter = train_mixed(mixture, fitting(study.config, seed), lambda line: None)
-        counts = found_in(segmenter, study.test)
+    synthetic = None if arm.ratio == 0 else read_split(study.synthetic(arm.fraction))
+    return Mixture(real, synthetic, arm.share, *study.config.mixing)
 
-        def write(staged: Path, segmenter=segmenter, counts=counts) -> None:
-            write_segmenter(segmenter, study.test.palette, staged)
-            np.save(staged / COUNTS, counts)
 
-        checkpoint.commit(folder.parent, folder.name, write)
-        study.clock.finished(estimate(study.config, "segmenter"), f"segmenter {folder.name}")
+def learn_one(study: Study, mixture: Mixture, arm: Arm, seed: int, log: Callable[[str], None]) -> None:
+    """Train a segmenter, and count what it finds in the test images."""
+    segmenter, folder = train_mixed(mixture, fitting(study.config, seed), log), study.segmenter(arm, seed)
+    counts = found_in(segmenter, study.test)
+
+    def write(staged: Path) -> None:
+        write_segmenter(segmenter, study.test.palette, staged)
+        np.save(staged / COUNTS, counts)
+
+    checkpoint.commit(folder.parent, folder.name, write)
 
 
 def learn_to_paint(study: Study, fraction: float) -> None:

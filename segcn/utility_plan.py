@@ -66,8 +66,11 @@ class UtilityConfig:
     seeds: int = flag(5, "segmenters of each kind")
     seed: int = flag(0, "of the choice of rows, the ControlNets and the images")
     resamples: int = flag(2000, "bootstrap resamples behind each interval")
-    images: int = flag(320, "painted for each fraction, as many from each of its rows")
-    controlnet_steps: int = flag(300, "optimizer steps of each fraction's ControlNet")
+    images: int = flag(640, "painted for each fraction, as many from each of its rows")
+    controlnet_steps: int = flag(600, "optimizer steps of each fraction's ControlNet")
+    augment: str = flag(
+        "affine,degrees=15,scale_min=0.8,scale_max=1.5", "how its rows are augmented, as segcn train does"
+    )
     num_inference_steps: int = flag(6, "denoising steps")
     controlnet_conditioning_scale: float = flag(1.0, "weight of the mask")
     prompt: str | None = flag(None, "what the images are told in place of their captions, as segcn generate takes it")
@@ -76,12 +79,13 @@ class UtilityConfig:
     )
     augment_masks: str = flag("affine", "how layouts are drawn from the masks of the rows, as segcn generate does")
     noise_prior: bool = flag(False, "start painting from the class statistics of the rows, as segcn generate does")
-    min_miou: float = flag(0.3, "an image in which the segmenter of these rows finds less of its mask is painted anew")
-    max_attempts: int = flag(2, "times an image is painted before it is dropped")
-    ignore_disagreement: bool = flag(True, "pixels in which that segmenter sees another class do not count")
+    min_miou: float = flag(0.6, "an image in which the segmenter of these rows finds less of its mask is painted anew")
+    max_attempts: int = flag(3, "times an image is painted before it is dropped")
+    ignore_disagreement: bool = flag(False, "pixels in which that segmenter sees another class do not count")
     batch_size: int = flag(16, "images painted at once")
-    segmenter_steps: int = flag(400, "optimizer steps of every segmenter")
-    segmenter_batch_size: int = flag(16, "images in each of them, real and synthetic together")
+    segmenter_steps: int = flag(2400, "optimizer steps of every segmenter")
+    segmenter_batch_size: int = flag(8, "images in each of them, real and synthetic together")
+    segmenter_learning_rate: float = flag(2e-2, "peak of the one-cycle schedule of every segmenter")
     segmenter_resolution: int = flag(64, "pixels a side to which every image is resized for them")
     segmenter_width: int = flag(SegmenterConfig.width, "channels of the segmenter at half resolution")
     synthetic_weight: float = flag(1.0, "weight of a synthetic image's pixels beside real ones, 0 to 1")
@@ -183,8 +187,8 @@ def training(config: UtilityConfig, rows: Split, folder: Path) -> TrainConfig:
     return make(
         TrainConfig, config.preset, dataset_name=str(rows.folder), output_dir=str(folder), seed=config.seed,
         pretrained_model_name_or_path=config.pretrained_model_name_or_path, cache_dir=str(config.folder / "cache"),
-        resolution=config.resolution, fit=config.fit, max_train_steps=config.controlnet_steps, cache_draws=draws,
-        checkpointing_steps=100, checkpoints_total_limit=1, logging_steps=50, report_to="none",
+        resolution=config.resolution, fit=config.fit, augment=config.augment, max_train_steps=config.controlnet_steps,
+        cache_draws=draws, checkpointing_steps=100, checkpoints_total_limit=1, logging_steps=50, report_to="none",
     )  # fmt: skip
 
 
@@ -204,16 +208,17 @@ def fitting(config: UtilityConfig, seed: int) -> SegmenterConfig:
     """How every segmenter is trained, whatever it is trained on."""
     return SegmenterConfig(
         steps=config.segmenter_steps, batch_size=config.segmenter_batch_size, width=config.segmenter_width,
-        resolution=config.segmenter_resolution, seed=seed, fit=config.fit,
+        resolution=config.segmenter_resolution, seed=seed, fit=config.fit, learning_rate=config.segmenter_learning_rate,
     )  # fmt: skip
 
 
 def key_of(config: UtilityConfig, rows: Split, kind: str, *more: Any) -> str:
     """10 hexadecimal digits that change with whatever the ControlNet, the images or a segmenter depends on."""
     relevant = {
-        "controlnet": ("preset", "resolution", "fit", "seed", "controlnet_steps"),
+        "controlnet": ("preset", "resolution", "fit", "seed", "controlnet_steps", "augment"),
         "synthetic": ("images", "noise_prior", *PAINTED),
-        "segmenter": ("segmenter_resolution", "fit", "segmenter_steps", "segmenter_batch_size", "segmenter_width"),
+        "segmenter": ("segmenter_resolution", "fit", "segmenter_steps", "segmenter_batch_size", "segmenter_width",
+                      "segmenter_learning_rate"),
     }[kind]  # fmt: skip
     told = {name: getattr(config, name) for name in relevant} | {"rows": rows.fingerprint, "more": more}
     if kind == "segmenter":

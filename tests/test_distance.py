@@ -8,8 +8,8 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from segcn import bootstrap
 from segcn.bootstrap import Estimate, difference, ratio, resamples
 from segcn.copies import copying
+from segcn.devices import one_core
 from segcn.distance import few_images, frechet_distance, frechet_estimate, kernel_distance, neighbourhoods
-from segcn.observe import one_core
 
 
 @pytest.fixture(autouse=True)

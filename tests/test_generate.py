@@ -3,8 +3,8 @@
 import copy
 import dataclasses
 import json
-import re
 import os
+import re
 import tracemalloc
 from collections import Counter
 from pathlib import Path

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +279,35 @@ def test_killed_at_any_change_to_the_disk_the_same_command_ends_with_the_same_me
         assert study(name) == 0
         assert (tmp_path / name / "metrics.json").read_bytes() == straight
     assert kills >= 2
+
+
+def test_several_segmenters_at_once_learn_what_one_after_the_other_does(config, stand_ins, tmp_path):
+    def study(cores):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(cores)
+        try:
+            evaluate_utility(dataclasses.replace(config, output_dir=str(tmp_path / str(cores))), lambda line: None)
+        finally:
+            torch.set_num_threads(threads)
+        return (tmp_path / str(cores) / "metrics.json").read_bytes()
+
+    assert study(1) == study(3)
+
+
+def test_a_study_that_is_interrupted_stops_all_of_its_segmenters_and_goes_on_later(config, stand_ins, tmp_path):
+    config = dataclasses.replace(config, segmenter_steps=200)
+    alone = evaluate_utility(dataclasses.replace(config, output_dir=str(tmp_path / "alone")), lambda line: None)
+    before, said = set(threading.enumerate()), []
+
+    def log(line):
+        said.append(line)
+        if "real+1x" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_utility(config, log)
+    assert set(threading.enumerate()) == before and len(said) < 14
+    assert evaluate_utility(config, said.append) == alone
 
 
 @pytest.mark.parametrize(
