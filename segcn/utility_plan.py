@@ -89,7 +89,7 @@ class UtilityConfig:
     segmenter_resolution: int = flag(64, "pixels a side to which every image is resized for them")
     segmenter_width: int = flag(SegmenterConfig.width, "channels of the segmenter at half resolution")
     synthetic_weight: float = flag(1.0, "weight of a synthetic image's pixels beside real ones, 0 to 1")
-    real_last: float = flag(0.5, "share of the steps, the last ones, that real images have to themselves, 0 to 1")
+    real_last: float = flag(0.25, "share of the steps, the last ones, that real images have to themselves, 0 to 1")
 
     @property
     def folder(self) -> Path:
