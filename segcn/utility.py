@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,18 +146,12 @@ def learn(study: Study, wanted: list[tuple[Arm, range]]) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
 
-    with (
-        one_core() as cores,
-        ThreadPoolExecutor(
-            cores if pick_device() == "cpu" else 1, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool,
-    ):
-        begun = {}
+    with one_core() as cores, ThreadPoolExecutor(
+        cores if pick_device() == "cpu" else 1, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:  # fmt: skip
+        begun: dict[Future, tuple[Arm, int]] = {}
         for arm, some in wanted:
-            missing = [seed for seed in some if checkpoint.problem(study.segmenter(arm, seed))]
-            mixture = mixture_of(study, arm) if missing else None
-            begun |= {pool.submit(learn_one, study, mixture, arm, seed, go_on): (arm, seed) for seed in missing}
-            del mixture  # its pictures leave the memory with the last segmenter that learns from them
+            begun |= begin(study, pool, arm, some, go_on)
         try:
             for future in as_completed(begun):
                 future.result()
@@ -166,6 +160,20 @@ def learn(study: Study, wanted: list[tuple[Arm, range]]) -> None:
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def begin(
+    study: Study, pool: ThreadPoolExecutor, arm: Arm, some: range, log: Callable[[str], None]
+) -> dict[Future, tuple[Arm, int]]:
+    """Hand the segmenters of an arm that do not stand yet to the pool.
+
+    They share a mixture, whose pictures leave the memory with the last of them.
+    """
+    missing = [seed for seed in some if checkpoint.problem(study.segmenter(arm, seed))]
+    if not missing:
+        return {}
+    mixture = mixture_of(study, arm)
+    return {pool.submit(learn_one, study, mixture, arm, seed, log): (arm, seed) for seed in missing}
 
 
 def mixture_of(study: Study, arm: Arm) -> Mixture:
