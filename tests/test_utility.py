@@ -295,7 +295,7 @@ def test_several_segmenters_at_once_learn_what_one_after_the_other_does(config, 
 
 
 def test_a_study_that_is_interrupted_stops_all_of_its_segmenters_and_goes_on_later(config, stand_ins, tmp_path):
-    config = dataclasses.replace(config, segmenter_steps=200)
+    config = dataclasses.replace(config, segmenter_steps=50)
     alone = evaluate_utility(dataclasses.replace(config, output_dir=str(tmp_path / "alone")), lambda line: None)
     before, said = set(threading.enumerate()), []
 
