@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -29,15 +30,15 @@ AUGMENT = replace(AugmentConfig.none(), hflip=0.5, brightness=0.2, contrast=0.2,
 BUILDING = threading.Lock()  # PyTorch draws initial weights from one generator of the whole process
 
 
-class AnySegmenter(nn.Module):
+class AnySegmenter(nn.Module, ABC):
     """Ours or somebody else's: images [B, 3, H, W] in [-1, 1] to logits [B, num_classes, H, W]."""
 
     num_classes: int
     settings: dict[str, Any]  # how it was trained, or how it wants to see: resolution, fit
 
+    @abstractmethod
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """image [B, 3, H, W] in [-1, 1] -> what tells images apart [B, D]."""
-        raise NotImplementedError
 
 
 class Segmenter(AnySegmenter):

@@ -17,10 +17,12 @@ from segcn import checkpoint
 from segcn.arguments import parse, to_json
 from segcn.atomic import write_text
 from segcn.config import WEIGHTS
+from segcn.controls import read_controls
 from segcn.devices import one_core, pick_device
 from segcn.errors import UserError
 from segcn.generate import generate_dataset
 from segcn.mixing import Mixture, found_in, train_mixed
+from segcn.prompts import read_prompts
 from segcn.records import METADATA, Split, check_split, read_split
 from segcn.segmenter import write_segmenter
 from segcn.show import quiet
@@ -135,6 +137,9 @@ def open_study(config: UtilityConfig, log: Callable[[str], None]) -> Study:
     write_text(config.folder / "rows.json", json.dumps(named, indent=1) + "\n")
     write_text(config.folder / "utility_config.json", to_json(config))
     rows = {fraction: stage_rows(train_rows, chosen[fraction], places[fraction]) for fraction in config.some}
+    for split in rows.values():
+        settings = painting(config, split, Path(), Path(), Path())
+        read_prompts(settings, read_controls(settings))  # so that what it refuses is refused before anything is trained
     return Study(config, rows, test, log)
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from segcn import seeds
 from segcn.arguments import make, preset_defaults
+from segcn.augment import AugmentConfig
 from segcn.config import BASE, OUTPUTS, GenerateConfig, flag
 from segcn.errors import UserError
 from segcn.mixing import AUGMENT, KEPT_DRAWS
@@ -141,6 +142,7 @@ def check(config: UtilityConfig) -> None:
     for name in ("min_miou", "synthetic_weight", "real_last"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name}: expected 0 to 1, found {getattr(config, name)}")
+    AugmentConfig.parse(config.augment)
     if not config.some or config.few_real_ratio not in config.shares:
         raise UserError(f"--few_real_ratio {config.few_real_ratio:g}: expected one of --ratios {config.ratios}")
     if not config.dataset_name:

@@ -22,8 +22,9 @@ REAL, MIXED = "#555555", "#2f6db3"
 DIGITS = 5  # of every number in metrics.json
 NO_LEAK = (
     "Of each fraction the ControlNet, the segmenter that vets its images, and the masks and captions that they are"
-    " painted from come from the rows of that fraction alone (rows.json names them). The base model is the exception:"
-    " it has seen images without masks, which may be of the same kind as those tested on."
+    " painted from come from the rows of that fraction alone (rows.json names them). The exceptions are the base model,"
+    " which has seen images without masks, maybe of the same kind as those tested on, and words given by --vary or"
+    " --prompt."
 )
 WHERE_NOT = ("dataset_name", "output_dir", "pretrained_model_name_or_path", "allow_symlinks")  # settings of no effect
 
@@ -202,6 +203,8 @@ def _class_lines(metrics: dict) -> Iterator[str]:
 
 
 def _images_lines(metrics: dict) -> Iterator[str]:
+    for group in metrics["settings"]["vary"]:
+        yield f"- The words {group} were exchanged for one another in the captions, as drawn for each image."
     for fraction, made in metrics["synthetic"].items():
         yield (
             f"- {fraction} of the rows: {made['kept']} of {made['painted']} images kept; the vetting segmenter found"

@@ -122,7 +122,7 @@ def sample_landscapes() -> Path:
 
 def held_out_landscapes(rows: int) -> Path:
     """Landscapes of a seed that no training used, painted below outputs/ if they are not there."""
-    return write_landscapes(OUTPUTS / "held_out" / f"landscapes-{rows}", rows, seed=HELD_OUT_SEED)
+    return write_landscapes(OUTPUTS / "held_out" / f"landscapes-{rows}-{HELD_OUT_SEED}", rows, seed=HELD_OUT_SEED)
 
 
 def from_root(path: str | Path) -> Path:

@@ -318,6 +318,10 @@ def test_a_study_that_is_interrupted_stops_all_of_its_segmenters_and_goes_on_lat
         ({"few_real_ratio": 3.0}, "--few_real_ratio 3: expected one of --ratios 1,2"),
         ({"seeds": 1}, "--seeds: expected 2 or more"),
         ({"synthetic_weight": 1.5}, "--synthetic_weight: expected 0 to 1"),
+        ({"augment": "swirl"}, "expected affine or none first, found 'swirl'"),
+        ({"augment_masks": "swirl"}, "--augment_masks: expected affine"),
+        ({"vary": ["by day"]}, "--vary: expected words with bars"),
+        ({"vary": ["benign|malignant"]}, "no caption of .* has one of these words"),
         ({"dataset_name": ""}, "--dataset_name: expected a data set folder"),
     ],
 )
