@@ -62,7 +62,7 @@ class Study:
         """Kind and seconds of every piece of work that is still to do."""
         for fraction in self.config.some:
             if not finished_controlnet(self.controlnet(fraction)):
-                yield "controlnet", estimate(self.config, "controlnet")
+                yield "controlnet", self.training_time(fraction)
             if not finished_images(self.synthetic(fraction)):
                 yield "synthetic", estimate(self.config, "synthetic")
         for arm in arms(self.config):
@@ -70,8 +70,20 @@ class Study:
                 if checkpoint.problem(self.segmenter(arm, seed)):
                     yield "segmenter", estimate(self.config, "segmenter")
 
+    def smaller(self, fraction: float) -> Path | None:
+        """The ControlNet of the next smaller fraction, whose rows this one holds."""
+        place = self.config.some.index(fraction)
+        return self.controlnet(self.config.some[place - 1]) if place else None
+
+    def training_time(self, fraction: float) -> float:
+        """Seconds, as estimated, of the ControlNet of a fraction."""
+        return estimate(self.config, "larger controlnet" if self.smaller(fraction) else "controlnet")
+
     def controlnet(self, fraction: float) -> Path:
-        return self._folder("controlnets", f"{fraction:g}", key_of(self.config, self.rows[fraction], "controlnet"))
+        smaller = self.smaller(fraction)
+        more = (smaller.name, self.config.controlnet_more_steps) if smaller else ()
+        key = key_of(self.config, self.rows[fraction], "controlnet", *more)
+        return self._folder("controlnets", f"{fraction:g}", key)
 
     def synthetic(self, fraction: float) -> Path:
         """Its name depends on the ControlNet and on the segmenter that vets, too."""
@@ -204,8 +216,8 @@ def learn_to_paint(study: Study, fraction: float) -> None:
     """The ControlNet of a fraction, and the images that it paints, vetted by the first segmenter of the fraction."""
     config, rows, where = study.config, study.rows[fraction], study.controlnet(fraction)
     if not finished_controlnet(where):
-        train(training(config, rows, where))
-        study.clock.finished(estimate(config, "controlnet"), f"ControlNet {where.name}")
+        train(training(config, rows, study.smaller(fraction), where))
+        study.clock.finished(study.training_time(fraction), f"ControlNet {where.name}")
     images = study.synthetic(fraction)
     if not finished_images(images):
         vetter = study.segmenter(Arm(fraction, 0.0), 0)

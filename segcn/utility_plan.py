@@ -39,6 +39,7 @@ class UtilityConfig:
         "tiny": {},
         "sd15": {
             "controlnet_steps": 10_000,
+            "controlnet_more_steps": 2000,
             "num_inference_steps": 20,
             "segmenter_steps": 4000,
             "resolution": 512,
@@ -62,13 +63,14 @@ class UtilityConfig:
     fit: str = flag("crop", "how images become square: crop, pad or stretch", ("crop", "pad", "stretch"))
     allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
     fractions: str = flag("0.05,0.1,0.25,1", "of the real rows, each holding the rows of the smaller ones")
-    ratios: str = flag("0.5,1,2", "synthetic images for each real one in a batch, compared at the largest fraction")
+    ratios: str = flag("1", "synthetic images for each real one in a batch, as in 0.5,1,2: at the largest fraction")
     few_real_ratio: float = flag(1.0, "the same for every fraction")
     seeds: int = flag(5, "segmenters of each kind")
     seed: int = flag(0, "of the choice of rows, the ControlNets and the images")
     resamples: int = flag(2000, "bootstrap resamples behind each interval")
     images: int = flag(640, "painted for each fraction, as many from each of its rows")
-    controlnet_steps: int = flag(600, "optimizer steps of each fraction's ControlNet")
+    controlnet_steps: int = flag(1000, "optimizer steps of the smallest fraction's ControlNet")
+    controlnet_more_steps: int = flag(200, "of each larger one's, which goes on from that of the next smaller fraction")
     augment: str = flag(
         "affine,degrees=15,scale_min=0.8,scale_max=1.5", "how its rows are augmented, as segcn train does"
     )
@@ -133,8 +135,9 @@ class Arm(NamedTuple):
 
 def check(config: UtilityConfig) -> None:
     """UserError for settings that would fail only after a while, or mean nothing."""
-    for name in ("images", "controlnet_steps", "num_inference_steps", "max_attempts", "batch_size", "segmenter_steps",
-                 "segmenter_batch_size", "segmenter_resolution", "segmenter_width", "resamples"):  # fmt: skip
+    for name in ("images", "controlnet_steps", "controlnet_more_steps", "num_inference_steps", "max_attempts",
+                 "batch_size", "segmenter_steps", "segmenter_batch_size", "segmenter_resolution", "segmenter_width",
+                 "resamples"):  # fmt: skip
         if getattr(config, name) < 1:
             raise UserError(f"--{name}: expected 1 or more, found {getattr(config, name)}")
     if config.seeds < 2:
@@ -183,14 +186,19 @@ def stage_rows(split: Split, rows: list[int], folder: Path) -> Split:
     return read_split(folder)
 
 
-def training(config: UtilityConfig, rows: Split, folder: Path) -> TrainConfig:
-    """How the ControlNet of a fraction is trained: as the preset says, on its rows, from the base alone."""
-    draws = max(1, min(16, config.controlnet_steps * 16 // (4 * len(rows))))  # each is seen four times or more
+def training(config: UtilityConfig, rows: Split, smaller: Path | None, folder: Path) -> TrainConfig:
+    """How the ControlNet of a fraction is trained: as the preset says, on its rows alone.
+
+    smaller: that of the next smaller fraction, to go on from: its rows are among these; None: the base.
+    """
+    steps = config.controlnet_more_steps if smaller else config.controlnet_steps
+    draws = max(1, min(16, steps * 16 // (4 * len(rows))))  # each is seen four times or more
     return make(
         TrainConfig, config.preset, dataset_name=str(rows.folder), output_dir=str(folder), seed=config.seed,
         pretrained_model_name_or_path=config.pretrained_model_name_or_path, cache_dir=str(config.folder / "cache"),
-        resolution=config.resolution, fit=config.fit, augment=config.augment, max_train_steps=config.controlnet_steps,
-        cache_draws=draws, checkpointing_steps=100, checkpoints_total_limit=1, logging_steps=50, report_to="none",
+        controlnet_model_name_or_path=str(smaller) if smaller else None, resolution=config.resolution, fit=config.fit,
+        augment=config.augment, max_train_steps=steps, cache_draws=draws, checkpointing_steps=100,
+        checkpoints_total_limit=1, logging_steps=50, report_to="none",
     )  # fmt: skip
 
 
@@ -234,10 +242,11 @@ def key_of(config: UtilityConfig, rows: Split, kind: str, *more: Any) -> str:
 
 
 def estimate(config: UtilityConfig, kind: str) -> float:
-    """Seconds of a ControlNet, of a synthetic set or of a segmenter run on two slow cores."""
+    """Seconds of a ControlNet, of one that goes on, of a synthetic set or of a segmenter, on two slow cores."""
     area, crop = (config.resolution / 128) ** 2, (config.segmenter_resolution / 64) ** 2
     return {
         "controlnet": config.controlnet_steps * LEARNING_STEP * area + 20,
+        "larger controlnet": config.controlnet_more_steps * LEARNING_STEP * area + 20,
         "synthetic": config.images * config.num_inference_steps * PAINTING_STEP * area * 1.3 + 10,
         "segmenter": config.segmenter_steps * config.segmenter_batch_size * FITTING_SAMPLE * crop + 2,
     }[kind]

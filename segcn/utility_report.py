@@ -22,7 +22,8 @@ REAL, MIXED = "#555555", "#2f6db3"
 DIGITS = 5  # of every number in metrics.json
 NO_LEAK = (
     "Of each fraction the ControlNet, the segmenter that vets its images, and the masks and captions that they are"
-    " painted from come from the rows of that fraction alone (rows.json names them). The exceptions are the base model,"
+    " painted from come from the rows of that fraction alone (rows.json names them); the ControlNet of a larger"
+    " fraction goes on from that of the next smaller one, whose rows it holds. The exceptions are the base model,"
     " which has seen images without masks, maybe of the same kind as those tested on, and words given by --vary or"
     " --prompt."
 )

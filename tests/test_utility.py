@@ -68,7 +68,7 @@ def test_what_learns_from_a_fraction_is_given_a_folder_of_its_rows_alone(data, c
     assert [(one.image_name, one.captions) for one in staged.records] == [
         (split[row].image_name, split[row].captions) for row in rows
     ]
-    learns = training(config, staged, tmp_path / "controlnet")
+    learns = training(config, staged, None, tmp_path / "controlnet")
     paints = painting(config, staged, tmp_path / "controlnet", tmp_path / "segmenter", tmp_path / "images")
     assert learns.dataset_name == paints.controls == str(tmp_path / "rows")
     assert learns.controlnet_model_name_or_path is None and learns.faithfulness_rows == 0  # begins with the base alone
@@ -249,6 +249,10 @@ def test_a_study_measures_every_arm_learns_from_its_named_rows_alone_and_draws_b
     text = (folder / "utility.md").read_text()
     expected = ["has seen images without masks", "pigeonhole bootstrap", "25.0% of their pixels"]
     assert all(part in text for part in [*expected, f"fell by {metrics['last_fall']:.1%} at most"])
+    first, larger = stand_ins[0], stand_ins[2]  # the larger fraction's goes on from the smaller one's, for fewer steps
+    assert (first.controlnet_model_name_or_path, larger.controlnet_model_name_or_path) == (None, first.output_dir)
+    steps = config.controlnet_steps, config.controlnet_more_steps
+    assert (first.max_train_steps, larger.max_train_steps) == steps
     assert any(line.startswith("16 pieces of work") for line in said)
     assert any(line.startswith("[16/16]") and line.endswith("left") for line in said)
     again = []
@@ -339,8 +343,8 @@ def test_without_held_out_rows_there_is_no_study(config, data):
 def test_a_whole_small_study_trains_paints_and_measures(landscapes, random_base, tmp_path):
     words = ["--dataset_name", landscapes, "--base", random_base, "--output_dir", tmp_path / "study",
              "--fractions", "0.25,1", "--ratios", "1", "--seeds", "2", "--images", "6", "--resolution", "64",
-             "--segmenter_resolution", "32",
-             "--controlnet_steps", "2", "--num_inference_steps", "2", "--segmenter_steps", "4",
+             "--controlnet_steps", "2", "--controlnet_more_steps", "1", "--num_inference_steps", "2",
+             "--segmenter_resolution", "32", "--segmenter_steps", "4",
              "--segmenter_batch_size", "2", "--segmenter_width", "8", "--min_miou", "0"]  # fmt: skip
     utility.command([str(word) for word in words])
     metrics = (tmp_path / "study" / "metrics.json").read_bytes()
