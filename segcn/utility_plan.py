@@ -20,9 +20,9 @@ from segcn.records import Split, find_splits, read_split, write_metadata
 from segcn.segmenter_fit import SegmenterConfig
 from segcn.train_config import TrainConfig
 
-LEARNING_STEP = 0.6  # seconds of a ControlNet's step at batch 16, 128 pixels, on two slow cores
-PAINTING_STEP = 0.035  # of one picture's denoising step there
-FITTING_SAMPLE = 0.0035  # of one image of 64 pixels through a segmenter and back there
+LEARNING_STEP = 0.5  # seconds of a ControlNet's step at batch 16, 128 pixels, on two slow cores
+PAINTING_STEP = 0.02  # of one picture's denoising step there
+FITTING_SAMPLE = 0.0025  # of one image of 64 pixels through a segmenter and back there
 PAINTED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "vary", "augment_masks", "min_miou",
            "max_attempts", "ignore_disagreement", "batch_size")  # fmt: skip
 
