@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ class Mixture:
 
     def __post_init__(self):
         both = {False: self.real, True: self.synthetic}
-        self.draws = {synthetic: draws_of(split) for synthetic, split in both.items() if split is not None}
+        self.draws = {synthetic: Draws(split) for synthetic, split in both.items() if split is not None}
 
 
 class Draws:
@@ -70,18 +69,6 @@ class Draws:
             kind = "synthetic" if synthetic else "real"
             order = seeds.permutation(len(self.split), "mixing", config.seed, kind, epoch)
             yield from (self.sample(row, epoch, config) for row in order)
-
-
-SHARED: WeakValueDictionary[tuple[str, str], Draws] = WeakValueDictionary()
-
-
-def draws_of(split: Split) -> Draws:
-    """The draws of a data set, the same ones for every mixture that is alive."""
-    key = str(split.folder), split.fingerprint
-    draws = SHARED.get(key)
-    if draws is None:
-        draws = SHARED[key] = Draws(split)
-    return draws
 
 
 def train_mixed(mixture: Mixture, config: SegmenterConfig, log: Callable[[str], None] = print) -> Segmenter:
