@@ -22,7 +22,7 @@ from segcn.train_config import TrainConfig
 
 LEARNING_STEP = 0.5  # seconds of a ControlNet's step at batch 16, 128 pixels, on two slow cores
 PAINTING_STEP = 0.02  # of one picture's denoising step there
-FITTING_SAMPLE = 0.0025  # of one image of 64 pixels through a segmenter and back there
+FITTING_SAMPLE = 0.0017  # of one image of 64 pixels through a segmenter and back there
 PAINTED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "vary", "augment_masks", "min_miou",
            "max_attempts", "ignore_disagreement", "batch_size")  # fmt: skip
 
@@ -68,9 +68,9 @@ class UtilityConfig:
     seeds: int = flag(5, "segmenters of each kind")
     seed: int = flag(0, "of the choice of rows, the ControlNets and the images")
     resamples: int = flag(2000, "bootstrap resamples behind each interval")
-    images: int = flag(640, "painted for each fraction, as many from each of its rows")
+    images: int = flag(512, "painted for each fraction, as many from each of its rows")
     controlnet_steps: int = flag(1000, "optimizer steps of the smallest fraction's ControlNet")
-    controlnet_more_steps: int = flag(200, "of each larger one's, which goes on from that of the next smaller fraction")
+    controlnet_more_steps: int = flag(100, "of each larger one's, which goes on from that of the next smaller fraction")
     augment: str = flag(
         "affine,degrees=15,scale_min=0.8,scale_max=1.5", "how its rows are augmented, as segcn train does"
     )
@@ -90,7 +90,7 @@ class UtilityConfig:
     segmenter_batch_size: int = flag(8, "images in each of them, real and synthetic together")
     segmenter_learning_rate: float = flag(2e-2, "peak of the one-cycle schedule of every segmenter")
     segmenter_resolution: int = flag(64, "pixels a side to which every image is resized for them")
-    segmenter_width: int = flag(SegmenterConfig.width, "channels of the segmenter at half resolution")
+    segmenter_width: int = flag(24, "channels of the segmenter at half resolution")
     synthetic_weight: float = flag(1.0, "weight of a synthetic image's pixels beside real ones, 0 to 1")
     real_last: float = flag(0.25, "share of the steps, the last ones, that real images have to themselves, 0 to 1")
 
