@@ -27,7 +27,7 @@ PATHS = ("pretrained_model_name_or_path", "dataset_name", "output_dir", "control
 class RunConfig:
     """Run notebooks 01 to 05: inspect, augment, train, generate, evaluate."""
 
-    preset: str = flag("tiny", "tiny (embedded base, landscapes, 15 minutes on two cores) or sd15", ("tiny", "sd15"))
+    preset: str = flag("tiny", "tiny (embedded base, landscapes, ten minutes on two cores) or sd15", ("tiny", "sd15"))
     pretrained_model_name_or_path: str = flag("", "base model folder; none: the embedded base")
     dataset_name: str = flag("", "data set folder, or its metadata.csv; none: the sample landscapes")
     output_dir: str = flag("", "where everything goes; none: outputs/PRESET")

@@ -8,11 +8,14 @@ import numpy as np
 import papermill
 import pytest
 from diffusers import ControlNetModel
+from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 from segcn.config import ROOT
+from segcn.errors import UserError
 from segcn.labels import Label, Palette
 from segcn.masks import read_mask, write_mask
+from segcn.notebook import check_cells
 from segcn.records import check_split, read_image, read_split, write_metadata
 from segcn.segmenter import SegmenterConfig, train_segmenter
 
@@ -71,6 +74,32 @@ def test_prose_stands_before_each_code_cell(path):
 @each_notebook
 def test_it_mentions_no_place_of_one_machine(path):
     assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text())
+
+
+def test_unknown_parameters_and_wrong_types_are_refused_by_name():
+    cell = (
+        'limit: int = 128  # rows\nscale: float = 0.0  # weight\nname: str = ""  # text\nfast: bool = False  # or not'
+    )
+    check_cells([cell])
+    check_cells([cell, "# Parameters\nlimit = 3\nscale = 2\nname = 'a'\nfast = True\n"])
+    check_cells([cell, "import os"])
+    for given, message in (
+        ("limits = 3", "unknown parameter limits; this notebook has limit, scale, name, fast"),
+        ("limit = 'three'", "parameter limit: expected int, found 'three'"),
+        ("limit = True", "parameter limit: expected int, found True"),
+        ("name = 2", "parameter name: expected str, found 2; papermill takes texts as they are by -r name"),
+        ("fast = 1", "parameter fast: expected bool, found 1"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            check_cells([cell, f"# Parameters\n{given}\n"])
+
+
+def test_papermill_stops_at_an_unknown_parameter(tmp_path):
+    with pytest.raises(PapermillExecutionError, match="unknown parameter limits"):
+        papermill.execute_notebook(
+            str(ROOT / "notebooks" / "01_inspect_data.ipynb"), str(tmp_path / "out.ipynb"), {"limits": 3},
+            progress_bar=False, cwd=str(tmp_path), kernel_name="python3",
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,14 @@
 import shutil
 
 import nbformat
+import papermill
 import pytest
 
-from segcn import run
+from segcn import cli, run
 from segcn.config import OUTPUTS
 from segcn.errors import UserError
 from segcn.records import read_split
-from segcn.workspace import open_workspace
+from segcn.workspace import NOTEBOOKS, open_workspace
 
 
 def test_a_part_of_the_notebooks_can_be_chosen():
@@ -63,3 +64,16 @@ def test_too_few_rows_to_hold_some_out_are_refused(landscapes, tmp_path):
 def test_the_sd15_preset_asks_for_what_it_needs():
     with pytest.raises(UserError, match="--pretrained_model_name_or_path"):
         open_workspace("sd15")
+
+
+def test_segcn_run_takes_the_parameters_of_the_five_notebooks_and_no_others(capsys):
+    names = set()
+    for number in range(1, 6):
+        path = next((NOTEBOOKS).glob(f"0{number}_*.ipynb"))
+        names |= set(papermill.inspect_notebook(str(path)))
+    assert set(run.RunConfig.__dataclass_fields__) == names | {"only", "allow_symlinks"}
+    with pytest.raises(UserError, match="unknown '--max_train_stepz'"):
+        cli.do_run(["--max_train_stepz", "3"])
+    with pytest.raises(SystemExit):
+        cli.do_run(["--limit", "three"])
+    assert "--limit: invalid int value: 'three'" in capsys.readouterr().err

