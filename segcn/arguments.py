@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +19,7 @@ from segcn.files import SYMLINKS
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+GOES_ON = "Stopped: what is finished is kept, and the same command goes on."
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
@@ -119,14 +122,33 @@ def arguments_of(config: Any) -> list[str]:
     return words
 
 
+@contextlib.contextmanager
+def stoppable(message: str | int, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGHUP)) -> Iterator[None]:
+    """In the block these signals act as Ctrl-C, and either ends the program, with a message or a code."""
+    for number in signals:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(message)
+
+
 def main_guard(program: Any) -> None:
-    """Run a command: a user's mistake is one message and exit code 2, without a traceback unless --debug."""
+    """Run a command: a mistake of the user's, or a file that fails, is one message and exit code 2.
+
+    --debug: with the traceback.
+    """
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
         program()
-    except UserError as error:
+    except (UserError, OSError) as error:
         if debug:
             raise
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {_told(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _told(error: UserError | OSError) -> str:
+    """The message of an error, with the file that the system names."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)

@@ -37,7 +37,7 @@ def write_whole(path: Path, write: Callable[[Path], Any], work: Path | None = No
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step, and leave it to the system when it reaches the disk."""
-    aside(path).write_text(text)
+    aside(path).write_text(text, encoding="utf-8")
     os.replace(aside(path), path)
 
 

@@ -33,7 +33,7 @@ def peaks(config: GenerateConfig, counts: tuple[int, ...]) -> dict[str, float]:
     told = subprocess.run(words, capture_output=True, text=True, env=environment())
     shutil.rmtree(folder, ignore_errors=True)
     if told.returncode:
-        raise UserError(f"painting {counts[-1]} masks failed: {told.stderr.strip().splitlines()[-1:]}")
+        raise UserError(f"painting {counts[-1]} masks failed: {told.stderr.strip().splitlines()[-1]}")
     return json.loads(told.stdout.splitlines()[-1])
 
 

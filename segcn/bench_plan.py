@@ -116,6 +116,11 @@ def check(config: BenchTrainConfig) -> None:
     for name in ("rounds", "warmup_steps", "measured_steps", "checkpointing_steps", "faithfulness_rows"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name}: expected at least 1, found {getattr(config, name)}")
+    if config.until_faithful and config.faithful_steps < config.checkpointing_steps:
+        raise UserError(
+            f"--faithful_steps {config.faithful_steps}: expected at least --checkpointing_steps,"
+            f" {config.checkpointing_steps}: checkpoints are what is scored"
+        )
     latent_factor(config.pretrained_model_name_or_path)
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from segcn.atomic import write_text
-from segcn.config import OUTPUTS, SampleConfig
+from segcn.config import MODELS, OUTPUTS, SampleConfig
 from segcn.dataset import read_framed_mask
 from segcn.errors import UserError
 from segcn.masks import colourise
@@ -26,6 +26,14 @@ from segcn.rows import finish_dataset, write_pair
 from segcn.timed import busy_seconds
 
 TURNS = "turns.json"
+FIXED = {
+    *MODELS,
+    "preset",
+    "resolution",
+    "fit",
+    "mixed_precision",
+    "torch_compile",
+}  # all sides share these
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,8 @@ def variant(settings: SampleConfig, words: str) -> SampleConfig:
     changes: dict[str, Any] = {}
     for word in words.split(","):
         name, _, value = word.partition("=")
+        if name in FIXED:
+            raise UserError(f"--variants {words}: {name} is the same for all of them; give it as --{name}")
         if name not in known:
             raise UserError(f"--variants {words}: expected name=value,name=value with flags' names, found {word!r}")
         kind = str if known[name] is None else type(known[name])

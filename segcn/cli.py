@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from segcn.arguments import main_guard, parse
+from segcn.arguments import GOES_ON, main_guard, parse, stoppable
 from segcn.config import (
     BASE,
     OUTPUTS,
@@ -59,14 +59,16 @@ def do_run(words: list[str]) -> None:
     """`segcn run`."""
     from segcn.run import RunConfig, run
 
-    run(parse(RunConfig, words, "segcn run"))
+    with stoppable(GOES_ON):
+        run(parse(RunConfig, words, "segcn run"))
 
 
 def do_samples(words: list[str]) -> None:
     """`segcn samples`."""
     from segcn.samples_cli import command
 
-    command(words)
+    with stoppable(GOES_ON):
+        command(words)
 
 
 def do_import(words: list[str]) -> None:
@@ -77,11 +79,8 @@ def do_import(words: list[str]) -> None:
     places = list(itertools.takewhile(lambda word: not word.startswith("-"), words))[:2]
     first = [word for pair in zip(("--source", "--out"), places, strict=False) for word in pair]
     config = parse(ImportConfig, first + words[len(places) :], "segcn import")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half written goes again
-    try:
+    with stoppable("Stopped: nothing was written."):  # what is half written goes again
         import_dataset(config)
-    except KeyboardInterrupt:
-        sys.exit("Stopped: nothing was written.")
 
 
 def do_validate(words: list[str]) -> None:
@@ -89,7 +88,9 @@ def do_validate(words: list[str]) -> None:
     from segcn.report import validate
 
     first = ["--dataset_name"] if words and not words[0].startswith("-") else []
-    sys.exit(1 if validate(parse(DoctorConfig, first + words, "segcn validate")).errors else 0)
+    with stoppable("Stopped: no report was written."):
+        found = validate(parse(DoctorConfig, first + words, "segcn validate"))
+    sys.exit(1 if found.errors else 0)
 
 
 def do_palette(words: list[str]) -> None:
@@ -134,12 +135,8 @@ def bench_training(words: list[str]) -> None:
     from segcn.bench_plan import BenchTrainConfig
     from segcn.bench_train import bench_train
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: the training that runs is ended
-    try:
+    with stoppable("Stopped: the runs that finished are kept, and the same command goes on."):
         bench_train(parse(BenchTrainConfig, words, "segcn bench train"))
-    except KeyboardInterrupt:
-        sys.exit("Stopped: the runs that finished are kept, and the same command goes on.")
 
 
 def bench_generating(words: list[str]) -> None:
@@ -148,25 +145,20 @@ def bench_generating(words: list[str]) -> None:
     from segcn.show import quiet
 
     quiet()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
+    with stoppable("Stopped: the turns that finished are kept, and the same command goes on."):
         bench_generate(parse(BenchGenerateConfig, words, "segcn bench generate"))
-    except KeyboardInterrupt:
-        sys.exit("Stopped: the turns that finished are kept, and the same command goes on.")
 
 
 def do_train(words: list[str]) -> None:
     """`segcn train`."""
     from segcn.launch import STOPPED, training_lines
 
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: the training commits a checkpoint
-    try:
-        with contextlib.closing(training_lines(parse(TrainConfig, words, "segcn train"))) as lines:
-            for line in lines:
-                print(line, flush=True)
-    except KeyboardInterrupt:
-        sys.exit(STOPPED)
+    with (
+        stoppable(STOPPED, (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)),  # the training commits a checkpoint
+        contextlib.closing(training_lines(parse(TrainConfig, words, "segcn train"))) as lines,
+    ):
+        for line in lines:
+            print(line, flush=True)
 
 
 def do_infer(words: list[str]) -> None:
@@ -197,7 +189,8 @@ def do_evaluate(words: list[str]) -> None:
     from segcn.show import quiet
 
     quiet()
-    evaluation = evaluate_folders(parse(EvaluateConfig, words, "segcn evaluate"), caption_reader)
+    with stoppable(GOES_ON):
+        evaluation = evaluate_folders(parse(EvaluateConfig, words, "segcn evaluate"), caption_reader)
     if evaluation:
         print(table(evaluation.metrics))
 

@@ -103,8 +103,8 @@ def _faithfulness_row(metrics: dict, name: str) -> tuple:
 def extremes(evaluation: Evaluation) -> Iterator[str]:
     """The best and the worst images of each class."""
     yield "<h2>Best and worst of each class</h2>"
-    yield "<p>Of the images where a class covers at least 1 % of the mask. A low score is a bad image, or a segmenter "
-    yield "that errs: look.</p>"
+    yield "<p>Of the images where a class covers at least 1 % of the mask, or as much as it usually does where that is "
+    yield "less. A low score is a bad image, or a segmenter that errs: look.</p>"
     yield plot(legend(evaluation.splits["real"].palette), "the colours of the classes")
     yield plot(charts.class_extremes(evaluation), "best and worst images of each class")
 

@@ -63,8 +63,8 @@ def open_segmenter(
         return load_segmenter(folder, device)
     if told is None:
         raise UserError(
-            f"--segmenter {folder}: expected a folder with config.json, of `segcn segmenter train` or of "
-            "AutoModelForSemanticSegmentation.save_pretrained, found none"
+            f"--segmenter {folder}: expected config.json of a segmenter, segcn's (cache/segmenter-...) or of"
+            " AutoModelForSemanticSegmentation.save_pretrained, found none; without the flag one is trained"
         )
     model, look = _load(Path(folder))
     ids = ids_of(palette, model.config.num_labels, folder)

@@ -1,7 +1,6 @@
 """A data set, or a folder of masks, to a data set of new images, by any number of processes."""
 
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from segcn import claim, dealing
-from segcn.arguments import main_guard, parse
+from segcn.arguments import main_guard, parse, stoppable
 from segcn.atomic import write_whole
 from segcn.augment import AUGMENTS
 from segcn.batches import Task, paint_batches
@@ -200,12 +199,8 @@ def reconstruct_dataset(
 def command(words: list[str]) -> None:
     """`segcn generate`, or one process of `accelerate launch -m segcn.generate`; stopped, it keeps what is painted."""
     config, process = parse(GenerateConfig, words, "segcn generate"), dealing.this_process()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
-    try:
+    with stoppable("Stopped: what is painted is kept, and the same command goes on."):
         out = generate_dataset(config, process=process)
-    except KeyboardInterrupt:
-        sys.exit("Stopped: what is painted is kept, and the same command goes on.")
     if process.rank == 0:
         print(out)
 

@@ -78,7 +78,8 @@ def palette_of(mask_path: Path, config: InferConfig) -> Palette | None:
         return Palette.load(config.palette)
     for folder in (mask_path.parent, mask_path.absolute().parent.parent):
         try:
-            return Palette.load(find_palette(folder))
+            found = find_palette(folder)
         except UserError:
             continue
+        return Palette.load(found)
     return None

@@ -1,4 +1,4 @@
-"""Base models and ControlNets: load, encode, decode, make, export. The only place that knows the latent scale."""
+"""Base models and ControlNets: load, encode, decode, make. The only place that knows the latent scale."""
 
 import hashlib
 import math
@@ -63,7 +63,7 @@ def load_base(
 ) -> Base:
     """Load a base in Stable Diffusion 1.x/2.x layout, frozen; the safety checker is never loaded.
 
-    held: what holds the weights of its U-Net; none: `dtype`, as the rest.
+    held: what holds the weights of its U-Net; none: `dtype`, as the rest. hub: revision and variant, of a base by name.
     Raises UserError if a part of the layout is missing.
     """
     _check_layout(folder)
@@ -84,7 +84,7 @@ def load_base(
         text_encoder=text_encoder,
         tokenizer=load_tokenizer(folder, tokenizer_name, tokenizer_hub),
         unet=unet,
-        scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+        scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **tokenizer_hub),
         dtype=dtype,
     )
     for part in (vae, text_encoder, unet):
@@ -117,8 +117,8 @@ def load_tokenizer(folder: str | Path, name: str | None = None, hub: dict | None
 
 
 def base_fingerprint(folder: str | Path) -> str:
-    """16 hexadecimal digits that change with any config's text and with any training of the weights."""
-    digest = hashlib.sha256()
+    """16 hexadecimal digits that change with any config's text and any training of the weights, or a hub's name."""
+    digest = hashlib.sha256() if Path(folder).is_dir() else hashlib.sha256(str(folder).encode())
     for path in sorted(Path(folder).glob("*/*")):
         if path.parent.name in LAYOUT and path.is_file():
             digest.update(path.relative_to(folder).as_posix().encode() + _sampled(path))
@@ -186,9 +186,15 @@ def encode_text(base: Base, captions: list[str]) -> torch.Tensor:
 
 
 def make_controlnet(unet: UNet2DConditionModel, latent_factor: int = 8) -> ControlNetModel:
-    """A ControlNet that starts as a copy of the U-Net's encoder (Zhang et al. 2023, arXiv:2302.05543)."""
+    """A ControlNet that starts as a copy of the U-Net's encoder (Zhang et al. 2023, arXiv:2302.05543).
+
+    UserError unless latent_factor, the pixels a side of a latent cell, is 8.
+    """
     if latent_factor != 8:
-        raise UserError(f"the base's autoencoder compresses {latent_factor}x; a ControlNet in diffusers expects 8x")
+        raise UserError(
+            "--pretrained_model_name_or_path: expected an autoencoder that compresses 8x, as a ControlNet in diffusers"
+            f" does, found {latent_factor}x"
+        )
     narrow = unet.config.block_out_channels[0] < WIDE  # an embedding as small as its U-Net
     embedding = (16, 32, 64, 96) if narrow else (16, 32, 96, 256)
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=embedding)
@@ -208,13 +214,16 @@ def carry_masks(embedding: ControlNetConditioningEmbedding) -> None:
 
 
 def load_controlnet(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **hub: str | None
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ControlNetModel:
-    """A ControlNet folder as diffusers writes it; UserError if there is none."""
-    if not (Path(folder) / "config.json").is_file() and not hub and Path(folder).exists():
-        raise UserError(f"{folder}: expected a ControlNet (config.json and diffusion_pytorch_model.safetensors)")
-    hub = {key: value for key, value in hub.items() if value is not None}
-    return lay_out(ControlNetModel.from_pretrained(folder, torch_dtype=dtype, **hub), device)
+    """A ControlNet, from a folder as diffusers writes it or by its name on the hub; UserError if there is none."""
+    try:
+        return lay_out(ControlNetModel.from_pretrained(folder, torch_dtype=dtype), device)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: expected a ControlNet (config.json and diffusion_pytorch_model.safetensors), found none in such"
+            f" a folder, nor on the hub ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _check_layout(folder: str | Path) -> None:

@@ -54,7 +54,10 @@ class Painter:
 
 
 def load_painter(settings: SampleConfig, palette: Palette | None = None) -> Painter:
-    """Load base and ControlNet for a palette; without one, the ControlNet's own palette is used."""
+    """Load base and ControlNet for a palette; without one, the ControlNet's own palette is used.
+
+    UserError where one of them is missing, or was made for another palette, or a setting cannot be.
+    """
     check_sampling(settings)
     device = pick_device()
     dtype = DTYPES[settings.mixed_precision]
@@ -62,6 +65,8 @@ def load_painter(settings: SampleConfig, palette: Palette | None = None) -> Pain
         raise UserError("--torch_compile: expected a GPU, found none: a CPU compiles for minutes and gains a tenth")
     folder = settings.controlnet_model_name_or_path or find_controlnet(settings.pretrained_model_name_or_path, palette)
     own = Path(folder) / "palette.json"
+    if palette is None and not Path(folder).is_dir():
+        raise UserError(f"--controlnet_model_name_or_path {folder}: expected a ControlNet's folder, found none")
     if palette is None:
         if not own.is_file():
             raise UserError(f"{folder} holds no palette.json: name the masks' palette by --palette")
@@ -81,7 +86,10 @@ def load_painter(settings: SampleConfig, palette: Palette | None = None) -> Pain
 
 
 def find_controlnet(base_folder: str, palette: Palette | None = None) -> str:
-    """The newest finished ControlNet below outputs/ for this base and palette, else the one shipped with the base."""
+    """The newest finished ControlNet below outputs/ for this base and palette, else the one shipped with the base.
+
+    UserError where there is neither.
+    """
     candidates = []
     for run in OUTPUTS.glob("**/train_config.json"):
         folder, made_for = run.parent, json.loads(run.read_text())

@@ -40,6 +40,12 @@ from segcn.trainable import check_trainable, make_optimizer, make_trainable
 from segcn.watch import Log
 
 WAIT = timedelta(hours=3)  # of the other processes, while one validates
+COUNTS = (
+    "max_train_samples", "cache_draws", "resolution", "max_train_steps", "num_train_epochs", "train_batch_size",
+    "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
+    "validation_steps", "num_validation_images",
+)  # fmt: skip
+SHARES = ("class_balance", "proportion_empty_prompts", "proportion_empty_controls")
 
 
 @dataclass
@@ -120,19 +126,24 @@ def prepare(config: TrainConfig) -> Run:
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill what one flag says for another."""
+    """Fill what one flag says for another; UserError for a number that cannot be."""
     dataset = config.dataset
     AugmentConfig.parse(config.augment)
     parse_limit(config.on_bad_sample)
-    if not 0 <= config.class_balance <= 1:
-        raise UserError(f"--class_balance: expected a share of the rows, 0 to 1, found {config.class_balance}")
+    for name in COUNTS:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: expected 1 or more, found {value}")
+    for name in SHARES:
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name}: expected a share, 0 to 1, found {getattr(config, name)}")
     prompts, images = config.validation_prompt or [], config.validation_image or []
+    if bool(images) != bool(prompts):
+        raise UserError("--validation_image and --validation_prompt go together")
     if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
         raise UserError(
             f"--validation_prompt: expected one, or one for each of {len(images)} masks, found {len(prompts)}"
         )
-    if bool(images) != bool(prompts):
-        raise UserError("--validation_image and --validation_prompt go together")
     return dataclasses.replace(config, dataset_name=dataset)
 
 

@@ -117,7 +117,8 @@ def find_splits(dataset_name: str | Path) -> dict[str, Path]:
 def read_named_split(dataset_name: str | Path, name: str) -> Split:
     """The named split of a folder of splits; a data set without splits as it is.
 
-    As in `datasets`, "train[24:]" is train from its 25th row on and "train[:24]" what comes before.
+    As in `datasets`, "train[24:]" is train from its 25th row on and "train[:24]" what comes before. UserError for
+    another form, a split that is not there, and what `read_split` refuses.
     """
     folder = Path(dataset_name)
     has_splits = folder.is_dir() and not any((folder / metadata).is_file() for metadata in METADATA)
@@ -191,6 +192,8 @@ def _find_metadata(path: Path, split: str | None) -> Path:
         chosen = own or chosen  # as in `datasets`, rows without splits are "train"
     if chosen is None:
         wanted = path / (split or "train")
+        if split and (others := [entry.name for entry in sorted(path.iterdir()) if _metadata_in(entry)]):
+            raise UserError(f"{path}: expected a split {split}, found {', '.join(others)}; see --split")
         expected = f"expected {' or '.join(METADATA)} in {path if split is None else wanted}, found none"
         raise UserError(f"{path}: {expected}; segcn import makes a data set of what you have (see data/README.md)")
     return chosen

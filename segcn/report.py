@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from segcn.arguments import to_json
+from segcn.atomic import write_text
 from segcn.config import DoctorConfig
 from segcn.doctor import Checkup, default_folder, examine, refuse_inside
 from segcn.page import as_html
@@ -35,8 +36,8 @@ def write_report(checkup: Checkup, config: DoctorConfig) -> Path:
     refuse_inside(folder, checkup.dataset)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(as_json(checkup, config), indent=1, ensure_ascii=False)
-    (folder / "doctor.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "doctor.html").write_text(as_html(checkup, config), encoding="utf-8")
+    write_text(folder / "doctor.html", as_html(checkup, config))
+    write_text(folder / "doctor.json", text + "\n")  # the last: where it stands, the report is whole
     return folder / "doctor.html"
 
 

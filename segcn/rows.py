@@ -83,7 +83,7 @@ def _rows_of(folder: Path, palette: Palette) -> list[tuple[str, str, str]]:
             raise other
         palette.save(own)
         return []
-    header = next(csv.reader(io.StringIO(metadata.read_text(encoding="utf-8-sig"))))
+    header = next(csv.reader(io.StringIO(metadata.read_text(encoding="utf-8-sig"))), [])
     if tuple(header) != COLUMNS:
         raise UserError(f"{metadata}: expected the columns {','.join(COLUMNS)}, found {','.join(header)}")
     split = read_split(folder)

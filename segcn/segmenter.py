@@ -135,7 +135,9 @@ def load_segmenter(folder: str | Path, device: str | None = None) -> Segmenter:
     folder = Path(folder)
     wrong = checkpoint.problem(folder)
     if wrong:
-        raise UserError(f"{folder}: expected a trained segmenter, but the folder {wrong}; train it again")
+        raise UserError(
+            f"--segmenter {folder}: expected a trained segmenter, but the folder {wrong}; without the flag one will be"
+        )
     settings = json.loads((folder / "config.json").read_text())
     segmenter = build_segmenter(settings["num_classes"], settings["width"])
     segmenter.load_state_dict(load_file(folder / "model.safetensors"))

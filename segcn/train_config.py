@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from segcn.config import BASE, FITS, flag
+from segcn.config import BASE, FITS, OUTPUTS, flag
 from segcn.errors import UserError
 
 
@@ -69,7 +69,7 @@ two nodes, and a Slurm script that requeues itself, are in
     train_data_dir: str | None = flag(None, "the same as --dataset_name")
     max_train_samples: int | None = flag(None, "use only the first rows")
     allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
-    output_dir: str = flag("outputs/controlnet", "run folder: checkpoints, log and the finished ControlNet")
+    output_dir: str = flag(str(OUTPUTS / "controlnet"), "run folder: checkpoints, log and the finished ControlNet")
     cache_dir: str | None = flag(
         None, "folder of the latent caches, not of downloads as in diffusers' script; none: outputs/cache"
     )

@@ -1,8 +1,6 @@
 """`segcn evaluate utility`: train segmenters on real and synthetic images, and test them all on held-out real ones."""
 
 import json
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 
 from segcn import checkpoint
-from segcn.arguments import parse, to_json
+from segcn.arguments import GOES_ON, parse, stoppable, to_json
 from segcn.atomic import write_text
 from segcn.config import WEIGHTS
 from segcn.controls import read_controls
@@ -273,9 +271,5 @@ def command(words: list[str]) -> None:
     """`segcn evaluate utility`; stopped, it keeps what is finished."""
     quiet()
     config = parse(UtilityConfig, words, "segcn evaluate utility")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
-    try:
+    with stoppable(GOES_ON):
         print(report(evaluate_utility(config)))
-    except KeyboardInterrupt:
-        sys.exit("Stopped: what is finished is kept, and the same command goes on.")

@@ -129,6 +129,9 @@ def write_pictures(folder):
         Image.fromarray(mask).save(folder / "MASKS" / f"{k}.png")
     for name in ("SOURCE", "photos_and_masks", "old", "FOLDER/photos"):
         shutil.copytree(folder / "photos", folder / name)
+    (folder / "SOURCE" / "captions").mkdir()
+    for k in range(72):
+        (folder / "SOURCE" / "captions" / f"{k}.txt").write_text(f"picture {k}")
     pairs = [(f"images/{k}.png", f"masks/{k}.png", f"picture {k}") for k in range(6)]
     for path, head, start in (
         (folder / "old" / "metadata.csv", "photo,seg,says", ""),
