@@ -178,7 +178,7 @@ def variant(settings: SampleConfig, words: str) -> SampleConfig:
             raise UserError(f"--variants {words}: expected name=value,name=value with flags' names, found {word!r}")
         kind = str if known[name] is None else type(known[name])
         try:
-            changes[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
-        except (KeyError, ValueError):
+            changes[name] = kind(value)
+        except ValueError:
             raise UserError(f"--variants {words}: expected {name}={kind.__name__}, found {value!r}") from None
     return dataclasses.replace(settings, **changes)

@@ -100,7 +100,11 @@ def find_report(split: Split) -> tuple[Path, int] | None:
     """The newest doctor.html below outputs/ on these very rows and files, and how many errors it has in them."""
     found = []
     for path in (OUTPUTS / "doctor").glob("*/doctor.json"):
-        for told in json.loads(path.read_text(encoding="utf-8")).get("splits", {}).values():
+        try:
+            splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        except (OSError, ValueError, KeyError):  # damaged: the files are decoded again
+            continue
+        for told in splits.values():
             if told["fingerprint"] == split.fingerprint:
                 found.append((path.stat().st_mtime, path.with_suffix(".html"), told["errors"]))
     return max(found)[1:] if found else None

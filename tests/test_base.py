@@ -13,6 +13,7 @@ from PIL import Image
 from segcn.config import BASE
 from segcn.errors import UserError
 from segcn.masks import write_mask
+from segcn.models import base_fingerprint
 from segcn.samples.base import SMOKE, build_base
 from segcn.samples.landscapes import palette
 from segcn.samples.vae import VaeRecipe, build_vae, standardise_latents
@@ -79,3 +80,8 @@ def test_standardising_leaves_the_pictures_alone():
         assert torch.allclose(vae.decode(latents).sample, before, atol=1e-3)
     assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(12), atol=1e-3)
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(12), atol=1e-2)
+
+
+def test_bases_of_the_hub_are_told_apart_by_name():
+    one, other = (base_fingerprint(f"stabilityai/{name}") for name in ("stable-diffusion-2", "stable-diffusion-2-1"))
+    assert one != other and len(one) == 16

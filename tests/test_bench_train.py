@@ -144,6 +144,8 @@ def test_mistakes_are_named(bench, tmp_path):
         bench_train(bench(max_train_samples=99))
     with pytest.raises(UserError, match="nowhere: no such folder"):
         bench_train(bench(dataset_name="nowhere"))
+    with pytest.raises(UserError, match="--faithful_steps 2: expected at least --checkpointing_steps, 50"):
+        bench_train(bench(until_faithful=True, faithful_steps=2))
     (tmp_path / "peer.py").write_text("raise ImportError('this needs diffusers 9')")
     with pytest.raises(UserError, match=r"same-peer-1: exit code 1: ImportError: this needs diffusers 9"):
         bench_train(bench(), len)

@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
 import segcn
-from segcn.arguments import arguments_of, help_text, make, parse, to_json
+from segcn.arguments import arguments_of, help_text, main_guard, make, parse, stoppable, to_json
 from segcn.config import ROOT, GenerateConfig, SampleConfig
 from segcn.errors import UserError
 from segcn.train_config import OBSOLETE, TrainConfig, differences
@@ -140,3 +141,20 @@ def test_differences_leave_out_what_may_change():
     old = {"learning_rate": 1e-3, "max_train_steps": 5}
     assert differences(old, {"learning_rate": 1e-3, "max_train_steps": 9}) == []
     assert differences(old, {"learning_rate": 1e-4}) == ["learning_rate: was 0.001, is 0.0001"]
+
+
+def test_a_file_that_fails_is_one_line_that_names_it(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main_guard(Path("/nowhere/a.png").read_bytes)
+    assert stopped.value.code == 2 and capsys.readouterr().err == "Error: /nowhere/a.png: No such file or directory\n"
+
+
+def test_a_stopped_command_says_what_is_kept_whatever_stops_it():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    try:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            with pytest.raises(SystemExit, match="kept"), stoppable("Stopped: all is kept."):
+                signal.raise_signal(number)
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)

@@ -322,6 +322,8 @@ def test_training_trusts_a_report_on_these_very_files_and_refuses_one_with_error
     monkeypatch.setattr(doctor, "OUTPUTS", tmp_path / "outputs")
     assert doctor.find_report(read_split(folder)) is None
     check_rows(config, read_split(folder), tmp_path, log)
+    (tmp_path / "outputs" / "doctor" / "cut").mkdir(parents=True)
+    (tmp_path / "outputs" / "doctor" / "cut" / "doctor.json").write_text('{"splits": {')
     page, errors = reported()
     assert errors == 0 and page.is_file()
     check_rows(config, read_split(folder), tmp_path, log)

@@ -1,6 +1,7 @@
 """Promise: one mask and some words become a picture, or a grid of them, that can be made again from what it holds."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from segcn.errors import UserError
 from segcn.infer import infer
 from segcn.made_with import read_settings
 from segcn.masks import write_mask
-from segcn.pipeline import Painter
+from segcn.pipeline import Painter, load_painter
 from segcn.records import read_split
 
 
@@ -105,6 +106,21 @@ def test_a_broken_or_huge_mask_is_named_before_a_network_is_loaded(
     own = dataclasses.replace(config, control=str(tmp_path / "mask.png"), palette=str(landscapes / "palette.json"))
     with pytest.raises(UserError, match=f"mask.png.*{told}"):
         infer(own)
+
+
+def test_a_broken_palette_beside_the_mask_is_named(config, landscapes, tmp_path, monkeypatch):
+    shutil.copy(config.control, tmp_path / "mask.png")
+    (tmp_path / "palette.json").write_text("{")
+    monkeypatch.setattr(inferring, "load_painter", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"palette\.json"):
+        infer(dataclasses.replace(config, control=str(tmp_path / "mask.png")))
+
+
+def test_a_controlnet_that_is_not_there_is_named(random_base, landscapes):
+    settings = SampleConfig(pretrained_model_name_or_path=str(random_base), controlnet_model_name_or_path="nowhere")
+    for palette in (None, read_split(landscapes, "test").palette):
+        with pytest.raises(UserError, match="nowhere: expected a ControlNet"):
+            load_painter(settings, palette)
 
 
 def test_a_mask_of_unknown_colours_is_named_without_a_palette_of_its_own_too(config, landscapes, tmp_path, monkeypatch):

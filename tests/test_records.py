@@ -56,7 +56,7 @@ def test_splits_are_folders_under_one_palette(tmp_path):
     PALETTE.save(tmp_path / "palette.json")
     assert len(read_split(tmp_path)) == len(read_split(tmp_path, "train")) == 3
     assert len(read_split(tmp_path, "test")) == len(read_split(tmp_path / "test")) == 2
-    with pytest.raises(UserError, match="val"):
+    with pytest.raises(UserError, match="expected a split val, found test, train"):
         read_split(tmp_path, "val")
 
 

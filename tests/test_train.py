@@ -114,8 +114,11 @@ def test_an_epoch_counts_the_repeated_rows(quick, tmp_path):
     assert json.loads((run / "train_config.json").read_text())["max_train_steps"] > 12 / 2
 
 
-@pytest.mark.parametrize("wrong", [{"augment": "affine,degree=3"}, {"class_balance": 2.0}])
-def test_augmentation_and_balance_are_checked_before_anything_is_written(quick, tmp_path, wrong):
+@pytest.mark.parametrize("wrong", [
+    {"augment": "affine,degree=3"}, {"class_balance": 2.0}, {"proportion_empty_prompts": -0.1}, {"logging_steps": 0},
+    {"checkpointing_steps": 0}, {"max_train_samples": -5},
+])  # fmt: skip
+def test_what_cannot_be_is_named_before_anything_is_written(quick, tmp_path, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         train(quick(tmp_path / "out", **wrong))
     assert not (tmp_path / "out").exists()
