@@ -64,9 +64,9 @@ def reliability(metrics: dict) -> Figure:
     return figure
 
 
-def confusion_table(metrics: dict, palette: Palette, name: str = "synthetic") -> Figure:
+def confusion_table(metrics: dict, palette: Palette) -> Figure:
     """Of the pixels of each wanted class, the share that was found as each class."""
-    confused = np.array(metrics["confusion"][name], float)
+    confused = np.array(metrics["confusion"]["synthetic"], float)
     shown = set(worst_classes(metrics))
     labels = [label for label in palette.labels if label.name in shown]
     ids = [label.id for label in labels]
@@ -83,7 +83,7 @@ def confusion_table(metrics: dict, palette: Palette, name: str = "synthetic") ->
             tone = "white" if shares[row, column] > 0.5 else "#333333"
             axes.text(column, row, f"{shares[row, column]:.0%}", ha="center", va="center", fontsize=7, color=tone)
     axes.spines[:].set_visible(False)
-    axes.set(ylabel="wanted by the mask", xlabel=f"found, {ROWS[name]}")
+    axes.set(ylabel="wanted by the mask", xlabel=f"found, {ROWS['synthetic']}")
     return figure
 
 
@@ -138,12 +138,12 @@ def closest_pairs(evaluation: Evaluation) -> Figure:
     return grid(list(zip(*pairs, strict=True)), left=["generated", "nearest\ntraining image"], below=below, width=1.25)
 
 
-def class_extremes(evaluation: Evaluation, labels: list[str] | None = None) -> Figure:
+def class_extremes(evaluation: Evaluation) -> Figure:
     """Of each class the two generated images where it is found best and worst: image, wanted and found classes."""
     palette = evaluation.splits["real"].palette
     ids = {label.name: label.id for label in palette.labels}
     rows, below, left = [], [], []
-    for name in labels or worst_classes(evaluation.metrics):
+    for name in worst_classes(evaluation.metrics):
         chosen = extremes(evaluation, ids[name])
         if chosen:
             half = (len(chosen) + 1) // 2

@@ -81,9 +81,9 @@ def _flags(settings: dict) -> str:
     return ", ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in settings.items())
 
 
-def half_precision(device: torch.device | None = None) -> tuple[str, bool]:
-    """bf16, or fp16 where a GPU lacks it (V100), and whether the device is fast in it; none: what is trained on."""
-    device = device or torch.device(pick_device())
+def half_precision() -> tuple[str, bool]:
+    """bf16, or fp16 where the GPU lacks it (V100), and whether the device that is trained on is fast in it."""
+    device = torch.device(pick_device())
     if device.type == "cuda" and not computes_fast(torch.bfloat16, device):
         return "fp16", True
     return "bf16", computes_fast(torch.bfloat16, device)

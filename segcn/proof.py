@@ -16,6 +16,7 @@ from segcn.loss import valid_cells
 from segcn.show import checkerboard, grid, hatched, outlined, overlay, read_pair, sheet
 
 FAINT = 0.3  # strength of the mask's colours over an image
+MARKS = 3  # points across a picture, and down
 
 
 def augmented(pairs: PairedDataset, row: int, draws: int = 10, columns: int = 5) -> Figure:
@@ -25,7 +26,7 @@ def augmented(pairs: PairedDataset, row: int, draws: int = 10, columns: int = 5)
     return sheet(pictures, [_say(sample.draw) for sample in samples], columns, width=1.8)
 
 
-def network_view(sample: Sample, palette: Palette, factor: int) -> Figure:
+def network_view(sample: Sample, factor: int) -> Figure:
     """What a training step is given: image, control, and the latent cells that count in the loss."""
     valid = sample.valid.numpy()
     control = (sample.control.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
@@ -47,12 +48,12 @@ def least_in_frame(pairs: PairedDataset, row: int, epochs: int = 16) -> Sample:
     return min((pairs.sample(row, epoch) for epoch in range(epochs)), key=lambda sample: sample.valid.sum().item())
 
 
-def landings(pairs: PairedDataset, row: int, draw: Draw, marks: int = 3) -> Figure:
+def landings(pairs: PairedDataset, row: int, draw: Draw) -> Figure:
     """Points on the borders of the mask, numbered, and where `to_output` says that the draw puts them."""
     image, mask = read_pair(pairs.split, row)
     size, side = mask.shape, pairs.resolution
     moved, moved_mask, valid = apply(*_tensors(image, mask), draw, side)
-    points = _landmarks(mask, marks)
+    points = _landmarks(mask, MARKS)
     figure = Figure(figsize=(8.2, 4.2 * max(1, min(1.6, size[0] / size[1]))))
     left, right = figure.subplots(1, 2)
     left.imshow(outlined(image, mask), interpolation="antialiased")

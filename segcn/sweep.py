@@ -58,10 +58,10 @@ def picture(swept: Sequence[Point], found: Sequence[float], row: int = 0) -> Fig
     )
 
 
-def wanted(real: Split, resolution: int, fit: str, row: int = 0) -> Figure:
-    """Mask and real image of the row that `picture` shows."""
-    image, mask = read_pair(real, row, resolution, fit)
-    return grid([[side_by_side(colours(mask, real), image)]], below=[[real[row].caption]], width=3.8)
+def wanted(real: Split, resolution: int, fit: str) -> Figure:
+    """Mask and real image of the first row, the one that `picture` shows."""
+    image, mask = read_pair(real, 0, resolution, fit)
+    return grid([[side_by_side(colours(mask, real), image)]], below=[[real[0].caption]], width=3.8)
 
 
 def _numbers(name: str, text: str) -> list[float]:

@@ -103,7 +103,7 @@ def test_pictures_of_augmentation(train):
     assert sample.valid.sum() == min(pairs.sample(0, epoch).valid.sum() for epoch in range(4))
     for figure in (
         proof.augmented(pairs, 0, draws=4),
-        proof.network_view(sample, PALETTE, 8),
+        proof.network_view(sample, 8),
         proof.landings(pairs, 1, sample.draw),
         proof.covered(pairs, 1, draws=2),
         proof.fits(pairs, 0),

@@ -46,10 +46,9 @@ def recognised_lines(recognised: dict, title: str = "recognised") -> list[str]:
 def other_lines(metrics: dict) -> list[str]:
     """Autoencoder, distance and speed."""
     likeness, timing, apart = (metrics[name] for name in ("autoencoder", "seconds", "distance"))
-    frechet = apart.get("fid", apart.get("frechet_distance"))
     return [
         f"autoencoder: PSNR {likeness['psnr']:.1f} dB, SSIM {likeness['ssim']:.3f}",
-        f"Fréchet distance of with mask to real: {frechet:.4g} ({apart['extractor']})",
+        f"Fréchet distance of with mask to real: {apart['frechet_distance']:.4g} ({apart['extractor']})",
         f"{timing['steps']} steps with guidance and mask: {timing['one']:.2f} s for one image, "
         f"{timing['each_of_many']:.2f} s for each of {timing['at_once']} in one call",
         f"(CPU time {timing['cpu_one']:.2f} s and {timing['cpu_each_of_many']:.2f} s; {timing['machine']}; "
