@@ -126,11 +126,6 @@ def read_pair(
     return to_uint8(sample.image), sample.mask.numpy()
 
 
-def colours(mask: np.ndarray, split: Split) -> np.ndarray:
-    """Class ids, uint8 [..., H, W], in the colours of a split's palette, uint8 [..., H, W, 3]."""
-    return colourise(mask, split.palette)
-
-
 def compare(real: Split, painted: Split, rows: int = 8, columns: int = 2, fit: str = "crop") -> Figure:
     """The first rows: mask, real image, made square as for painting, and painted image, with the caption beneath."""
     strips = []
@@ -141,7 +136,7 @@ def compare(real: Split, painted: Split, rows: int = 8, columns: int = 2, fit: s
         image = read_pair(real, row, side, fit)[0]
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
         image = image[top : top + height, left : left + width]
-        strips.append(side_by_side(colours(mask, real), image, picture))
+        strips.append(side_by_side(colourise(mask, real.palette), image, picture))
     return sheet(strips, [record.caption for record in real.records], columns)
 
 

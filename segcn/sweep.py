@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 
 from segcn.errors import UserError
 from segcn.evaluate import faithfulness
+from segcn.masks import colourise
 from segcn.records import Split, read_split
 from segcn.segmenter import Segmenter
-from segcn.show import colours, grid, read_pair, side_by_side
+from segcn.show import grid, read_pair, side_by_side
 from segcn.story import first_rows
 
 
@@ -61,7 +62,7 @@ def picture(swept: Sequence[Point], found: Sequence[float], row: int = 0) -> Fig
 def wanted(real: Split, resolution: int, fit: str) -> Figure:
     """Mask and real image of the first row, the one that `picture` shows."""
     image, mask = read_pair(real, 0, resolution, fit)
-    return grid([[side_by_side(colours(mask, real), image)]], below=[[real[0].caption]], width=3.8)
+    return grid([[side_by_side(colourise(mask, real.palette), image)]], below=[[real[0].caption]], width=3.8)
 
 
 def _numbers(name: str, text: str) -> list[float]:

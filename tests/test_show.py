@@ -12,6 +12,7 @@ from segcn.augment import AUGMENTS
 from segcn.balance import class_pixels, frequencies
 from segcn.dataset import PairedDataset
 from segcn.labels import Label, Palette
+from segcn.masks import colourise
 from segcn.records import read_split
 from segcn.sheets import write_sheet
 from segcn.train_config import TrainConfig
@@ -229,5 +230,5 @@ def test_the_story_shows_each_picture_in_its_place(test, tmp_path):
     left = story.MARGIN + story.TEXT_WIDTH
     column = slice(left + 4 * (story.SIDE + story.GAP), left + 4 * (story.SIDE + story.GAP) + story.SIDE)
     assert (drawn[story.HEAD : story.HEAD + story.SIDE, column] == 0).all()
-    mask = np.asarray(story.enlarged(show.colours(show.read_pair(test, 0)[1], test), smooth=False))
+    mask = np.asarray(story.enlarged(colourise(show.read_pair(test, 0)[1], test.palette), smooth=False))
     assert (drawn[story.HEAD : story.HEAD + story.SIDE, left : left + story.SIDE] == mask).all()

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from segcn import show
 from segcn.arguments import make
 from segcn.config import BASE, SampleConfig
+from segcn.masks import colourise
 from segcn.pipeline import Painter, generate, load_painter
 from segcn.records import Split, read_split
 from segcn.samples.measure import save_grid
@@ -89,7 +90,7 @@ def cells(failure: Failure, split: Split, healthy: Painter, failing: Painter, se
         (image, mask), caption = show.read_pair(split, row), split[row].caption
         good = generate(healthy, mask[None], [caption], [row], settings)[0]
         bad = generate(failing, mask[None], ["" if failure.without_text else caption], [row], wrong)[0]
-        told.append(((show.colours(mask, split), image, good, bad), caption))
+        told.append(((colourise(mask, split.palette), image, good, bad), caption))
     return told
 
 
