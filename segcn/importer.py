@@ -11,10 +11,9 @@ from segcn.errors import UserError
 from segcn.files import SYMLINKS
 from segcn.labels import IGNORE, Palette, find_palette
 from segcn.masks import read_mask
-from segcn.metadata import write_jsonl
 from segcn.palette import READY, check, propose, ready
 from segcn.placing import Placed, claim, copied, refuse_metadata, rewritten, staged
-from segcn.records import METADATA, check_split, read_split, write_metadata
+from segcn.records import check_split, read_split, write_metadata
 from segcn.sources import Source, find_sources
 
 
@@ -96,7 +95,8 @@ def _write(
     if not (folder / "palette.json").exists():
         palette.save(folder / "palette.json")
     for name in sorted(rows, key=lambda name: name == "train"):
-        _write_rows(folder / name, captioned[name])
+        (folder / name).mkdir(exist_ok=True)
+        write_metadata(folder / name, captioned[name])
     return palette
 
 
@@ -105,16 +105,6 @@ def _fitting(masks: Sequence[Path], palette: Palette) -> list[str]:
         return check(masks, palette)
     except UserError as error:
         raise UserError(str(error).replace("--ready", "--palette")) from None
-
-
-def _write_rows(folder: Path, rows: list[tuple[str, str, tuple[str, ...]]]) -> None:
-    """metadata.csv, or metadata.jsonl with a list in every row where one has several: `datasets` wants one type."""
-    folder.mkdir(exist_ok=True)
-    if any(len(captions) > 1 for _, _, captions in rows):
-        write_jsonl(folder / METADATA[1], ((image, mask, [" ".join(said.split()) for said in captions])
-                                           for image, mask, captions in rows))  # fmt: skip
-    else:
-        write_metadata(folder, rows)
 
 
 def _captioned(

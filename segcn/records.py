@@ -77,7 +77,7 @@ class Split:
         digest = hashlib.sha256(self.metadata.read_bytes() + self.palette.fingerprint.encode())
         for record in self.records:
             for name in (record.image_name, record.mask_name):
-                digest.update(f"{name} {_stamp(f'{record.folder}/{name}')}\n".encode())
+                digest.update(f"{name} {stamp(f'{record.folder}/{name}')}\n".encode())
         return digest.hexdigest()[:16]
 
 
@@ -176,6 +176,15 @@ def write_metadata(folder: str | Path, rows: Iterable[tuple[str, str, str | Sequ
     return path
 
 
+def stamp(path: str | Path) -> str:
+    """Size and time of a file, or that it is missing."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
 def _find_metadata(path: Path, split: str | None) -> Path:
     if path.is_file():
         if path.suffix not in (".csv", ".jsonl"):
@@ -235,14 +244,6 @@ def _explained(line: Line, first: int, files: Sequence[tuple[str, str] | None]) 
             yield Problem(problem[0], name, f"column {column}: {problem[1]}")
     if line.fault is None and not all(map(str.strip, line.captions)):
         yield Problem("caption", "", f"column {COLUMNS[2]}: expected a caption, found an empty one")
-
-
-def _stamp(path: str) -> str:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return "missing"
-    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _file_problem(split: Split, record: Record) -> str | None:

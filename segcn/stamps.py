@@ -9,7 +9,7 @@ import numpy as np
 
 from segcn import seeds
 from segcn.errors import UserError
-from segcn.records import Split, check_split
+from segcn.records import Split, check_split, stamp
 
 
 def remember_stamps(split: Split, folder: Path) -> None:
@@ -50,12 +50,4 @@ def _stamps_path(split: Split, fingerprint: str, folder: Path) -> Path:
 def _stamps(split: Split) -> np.ndarray:
     """A number for each row's two files, and one for metadata and palette, int64 [N + 1]."""
     whole = seeds.seed_of(hashlib.sha256(split.metadata.read_bytes()).hexdigest(), split.palette.fingerprint)
-    return np.array([*(seeds.seed_of(_stamp(row.image), _stamp(row.mask)) for row in split.records), whole])
-
-
-def _stamp(path: Path) -> str:
-    try:
-        status = path.stat()
-    except OSError:
-        return "missing"
-    return f"{status.st_size} {status.st_mtime_ns}"
+    return np.array([*(seeds.seed_of(stamp(row.image), stamp(row.mask)) for row in split.records), whole])
