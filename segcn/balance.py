@@ -5,7 +5,6 @@ r = max(1, sqrt(threshold / f)) times, and a row as often as its rarest class. A
 row starts at its own offset, so that over the epochs it stands exactly r times an epoch, and nothing has to be drawn.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from segcn import seeds
+from segcn.atomic import write_whole
 from segcn.labels import IGNORE, Palette
 from segcn.masks import read_mask
 from segcn.records import Split
@@ -90,10 +90,8 @@ def read_class_pixels(split: Split, folder: Path, accelerator) -> np.ndarray:
     """The same, counted once by the main process and kept in `folder` for all processes and later runs."""
     path = folder / f"class_pixels-{split.fingerprint}-{len(split)}.npy"
     if accelerator.is_main_process and not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{path.name}.{os.getpid()}.npy"
-        np.save(aside, class_pixels(split))
-        os.replace(aside, path)
+        pixels = class_pixels(split)
+        write_whole(path, lambda aside: np.save(aside, pixels))
     accelerator.wait_for_everyone()
     return np.load(path, mmap_mode="r")
 

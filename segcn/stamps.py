@@ -1,13 +1,13 @@
 """Which files of a data set have changed since a run began: those that went bad need not end it."""
 
 import hashlib
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from segcn import seeds
+from segcn.atomic import write_whole
 from segcn.errors import UserError
 from segcn.records import Split, check_split, stamp
 
@@ -16,10 +16,8 @@ def remember_stamps(split: Split, folder: Path) -> None:
     """Keep sizes and times of a split's files under its fingerprint, so that it can be told later which changed."""
     path = _stamps_path(split, split.fingerprint, folder)
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.npy")
-        np.save(aside, _stamps(split))
-        os.replace(aside, path)
+        stamps = _stamps(split)
+        write_whole(path, lambda aside: np.save(aside, stamps))
 
 
 def overlook_bad(split: Split, recorded: str, folder: Path, limit: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
+from segcn.atomic import write_whole
 from segcn.masks import colourise
 from segcn.records import Split
 from segcn.show import read_pair
@@ -62,9 +63,8 @@ def enlarged(picture: np.ndarray, smooth: bool = True) -> Image.Image:
 
 def save_story(picture: Image.Image, path: Path) -> Path:
     """Write the picture as PNG, whole or not at all."""
-    staged = path.with_name(f".{path.name}")
-    picture.save(staged, format="PNG", optimize=True)
-    return staged.replace(path)
+    write_whole(path, lambda aside: picture.save(aside, format="PNG", optimize=True))
+    return path
 
 
 def _write(pen: ImageDraw.ImageDraw, caption: str, left: float, middle: float, most: int = 8) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from segcn import seeds
 from segcn.arguments import make, preset_defaults
+from segcn.atomic import write_whole
 from segcn.augment import AugmentConfig
 from segcn.config import BASE, OUTPUTS, GenerateConfig, flag
 from segcn.errors import UserError
@@ -273,6 +274,4 @@ def _link(source: Path, target: Path) -> None:
         try:
             os.link(os.path.realpath(source), target)
         except OSError:
-            aside = target.with_name(f".{target.name}.staged")
-            shutil.copy2(source, aside)
-            os.replace(aside, target)
+            write_whole(target, lambda aside: shutil.copy2(source, aside))

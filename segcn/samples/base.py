@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from segcn import checkpoint
-from segcn.atomic import write_text
+from segcn.atomic import write_text, write_whole
 from segcn.devices import keep_freed_memory, pick_device
 from segcn.errors import UserError
 from segcn.samples.learning import to_pixels
@@ -79,8 +79,7 @@ def encode_views(vae, images: torch.Tensor, path: Path, log=print, batch_size: i
         batches = (to_pixels(batch.flip(2) if flip else batch) for batch in images.split(batch_size))
         views.append(torch.cat([vae.encode(batch).latent_dist.mean.half().cpu() for batch in batches]))
     latents = torch.stack(views)
-    np.save(path.with_suffix(".staged.npy"), latents.numpy())
-    os.replace(path.with_suffix(".staged.npy"), path)
+    write_whole(path, lambda aside: np.save(aside, latents.numpy()))
     return latents
 
 

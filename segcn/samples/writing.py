@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from segcn.atomic import write_text
 from segcn.errors import UserError
 from segcn.labels import Label, Palette
 from segcn.masks import write_mask
@@ -130,10 +131,7 @@ def folder_complete(folder: Path, size: int) -> bool:
 
 def write_record(out: Path, samples: SampleSet, finished: bool) -> None:
     """Record the settings, and whether every file is written, in samples.json."""
-    text = json.dumps({**asdict(samples), "finished": finished}, indent=2) + "\n"
-    staged = out / f".{RECORD}"
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(out / RECORD)
+    write_text(out / RECORD, json.dumps({**asdict(samples), "finished": finished}, indent=2) + "\n")
 
 
 def write_folder(folder: Path, jobs: list[tuple], workers: int | None = None) -> None:
