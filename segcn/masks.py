@@ -1,6 +1,8 @@
 """Mask files as class ids, class ids as palette PNGs, and as the colours of the control image."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -62,6 +64,22 @@ def colourise(mask: np.ndarray, palette: Palette) -> np.ndarray:
     return palette.table[mask]
 
 
+def code_of(colour: Iterable[Any]) -> Any:
+    """A colour as 0xRRGGBB, of three numbers or three arrays of int32."""
+    red, green, blue = colour
+    return red << 16 | green << 8 | blue
+
+
+def colour_codes(rgb: np.ndarray) -> np.ndarray:
+    """Colours, uint8 [..., 3], as 0xRRGGBB, int32 [...]."""
+    return code_of(np.moveaxis(rgb.astype(np.int32), -1, 0))
+
+
+def colour_of(code: int) -> tuple[int, int, int]:
+    """The colour that 0xRRGGBB stands for."""
+    return code >> 16, code >> 8 & 255, code & 255
+
+
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize class ids, uint8 [H, W], to (height, width) by NEAREST, the one filter that invents no class."""
     height, width = size
@@ -99,8 +117,8 @@ def _as_classes(values: np.ndarray, counts: np.ndarray, palette: Palette) -> tup
 
 
 def _ids_of_colours(rgb: np.ndarray, palette: Palette, path: str | Path, lossy: bool) -> np.ndarray:
-    codes = _colour_codes(rgb)
-    declared = _colour_codes(np.array([label.colour for label in palette.labels], np.uint8))
+    codes = colour_codes(rgb)
+    declared = colour_codes(np.array([label.colour for label in palette.labels], np.uint8))
     order = np.argsort(declared)
     nearest = np.searchsorted(declared[order], codes).clip(max=len(order) - 1)
     undeclared = declared[order][nearest] != codes
@@ -110,12 +128,8 @@ def _ids_of_colours(rgb: np.ndarray, palette: Palette, path: str | Path, lossy: 
     return palette._class_of_id[np.array(palette.ids)[order][nearest]].astype(np.uint8)
 
 
-def _colour_codes(rgb: np.ndarray) -> np.ndarray:
-    return rgb.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-
-
 def _colour_name(code: int) -> str:
-    return f"colour [{code >> 16}, {code >> 8 & 255}, {code & 255}]"
+    return f"colour {list(colour_of(code))}"
 
 
 def _refuse_reindexed(values: list[int], own_colours: list[int] | None, palette: Palette, path: str | Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from segcn.config import PaletteConfig
 from segcn.errors import UserError
 from segcn.labels import IGNORE, Label, Palette
-from segcn.ready import READY, check, check_survey, code_of, ready, refuse_no_ids, value_of
+from segcn.masks import code_of, colour_of
+from segcn.ready import READY, check, check_survey, ready, refuse_no_ids, value_of
 from segcn.survey import Colour, Survey, mask_files, survey
 
 __all__ = ["READY", "check", "make_palette", "propose", "ready", "spread_colours", "table"]
@@ -97,7 +98,7 @@ def _proposal(found: Survey, names: Sequence[str] | None) -> Palette:
                 f" resized with another filter than NEAREST? The most frequent: {found.told(found.pixels)}"
             )
         codes = sorted(found.pixels, key=lambda code: (-found.pixels[code], code))
-        classes = [(k, (code >> 16, code >> 8 & 255, code & 255)) for k, code in enumerate(codes)]
+        classes = [(k, colour_of(code)) for k, code in enumerate(codes)]
         unlabelled = []
     else:
         refuse_no_ids(found)

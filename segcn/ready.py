@@ -6,6 +6,7 @@ from pathlib import Path
 
 from segcn.errors import UserError
 from segcn.labels import IGNORE, Label, Palette
+from segcn.masks import code_of
 from segcn.survey import Colour, Survey, survey
 
 # The colours are those of the benchmarks. Where two classes share one, the later class has the nearest free colour that
@@ -41,12 +42,6 @@ def check(paths: Sequence[Path], palette: Palette) -> list[str]:
 def value_of(label: Label, found: Survey) -> int:
     """What stands for a label in the masks: its id, or its colour as 0xRRGGBB."""
     return code_of(label.colour) if found.coloured else label.id
-
-
-def code_of(colour: Colour) -> int:
-    """A colour as 0xRRGGBB."""
-    red, green, blue = colour
-    return red << 16 | green << 8 | blue
 
 
 def refuse_no_ids(found: Survey) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from segcn.errors import UserError
 from segcn.files import READABLE, Boundary, open_image
 from segcn.labels import IGNORE
-from segcn.masks import LOSSY, LOW_BIT_GREY
+from segcn.masks import LOSSY, LOW_BIT_GREY, colour_codes
 from segcn.metadata import read_lines
 from segcn.progress import Progress
 from segcn.records import METADATA, find_splits
@@ -100,11 +100,9 @@ def read_values(path: Path) -> MaskValues:
         if image.mode == "F":
             raise UserError(f"{path}: expected whole numbers, class ids, found a mask of fractions (mode F)")
         coloured = image.mode not in ("P", "PA", "L", "LA", "1") and not image.mode.startswith("I")
-        values = np.asarray(image.convert("RGB") if coloured else image).astype(np.int32)
+        values = colour_codes(np.asarray(image.convert("RGB"))) if coloured else np.asarray(image).astype(np.int32)
         colours = image.getpalette() if image.mode == "P" else None
-        if coloured:
-            values = values[..., 0] << 16 | values[..., 1] << 8 | values[..., 2]
-        elif image.mode in ("PA", "LA"):
+        if image.mode in ("PA", "LA"):
             values = values[..., 0]
     distinct, counts = np.unique(values // stretch, return_counts=True)
     pixels = dict(zip(distinct.tolist(), counts.tolist(), strict=True))
