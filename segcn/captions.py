@@ -1,11 +1,17 @@
-"""Captions: count their words, tell them otherwise, and mirror them."""
+"""Captions: count their words, list classes, tell them otherwise, and mirror them."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-WORDS = (("spring", "summer", "autumn", "winter"), ("dawn", "by day", "dusk", "night"))
-AT = {"dawn": "at dawn", "by day": "by day", "dusk": "at dusk", "night": "at night"}
+import numpy as np
+
+from segcn.labels import IGNORE, Palette
+
+SEASONS = ("spring", "summer", "autumn", "winter")
+TIMES = {"dawn": "at dawn", "day": "by day", "dusk": "at dusk", "night": "at night"}
+SEASON = re.compile(rf"\b(an? )?({'|'.join(SEASONS)})\b")
+TIME = re.compile(rf"\b(?:{'|'.join(TIMES.values())})\b")
 SIDE = re.compile(r"(?<![^\W\d_])(?:top|bottom|upper|lower)?(?:left|right)", re.IGNORECASE)
 MIRRORED = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 MIRRORED |= {new: old for old, new in MIRRORED.items()}
@@ -26,10 +32,8 @@ def common_words(captions: Iterable[str], count: int = 20) -> list[tuple[str, in
 
 def retold(caption: str, season_turn: int = 2, time_turn: int = 2) -> str:
     """The caption with its season and time of day some places further round; unchanged where it names neither."""
-    season = re.compile(r"\b(an? )?(spring|summer|autumn|winter)\b")
-    caption = season.sub(lambda found: _season(found[1], found[2], season_turn), caption)
-    time = re.compile(r"\b(?:at (dawn|dusk|night)|(by day))\b")
-    return time.sub(lambda found: AT[_turned(WORDS[1], found[1] or found[2], time_turn)], caption)
+    caption = SEASON.sub(lambda found: _season(found[1], found[2], season_turn), caption)
+    return TIME.sub(lambda found: _turned(tuple(TIMES.values()), found[0], time_turn), caption)
 
 
 def other_captions(captions: Sequence[str]) -> list[str]:
@@ -43,6 +47,25 @@ def variations(caption: str, others: Sequence[str], count: int = 4) -> list[str]
     """The caption and `count` - 1 different ones: each season at another time of day, or else captions of `others`."""
     told = [retold(caption, turn, turn) for turn in range(count)]
     return list(dict.fromkeys([*told, *others]))[:count]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a caption lists them: "sky, grass and tree"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def classes_of(mask: np.ndarray, palette: Palette) -> str:
+    """The names of the classes in a mask, uint8 [H, W], the largest first: "sky, grass and tree"."""
+    pixels = np.bincount(mask.ravel(), minlength=256)
+    pixels[IGNORE] = 0
+    names = {label.id: label.name for label in palette.labels}
+    found = [names[id] for id in np.argsort(-pixels, kind="stable").tolist() if pixels[id]]
+    return listed(found or ["nothing labelled"])
+
+
+def article_of(word: str) -> str:
+    """The indefinite article before a word."""
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def says_a_side(caption: str) -> bool:
@@ -64,8 +87,8 @@ def cannot_be_mirrored(caption: str) -> bool:
 
 
 def _season(article: str | None, season: str, turn: int) -> str:
-    new = _turned(WORDS[0], season, turn)
-    return f"{'an' if new[0] in 'aeiou' else 'a'} {new}" if article else new
+    new = _turned(SEASONS, season, turn)
+    return f"{article_of(new)} {new}" if article else new
 
 
 def _turned(words: Sequence[str], word: str, turn: int) -> str:

@@ -4,12 +4,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from segcn.captions import classes_of
 from segcn.config import ImportConfig
 from segcn.errors import UserError
 from segcn.files import SYMLINKS
-from segcn.labels import IGNORE, Palette, find_palette
+from segcn.labels import Palette, find_palette
 from segcn.masks import read_mask
 from segcn.palette import READY, check, propose, ready
 from segcn.placing import Placed, claim, copied, refuse_metadata, rewritten, staged
@@ -119,15 +118,6 @@ def _captioned(
             except UserError as error:
                 raise UserError(f"{row.where}: --caption needs the classes of its mask: {error}") from None
         yield row.image, row.mask, told
-
-
-def classes_of(mask: np.ndarray, palette: Palette) -> str:
-    """The names of the classes in a mask, uint8 [H, W], the largest first: "sky, grass and tree"."""
-    pixels = np.bincount(mask.ravel(), minlength=256)
-    pixels[IGNORE] = 0
-    names = {label.id: label.name for label in palette.labels}
-    found = [names[id] for id in np.argsort(-pixels, kind="stable").tolist() if pixels[id]]
-    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found or ["nothing labelled"])
 
 
 def _check(config: ImportConfig, rows: Iterable[str], out: Path, log: Callable[[str], None]) -> None:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from segcn import seeds
-from segcn.captions import mirrored
+from segcn.captions import classes_of, mirrored
 from segcn.config import GenerateConfig
 from segcn.controls import Controls
 from segcn.errors import UserError
 from segcn.geometry import Draw
-from segcn.importer import classes_of
 
 CLASSES, CAPTION = "{classes}", "{caption}"
 ONE_OF = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")  # {by day|at night}

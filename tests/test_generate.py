@@ -21,13 +21,13 @@ from segcn import batches, claim, dealing, models, paint
 from segcn import generate as generating
 from segcn.arguments import make
 from segcn.augment import AUGMENTS
+from segcn.captions import classes_of
 from segcn.config import GenerateConfig
 from segcn.controls import read_controls
 from segcn.dataset import PairedDataset, read_control_mask
 from segcn.dealing import Process
 from segcn.errors import UserError
 from segcn.generate import generate_dataset, reconstruct_dataset
-from segcn.importer import classes_of
 from segcn.labels import Label, Palette
 from segcn.manifest import records_of
 from segcn.masks import read_mask, write_mask

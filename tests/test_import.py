@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from segcn import cli
+from segcn.captions import classes_of
 from segcn.config import ImportConfig
 from segcn.errors import UserError
-from segcn.importer import classes_of, import_dataset
+from segcn.importer import import_dataset
 from segcn.labels import Label, Palette
 from segcn.masks import read_mask, write_mask
 from segcn.records import check_split, read_image, read_split

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segcn.captions import SEASONS, TIMES
 from segcn.errors import UserError
 from segcn.records import check_split, read_split
 from segcn.samples.canvas import rasterise, rectangle
-from segcn.samples.landscapes import PALETTE, SEASONS, TIMES, paint, write_landscapes
+from segcn.samples.landscapes import PALETTE, paint, write_landscapes
 from segcn.samples.scene import SMALLEST
 from segcn.samples.writing import split_seed
 

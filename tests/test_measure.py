@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segcn.captions import SEASONS, TIMES
 from segcn.cli import do_samples
 from segcn.errors import UserError
 from segcn.records import read_split
@@ -14,7 +15,7 @@ from segcn.samples import measure as measuring
 from segcn.samples.card import report, targets
 from segcn.samples.earth import PICTURES
 from segcn.samples.earth import describe as describe_tile
-from segcn.samples.landscapes import SEASONS, TIMES, describe
+from segcn.samples.landscapes import describe
 from segcn.samples.measure import MeasureConfig, measure, open_painter
 from segcn.samples.recogniser import OF_EARTH, OF_LANDSCAPES, RecogniserRecipe, recognised, said, train_recogniser
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from segcn.captions import listed
 from segcn.errors import UserError
 from segcn.samples.writing import Kind, SampleSet, as_palette, write_set
 
@@ -138,8 +139,7 @@ def describe(style: str, shares: np.ndarray) -> str:
     """The caption, largest class first: "a topographic map of forest, cropland and water"."""
     order = [label for label in np.argsort(-shares, kind="stable") if shares[label] >= NAMED_SHARE][:MOST_NAMED]
     names = [PALETTE[label][1] for label in order]
-    listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
-    return f"{PICTURES[style][1]} of {listed}"
+    return f"{PICTURES[style][1]} of {listed(names)}"
 
 
 def write_earth(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from segcn.captions import SEASONS, TIMES, article_of, listed
 from segcn.labels import Palette
 from segcn.samples.painting import paint_scene
 from segcn.samples.scene import compose
@@ -25,8 +26,6 @@ PALETTE = (
     (7, "tree", (20, 85, 40)),
     (8, "house", (195, 60, 50)),
 )
-SEASONS = ("spring", "summer", "autumn", "winter")
-TIMES = {"dawn": "at dawn", "day": "by day", "dusk": "at dusk", "night": "at night"}
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,8 @@ def contents(things):
 
 def describe(season, time, named):
     """The caption: "a winter landscape at dusk with mountains, a lake and a red house"."""
-    article = "an" if season[0] in "aeiou" else "a"
-    caption = f"{article} {season} landscape {TIMES[time]}"
-    if not named:
-        return caption
-    listed = ", ".join(named[:-1]) + " and " + named[-1] if len(named) > 1 else named[0]
-    return f"{caption} with {listed}"
+    caption = f"{article_of(season)} {season} landscape {TIMES[time]}"
+    return f"{caption} with {listed(named)}" if named else caption
 
 
 def paint(seed, index, resolution=128):

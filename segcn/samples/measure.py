@@ -13,6 +13,7 @@ from PIL import Image
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from segcn import show
+from segcn.captions import SEASONS, TIMES
 from segcn.config import OUTPUTS, GenerateConfig, SampleConfig, flag
 from segcn.distance import frechet_distance
 from segcn.errors import UserError
@@ -24,7 +25,7 @@ from segcn.pipeline import Painter, generate, load_painter
 from segcn.records import Split, read_named_split, read_split
 from segcn.samples.card import report
 from segcn.samples.earth import write_earth
-from segcn.samples.landscapes import SEASONS, TIMES, describe, palette, write_landscapes
+from segcn.samples.landscapes import describe, palette, write_landscapes
 from segcn.samples.learning import to_pixels
 from segcn.samples.recogniser import (
     OF_EARTH,

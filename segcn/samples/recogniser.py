@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from segcn import seeds
-from segcn.captions import WORDS
+from segcn.captions import SEASONS, TIMES
 from segcn.records import Split, read_image
 from segcn.samples.earth import PICTURES
 from segcn.samples.learning import Learning, to_pixels
 
 Heads = dict[str, tuple[str, ...]]  # what is recognised: the words of which each caption holds one
-OF_LANDSCAPES: Heads = {"season": WORDS[0], "time of day": WORDS[1]}
+OF_LANDSCAPES: Heads = {"season": SEASONS, "time of day": tuple(told.removeprefix("at ") for told in TIMES.values())}
 OF_EARTH: Heads = {"style": tuple(start for _, start in PICTURES.values())}
 
 

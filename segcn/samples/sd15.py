@@ -16,9 +16,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from segcn import checkpoint
+from segcn.captions import SEASONS, TIMES
 from segcn.errors import UserError
 from segcn.samples.base import MODEL_INDEX
-from segcn.samples.landscapes import SEASONS, TIMES, describe
+from segcn.samples.landscapes import describe
 from segcn.samples.tokenizer import build_tokenizer
 
 CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
