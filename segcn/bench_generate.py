@@ -69,7 +69,7 @@ def bench_generate(config: BenchGenerateConfig, log: Log = print) -> dict:
     check(config)
     train, real = rows_of(config)
     painter = load_painter(config, real.palette)
-    masks = read_masks(dataclasses.replace(real, records=real.records[: config.limit]), config)
+    masks = read_masks(real.first(config.limit), config)
     sides = sides_of(config, painter, masks.real)
     log(f"Painting {len(masks.ids)} masks of {real.folder} in {len(sides)} ways.")
     turns = take_turns(sides, masks, config.rows_a_turn, log)

@@ -51,8 +51,7 @@ def tell(words: list[str]) -> None:
 
 def paint_plainly(config: GenerateConfig) -> None:
     """A call of diffusers' pipeline for each mask; nothing is written."""
-    split = read_named_split(config.controls, config.split)
-    split = dataclasses.replace(split, records=split.records[: config.limit])
+    split = read_named_split(config.controls, config.split).first(config.limit)
     masks = read_masks(split, config)
     side = Side("", config, 0, load_painter(config, split.palette))
     for row, caption in enumerate(masks.captions):

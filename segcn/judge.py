@@ -52,7 +52,7 @@ def held_out_rows(config: TrainConfig, split: Split) -> Split | None:
         )
     if config.segmenter:
         check_segmenter(load_segmenter(config.segmenter), found, split, config)
-    return dataclasses.replace(found, records=found.records[: config.faithfulness_rows])
+    return found.first(config.faithfulness_rows)
 
 
 def check_segmenter(segmenter: Segmenter, held_out: Split, split: Split, config: TrainConfig) -> None:

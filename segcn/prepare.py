@@ -181,8 +181,7 @@ def explain_obsolete(config: TrainConfig, log: Log) -> None:
 
 def read_rows(config: TrainConfig) -> Split:
     """The training rows, cut at --max_train_samples."""
-    split = read_split(config.dataset, "train")
-    return dataclasses.replace(split, records=split.records[: config.max_train_samples])
+    return read_split(config.dataset, "train").first(config.max_train_samples)
 
 
 def check_rows(config: TrainConfig, split: Split, output_dir: Path, log: Log) -> None:

@@ -71,6 +71,10 @@ class Split:
     def __getitem__(self, row: int) -> Record:
         return self.records[row]
 
+    def first(self, rows: int | None) -> "Split":
+        """The split cut after so many rows; None: all of it."""
+        return replace(self, records=self.records[:rows])
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the metadata, the palette, any file's size or time."""

@@ -1,6 +1,5 @@
 """What came out: faithfulness per class, the best and worst images, and one picture that tells it all."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +16,6 @@ SIDE, GAP, MARGIN = 192, 8, 20  # px
 TEXT_WIDTH, HEAD = 270, 56  # px, of a column of captions and of the line of heads
 HEADS = ("mask", "real image", "with the mask", "without the mask", "another caption")
 INK = "#222222"
-
-
-def first_rows(split: Split, limit: int) -> Split:
-    """The split cut after `limit` rows."""
-    return dataclasses.replace(split, records=split.records[:limit])
 
 
 def tell(

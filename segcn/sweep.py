@@ -12,7 +12,6 @@ from segcn.masks import colourise
 from segcn.records import Split, read_split
 from segcn.segmenter import Segmenter
 from segcn.show import grid, read_pair, side_by_side
-from segcn.story import first_rows
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Point:
 
     def painted(self, limit: int) -> Split:
         """The first images that it painted."""
-        return first_rows(read_split(self.folder / "generated"), limit)
+        return read_split(self.folder / "generated").first(limit)
 
 
 def points(guidance_scales: str, controlnet_conditioning_scales: str, folder: Path) -> list[Point]:
