@@ -13,6 +13,8 @@ OUTPUTS = ROOT / "outputs"
 BASE = ROOT / "data" / "base"
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a ControlNet: written last, so it is whole where this stands
 FITS = ("crop", "pad", "stretch")
+PRECISIONS = ("no", "fp16", "bf16")
+MAX_PIXELS = 89_478_485  # of an image: Pillow's limit, 256 MiB of RGB
 MODELS = {"preset", "pretrained_model_name_or_path", "controlnet_model_name_or_path", "palette"}  # what paints
 
 
@@ -57,7 +59,7 @@ class SampleConfig:
     negative_prompt: str = flag("", "what the picture should not show")
     scheduler: str = flag("dpm", "sampler: dpm (DPM-Solver++), unipc or ddim", ("dpm", "unipc", "ddim"))
     seed: int = flag(0, "each picture's noise depends on this and its row alone")
-    mixed_precision: str = flag("no", "no, fp16 or bf16", ("no", "fp16", "bf16"))
+    mixed_precision: str = flag("no", "no, fp16 or bf16", PRECISIONS)
     torch_compile: bool = flag(False, "compile the networks: minutes at the start, quicker steps; needs a GPU")
 
 
@@ -154,7 +156,7 @@ class DoctorConfig:
     )
     pretrained_model_name_or_path: str = flag(str(BASE), "base model, for the length of captions in its tokens")
     allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
-    max_pixels: int = flag(89_478_485, "pixels of an image that are refused unread; the default is Pillow's limit")
+    max_pixels: int = flag(MAX_PIXELS, "pixels of an image that are refused unread; the default is Pillow's limit")
     examples: int = flag(4, "pictures in the report of each kind of fault")
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 
+from segcn.config import MAX_PIXELS
 from segcn.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")  # none of them runs a program
-MAX_PIXELS = 89_478_485  # Pillow's limit: 256 MiB of RGB
 SYMLINKS = "SEGCN_ALLOW_SYMLINKS"  # set by --allow_symlinks, inherited by processes and notebooks
 OUTSIDE = re.compile(r"\\|://|^[/~]|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)")
 MANY = 100  # names in a folder before it is listed

@@ -11,10 +11,11 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
 from segcn.atomic import write_text
+from segcn.best import BEST
 from segcn.labels import Palette
 from segcn.records import Split
 from segcn.train_config import TrainConfig
-from segcn.watch import read_log
+from segcn.watch import LOG, read_log
 
 MARK = "<!-- segcn writes this file when a training ends; it leaves one without this line alone. -->"
 TAGS = [
@@ -132,13 +133,13 @@ def training_rows(config: TrainConfig, step: int, machine: str) -> list[tuple[st
 
 def figure_rows(output_dir: Path) -> list[tuple[str, str]]:
     """The last loss, and how well the pictures obey the masks, as far as the run folder tells."""
-    entries, rows = read_log(output_dir / "log.jsonl"), []
+    entries, rows = read_log(output_dir / LOG), []
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     rows += [("last logged loss", f"{losses[-1]:.4g}")] if losses else []
     scored = [entry for entry in entries if isinstance(entry.get("faithfulness"), dict)]
     if scored:
         rows += [(f"{key}, step {scored[-1]['step']}", text) for key, text in _numbers(scored[-1]["faithfulness"])]
-    best = output_dir / "best.json"
+    best = output_dir / BEST
     if best.is_file():
         told = json.loads(best.read_text())
         rows += [(f"best {key}, {told.get('checkpoint')}", text) for key, text in _numbers(told) if key != "step"]

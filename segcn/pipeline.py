@@ -11,6 +11,7 @@ import torch
 from diffusers import ControlNetModel, DDPMScheduler, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
 from segcn import seeds
+from segcn.claim import RUN_FILE
 from segcn.config import OUTPUTS, WEIGHTS, SampleConfig
 from segcn.dataset import to_control, to_uint8
 from segcn.devices import keep_freed_memory, pick_device
@@ -91,7 +92,7 @@ def find_controlnet(base_folder: str, palette: Palette | None = None) -> str:
     UserError where there is neither.
     """
     candidates = []
-    for run in OUTPUTS.glob("**/train_config.json"):
+    for run in OUTPUTS.glob(f"**/{RUN_FILE}"):
         folder, made_for = run.parent, json.loads(run.read_text())
         finished = (folder / WEIGHTS).is_file()
         same_base = Path(made_for["pretrained_model_name_or_path"]).absolute() == Path(base_folder).absolute()

@@ -14,7 +14,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from segcn.atomic import write_text
-from segcn.config import OUTPUTS, flag
+from segcn.config import OUTPUTS, PRECISIONS, flag
 from segcn.errors import UserError
 from segcn.metrics_table import table
 from segcn.workspace import NOTEBOOKS
@@ -48,7 +48,7 @@ class RunConfig:
     guidance_scale: float | None = flag(None, "weight of the text; none: the preset's")
     controlnet_conditioning_scale: float | None = flag(None, "weight of the mask; none: the preset's")
     batch_size: int | None = flag(None, "pictures painted at once; none: 16")
-    mixed_precision: str | None = flag(None, "of training and painting; none: no", ("no", "fp16", "bf16"))
+    mixed_precision: str | None = flag(None, "of training and painting; none: no", PRECISIONS)
     limit: int | None = flag(None, "held-out masks to paint and score; none: 128")
     floor_limit: int | None = flag(None, "rows to paint without their mask; none: 48")
     segmenter_steps: int | None = flag(None, "training steps of the judge; none: its default")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from segcn.config import BASE, FITS, OUTPUTS, flag
+from segcn.config import BASE, FITS, OUTPUTS, PRECISIONS, flag
 from segcn.errors import UserError
 
 
@@ -164,13 +164,11 @@ two nodes, and a Slurm script that requeues itself, are in
     tracker_project_name: str = flag("train_controlnet", "name of the run in the trackers")
     logging_dir: str = flag("logs", "tracker files, below the run folder")
     # the machine
-    mixed_precision: str | None = flag(
-        None, "no, fp16 (V100) or bf16; none: as accelerate is configured", ("no", "fp16", "bf16")
-    )
+    mixed_precision: str | None = flag(None, "no, fp16 (V100) or bf16; none: as accelerate is configured", PRECISIONS)
     frozen_precision: str | None = flag(
         None,
         "what holds the frozen U-Net; no: float32; none: as --mixed_precision",
-        ("no", "fp16", "bf16"),
+        PRECISIONS,
     )
     memory_preset: int | None = flag(
         None, "fit into a GPU of so many GB: sets precision, 8-bit Adam and checkpointing", (8, 12, 16, 24)

@@ -13,7 +13,7 @@ from segcn import seeds
 from segcn.arguments import make, preset_defaults
 from segcn.atomic import write_whole
 from segcn.augment import AugmentConfig
-from segcn.config import BASE, OUTPUTS, GenerateConfig, flag
+from segcn.config import BASE, FITS, OUTPUTS, GenerateConfig, flag
 from segcn.errors import UserError
 from segcn.mixing import AUGMENT, KEPT_DRAWS
 from segcn.models import base_fingerprint
@@ -61,7 +61,7 @@ class UtilityConfig:
     )
     output_dir: str = flag(str(OUTPUTS / "utility"), "folder of the study: everything is kept there")
     resolution: int = flag(128, "pixels a side")
-    fit: str = flag("crop", "how images become square: crop, pad or stretch", ("crop", "pad", "stretch"))
+    fit: str = flag("crop", "how images become square: crop, pad or stretch", FITS)
     allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
     fractions: str = flag("0.05,0.1,0.25,1", "of the real rows, each holding the rows of the smaller ones")
     ratios: str = flag("1", "synthetic images for each real one in a batch, as in 0.5,1,2: at the largest fraction")

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from segcn.arguments import make
+from segcn.claim import RUN_FILE
 from segcn.config import BASE, OUTPUTS, ROOT, WEIGHTS
 from segcn.errors import UserError
 from segcn.records import METADATA, Split, read_named_split, read_split
@@ -89,7 +90,7 @@ class Workspace:
 
     def _trained(self, name: str):
         """A setting of the training in `controlnet`, else the preset's."""
-        recorded, default = self.controlnet / "train_config.json", getattr(make(TrainConfig, self.preset), name)
+        recorded, default = self.controlnet / RUN_FILE, getattr(make(TrainConfig, self.preset), name)
         return json.loads(recorded.read_text()).get(name, default) if recorded.is_file() else default
 
 
