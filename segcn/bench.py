@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from segcn.doctor import examine
 from segcn.labels import Label, Palette
 from segcn.metadata import COLUMNS
 from segcn.records import find_splits, read_split
+from segcn.timed import resident_gib
 
 READ = "from segcn.bench import read_once; read_once({!r})"
 
@@ -68,10 +68,7 @@ def read_once(folder: str) -> None:
 
 def peak_gib() -> float:
     """The most memory that this process held, in GiB; getrusage would count the process that started it too."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) / 2**20
+    return resident_gib("self") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def write_rows(folder: Path, rows: int, files: int = 1000) -> None:

@@ -27,3 +27,8 @@ class Progress:
         if now - self.spoke > self.every:
             self.spoke = now
             self.log(f"  {self.what} {done} of {self.total}, {done / (now - self.began):.1f} a second")
+
+
+def clock(seconds: float) -> str:
+    """ "3:05 min"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

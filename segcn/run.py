@@ -17,6 +17,7 @@ from segcn.atomic import write_text
 from segcn.config import OUTPUTS, PRECISIONS, flag
 from segcn.errors import UserError
 from segcn.metrics_table import table
+from segcn.progress import clock
 from segcn.workspace import NOTEBOOKS
 
 PATHS = ("pretrained_model_name_or_path", "dataset_name", "output_dir", "controlnet_model_name_or_path", "clip",
@@ -161,8 +162,3 @@ def summarise(out: Path, seconds: float) -> None:
     for path in (out / "story.png", metrics, out / "controlnet", out / "generated", out / "notebooks"):
         if path.exists():
             print(f"  {path}")
-
-
-def clock(seconds: float) -> str:
-    """ "3:05 min"."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

@@ -87,8 +87,8 @@ def end(process: subprocess.Popen) -> None:
                 process.wait(patience)
 
 
-def resident_gib(process: int) -> float | None:
-    """The most memory that a process held so far (VmHWM), in GiB; None where the system does not say."""
+def resident_gib(process: int | str) -> float | None:
+    """The most memory that a process, or "self", held so far (VmHWM), in GiB; None where the system does not say."""
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     except OSError:

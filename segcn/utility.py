@@ -20,6 +20,7 @@ from segcn.devices import one_core, pick_device
 from segcn.errors import UserError
 from segcn.generate import generate_dataset
 from segcn.mixing import Mixture, found_in, train_mixed
+from segcn.progress import clock
 from segcn.prompts import read_prompts
 from segcn.records import METADATA, Split, check_split, read_split
 from segcn.segmenter import write_segmenter
@@ -110,7 +111,7 @@ class Clock:
         self.done, self.expected, self.left = self.done + 1, self.expected + seconds, self.left - seconds
         gone = time.monotonic() - self.began
         left = self.left * gone / self.expected
-        self.log(f"[{self.done}/{self.total}] {what}; {_minutes(gone)} gone, about {_minutes(left)} left")
+        self.log(f"[{self.done}/{self.total}] {what}; {clock(gone)} gone, about {clock(left)} left")
 
 
 def evaluate_utility(config: UtilityConfig, log: Callable[[str], None] = print) -> dict:
@@ -120,7 +121,7 @@ def evaluate_utility(config: UtilityConfig, log: Callable[[str], None] = print) 
     same command goes on and ends with the same metrics.
     """
     study = open_study(config, log)
-    log(f"{study.clock.total} pieces of work, about {_minutes(study.clock.left)} on two slow cores; {config.folder}")
+    log(f"{study.clock.total} pieces of work, about {clock(study.clock.left)} on two slow cores; {config.folder}")
     learn(study, [(Arm(fraction, 0.0), range(1)) for fraction in config.some])  # they vet the images
     for fraction in config.some:
         learn_to_paint(study, fraction)
@@ -261,10 +262,6 @@ def largest_fall(study: Study) -> float:
 def counts_of(study: Study, arm: Arm) -> np.ndarray:
     """int64 [seeds, images, 3, K]: what the segmenters of an arm found in the test images."""
     return np.stack([np.load(study.segmenter(arm, seed) / COUNTS) for seed in range(study.config.seeds)])
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
 
 
 def command(words: list[str]) -> None:
