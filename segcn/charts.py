@@ -1,5 +1,6 @@
 """Charts of a data set: its classes and its captions."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,7 +50,7 @@ def class_frequencies(palette: Palette, measured: dict[str, tuple[np.ndarray, np
         axes.spines["bottom"].set_visible(False)
         axes.margins(x=0.14, y=0.01)
         axes.tick_params(axis="y", length=0)
-    _name_classes(axes, [label.name for label in labels])  # of both: they share it
+    name_classes(axes, [label.name for label in labels])  # of both: they share it
     figure.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=len(measured))
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
     return figure
@@ -68,7 +69,7 @@ def class_bars(palette: Palette, shares: dict[str, np.ndarray]) -> Figure:
         bars = axes.barh(places, values, thick, color=colours, edgecolor="#888888", linewidth=0.5)
         suffix = f"  {name}" if len(shares) > 1 else ""
         axes.bar_label(bars, [f"{value:.1%}{suffix}" for value in values], padding=4, fontsize=8)
-    _name_classes(axes, [label.name for label in labels])
+    name_classes(axes, [label.name for label in labels])
     axes.set(title="share of the labelled pixels", xticks=[])
     axes.spines["bottom"].set_visible(False)
     axes.margins(x=0.15)
@@ -85,7 +86,7 @@ def area_per_class(palette: Palette, shares: np.ndarray) -> Figure:
                          patch_artist=True, medianprops={"color": "black"})  # fmt: skip
     for box, label in zip(boxes["boxes"], labels, strict=True):
         box.set(facecolor=np.array(label.colour) / 255, edgecolor="#555555", linewidth=0.8)
-    _name_classes(axes, [f"{label.name}, {len(f) / len(shares):.0%}" for label, f in zip(labels, found, strict=True)])
+    name_classes(axes, [f"{label.name}, {len(f) / len(shares):.0%}" for label, f in zip(labels, found, strict=True)])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set(title="class, share of the images it occurs in; area it covers there")
     return figure
@@ -99,15 +100,7 @@ def co_occurrence(palette: Palette, shares: np.ndarray) -> Figure:
     side = 1.6 + 0.42 * len(labels)
     figure = Figure(figsize=(side + 0.6, side))
     axes = figure.add_subplot()
-    axes.imshow(together, cmap="Blues", vmin=0, vmax=1)
-    names = [label.name for label in labels]
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="left")
-    axes.set_yticks(range(len(names)), names)
-    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    for row, column in np.ndindex(together.shape) if len(names) <= 20 else ():
-        dark = "white" if together[row, column] > 0.5 else "#333333"
-        axes.text(column, row, f"{together[row, column]:.0%}", ha="center", va="center", fontsize=7, color=dark)
-    axes.spines[:].set_visible(False)
+    heat_map(axes, together, [label.name for label in labels], 0 if len(labels) <= 20 else math.inf)
     axes.set_xlabel(
         "of the images that show the class on the left, the share that also shows the one above", fontsize=9
     )
@@ -122,19 +115,32 @@ def word_bars(captions: Sequence[str], count: int = 20) -> Figure:
     shares = [number / len(captions) for _, number in words]
     bars = axes.barh(range(len(words)), shares, 0.7, color=ACCENT)
     axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=4, fontsize=8)
-    _name_classes(axes, [word for word, _ in words])
+    name_classes(axes, [word for word, _ in words])
     axes.set(title=f"words, by the share of {len(captions)} captions that hold them", xticks=[])
     axes.spines["bottom"].set_visible(False)
     return figure
+
+
+def heat_map(axes, shares: np.ndarray, names: Sequence[str], least: float) -> None:
+    """Shares [N, N] as a table of colours; those of at least `least` are written out."""
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="left")
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    for row, column in np.argwhere(shares >= least):
+        tone = "white" if shares[row, column] > 0.5 else "#333333"
+        axes.text(column, row, f"{shares[row, column]:.0%}", ha="center", va="center", fontsize=7, color=tone)
+    axes.spines[:].set_visible(False)
+
+
+def name_classes(axes, names: Sequence[str]) -> None:
+    """The names down the left side, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
 
 
 def _shares(mask: np.ndarray) -> np.ndarray:
     counts = np.bincount(mask.ravel(), minlength=256).astype(float)
     counts[IGNORE] = 0
     return counts / max(1, counts.sum())
-
-
-def _name_classes(axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()

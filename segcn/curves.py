@@ -15,7 +15,7 @@ from PIL import Image
 
 from segcn.arguments import arguments_of, make
 from segcn.best import fractions, read_best, scores
-from segcn.charts import ACCENT
+from segcn.charts import ACCENT, name_classes
 from segcn.convergence import convergence_step
 from segcn.labels import Palette
 from segcn.launch import training_command, training_lines
@@ -96,9 +96,7 @@ def class_faithfulness(entries: list[dict], palette: Palette) -> Figure:
     axes.plot(ceiling, places, "|", color="#222222", markersize=13, markeredgewidth=2, label="real images")
     for bar, value in zip(bars, reached, strict=True):
         axes.text(1.09, bar.get_y() + 0.36, f"{value:.2f}", va="center", ha="right", fontsize=8)
-    axes.set_yticks(places, [label.name for label in labels])
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    name_classes(axes, [label.name for label in labels])
     axes.set(xlim=(0, 1.1), title=f"IoU of each class at step {best}")
     axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
     return figure

@@ -5,7 +5,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from segcn.charts import ACCENT
+from segcn.charts import ACCENT, heat_map, name_classes
 from segcn.dataset import to_uint8
 from segcn.devices import one_core
 from segcn.evaluate import ROWS, Evaluation
@@ -35,9 +35,7 @@ def class_scores(metrics: dict) -> Figure:
             _dots(axes, values, ends, places, TONES[name], ROWS[name])
         axes.set(title=title, xlim=(-0.02, 1.02))
         axes.grid(axis="x", color="#e4e4e4")
-    left.set_yticks(range(len(labels)), labels)
-    left.tick_params(axis="y", length=0)
-    left.invert_yaxis()
+    name_classes(left, labels)
     _legend_above(figure, left)
     return figure
 
@@ -74,15 +72,7 @@ def confusion_table(metrics: dict, palette: Palette) -> Figure:
     side = 1.4 + 0.42 * len(labels)
     figure = Figure(figsize=(side + 0.4, side))
     axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), [label.name for label in labels], rotation=45, ha="left")
-    axes.set_yticks(range(len(labels)), [label.name for label in labels])
-    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    for row, column in np.ndindex(shares.shape):
-        if shares[row, column] >= 0.005:
-            tone = "white" if shares[row, column] > 0.5 else "#333333"
-            axes.text(column, row, f"{shares[row, column]:.0%}", ha="center", va="center", fontsize=7, color=tone)
-    axes.spines[:].set_visible(False)
+    heat_map(axes, shares, [label.name for label in labels], least=0.005)
     axes.set(ylabel="wanted by the mask", xlabel=f"found, {ROWS['synthetic']}")
     return figure
 
@@ -96,9 +86,7 @@ def crop_bars(metrics: dict) -> Figure:
     ends = [lookup(metrics["intervals"], ("crops", "kernel_distance", label)) for label in labels]
     _dots(axes, [found[label] for label in labels], ends, np.arange(len(labels)), ACCENT, "")
     axes.axvline(0, color="#888888", linewidth=1)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    name_classes(axes, labels)
     title = "KID" if metrics["distance"]["names"][1] == "KID" else "kernel distance"
     axes.set_title(f"{title} of each class, cut out ({metrics['crops']['extractor']}); 0: like real")
     axes.locator_params(axis="x", nbins=5)
