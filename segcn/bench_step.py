@@ -25,7 +25,7 @@ def bench_step(
     resolution: int = 128,
     batch_size: int = 8,
     steps: int = 10,
-    rounds: int = 3,
+    rounds: int = 2,
     log: Callable[[str], None] = print,
 ) -> dict[tuple[str, str], list[float]]:
     """Seconds of a step of ControlNet, U-Net and AdamW in float32 on the CPU, one a round, by (memory, layout).

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -11,7 +12,6 @@ from pathlib import Path
 
 from segcn.arguments import GOES_ON, main_guard, parse, stoppable
 from segcn.config import (
-    BASE,
     OUTPUTS,
     DoctorConfig,
     EvaluateConfig,
@@ -112,17 +112,18 @@ def do_bench(words: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="segcn bench", allow_abbrev=False)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    validate = kinds.add_parser("validate", help="segcn validate against merely decoding every file")
+    kind = functools.partial(kinds.add_parser, argument_default=argparse.SUPPRESS)  # defaults: the functions' own
+    validate = kind("validate", help="segcn validate against merely decoding every file")
     validate.add_argument("dataset", type=Path)
-    validate.add_argument("--rounds", type=int, default=3, help="each of both in turns")
-    metadata = kinds.add_parser("metadata", help="read and check a large metadata.csv: seconds and memory")
-    metadata.add_argument("--rows", type=int, default=1_000_000)
-    step = kinds.add_parser("step", help="a training step with each layout of memory and weights on the CPU")
-    step.add_argument("--pretrained_model_name_or_path", type=Path, default=BASE, help="base model folder")
-    step.add_argument("--resolution", type=int, default=128, help="pixels a side")
-    step.add_argument("--batch_size", type=int, default=8)
-    step.add_argument("--steps", type=int, default=10, help="timed in each process")
-    step.add_argument("--rounds", type=int, default=2, help="each layout in turns")
+    validate.add_argument("--rounds", type=int, help="each of both in turns")
+    metadata = kind("metadata", help="read and check a large metadata.csv: seconds and memory")
+    metadata.add_argument("--rows", type=int)
+    step = kind("step", help="a training step with each layout of memory and weights on the CPU")
+    step.add_argument("--pretrained_model_name_or_path", type=Path, help="base model folder")
+    step.add_argument("--resolution", type=int, help="pixels a side")
+    step.add_argument("--batch_size", type=int)
+    step.add_argument("--steps", type=int, help="timed in each process")
+    step.add_argument("--rounds", type=int, help="each layout in turns")
     kinds.add_parser("train", help="training against diffusers' train_controlnet.py: pace, memory, time to obey")
     kinds.add_parser("generate", help="painting against one pipeline call an image: pace, faithfulness, distance")
     options = vars(parser.parse_args(words))

@@ -68,5 +68,5 @@ def test_a_step_is_timed(random_base, capsys):
 @pytest.mark.slow
 def test_kept_memory_and_channels_last_are_the_faster_on_the_embedded_base():
     said = []
-    bench_step(log=said.append)
+    bench_step(rounds=3, log=said.append)
     assert "memory kept      , channels_last" in said[-1] and float(said[-1].split("x the pace")[0].split()[-1]) > 1.1
