@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from segcn import augment
 from segcn.arguments import parse
 from segcn.augment import AUGMENTS, AugmentConfig, Draw, apply, centre_square, draw, matrix, to_output, to_source
 from segcn.captions import cannot_be_mirrored, mirrored, says_a_side
@@ -398,6 +400,14 @@ def test_mirrored_twice_is_the_same(caption):
     assert says_a_side(mirrored(caption)) == says_a_side(caption)
     assert cannot_be_mirrored(mirrored(caption)) == cannot_be_mirrored(caption)
     assert not cannot_be_mirrored(caption) or says_a_side(caption)
+
+
+def test_the_help_of_segcn_train_tells_the_fields_and_their_defaults():
+    listed = dict(re.findall(r"(\w+)=(\S+)", TrainConfig.EPILOG.split("cover:\n")[1].split("\n\n")[0]))
+    told = {name: value.split("|") if "|" in value else float(value) for name, value in listed.items()}
+    defaults = dataclasses.asdict(AugmentConfig())
+    assert told == defaults | {name: list(words) for name, words in augment.WORDS.items()}
+    assert all(told[name][0] == defaults[name] for name in augment.WORDS)
 
 
 def test_rewritten_captions_are_flipped_where_every_word_is_known():
