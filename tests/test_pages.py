@@ -56,7 +56,11 @@ TOY = {  # what makes a command quick; everything else is as the page says
     "segcn samples landscapes": "--count 8 --test 4",
     "segcn train": "--resolution 64 --max_train_steps 2 --faithfulness_rows 0 --report_to none --train_batch_size 2",
 }
-PEER = 'import runpy\n\nrunpy.run_module("segcn.train", run_name="__main__")\n'  # takes diffusers' flags, too
+PEER = """import runpy, sys
+
+sys.argv += ["--logging_steps", "1"]
+runpy.run_module("segcn.train", run_name="__main__")
+"""  # what takes diffusers' flags, too, and writes a loss at each step as its script does
 SHIM = f'#!/bin/sh\nexec "{sys.executable}" -m segcn.cli "$@"\n'
 
 
@@ -99,10 +103,9 @@ def place(tmp_path, sample_set, landscapes, random_base):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(sample_set, tmp_path / "data" / "landscapes")
     shutil.copytree(landscapes, tmp_path / "DATASET")
-    shutil.copytree(landscapes / "test" / "masks", tmp_path / "FOLDER_OR_DATASET")
+    shutil.copytree(landscapes, tmp_path / "FOLDER_OR_DATASET")
     shutil.copytree(landscapes / "train", tmp_path / "path" / "containing")
-    for name in ("path", "FOLDER_OR_DATASET"):
-        shutil.copy(landscapes / "palette.json", tmp_path / name)
+    shutil.copy(landscapes / "palette.json", tmp_path / "path")
     shutil.copy(landscapes / "test" / "masks" / "000000.png", tmp_path / "MASK.png")
     write_pictures(tmp_path)
     (tmp_path / "RUN").symlink_to("DIR")
@@ -129,6 +132,7 @@ def write_pictures(folder):
         Image.fromarray(mask).save(folder / "MASKS" / f"{k}.png")
     for name in ("SOURCE", "photos_and_masks", "old", "FOLDER/photos"):
         shutil.copytree(folder / "photos", folder / name)
+    palette.save(folder / "photos_and_masks" / "palette.json")
     (folder / "SOURCE" / "captions").mkdir()
     for k in range(72):
         (folder / "SOURCE" / "captions" / f"{k}.txt").write_text(f"picture {k}")
