@@ -85,7 +85,7 @@ def do_import(words: list[str]) -> None:
 
 def do_validate(words: list[str]) -> None:
     """`segcn validate`."""
-    from segcn.report import validate
+    from segcn.doctor_report import validate
 
     first = ["--dataset_name"] if words and not words[0].startswith("-") else []
     with stoppable("Stopped: no report was written."):

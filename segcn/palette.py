@@ -12,7 +12,7 @@ from segcn.config import PaletteConfig
 from segcn.errors import UserError
 from segcn.labels import IGNORE, Label, Palette
 from segcn.masks import code_of, colour_of
-from segcn.ready import READY, check, check_survey, ready, refuse_no_ids, value_of
+from segcn.ready_palettes import READY, check, check_survey, ready, refuse_no_ids, value_of
 from segcn.survey import Colour, Survey, mask_files, survey
 
 __all__ = ["READY", "check", "make_palette", "propose", "ready", "spread_colours", "table"]

@@ -13,18 +13,18 @@ from PIL import Image
 from segcn import cli, doctor
 from segcn.config import DoctorConfig
 from segcn.doctor import examine
+from segcn.doctor_page import as_html
+from segcn.doctor_report import as_json, validate, write_report
+from segcn.doctor_summary import summary
 from segcn.errors import UserError
 from segcn.findings import KINDS, NEAR, Finding, nearest
 from segcn.labels import Label, Palette
 from segcn.masks import write_mask
 from segcn.metadata import COLUMNS
-from segcn.page import as_html
 from segcn.prepare import check_rows
 from segcn.quarantine import quarantine
 from segcn.records import check_split, read_split, write_metadata
-from segcn.report import as_json, validate, write_report
 from segcn.scan import ImageFacts, MaskFacts, dhash, image_facts, mask_facts
-from segcn.summary import summary
 from segcn.train_config import TrainConfig
 
 PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0))))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from segcn.config import DoctorConfig
 from segcn.doctor import Checkup
+from segcn.doctor_summary import by_kind, lengths, summary, verdict, where
 from segcn.findings import KINDS, Case, Finding
 from segcn.html_parts import as_table, head, img
 from segcn.labels import IGNORE, Label, Palette
@@ -18,7 +19,6 @@ from segcn.masks import colourise, read_mask
 from segcn.records import read_image
 from segcn.scan import Fault, read_header
 from segcn.show import overlay
-from segcn.summary import by_kind, lengths, summary, verdict, where
 
 SIDE = 160  # pixels of a picture in the report
 

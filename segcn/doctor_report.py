@@ -9,9 +9,9 @@ from segcn.arguments import to_json
 from segcn.atomic import write_text
 from segcn.config import DoctorConfig
 from segcn.doctor import Checkup, default_folder, examine, refuse_inside
-from segcn.page import as_html
+from segcn.doctor_page import as_html
+from segcn.doctor_summary import summary
 from segcn.quarantine import check_target, quarantine
-from segcn.summary import summary
 
 
 def validate(config: DoctorConfig, log: Callable[[str], None] = print) -> Checkup:
