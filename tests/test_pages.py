@@ -108,7 +108,9 @@ def place(tmp_path, sample_set, landscapes, random_base):
     shutil.copy(landscapes / "palette.json", tmp_path / "path")
     shutil.copy(landscapes / "test" / "masks" / "000000.png", tmp_path / "MASK.png")
     write_pictures(tmp_path)
-    (tmp_path / "RUN").symlink_to("DIR")
+    (tmp_path / "RUN").mkdir()
+    for name in ("metrics.json", "draws.safetensors"):
+        (tmp_path / "RUN" / name).symlink_to(tmp_path / name)  # which segcn evaluate writes beside DIR
     (tmp_path / "train_controlnet.py").write_text(PEER)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "segcn").write_text(SHIM)
@@ -141,7 +143,8 @@ def write_pictures(folder):
         (folder / "old" / "metadata.csv", "photo,seg,says", ""),
         (folder / "old.csv", "file_name,conditioning_image_file_name,text", "FOLDER/photos/"),
     ):
-        path.write_text("\n".join([head, *(f"{start}{image},{mask},{text}" for image, mask, text in pairs)]) + "\n")
+        lines = [head, *(f"{start}{image},{start}{mask},{text}" for image, mask, text in pairs)]
+        path.write_text("\n".join(lines) + "\n")
     columns = {"image": 0, "conditioning_image": 1}
     rows = {name: [Image.open(folder / "photos" / pair[k]) for pair in pairs] for name, k in columns.items()}
     Dataset.from_dict(rows | {"text": [text for *_, text in pairs]}).save_to_disk(folder / "saved")
