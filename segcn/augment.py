@@ -138,6 +138,7 @@ def apply(
     image: uint8 [3, H, W] -> uint8 [3, R, R], bilinear with antialias
     mask: uint8 [1, H, W] -> uint8 [1, R, R], NEAREST
     Returned third is valid: bool [1, R, R], False where out of frame; there the image is 0 and the mask 255.
+    ValueError where image and mask differ in size.
     """
     if image.shape[-2:] != mask.shape[-2:]:
         raise ValueError(f"expected one size, found {list(image.shape)} and {list(mask.shape)}")

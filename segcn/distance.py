@@ -22,7 +22,10 @@ def frechet_distance(real: torch.Tensor, synthetic: torch.Tensor) -> float:
 
 
 def frechet_estimate(real: torch.Tensor, synthetic: torch.Tensor) -> Estimate:
-    """With its bootstrap draws, moved so that their mean is the value: repeated images add a bias of their own."""
+    """Of two sets of features [N, D], with bootstrap draws.
+
+    They are moved so that their mean is the value: repeated images add a bias of their own.
+    """
     sets = real.double(), synthetic.double()
     count, work = min(map(len, sets)), max(map(len, sets)) * real.shape[1] * min(*map(len, sets), real.shape[1])
     least, most = FRECHET_DRAWS
@@ -54,8 +57,9 @@ def _frechet(one: tuple, other: tuple) -> torch.Tensor:
 def kernel_distance(real: torch.Tensor, synthetic: torch.Tensor) -> Estimate:
     """Unbiased squared MMD of all images of two sets of features [N, D], at most 5000 each; below 0 by chance.
 
-    Bińkowski et al. 2018, arXiv:1801.01401: a KID, with one subset of all images, where the features are Inception's.
-    An image is left out of its own company, in its own set however often it was drawn, and in the other if it is there.
+    Bińkowski et al. 2018, arXiv:1801.01401, with their kernel (x y / D + 1)^3: a KID, with one subset of all images,
+    where the features are Inception's. An image is left out of its own company, in its own set however often it was
+    drawn, and in the other if it is there.
     """
     near, far = (compared(one.double(), name) for one, name in zip((real, synthetic), SIDES, strict=True))
     within = [(_kernel(one, one).fill_diagonal_(0)) for one in (near, far)]

@@ -185,7 +185,7 @@ def faithfulness(split: Split, segmenter: Segmenter, batch_size: int = 32) -> di
     """mIoU of what the segmenter sees in the images against the masks beside them.
 
     Intersections and unions are counted over the whole set; 255 is left out; the mean is over the classes
-    that occur in the masks, the others are None in `per_class`.
+    that occur in the masks, the others are None in `per_class`. `miou` is None where no class occurs; `images` counts.
     """
     return measure(_batches(split, segmenter, batch_size), segmenter, split.palette)
 

@@ -70,7 +70,8 @@ def faithfulness_of(seen: dict[str, torch.Tensor], palette: Palette) -> dict:
 def calibration(bins: torch.Tensor) -> dict:
     """How far the segmenter's confidence is from its accuracy (expected calibration error, arXiv:1706.04599).
 
-    bins: float64 [N, BINS, 3] of each image, as of `confidence_bins`.
+    bins: float64 [N, BINS, 3] of each image, as of `confidence_bins`. The error has an interval; the curve is
+    accuracy over confidence in each bin that holds pixels.
     """
 
     def told(weights: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -64,7 +64,8 @@ def build(
 ) -> LatentCache:
     """Write the files that are missing, each process its share; all processes must see `folder`.
 
-    bad_limit: rows that may be unreadable: they are marked, and other rows stand in for them.
+    bad_limit: rows that may be unreadable: they are marked, and other rows stand in for them. UserError where there are
+    more of them, or the disk does not take the files.
     """
     layout, captions = layout_of(dataset, base), captions_of(dataset)
     missing = _missing(folder, layout, draws, len(captions))

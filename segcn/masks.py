@@ -51,7 +51,10 @@ def read_counted_mask(path: str | Path, palette: Palette) -> tuple[np.ndarray, n
 
 
 def write_mask(path: str | Path, mask: np.ndarray, palette: Palette) -> None:
-    """Write class ids, uint8 [H, W], as a palette PNG: its array is the ids, its RGB view the colours."""
+    """Write class ids, uint8 [H, W], as a palette PNG: its array is the ids, its RGB view the colours.
+
+    ValueError for another type or shape.
+    """
     if mask.dtype != np.uint8 or mask.ndim != 2:
         raise ValueError(f"expected uint8 [H, W], found {mask.dtype} {list(mask.shape)}")
     image = Image.fromarray(mask)

@@ -122,6 +122,7 @@ def generate(
 
     masks: uint8 [N,H,W] class ids, or None to paint without (then `size` is (H,W)). The noise of an image depends on
     (settings.seed, its entry in rows) alone. `on_step(step)` is called after each denoising step; True stops.
+    UserError for settings that cannot be, a size that the base does not take, and a noise prior of another base.
     """
     check_sampling(settings)
     if not size:

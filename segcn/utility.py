@@ -118,7 +118,7 @@ def evaluate_utility(config: UtilityConfig, log: Callable[[str], None] = print) 
     """The whole study; writes rows.json, metrics.json, utility.md and utility.png, and returns the metrics.
 
     Every ControlNet, set of images and segmenter stands in a folder of its own and is made once: killed anywhere, the
-    same command goes on and ends with the same metrics.
+    same command goes on and ends with the same metrics. UserError for what cannot be, before anything is trained.
     """
     study = open_study(config, log)
     log(f"{study.clock.total} pieces of work, about {clock(study.clock.left)} on two slow cores; {config.folder}")
