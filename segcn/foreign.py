@@ -63,7 +63,7 @@ def open_segmenter(
         return load_segmenter(folder, device)
     if told is None:
         raise UserError(
-            f"--segmenter {folder}: expected config.json of a segmenter, segcn's (cache/segmenter-...) or of"
+            f"--segmenter {folder}: expected a folder with config.json, segcn's cache/segmenter-... or of"
             " AutoModelForSemanticSegmentation.save_pretrained, found none; without the flag one is trained"
         )
     model, look = _load(Path(folder))
