@@ -103,7 +103,6 @@ def place(tmp_path, sample_set, landscapes, random_base):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(sample_set, tmp_path / "data" / "landscapes")
     shutil.copytree(landscapes, tmp_path / "DATASET")
-    shutil.copytree(landscapes, tmp_path / "FOLDER_OR_DATASET")
     shutil.copytree(landscapes / "train", tmp_path / "path" / "containing")
     shutil.copy(landscapes / "palette.json", tmp_path / "path")
     shutil.copy(landscapes / "test" / "masks" / "000000.png", tmp_path / "MASK.png")
