@@ -10,27 +10,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from segcn.arguments import GOES_ON, main_guard, parse, stoppable
-from segcn.config import (
-    OUTPUTS,
-    DoctorConfig,
-    EvaluateConfig,
-    ImportConfig,
-    InferConfig,
-    PaletteConfig,
-)
-from segcn.home import use_writable_home
-from segcn.train_config import TrainConfig
+from segcn.data.config import DoctorConfig, ImportConfig, PaletteConfig
+from segcn.evaluate.config import EvaluateConfig
+from segcn.generate.config import InferConfig
+from segcn.train.config import TrainConfig
+from segcn.utils.args import GOES_ON, main_guard, parse, stoppable
+from segcn.utils.paths import OUTPUTS, use_writable_home
 
 COMMANDS = {
     "run": "notebooks 01 to 05 in order: data, augmentation, training, generation, evaluation",
     "samples": "sample data (landscapes, earth), failures, the embedded base (base) and its figures (measure)",
-    "import": "pictures and masks, metadata files, parquet or saved datasets to a data set of this package",
+    "import": "images and masks, metadata files, parquet or saved datasets to a data set of this package",
     "validate": "check a data set: decode every file and report every fault with its row",
     "palette": "write a palette.json for masks that have none: a ready one, or one proposed from them",
     "bench": "measure: data sets (validate, metadata), training (step, train) or painting (generate)",
     "train": "train a ControlNet; the same as accelerate launch -m segcn.train",
-    "infer": "one mask and one or more prompts to a picture that knows how it was made",
+    "infer": "one mask and one or more prompts to an image that knows how it was made",
     "generate": "masks to a data set of new images; the same as accelerate launch -m segcn.generate",
     "evaluate": "do generated images obey their masks, are they near real ones? compare: two runs; utility: their use",
 }
@@ -57,7 +52,8 @@ def usage() -> str:
 
 def do_run(words: list[str]) -> None:
     """`segcn run`."""
-    from segcn.run import RunConfig, run
+    from segcn.notebook.config import RunConfig
+    from segcn.notebook.run import run
 
     with stoppable(GOES_ON):
         run(parse(RunConfig, words, "segcn run"))
@@ -65,7 +61,7 @@ def do_run(words: list[str]) -> None:
 
 def do_samples(words: list[str]) -> None:
     """`segcn samples`."""
-    from segcn.samples_cli import command
+    from segcn.samples.cli import command
 
     with stoppable(GOES_ON):
         command(words)
@@ -74,7 +70,7 @@ def do_samples(words: list[str]) -> None:
 def do_import(words: list[str]) -> None:
     """`segcn import`."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched; read when huggingface_hub is first imported
-    from segcn.importer import import_dataset
+    from segcn.data.importers.importer import import_dataset
 
     places = list(itertools.takewhile(lambda word: not word.startswith("-"), words))[:2]
     first = [word for pair in zip(("--source", "--out"), places, strict=False) for word in pair]
@@ -85,7 +81,7 @@ def do_import(words: list[str]) -> None:
 
 def do_validate(words: list[str]) -> None:
     """`segcn validate`."""
-    from segcn.doctor_report import validate
+    from segcn.data.doctor.report import validate
 
     first = ["--dataset_name"] if words and not words[0].startswith("-") else []
     with stoppable("Stopped: no report was written."):
@@ -95,7 +91,7 @@ def do_validate(words: list[str]) -> None:
 
 def do_palette(words: list[str]) -> None:
     """`segcn palette`."""
-    from segcn.palette import make_palette
+    from segcn.data.importers.palettes import make_palette
 
     first = ["--dataset_name"] if words and not words[0].startswith("-") else []
     print(f"palette: {make_palette(parse(PaletteConfig, first + words, 'segcn palette'))}")
@@ -107,8 +103,7 @@ def do_bench(words: list[str]) -> None:
         return bench_training(words[1:])
     if words[:1] == ["generate"]:
         return bench_generating(words[1:])
-    from segcn.bench import bench_metadata, bench_validate
-    from segcn.bench_step import bench_step
+    from segcn.bench.old import bench_metadata, bench_step, bench_validate
 
     parser = argparse.ArgumentParser(prog="segcn bench", allow_abbrev=False)
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -133,8 +128,8 @@ def do_bench(words: list[str]) -> None:
 
 def bench_training(words: list[str]) -> None:
     """`segcn bench train`."""
-    from segcn.bench_plan import BenchTrainConfig
-    from segcn.bench_train import bench_train
+    from segcn.bench.config import BenchTrainConfig
+    from segcn.bench.train import bench_train
 
     with stoppable("Stopped: the runs that finished are kept, and the same command goes on."):
         bench_train(parse(BenchTrainConfig, words, "segcn bench train"))
@@ -142,8 +137,9 @@ def bench_training(words: list[str]) -> None:
 
 def bench_generating(words: list[str]) -> None:
     """`segcn bench generate`."""
-    from segcn.bench_generate import BenchGenerateConfig, bench_generate
-    from segcn.show import quiet
+    from segcn.bench.config import BenchGenerateConfig
+    from segcn.bench.generate import bench_generate
+    from segcn.data.visualize import quiet
 
     quiet()
     with stoppable("Stopped: the turns that finished are kept, and the same command goes on."):
@@ -152,7 +148,7 @@ def bench_generating(words: list[str]) -> None:
 
 def do_train(words: list[str]) -> None:
     """`segcn train`."""
-    from segcn.launch import STOPPED, training_lines
+    from segcn.train.launch import STOPPED, training_lines
 
     with (
         stoppable(STOPPED, (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)),  # the training commits a checkpoint
@@ -164,14 +160,14 @@ def do_train(words: list[str]) -> None:
 
 def do_infer(words: list[str]) -> None:
     """`segcn infer`."""
-    from segcn.infer import infer
+    from segcn.generate.infer import infer
 
     print(infer(parse(InferConfig, words, "segcn infer")))
 
 
 def do_generate(words: list[str]) -> None:
     """`segcn generate`."""
-    from segcn.generate import command
+    from segcn.generate.writer import command
 
     command(words)
 
@@ -179,15 +175,15 @@ def do_generate(words: list[str]) -> None:
 def do_evaluate(words: list[str]) -> None:
     """`segcn evaluate`."""
     if words[:1] == ["utility"]:
-        from segcn.utility import command
+        from segcn.study.run import command
 
         return command(words[1:])
     if words[:1] == ["compare"]:
         return compare_runs(words[1:])
-    from segcn.assess import evaluate_folders
-    from segcn.metrics_table import table
-    from segcn.samples.reading import caption_reader
-    from segcn.show import quiet
+    from segcn.data.visualize import quiet
+    from segcn.evaluate.run import evaluate_folders
+    from segcn.evaluate.tables import table
+    from segcn.samples.recognizer import caption_reader
 
     quiet()
     with stoppable(GOES_ON):
@@ -198,7 +194,7 @@ def do_evaluate(words: list[str]) -> None:
 
 def compare_runs(words: list[str]) -> None:
     """`segcn evaluate compare`."""
-    from segcn.compare import compare
+    from segcn.evaluate.tables import compare
 
     parser = argparse.ArgumentParser(prog="segcn evaluate compare", allow_abbrev=False)
     parser.add_argument("run", nargs=2, help="folder of an evaluation, or its metrics.json")

@@ -11,10 +11,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from segcn import models
-from segcn.arguments import make
-from segcn.samples.landscapes import write_landscapes
-from segcn.train_config import TrainConfig
+from segcn.models.base import load_base
+from segcn.models.controlnet import make_controlnet
+from segcn.samples.landscapes.scene import write_landscapes
+from segcn.train.config import TrainConfig
+from segcn.utils.args import make
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -40,11 +41,9 @@ def landscapes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory):
-    """A base in Stable Diffusion's layout with random weights: its pictures are noise, its code path is real."""
-    from segcn.samples.base import SMOKE, export_base
-    from segcn.samples.tokenizer import build_tokenizer
-    from segcn.samples.unet import Denoiser
-    from segcn.samples.vae import build_vae, standardise_latents
+    """A base in Stable Diffusion's layout with random weights: its images are noise, its code path is real."""
+    from segcn.samples.base_model.recipe import SMOKE, build_tokenizer, export_base
+    from segcn.samples.base_model.training import Denoiser, build_vae, standardise_latents
 
     vae = build_vae(SMOKE.vae).eval()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
@@ -58,7 +57,7 @@ def random_base(tmp_path_factory):
 def random_controlnet(random_base, tmp_path_factory):
     """The folder of a ControlNet that has learnt nothing."""
     folder = tmp_path_factory.mktemp("models") / "controlnet"
-    models.make_controlnet(models.load_base(random_base).unet).save_pretrained(folder)
+    make_controlnet(load_base(random_base).unet).save_pretrained(folder)
     return folder
 
 

@@ -14,9 +14,9 @@ import torch.utils.tensorboard  # noqa: F401
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel  # noqa: F401
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-from segcn import checkpoint
-from segcn.train import train
-from segcn.train_config import TrainConfig
+from segcn.train.config import TrainConfig
+from segcn.train.loop import train
+from segcn.utils import io
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000  # of unshare(2)
@@ -77,13 +77,13 @@ def warm_context() -> multiprocessing.context.BaseContext:
 def train_quietly(config: TrainConfig, save: int = 0, change: int = 0) -> None:
     """Train; with `save`: die of SIGKILL before the `change`-th change to the disk of the `save`-th checkpoint."""
     multiprocessing.set_start_method("fork", force=True)  # of the processes that read data, as in a run of a user's
-    commit, saves = checkpoint.commit, itertools.count(1)
+    commit, saves = io.commit, itertools.count(1)
 
     def commit_or_die(*arguments):
         if next(saves) == save:
             die_at(change)
         return commit(*arguments)
 
-    checkpoint.commit = commit_or_die
+    io.commit = commit_or_die
     with open(os.devnull, "w") as sys.stdout:
         train(config)

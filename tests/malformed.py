@@ -10,10 +10,9 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from segcn.labels import Label, Palette
-from segcn.masks import write_mask
-from segcn.metadata import COLUMNS
-from segcn.records import write_metadata
+from segcn.data.masks import write_mask
+from segcn.data.metadata import COLUMNS, write_metadata
+from segcn.data.palette import Label, Palette
 
 HEADER = ",".join(COLUMNS)
 PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "grass", (96, 168, 48)), Label(7, "tree", (0, 100, 0))))
@@ -75,7 +74,7 @@ def file_of(name, data):
 
 
 def encoded(pixels, form, **options):
-    """Bytes of a picture file."""
+    """Bytes of an image file."""
     file = io.BytesIO()
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(file, form, **options)
@@ -96,13 +95,13 @@ def png_begun(width, height):
 
 def label(**changes):
     """palette.json with one entry like this among sound ones."""
-    entry = {"id": 3, "name": "road", "colour": [9, 9, 9]} | changes
+    entry = {"id": 3, "name": "road", "color": [9, 9, 9]} | changes
     entry = {key: value for key, value in entry.items() if value != "nothing"}
     return palette_text(json.dumps({"labels": [*map(entry_of, PALETTE.labels), entry]}))
 
 
 def entry_of(each):
-    return {"id": each.id, "name": each.name, "colour": list(each.colour)}
+    return {"id": each.id, "name": each.name, "color": list(each.color)}
 
 
 def palette_text(text):
@@ -136,7 +135,7 @@ def linked_folder(path):
 
 
 def secret(path):
-    """A link to a picture outside of the folder."""
+    """A link to an image outside of the folder."""
     outside = path.parents[2] / "outside"
     outside.mkdir(exist_ok=True)
     Image.fromarray(photo(1)).save(outside / "secret.png")
@@ -300,24 +299,24 @@ PALETTES = {
     "no name": label(name="nothing"),
     "empty name": label(name=" "),
     "name a number": label(name=3),
-    "no colour": label(colour="nothing"),
-    "two numbers": label(colour=[1, 2]),
-    "four numbers": label(colour=[1, 2, 3, 4]),
-    "colour of 256": label(colour=[1, 2, 256]),
-    "negative colour": label(colour=[-1, 2, 3]),
-    "a fraction": label(colour=[0.5, 0, 0]),
-    "colour name": label(colour="red"),
+    "no color": label(color="nothing"),
+    "two numbers": label(color=[1, 2]),
+    "four numbers": label(color=[1, 2, 3, 4]),
+    "color of 256": label(color=[1, 2, 256]),
+    "negative color": label(color=[-1, 2, 3]),
+    "a fraction": label(color=[0.5, 0, 0]),
+    "color name": label(color="red"),
     "id twice": label(id=7),
     "name twice": label(name="sky"),
-    "colour twice": label(colour=[135, 206, 235]),
+    "color twice": label(color=[135, 206, 235]),
     "unknown key": label(color=[1, 2, 3]),
     "ignore a string": label(ignore="yes"),
-    "all ignored": palette_text('{"labels": [{"id": 0, "name": "x", "colour": [0, 0, 0], "ignore": true}]}'),
+    "all ignored": palette_text('{"labels": [{"id": 0, "name": "x", "color": [0, 0, 0], "ignore": true}]}'),
     "bytes": lambda folder: (folder / "palette.json").write_bytes(b"\xff\xfe"),
     "missing": lambda folder: (folder / "palette.json").unlink(),
 }
-COLOURS = PALETTE.table[MASK]
-SMOOTH = np.asarray(Image.fromarray(COLOURS).resize((12, 8), Image.Resampling.BILINEAR).resize((6, 4)))
+COLORS = PALETTE.table[MASK]
+SMOOTH = np.asarray(Image.fromarray(COLORS).resize((12, 8), Image.Resampling.BILINEAR).resize((6, 4)))
 MASKS = {
     "another value": encoded(np.where(MASK == 7, 9, MASK).astype(np.uint8), "PNG"),
     "one pixel of another value": encoded(np.where(np.arange(24).reshape(4, 6) == 5, 8, MASK).astype(np.uint8), "PNG"),
@@ -326,13 +325,13 @@ MASKS = {
     "fractions": encoded(MASK.astype(np.float32), "TIFF"),
     "32-bit, negative": encoded(np.where(MASK == 7, -1, MASK.astype(np.int32)).astype(np.int32), "TIFF"),
     "stretched grey": encoded(MASK * 36, "PNG"),
-    "RGB of another colour": encoded(COLOURS ^ 1, "PNG"),
+    "RGB of another color": encoded(COLORS ^ 1, "PNG"),
     "RGB, smoothed": encoded(SMOOTH, "PNG"),
-    "RGB, BGR order": encoded(COLOURS[..., ::-1].copy(), "PNG"),
-    "RGBA of another colour": encoded(np.dstack([COLOURS ^ 1, MASK]), "PNG"),
-    "JPEG": encoded(COLOURS, "JPEG"),
+    "RGB, BGR order": encoded(COLORS[..., ::-1].copy(), "PNG"),
+    "RGBA of another color": encoded(np.dstack([COLORS ^ 1, MASK]), "PNG"),
+    "JPEG": encoded(COLORS, "JPEG"),
     "grey JPEG": encoded(MASK * 30, "JPEG", quality=30),
-    "lossy WebP": encoded(COLOURS, "WEBP", quality=20),
+    "lossy WebP": encoded(COLORS, "WEBP", quality=20),
     "a photo": encoded(photo(9), "PNG"),
     "larger": encoded(MASK.repeat(2, 0), "PNG"),
     "smaller": encoded(MASK[:, 1:].copy(), "PNG"),
@@ -383,7 +382,7 @@ NOT_FILES = {
 
 
 def renumbered(folder):
-    """As an image editor saves it: the same colours, other values."""
+    """As an image editor saves it: the same colors, other values."""
     image = Image.fromarray(np.where(MASK == 7, 0, np.where(MASK == 0, 7, MASK)).astype(np.uint8))
     table = PALETTE.table.copy()
     table[[0, 7]] = table[[7, 0]]

@@ -14,7 +14,7 @@ import papermill
 import pytest
 from conftest import CHROMIUM
 
-from segcn.config import ROOT
+from segcn.utils.paths import ROOT
 
 if CHROMIUM is None:
     pytest.skip("no Chromium here: apt-get install chromium", allow_module_level=True)

@@ -10,14 +10,24 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from segcn import augment
-from segcn.arguments import parse
-from segcn.augment import AUGMENTS, AugmentConfig, Draw, apply, centre_square, draw, matrix, to_output, to_source
-from segcn.captions import cannot_be_mirrored, mirrored, says_a_side
-from segcn.config import FITS
-from segcn.errors import UserError
-from segcn.labels import IGNORE
-from segcn.train_config import TrainConfig
+from segcn.data import transforms
+from segcn.data.captions import cannot_be_mirrored, mirrored, says_a_side
+from segcn.data.config import FITS
+from segcn.data.palette import IGNORE
+from segcn.data.transforms import (
+    AUGMENTS,
+    AugmentConfig,
+    Draw,
+    apply,
+    centre_square,
+    draw,
+    matrix,
+    to_output,
+    to_source,
+)
+from segcn.train.config import TrainConfig
+from segcn.utils.args import parse
+from segcn.utils.errors import UserError
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 BLOCK = 8  # pixels on a side of one class in the coordinate-encoded mask
@@ -29,7 +39,7 @@ SEEDS = st.integers(0, 2**31)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """For pictures as small as these, threads wait for each other more than they work."""
+    """For images as small as these, threads wait for each other more than they work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -163,10 +173,10 @@ def test_a_flip_mirrors_both():
     assert torch.equal(flipped, image.flip(-1)) and torch.equal(flipped_mask, mask.flip(-1))
 
 
-def test_colour_leaves_the_mask_alone():
+def test_color_leaves_the_mask_alone():
     image, mask = random_pair(7, 16, 16)
-    coloured, same, _ = apply(image, mask, Draw(brightness=1.1, contrast=0.9, saturation=1.1, hue=0.1), 16)
-    assert not torch.equal(coloured, image)
+    colored, same, _ = apply(image, mask, Draw(brightness=1.1, contrast=0.9, saturation=1.1, hue=0.1), 16)
+    assert not torch.equal(colored, image)
     assert torch.equal(same, mask)
 
 
@@ -218,7 +228,7 @@ GRIDS = (96, 96), (96, 130), (150, 110)
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("config", [GEOMETRY, WILD_GEOMETRY, dataclasses.replace(WILD_GEOMETRY, fill="cover")])
 def test_pixels_land_where_the_matrix_says(config, fit):
-    """1000 draws: a picture whose colours are its coordinates, beside the coordinates that `to_source` gives."""
+    """1000 draws: an image whose colors are its coordinates, beside the coordinates that `to_source` gives."""
     for seed in range(112):
         size = GRIDS[seed % len(GRIDS)]
         y, x = np.mgrid[: size[0], : size[1]]
@@ -406,8 +416,8 @@ def test_the_help_of_segcn_train_tells_the_fields_and_their_defaults():
     listed = dict(re.findall(r"(\w+)=(\S+)", TrainConfig.EPILOG.split("cover:\n")[1].split("\n\n")[0]))
     told = {name: value.split("|") if "|" in value else float(value) for name, value in listed.items()}
     defaults = dataclasses.asdict(AugmentConfig())
-    assert told == defaults | {name: list(words) for name, words in augment.WORDS.items()}
-    assert all(told[name][0] == defaults[name] for name in augment.WORDS)
+    assert told == defaults | {name: list(words) for name, words in transforms.WORDS.items()}
+    assert all(told[name][0] == defaults[name] for name in transforms.WORDS)
 
 
 def test_rewritten_captions_are_flipped_where_every_word_is_known():

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from segcn import latents, models, prepare
-from segcn.arguments import arguments_of
-from segcn.augment import AUGMENTS
-from segcn.bad_samples import BadRows, first_good, parse_limit
-from segcn.dataset import PairedDataset
-from segcn.errors import UserError
-from segcn.examples import Examples, Plan
-from segcn.masks import read_mask, write_mask
-from segcn.records import read_split
-from segcn.stamps import overlook_bad, remember_stamps
-from segcn.train import train
+from segcn.data.dataset import PairedDataset
+from segcn.data.masks import read_mask, write_mask
+from segcn.data.metadata import read_split
+from segcn.data.transforms import AUGMENTS
+from segcn.models.base import load_base
+from segcn.train import latent_cache, setup
+from segcn.train.batches import Examples, Plan
+from segcn.train.latent_cache import BadRows, first_good, overlook_bad, parse_limit, remember_stamps
+from segcn.train.loop import train
+from segcn.utils.args import arguments_of
+from segcn.utils.errors import UserError
 
 ALONE = SimpleNamespace(
     is_main_process=True,
@@ -37,7 +37,7 @@ ALONE = SimpleNamespace(
 
 @pytest.fixture(scope="module")
 def base(random_base):
-    return models.load_base(str(random_base))
+    return load_base(str(random_base))
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_by_default_the_run_ends_with_file_and_row(rows, base, tmp_path, fault, 
     spoil(rows, 5, fault)
     with pytest.raises(UserError) as caught:
         if cached:
-            latents.build(tmp_path / "cache", rows, base, 1, ALONE, print)
+            latent_cache.build(tmp_path / "cache", rows, base, 1, ALONE, print)
         else:
             examples(rows)[0, 5]
     record = rows.split[5]
@@ -96,7 +96,7 @@ def test_a_run_that_ends_leaves_no_thread_reading_ahead(rows, base, tmp_path):
     spoil(rows, 5)
     before = set(threading.enumerate())
     with pytest.raises(UserError) as caught:
-        latents.build(tmp_path / "cache", rows, base, 1, ALONE, print)
+        latent_cache.build(tmp_path / "cache", rows, base, 1, ALONE, print)
     reading = [thread for thread in set(threading.enumerate()) - before if "ThreadPool" in thread.name]
     assert caught.tb and not reading
 
@@ -115,7 +115,7 @@ def test_the_next_good_row_stands_in_alike_with_and_without_cache(rows, base, tm
     good = [examples(rows)[1, row] for row in range(12)]
     for row in (4, 5, 11):
         spoil(rows, row)
-    cache = latents.build(tmp_path / "cache", rows, base, 2, ALONE, print, bad_limit=3)
+    cache = latent_cache.build(tmp_path / "cache", rows, base, 2, ALONE, print, bad_limit=3)
     for source in (examples(rows, cache, 3), examples(rows, None, 3)):
         found = [source[1, row] for row in range(12)]
         assert [each["row"] for each in found] == [0, 1, 2, 3, 6, 6, 6, 7, 8, 9, 10, 0]
@@ -133,7 +133,7 @@ def test_more_bad_rows_than_allowed_are_listed(rows, base, tmp_path):
     for row in (2, 5, 6, 9):
         spoil(rows, row)
     with pytest.raises(UserError, match=r"skip:3: expected at most 3 bad rows, found 4:(?s:.*row 2\).*row 9\))"):
-        latents.build(tmp_path / "cache", rows, base, 1, ALONE, print, bad_limit=3)
+        latent_cache.build(tmp_path / "cache", rows, base, 1, ALONE, print, bad_limit=3)
     with pytest.raises(UserError, match=r"skip:1: expected at most 1 bad rows, found 2:(?s:.*row 5\).*row 6\))"):
         examples(rows, None, 1)[0, 5]
     bad = BadRows(tmp_path, 3, rows, ALONE, print)
@@ -153,14 +153,14 @@ def test_no_good_row_at_all_ends_the_search():
 def test_the_marks_of_a_cache_stay_and_a_strict_run_refuses_them(rows, base, tmp_path, monkeypatch):
     spoil(rows, 3)
     folder = tmp_path / "cache"
-    assert list(latents.build(folder, rows, base, 1, ALONE, print, bad_limit=1).bad) == [3]
-    monkeypatch.setattr(latents, "encode_moments", None)
-    assert list(latents.build(folder, rows, base, 1, ALONE, print, bad_limit=1).bad) == [3]
+    assert list(latent_cache.build(folder, rows, base, 1, ALONE, print, bad_limit=1).bad) == [3]
+    monkeypatch.setattr(latent_cache, "encode_moments", None)
+    assert list(latent_cache.build(folder, rows, base, 1, ALONE, print, bad_limit=1).bad) == [3]
     spoiled = rows.split[3].image
     with pytest.raises(
         UserError, match=rf"1 that could not be read(?s:.*row 3\): {spoiled}.*)skip:1; or .*rm -r {folder}"
     ):
-        latents.build(folder, rows, base, 1, ALONE, print)
+        latent_cache.build(folder, rows, base, 1, ALONE, print)
 
 
 def test_all_processes_know_the_same_bad_rows_each_told_once_also_after_a_resume(rows, tmp_path):
@@ -244,7 +244,7 @@ def test_only_rows_gone_bad_are_overlooked_when_a_run_goes_on(rows, tmp_path, fa
         shutil.copy(rows.split[1].image, rows.split[9].image)
         shutil.copy(rows.split[1].mask, rows.split[9].mask)
     elif fault == "metadata":
-        rows.split.metadata.write_text(rows.split.metadata.read_text().replace("landscape", "picture"))
+        rows.split.metadata.write_text(rows.split.metadata.read_text().replace("landscape", "image"))
     split = read_split(tmp_path / "data", "train")
     assert split.fingerprint != before
     overlook_bad(split, before, tmp_path / "cache", limit)
@@ -285,10 +285,10 @@ def test_two_processes_with_workers_skip_the_rows_that_one_skips(rows, quick, tm
 
 def test_the_bad_rows_of_a_cache_are_told_once_in_the_run_folder(rows, quick, tmp_path, monkeypatch, capsys):
     """The file goes bad between the check and the encoding; nothing that a step then sees counts it again."""
-    monkeypatch.setattr(prepare, "check_rows", lambda *_: spoil(rows, 3))
+    monkeypatch.setattr(setup, "check_rows", lambda *_: spoil(rows, 3))
     given = {"dataset_name": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache"), "on_bad_sample": "skip:1"}
     for told in (1, 0):
-        run = prepare.prepare(quick(tmp_path / "run", **given))
+        run = setup.prepare(quick(tmp_path / "run", **given))
         for batch in DataLoader(run.examples, batch_sampler=Plan(12, 0, 0, 6, 1, 2)):
             run.bad_rows.seen(batch)
         assert capsys.readouterr().out.count("Bad row 3") == told

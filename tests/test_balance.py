@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segcn import seeds
-from segcn.balance import Stream, balanced, class_pixels, frequencies, read_class_pixels, repeat_factors
-from segcn.examples import Plan
-from segcn.masks import read_mask
-from segcn.records import read_split
+from segcn.data.masks import read_mask
+from segcn.data.metadata import read_split
+from segcn.data.sampler import Stream, balanced, class_pixels, frequencies, read_class_pixels, repeat_factors
+from segcn.train.batches import Plan
+from segcn.utils import rng
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 FACTORS = st.lists(st.floats(1, 6), min_size=1, max_size=12)
@@ -24,7 +24,7 @@ def test_without_repeats_the_stream_is_one_permutation_after_another():
     assert [visit for visit, _ in keys] == [position // 10 for position in range(35)]
     for epoch in range(3):
         rows = [row for _, row in keys[10 * epoch : 10 * epoch + 10]]
-        assert rows == seeds.permutation(10, "rows", 7, epoch)
+        assert rows == rng.permutation(10, "rows", 7, epoch)
 
 
 @FEW

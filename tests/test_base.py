@@ -10,13 +10,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from segcn.config import BASE
-from segcn.errors import UserError
-from segcn.masks import write_mask
-from segcn.models import base_fingerprint
-from segcn.samples.base import SMOKE, build_base
-from segcn.samples.landscapes import palette
-from segcn.samples.vae import VaeRecipe, build_vae, standardise_latents
+from segcn.data.masks import write_mask
+from segcn.models.base import base_fingerprint
+from segcn.samples.base_model.recipe import SMOKE, build_base
+from segcn.samples.base_model.training import VaeRecipe, build_vae, standardise_latents
+from segcn.samples.landscapes.scene import palette
+from segcn.utils.errors import UserError
+from segcn.utils.paths import BASE
 
 
 def segcn(*words):

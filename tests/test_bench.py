@@ -2,7 +2,7 @@
 
 import pytest
 
-from segcn.bench import bench_metadata, bench_validate
+from segcn.bench.old import bench_metadata, bench_validate
 
 
 def test_the_doctor_is_timed_against_decoding_alone(landscapes):

@@ -8,24 +8,32 @@ import numpy as np
 import pytest
 import torch
 
-from segcn import models
-from segcn.bench_generate import BenchGenerateConfig, bench_generate
-from segcn.bench_peaks import peaks
-from segcn.bench_scores import excess_interval, jackknife, kernel_distance
-from segcn.bench_sides import Side, variant
-from segcn.bench_verdicts import table, verdicts
+from segcn.bench.config import BenchGenerateConfig
+from segcn.bench.generate import (
+    Side,
+    bench_generate,
+    excess_interval,
+    jackknife,
+    kernel_distance,
+    peaks,
+    table,
+    variant,
+    verdicts,
+)
 from segcn.cli import do_bench
-from segcn.colour import colour_shift, to_lab
-from segcn.config import GenerateConfig, SampleConfig
-from segcn.errors import UserError
-from segcn.records import check_split, read_image, read_split
-from segcn.segmenter import SegmenterConfig, train_segmenter
+from segcn.data.metadata import check_split, read_image, read_split
+from segcn.evaluate.metrics import color_shift, to_lab
+from segcn.generate.config import GenerateConfig, SampleConfig
+from segcn.models.base import load_base
+from segcn.models.controlnet import make_controlnet
+from segcn.models.segmenter import SegmenterConfig, train_segmenter
+from segcn.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def controlnet(random_base, landscapes, tmp_path_factory):
     """The folder of a ControlNet that is heard."""
-    network = models.make_controlnet(models.load_base(random_base).unet)
+    network = make_controlnet(load_base(random_base).unet)
     for block in network.controlnet_down_blocks:
         block.weight.data += 0.3
     folder = tmp_path_factory.mktemp("bench") / "controlnet"
@@ -153,17 +161,17 @@ def test_the_jackknife_gives_the_textbooks_interval_of_a_mean_and_pairs_rows():
     assert excess_interval(real, ours + 1, ours)[0] > 0 > excess_interval(real, ours, ours + 1)[0]
 
 
-def test_colours_are_cielab_and_a_shift_has_its_sign():
+def test_colors_are_cielab_and_a_shift_has_its_sign():
     known = {(255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (255, 0, 0): (53.24, 80.09, 67.20),
              (0, 0, 255): (32.30, 79.19, -107.86), (10, 10, 10): (2.74, 0, 0)}  # fmt: skip
     found = to_lab(np.array(list(known), np.uint8))
     assert np.abs(found - np.array(list(known.values()))).max() < 0.1
     real = [np.full((2, 2, 3), (90, 90, 90), np.uint8), np.full((2, 2, 3), (110, 110, 110), np.uint8)]
-    redder = [picture + np.array([20, 0, 0], np.uint8) for picture in real]
-    shift = colour_shift(real, redder)
+    redder = [image + np.array([20, 0, 0], np.uint8) for image in real]
+    shift = color_shift(real, redder)
     assert shift["a"] > 5 and shift["L"] > 1
     assert shift["delta_e"] == pytest.approx(math.hypot(shift["L"], shift["a"], shift["b"]))
-    assert colour_shift(real, real[::-1])["delta_e"] == pytest.approx(0)
+    assert color_shift(real, real[::-1])["delta_e"] == pytest.approx(0)
 
 
 @pytest.mark.parametrize(("changes", "missed"), [

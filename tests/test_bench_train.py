@@ -12,16 +12,26 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 
-from segcn import bench_faithful, bench_plan, judge, models
-from segcn.bench_faithful import Scorer
-from segcn.bench_plan import BenchTrainConfig, command, shared_start, variant_words
-from segcn.bench_train import bench_train, ratios
+from segcn.bench import train
+from segcn.bench.config import VARIANTS, BenchTrainConfig
+from segcn.bench.train import (
+    Scorer,
+    bench_train,
+    caching_limit,
+    command,
+    ratios,
+    run_timed,
+    shared_start,
+    step_tflop,
+    variant_words,
+)
 from segcn.cli import do_bench, do_samples
-from segcn.errors import UserError
-from segcn.flops import caching_limit, step_tflop
-from segcn.samples import sd15
-from segcn.segmenter import SegmenterConfig
-from segcn.timed import run_timed
+from segcn.models.base import load_base
+from segcn.models.controlnet import make_controlnet
+from segcn.models.segmenter import SegmenterConfig
+from segcn.samples.base_model import recipe
+from segcn.train import validation
+from segcn.utils.errors import UserError
 
 STAND_IN = """
 import os, sys, time
@@ -56,7 +66,7 @@ def bench(tmp_path, landscapes, random_base, monkeypatch):
     """A function from settings to a config whose peer takes 20 s a step by its clock and 200 MiB, ours 10 s."""
     for side, pace, megabytes in (("peer", 20, 200), ("ours", 10, 1)):
         (tmp_path / f"{side}.py").write_text(STAND_IN.format(side=side, pace=pace, megabytes=megabytes))
-    monkeypatch.setattr(bench_plan, "OURS", [sys.executable, str(tmp_path / "ours.py")])
+    monkeypatch.setattr(train, "OURS", [sys.executable, str(tmp_path / "ours.py")])
     given = {
         "peer": str(tmp_path / "peer.py"),
         "pretrained_model_name_or_path": str(random_base),
@@ -102,7 +112,7 @@ def test_start_up_and_saving_are_told_from_steady_steps(bench, tmp_path):
 
 def test_both_sides_get_the_same_flags(bench):
     config = bench(max_train_samples=7)
-    lines = [command(config, side, Path("/x"), 5, 5, variant_words(config, "bf16", side)) for side in bench_plan.SIDES]
+    lines = [command(config, side, Path("/x"), 5, 5, variant_words(config, "bf16", side)) for side in train.SIDES]
     peer, ours = ([word for word in line if word.startswith("--")] for line in lines)
     assert [name for name in ours if name not in peer] == ["--logging_steps", "--augment"] and set(peer) <= set(ours)
     assert variant_words(config, "memory", "peer") == variant_words(config, "ours", "peer")
@@ -117,7 +127,7 @@ def test_both_sides_train_the_same_network(bench, random_base):
     bench().folder.mkdir()
     start = ControlNetModel.from_pretrained(shared_start(bench()))
     assert start.config.conditioning_embedding_out_channels == [16, 32, 96, 256]
-    narrow = models.make_controlnet(models.load_base(random_base).unet)
+    narrow = make_controlnet(load_base(random_base).unet)
     assert narrow.num_parameters() < start.num_parameters()
 
 
@@ -168,7 +178,7 @@ class StandInScorer(Scorer):
 
 
 def test_the_time_until_masks_are_obeyed_is_taken_from_checkpoints_scored_later(bench, monkeypatch):
-    monkeypatch.setattr(bench_faithful, "Scorer", StandInScorer)
+    monkeypatch.setattr(train, "Scorer", StandInScorer)
     said = []
     config = bench(
         rounds=1, until_faithful=True, faithful_steps=10, checkpointing_steps=2, peer_learning_rates=[1e-5, 1e-3]
@@ -189,14 +199,14 @@ def test_the_time_until_masks_are_obeyed_is_taken_from_checkpoints_scored_later(
 
 
 def test_a_checkpoint_is_scored_by_what_it_paints(bench, random_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "SegmenterConfig", lambda **given: SegmenterConfig(steps=2, width=8, **given))
+    monkeypatch.setattr(validation, "SegmenterConfig", lambda **given: SegmenterConfig(steps=2, width=8, **given))
     config = bench(faithfulness_rows=1)
     config.folder.mkdir()
     scorer = Scorer(config, len)
     where = tmp_path / "run"
     for step in (5, 10):
         weights = where / "out" / f"checkpoint-{step}" / "controlnet"
-        models.make_controlnet(scorer.base.unet).save_pretrained(weights)
+        make_controlnet(scorer.base.unet).save_pretrained(weights)
     scorer.ceiling, entry, kept = 9.0, {"title": "a run", "where": str(where)}, []
     scorer.score(entry, lambda: kept.append(dict(entry)))
     assert kept[0]["reached"] is None and list(kept[0]["scores"]) == ["5", "10"]
@@ -211,7 +221,7 @@ def configs_of_sd15(tmp_path_factory):
     """The folder without its weights, and its parameters by part."""
     folder, counts = tmp_path_factory.mktemp("sd15"), {}
     with torch.device("meta"):
-        for name, build in sd15.PARTS.items():
+        for name, build in recipe.PARTS.items():
             part = build()
             counts[name] = part.num_parameters()
             (folder / name).mkdir()
@@ -237,18 +247,18 @@ def test_arithmetic_limits_what_caching_can_give(configs_of_sd15, resolution, li
 
 
 def test_the_large_base_is_written_in_the_layout_that_is_read(tmp_path, monkeypatch, random_base):
-    small = models.load_base(random_base)
-    parts = {name: lambda name=name: getattr(small, name) for name in sd15.PARTS}
-    monkeypatch.setattr(sd15, "PARTS", parts)
+    small = load_base(random_base)
+    parts = {name: lambda name=name: getattr(small, name) for name in recipe.PARTS}
+    monkeypatch.setattr(recipe, "PARTS", parts)
     do_samples(["sd15", str(tmp_path / "large")])
-    base = models.load_base(tmp_path / "large")
+    base = load_base(tmp_path / "large")
     assert base.tokenizer("a winter landscape").input_ids[1:-1] and base.tokenizer.model_max_length == 77
     assert base.scheduler.config.prediction_type == "epsilon"
     with pytest.raises(UserError, match="exists: choose another folder"):
-        sd15.build_sd15(tmp_path / "large")
-    monkeypatch.setattr(sd15, "SIZE", 1e18)
+        recipe.build_sd15(tmp_path / "large")
+    monkeypatch.setattr(recipe, "SIZE", 1e18)
     with pytest.raises(UserError, match="of free disk space"):
-        sd15.build_sd15(tmp_path / "other")
+        recipe.build_sd15(tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -259,10 +269,10 @@ def test_the_real_script_is_timed_unchanged(landscapes, random_base, tmp_path):
     words = {
         "peer": os.environ["SEGCN_PEER"], "pretrained_model_name_or_path": random_base, "dataset_name": landscapes,
         "output_dir": tmp_path, "resolution": 64, "rounds": 1, "measured_steps": 2, "warmup_steps": 1,
-        "variants": ",".join(bench_plan.VARIANTS),
+        "variants": ",".join(VARIANTS),
     }  # fmt: skip
     do_bench(["train", *(str(word) for name, value in words.items() for word in (f"--{name}", value))])
     entries = json.loads((tmp_path / "train.json").read_text())
-    assert len(entries) == 2 * len(bench_plan.VARIANTS)
+    assert len(entries) == 2 * len(VARIANTS)
     assert all(entry["began"] > began and entry["samples_per_second"] > 0 for entry in entries)
     assert "not measured" not in (tmp_path / "train.txt").read_text()

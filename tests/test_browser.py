@@ -13,10 +13,10 @@ from servers import (
     expect,
 )
 
-from segcn.config import BASE
-from segcn.made_with import read_settings
-from segcn.masks import read_mask
-from segcn.records import read_split
+from segcn.data.masks import read_mask
+from segcn.data.metadata import read_split
+from segcn.generate.infer import read_settings
+from segcn.utils.paths import BASE
 
 PROMPT = 'a winter landscape at dusk <img src=x onerror="window.heard = 1"> & a house'
 HOUSE = 8
@@ -92,7 +92,7 @@ class Person:
         expect(self.status).to_contain_text(re.compile(text), timeout=within)
 
     def images(self):
-        """The width of every painted picture that the browser has decoded."""
+        """The width of every painted image that the browser has decoded."""
         found = self.panel.locator(".segcn-grid img")
         return [image.evaluate("image => image.decode().then(() => image.naturalWidth)") for image in found.all()]
 
@@ -142,7 +142,7 @@ def test_a_person_paints_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, 
 
 
 def check_saved(split, first, last):
-    """The first picture's mask has the first stroke, the last one's both; caption and settings are as given."""
+    """The first image's mask has the first stroke, the last one's both; caption and settings are as given."""
     masks = [read_mask(record.mask, split.palette) for record in (first, last)]
     lower = [mask[87:92, 42:74] == HOUSE for mask in masks]
     upper = [mask[23:28, 42:74] == HOUSE for mask in masks]

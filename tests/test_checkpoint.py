@@ -13,8 +13,9 @@ import torch
 from kills import die_at, forked, mount_small_disk
 from safetensors.torch import save_file
 
-from segcn import checkpoint
-from segcn.errors import UserError
+from segcn.train import checkpoint
+from segcn.utils import io
+from segcn.utils.errors import UserError
 
 FILES = ("config.json", "controlnet/weights", "state.json")
 
@@ -31,7 +32,7 @@ def commit(folder, step, told="", strike=lambda: None):
                 strike()
                 file.write((told or str(step)) + " second")
 
-    return checkpoint.commit(folder, f"checkpoint-{step}", write)
+    return io.commit(folder, f"checkpoint-{step}", write)
 
 
 def told(folder):
@@ -88,7 +89,7 @@ def test_two_hundred_kills_in_one_folder_lose_no_checkpoint(tmp_path):
             standing.add(str(number))
         if kills == 200:
             break
-    assert checkpoint.problem(checkpoint.find_latest(tmp_path, pytest.fail)) is None
+    assert io.problem(checkpoint.find_latest(tmp_path, pytest.fail)) is None
 
 
 def test_the_newest_whole_checkpoint_is_found_and_a_damaged_one_named(tmp_path):
@@ -99,32 +100,32 @@ def test_the_newest_whole_checkpoint_is_found_and_a_damaged_one_named(tmp_path):
     assert "checkpoint-10" in said[0] and "state.json" in said[0]
 
 
-@pytest.mark.parametrize("name", [*FILES, checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", [*FILES, io.MANIFEST])
 def test_a_file_that_is_cut_gone_or_changed_in_any_byte_is_seen(tmp_path, name):
     folder = commit(tmp_path, 1)
     path = folder / name
     good = path.read_bytes()
-    assert checkpoint.problem(folder) is None
+    assert io.problem(folder) is None
     for place, flip in itertools.product(range(len(good)), (0x01, 0x07, 0x20, 0x80)):
         path.write_bytes(good[:place] + bytes([good[place] ^ flip]) + good[place + 1 :])
-        assert checkpoint.problem(folder), f"{name}: byte {place} ^ {flip}"
+        assert io.problem(folder), f"{name}: byte {place} ^ {flip}"
     for length in range(len(good)):
         path.write_bytes(good[:length])
-        assert checkpoint.problem(folder), f"{name}: cut to {length}"
+        assert io.problem(folder), f"{name}: cut to {length}"
     path.unlink()
-    assert checkpoint.problem(folder)
+    assert io.problem(folder)
 
 
 def test_a_file_that_the_manifest_leaves_out_is_seen_and_a_hidden_one_allowed(tmp_path):
     folder = commit(tmp_path, 1)
     (folder / ".DS_Store").touch()
-    assert checkpoint.problem(folder) is None
-    manifest = folder / checkpoint.MANIFEST
+    assert io.problem(folder) is None
+    manifest = folder / io.MANIFEST
     hashes = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({name: hashes[name] for name in FILES[:2]}, indent=1, sort_keys=True))
-    assert checkpoint.problem(folder) == "state.json is not in manifest.json"
+    assert io.problem(folder) == "state.json is not in manifest.json"
     manifest.write_text("{}")
-    assert checkpoint.problem(folder)
+    assert io.problem(folder)
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_restart(tmp_path):
@@ -150,7 +151,7 @@ def test_a_disk_that_fills_leaves_the_previous_checkpoint_and_is_named(tmp_path,
         raise error
 
     with pytest.raises(UserError, match=r"checkpoint-2 cannot be written: it needs 1,000 bytes, [\d,]+ bytes are free"):
-        checkpoint.commit(tmp_path, "checkpoint-2", fail, 1000)
+        io.commit(tmp_path, "checkpoint-2", fail, 1000)
     assert checkpoint.find_latest(tmp_path) == tmp_path / "checkpoint-1" and not hidden(tmp_path)
 
 
@@ -159,7 +160,7 @@ def test_a_disk_too_small_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10_000, 9_000, 1_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="it needs 1,001 bytes, 1,000 bytes are free"):
-        checkpoint.commit(tmp_path, "checkpoint-2", pytest.fail, 1001)
+        io.commit(tmp_path, "checkpoint-2", pytest.fail, 1001)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -171,7 +172,7 @@ def test_on_a_real_disk_that_is_full_the_error_names_it(tmp_path):
             return os._exit(77)
         commit(tmp_path, 1)
         with pytest.raises(UserError, match=r"it needs more bytes than are free, [\d,]+ bytes are free"):
-            checkpoint.commit(tmp_path, "checkpoint-2", lambda stage: save_file(weights, stage / "weights.safetensors"))
+            io.commit(tmp_path, "checkpoint-2", lambda stage: save_file(weights, stage / "weights.safetensors"))
         assert checkpoint.find_latest(tmp_path) == tmp_path / "checkpoint-1" and not hidden(tmp_path)
 
     code = forked(work)
@@ -185,7 +186,7 @@ def test_another_failure_of_a_save_goes_on_as_it_is(tmp_path):
         raise ValueError("a tensor of ours")
 
     with pytest.raises(ValueError, match="a tensor of ours"):
-        checkpoint.commit(tmp_path, "checkpoint-2", fail)
+        io.commit(tmp_path, "checkpoint-2", fail)
     assert not list(tmp_path.iterdir())
 
 

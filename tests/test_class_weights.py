@@ -6,12 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segcn.balance import class_pixels
-from segcn.class_weights import cell_weights, class_weights
-from segcn.feed import make_class_weights
-from segcn.labels import IGNORE
-from segcn.prepare import prepare
-from segcn.records import read_split
+from segcn.data.metadata import read_split
+from segcn.data.palette import IGNORE
+from segcn.data.sampler import cell_weights, class_pixels, class_weights
+from segcn.train.batches import make_class_weights
+from segcn.train.setup import prepare
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 COUNTS = st.lists(st.lists(st.integers(0, 10**6), min_size=5, max_size=5), min_size=1, max_size=9)

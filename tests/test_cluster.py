@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import segcn
-from segcn.arguments import arguments_of
+from segcn.utils.args import arguments_of
 
-CLUSTER = Path(segcn.__file__).parent / "cluster"
+CLUSTER = Path(segcn.__file__).parent / "train" / "cluster"
 SBATCH = CLUSTER / "train.sbatch"
 # The stand-ins: what each is called with goes to a file of its name.
 SRUN = """#!/bin/bash

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import segcn
-from segcn.arguments import arguments_of, help_text, main_guard, make, parse, stoppable, to_json
-from segcn.config import ROOT, GenerateConfig, SampleConfig
-from segcn.errors import UserError
-from segcn.train_config import OBSOLETE, TrainConfig, differences
+from segcn.generate.config import GenerateConfig, SampleConfig
+from segcn.train.config import OBSOLETE, TrainConfig, differences
+from segcn.utils.args import arguments_of, help_text, main_guard, make, parse, stoppable, to_json
+from segcn.utils.errors import UserError
+from segcn.utils.paths import ROOT
 
 PACKAGE = Path(segcn.__file__).parent
 FLAGS = {field.name: field for field in dataclasses.fields(TrainConfig)}

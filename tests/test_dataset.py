@@ -11,15 +11,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from segcn import latents, models
-from segcn.augment import AUGMENTS, AugmentConfig, Draw, apply, draw
-from segcn.config import ROOT
-from segcn.dataset import PairedDataset, read_control_mask, read_framed_mask, to_control, to_image, to_uint8
-from segcn.errors import UserError
-from segcn.examples import Examples, Plan
-from segcn.labels import IGNORE, Label, Palette
-from segcn.masks import read_mask, write_mask
-from segcn.records import read_split, write_metadata
+from segcn.data.dataset import PairedDataset, read_control_mask, read_framed_mask, to_control, to_image, to_uint8
+from segcn.data.masks import read_mask, write_mask
+from segcn.data.metadata import read_split, write_metadata
+from segcn.data.palette import IGNORE, Label, Palette
+from segcn.data.transforms import AUGMENTS, AugmentConfig, Draw, apply, draw
+from segcn.models.base import encode_text, load_base
+from segcn.train import latent_cache
+from segcn.train.batches import Examples, Plan
+from segcn.utils.errors import UserError
+from segcn.utils.paths import ROOT
 
 PALETTE = Palette(
     (
@@ -175,19 +176,19 @@ def test_every_caption_that_a_sample_may_have_is_listed(told):
 @pytest.mark.parametrize("augment", ["affine", "affine,sided_captions=rewrite,fill=cover"])
 def test_with_and_without_the_cache_a_step_gets_the_same(told, random_base, tmp_path, augment):
     """Also the text: in the first K epochs the draws are the same, afterwards the captions go on changing."""
-    base = models.load_base(str(random_base), "cpu", torch.float32)
+    base = load_base(str(random_base), "cpu", torch.float32)
     dataset = PairedDataset(told, 32, AugmentConfig.parse(augment), seed=3)
     alone = type("Alone", (), {"is_main_process": True, "process_index": 0, "num_processes": 1})
     alone.wait_for_everyone = staticmethod(lambda: None)
     shape = (base.unet.config.in_channels, 32 // base.latent_factor, 32 // base.latent_factor)
-    cache = latents.build(tmp_path / "cache", dataset, base, 4, alone, print)
+    cache = latent_cache.build(tmp_path / "cache", dataset, base, 4, alone, print)
     settings = {"seed": 3, "empty_prompts": 0.2, "timesteps": 1000}
     cached, direct = (Examples(dataset, c, base.latent_factor, shape, settings) for c in (cache, None))
     for key in [(epoch, row) for epoch in range(4) for row in range(3)]:
         one, other = cached[key], direct[key]
         for name in ("control", "cells", "noise", "posterior"):
             assert torch.equal(one[name], other[name]), name
-        text = models.encode_text(base, [other["caption"]])[0].half().float()
+        text = encode_text(base, [other["caption"]])[0].half().float()
         assert torch.allclose(one["text"], text, atol=2e-3), other["caption"]
     told_later = {cached.dataset.caption(0, epoch, False) for epoch in range(4, 30)}
     assert told_later == set(told[0].captions) and cached[29, 0]["text"].shape == text.shape
@@ -199,7 +200,7 @@ def test_with_and_without_the_cache_a_step_gets_the_same(told, random_base, tmp_
 
 def test_a_cache_depends_on_what_it_holds(split):
     keys = {
-        latents.cache_key(PairedDataset(split, 16, AugmentConfig.parse(augment), 0, fit), "base")
+        latent_cache.cache_key(PairedDataset(split, 16, AugmentConfig.parse(augment), 0, fit), "base")
         for augment in ("affine", "affine,fill=cover", "affine,sided_captions=rewrite")
         for fit in ("crop", "pad")
     }

@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from segcn import devices
-from segcn.bench_step import bench_step, time_steps
+from segcn.bench.old import bench_step, time_steps
+from segcn.models.base import MMAP_MAX, TRIM_THRESHOLD, keep_freed_memory, lay_out
 
 PAGE = resource.getpagesize()
 
@@ -27,8 +27,8 @@ def pages_taken(size=64 * 2**20):
 def forget():
     """The defaults of malloc, which an earlier test may have changed."""
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(devices.MMAP_MAX, 65536)
-    mallopt(devices.TRIM_THRESHOLD, 128 * 2**10)
+    mallopt(MMAP_MAX, 65536)
+    mallopt(TRIM_THRESHOLD, 128 * 2**10)
 
 
 def pages_in_fork(work):
@@ -46,7 +46,7 @@ def pages_in_fork(work):
 def test_freed_memory_is_kept_and_not_fetched_again():
     whole = 64 * 2**20 // PAGE
     assert pages_in_fork(forget) > whole / 2
-    assert pages_in_fork(devices.keep_freed_memory) < whole / 10
+    assert pages_in_fork(keep_freed_memory) < whole / 10
 
 
 @pytest.mark.parametrize(("width", "channels_last"), [(32, True), (320, False)])
@@ -55,7 +55,7 @@ def test_only_narrow_networks_lie_in_channels_last_on_a_cpu(width, channels_last
         block_out_channels=(width,), layers_per_block=1, cross_attention_dim=8,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None,
     )  # fmt: skip
-    weight = devices.lay_out(unet, "cpu").down_blocks[0].resnets[0].conv1.weight
+    weight = lay_out(unet, "cpu").down_blocks[0].resnets[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert weight.is_contiguous() != channels_last
 

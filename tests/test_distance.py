@@ -5,11 +5,17 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from segcn import bootstrap
-from segcn.bootstrap import Estimate, difference, ratio, resamples
-from segcn.copies import copying
-from segcn.devices import one_core
-from segcn.distance import few_images, frechet_distance, frechet_estimate, kernel_distance, neighbourhoods
+from segcn.evaluate import bootstrap
+from segcn.evaluate.bootstrap import Estimate, difference, ratio, resamples
+from segcn.evaluate.metrics import (
+    copying,
+    few_images,
+    frechet_distance,
+    frechet_estimate,
+    kernel_distance,
+    neighbourhoods,
+)
+from segcn.models.base import one_core
 
 
 @pytest.fixture(autouse=True)

@@ -10,22 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcn import cli, doctor
-from segcn.config import DoctorConfig
-from segcn.doctor import examine
-from segcn.doctor_page import as_html
-from segcn.doctor_report import as_json, validate, write_report
-from segcn.doctor_summary import summary
-from segcn.errors import UserError
-from segcn.findings import KINDS, NEAR, Finding, nearest
-from segcn.labels import Label, Palette
-from segcn.masks import write_mask
-from segcn.metadata import COLUMNS
-from segcn.prepare import check_rows
-from segcn.quarantine import quarantine
-from segcn.records import check_split, read_split, write_metadata
-from segcn.scan import ImageFacts, MaskFacts, dhash, image_facts, mask_facts
-from segcn.train_config import TrainConfig
+from segcn import cli
+from segcn.data.config import DoctorConfig
+from segcn.data.doctor import checkup
+from segcn.data.doctor.checkup import examine, quarantine
+from segcn.data.doctor.findings import KINDS, NEAR, Finding, nearest
+from segcn.data.doctor.report import as_html, as_json, summary, validate, write_report
+from segcn.data.doctor.scan import ImageFacts, MaskFacts, dhash, image_facts, mask_facts
+from segcn.data.masks import write_mask
+from segcn.data.metadata import COLUMNS, check_split, read_split, write_metadata
+from segcn.data.palette import Label, Palette
+from segcn.train.config import TrainConfig
+from segcn.train.setup import check_rows
+from segcn.utils.errors import UserError
 
 PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0))))
 SIZE = (40, 32)  # (height, width)
@@ -315,12 +312,12 @@ def test_the_command_writes_elsewhere_and_its_exit_code_says_whether_to_train(fo
 def test_training_trusts_a_report_on_these_very_files_and_refuses_one_with_errors(folder, tmp_path, monkeypatch):
     def reported():
         write_report(check(folder), DoctorConfig(dataset_name=str(folder)))
-        return doctor.find_report(read_split(folder))
+        return checkup.find_report(read_split(folder))
 
     said = []
     config, log = TrainConfig(dataset_name=str(folder)), SimpleNamespace(say=said.append)
-    monkeypatch.setattr(doctor, "OUTPUTS", tmp_path / "outputs")
-    assert doctor.find_report(read_split(folder)) is None
+    monkeypatch.setattr(checkup, "OUTPUTS", tmp_path / "outputs")
+    assert checkup.find_report(read_split(folder)) is None
     check_rows(config, read_split(folder), tmp_path, log)
     (tmp_path / "outputs" / "doctor" / "cut").mkdir(parents=True)
     (tmp_path / "outputs" / "doctor" / "cut" / "doctor.json").write_text('{"splits": {')
@@ -330,7 +327,7 @@ def test_training_trusts_a_report_on_these_very_files_and_refuses_one_with_error
     assert "every image and mask decodes" in said[0] and str(page) in said[1]
 
     Image.new("L", (4, 4)).save(folder / "masks/1.png")
-    assert doctor.find_report(read_split(folder)) is None  # the report was on other files
+    assert checkup.find_report(read_split(folder)) is None  # the report was on other files
     with pytest.raises(UserError, match=r"line 3 \(row 1\)"):
         check_rows(config, read_split(folder), tmp_path, log)
     assert reported()[1] == 1

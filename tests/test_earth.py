@@ -1,4 +1,4 @@
-"""The tiles of the Earth: deterministic, train and test apart, masks that fit the pictures, truthful captions."""
+"""The tiles of the Earth: deterministic, train and test apart, masks that fit the images, truthful captions."""
 
 import importlib.metadata
 import pickle
@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from segcn.errors import UserError
-from segcn.records import check_split, read_split
-from segcn.samples.base import BaseRecipe
+from segcn.data.metadata import check_split, read_split
+from segcn.samples.base_model.images import EARTH_IDS, draw_one
+from segcn.samples.base_model.recipe import BaseRecipe
 from segcn.samples.earth import (
     BANDS,
     CLASS_OF_IGBP,
@@ -23,11 +23,11 @@ from segcn.samples.earth import (
     draw_corner,
     load_rasters,
     majority,
-    painter,
     tile,
+    tile_drawer,
     write_earth,
 )
-from segcn.samples.pictures import EARTH_IDS, paint_one
+from segcn.utils.errors import UserError
 
 
 def installed(package):
@@ -119,8 +119,8 @@ def test_known_places_have_their_class(rasters, place):
 @pytest.mark.parametrize("style", ["shaded relief", "topographic"])
 def test_coastlines_of_mask_and_picture_coincide(rasters, style):
     """Blueness goes with water best where nothing is shifted."""
-    picture = rasters.pictures[style][400:1300, 200:3400].astype(np.int16)
-    blueness = np.clip(picture[..., 2] - picture[..., 0], -30, 60).ravel()
+    image = rasters.images[style][400:1300, 200:3400].astype(np.int16)
+    blueness = np.clip(image[..., 2] - image[..., 0], -30, 60).ravel()
 
     def fit(down, right):
         water = rasters.mask[400 + down : 1300 + down, 200 + right : 3400 + right] == 0
@@ -180,7 +180,7 @@ def test_one_folder_holds_train_tiles(tmp_path):
 
 
 def test_painters_travel_to_other_processes():
-    sent = pickle.loads(pickle.dumps(painter("test")))
+    sent = pickle.loads(pickle.dumps(tile_drawer("test")))
     assert np.array_equal(sent(0, 1, 32).image, tile(0, 1, 32, "test").image)
 
 
@@ -205,7 +205,7 @@ def test_without_the_maps_the_command_that_mends_it_is_named(tmp_path, monkeypat
 
 def test_the_embedded_base_sees_train_tiles_under_ids_of_their_own():
     recipe = BaseRecipe(landscapes=2, earth=2, resolution=64)
-    image, mask, caption = paint_one(recipe, 3)
+    image, mask, caption = draw_one(recipe, 3)
     found = tile(recipe.seed, 1, 64, side="train")
     assert np.array_equal(image, found.image) and np.array_equal(mask, found.mask + EARTH_IDS)
-    assert caption == found.caption and paint_one(recipe, 1)[1].max() < EARTH_IDS
+    assert caption == found.caption and draw_one(recipe, 1)[1].max() < EARTH_IDS

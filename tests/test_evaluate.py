@@ -13,20 +13,17 @@ import torch
 from PIL import Image, ImageFilter
 from test_segmenter import PALETTE, write_rectangles
 
-from segcn.assess import evaluate_folders
-from segcn.compare import compare
-from segcn.config import EvaluateConfig
-from segcn.errors import UserError
-from segcn.evaluate import DRAWS, METRICS, evaluate, faithfulness
-from segcn.evaluate_charts import extremes, strip
-from segcn.evaluate_page import as_html
-from segcn.features import INCEPTION, INCEPTION_WEIGHTS, open_extractor
-from segcn.labels import IGNORE, Label, Palette
-from segcn.masks import read_mask, write_mask
-from segcn.metrics_table import lookup, table
-from segcn.observe import LEAST_CROP, Observer
-from segcn.records import read_split, write_metadata
-from segcn.segmenter import SegmenterConfig, load_segmenter, train_segmenter
+from segcn.data.masks import read_mask, write_mask
+from segcn.data.metadata import read_split, write_metadata
+from segcn.data.palette import IGNORE, Label, Palette
+from segcn.evaluate.config import EvaluateConfig
+from segcn.evaluate.evaluator import DRAWS, LEAST_CROP, METRICS, Observer, evaluate, faithfulness
+from segcn.evaluate.report import as_html, extremes, strip
+from segcn.evaluate.run import evaluate_folders
+from segcn.evaluate.tables import compare, lookup, table
+from segcn.models.features import INCEPTION, INCEPTION_WEIGHTS, open_extractor
+from segcn.models.segmenter import SegmenterConfig, load_segmenter, train_segmenter
+from segcn.utils.errors import UserError
 
 QUICK = SegmenterConfig(steps=80, batch_size=8, learning_rate=0.015, width=16, resolution=32)
 ROWS = 16
@@ -90,10 +87,10 @@ def blurred(folder, changed, real):
 
 
 def swapped(image):
-    """Grass in the colour of roads, and roads in that of grass."""
+    """Grass in the color of roads, and roads in that of grass."""
     pixels = np.array(image).astype(int)
-    grass, road = (np.array(label.colour) for label in PALETTE.labels[1:])
-    is_grass, is_road = (abs(pixels - colour).sum(-1, keepdims=True) < 60 for colour in (grass, road))
+    grass, road = (np.array(label.color) for label in PALETTE.labels[1:])
+    is_grass, is_road = (abs(pixels - color).sum(-1, keepdims=True) < 60 for color in (grass, road))
     return Image.fromarray(
         (pixels + (road - grass) * is_grass + (grass - road) * is_road).clip(0, 255).astype(np.uint8)
     )
@@ -104,7 +101,7 @@ def moved(image, pixels=2):
 
 
 def told_by(page):
-    """A page without what is in its pictures."""
+    """A page without what is in its images."""
     return re.sub(r'base64,[^"]*', "", page)
 
 
@@ -118,17 +115,17 @@ def test_an_identical_set_reaches_its_ceiling_and_is_at_no_distance(same):
     assert (
         same["intervals"]["distance"]["kernel_distance"][0] <= 0 <= same["intervals"]["distance"]["kernel_distance"][1]
     )
-    assert same["colour"]["delta_e"] == 0 and same["colour"]["same_masks"]
+    assert same["color"]["delta_e"] == 0 and same["color"]["same_masks"]
     assert min(same["distance"][key] for key in ("precision", "recall", "coverage")) == 1
     assert same["faithfulness"]["real"]["miou"] > 0.9
 
 
-def test_blur_moves_the_distances_up_and_faithfulness_down_but_no_colour(same, blurred):
+def test_blur_moves_the_distances_up_and_faithfulness_down_but_no_color(same, blurred):
     assert max(blurred.metrics["shares_of_ceiling"]["synthetic"].values()) < 0.99
     assert blurred.metrics["distance"]["frechet_distance"] > 0.01
     assert blurred.metrics["intervals"]["distance"]["kernel_distance"][0] > 0
     assert blurred.metrics["distance"]["coverage"] < same["distance"]["coverage"]
-    assert blurred.metrics["colour"]["delta_e"] < 2
+    assert blurred.metrics["color"]["delta_e"] < 2
 
 
 def test_a_shift_moves_areas_and_more_so_outlines_but_hardly_the_distances(blurred, changed):
@@ -136,7 +133,7 @@ def test_a_shift_moves_areas_and_more_so_outlines_but_hardly_the_distances(blurr
     shares = shifted["shares_of_ceiling"]["synthetic"]
     assert shares["boundary_f"] < shares["miou"] - 0.1 < 0.85
     assert shifted["distance"]["frechet_distance"] < blurred.metrics["distance"]["frechet_distance"] / 2
-    assert shifted["colour"]["delta_e"] < 2
+    assert shifted["color"]["delta_e"] < 2
 
 
 def test_swapped_classes_lose_their_iou_are_confused_and_look_wrong_and_the_third_class_does_not(changed, same):
@@ -152,8 +149,8 @@ def test_swapped_classes_lose_their_iou_are_confused_and_look_wrong_and_the_thir
 
 def test_brighter_images_are_lighter_and_the_same_masks_are_compared(changed):
     lighter = changed("brighter", lambda image: image.point(lambda value: min(255, value + 30))).metrics
-    value, (low, high) = at(lighter, "colour", "L")
-    assert 5 < low <= value <= high < 20 and lighter["colour"]["same_masks"]
+    value, (low, high) = at(lighter, "color", "L")
+    assert 5 < low <= value <= high < 20 and lighter["color"]["same_masks"]
 
 
 def test_training_images_are_found_out_as_copies(folder, observer, real):
@@ -161,7 +158,7 @@ def test_training_images_are_found_out_as_copies(folder, observer, real):
     found = evaluate(real, train, observer, train=train, log=quiet).metrics
     assert found["intervals"]["copies"]["nearer_than_real"][0] > 0.9
     assert all(one["row"] == one["training_row"] and one["distance"] < 1e-5 for one in found["copies"]["closest"])
-    assert not found["colour"]["same_masks"]
+    assert not found["color"]["same_masks"]
 
 
 def test_the_floor_lies_below_the_ceiling_and_every_interval_holds_its_value(blurred):
@@ -277,7 +274,7 @@ def test_the_table_stays_narrow_with_many_classes(blurred):
 
 def test_the_report_is_one_file_that_escapes_names_and_names_its_extractor(folder, observer, real, tmp_path):
     split = write_rectangles(tmp_path / "<script>alert(1)</script>" / "set", 8, seed=7)
-    palette = Palette((*PALETTE.labels[:2], Label(2, "<b>road & way</b>", PALETTE.labels[2].colour)))
+    palette = Palette((*PALETTE.labels[:2], Label(2, "<b>road & way</b>", PALETTE.labels[2].color)))
     rows = [(record.image_name, record.mask_name, "<img src=x onerror=alert(2)>") for record in split.records]
     for one in (split.folder, tmp_path / "real"):
         write_rectangles(one, 8, seed=7)
@@ -303,10 +300,10 @@ def test_the_best_and_worst_images_of_a_class_are_those_with_the_best_and_worst_
     large = wanted >= min(max(LEAST_CROP, 0.01 * 32 * 32), wanted[wanted > 0].median())
     scores = (both / (wanted + found - both))[large].sort(descending=True).values.tolist()
     assert [value for _, value in chosen] == pytest.approx(scores[:2] + scores[-2:])
-    picture = strip(blurred, chosen[0][0])
-    assert picture.shape == (32, 3 * 32 + 2 * 3, 3)
+    image = strip(blurred, chosen[0][0])
+    assert image.shape == (32, 3 * 32 + 2 * 3, 3)
     wanted_mask = read_mask(blurred.splits["synthetic"][chosen[0][0]].mask, PALETTE)
-    assert (picture[:, 35:67] == PALETTE.table[wanted_mask]).all()
+    assert (image[:, 35:67] == PALETTE.table[wanted_mask]).all()
 
 
 def test_two_runs_are_compared_with_paired_intervals(folder, observer, real, blurred, tmp_path):
@@ -356,7 +353,7 @@ def test_images_of_any_size_are_seen_at_the_segmenters_resolution(tmp_path, obse
 
 def test_a_broken_image_is_named_with_its_file_and_row(tmp_path, observer, real):
     split = write_rectangles(tmp_path, 4)
-    split[2].image.write_bytes(b"not a picture")
+    split[2].image.write_bytes(b"not an image")
     for look in (lambda: evaluate(real, split, observer, log=quiet), lambda: faithfulness(split, observer.segmenter)):
         with pytest.raises(UserError, match=r"metadata\.csv, line 4 \(row 2\).*2\.png"):
             look()

@@ -15,17 +15,16 @@ from diffusers import ControlNetModel
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from segcn.errors import UserError
-from segcn.export import export
-from segcn.masks import colourise, read_mask
-from segcn.modelcard import MARK, license_of, write_card
-from segcn.records import read_split
-from segcn.train import train
+from segcn.data.masks import colorize, read_mask
+from segcn.data.metadata import read_split
+from segcn.train.export import MARK, export, license_of, write_card
+from segcn.train.loop import train
+from segcn.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def told(quick, tmp_path_factory):
-    """The settings of a run of two steps with a validation picture and every private thing that settings can hold."""
+    """The settings of a run of two steps with a validation image and every private thing that settings can hold."""
     folder = tmp_path_factory.mktemp("private")
     split = read_split(quick("x").dataset_name, "test")
     return quick(
@@ -53,7 +52,7 @@ def test_the_card_tells_what_the_run_is(run, told):
     assert {"controlnet", "stable-diffusion", "diffusers-training", "segcn"} <= set(card.data.tags)
     split = read_split(told.dataset_name, "train")
     for label in split.palette.labels:
-        assert f"| {label.id} | {label.name} | `#{bytes(label.colour).hex()}` |" in card.text
+        assert f"| {label.id} | {label.name} | `#{bytes(label.color).hex()}` |" in card.text
     loss = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
     for words in ("| rows | 12 |", split.fingerprint, "64 x 64", "`affine`", "| steps | 2 |", "CPU", "| 0.5 |"):
         assert words in card.text, words
@@ -68,8 +67,8 @@ def test_the_code_on_the_card_paints(run, told, random_base, landscapes, tmp_pat
     (tmp_path / "someone" / "lakes").symlink_to(run)
     (tmp_path / "base").symlink_to(random_base)
     split = read_split(landscapes, "test")
-    colours = colourise(read_mask(split[0].mask, split.palette), split.palette)
-    Image.fromarray(np.asarray(colours, np.uint8)).save(tmp_path / "mask.png")
+    colors = colorize(read_mask(split[0].mask, split.palette), split.palette)
+    Image.fromarray(np.asarray(colors, np.uint8)).save(tmp_path / "mask.png")
     monkeypatch.chdir(tmp_path)
     found = {}
     exec(code.replace("image=Image", "num_inference_steps=2, image=Image"), found)

@@ -8,14 +8,22 @@ import torch
 from test_segmenter import PALETTE, SHORT, train_segmenter, write_rectangles
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from segcn.boundary import boundary_counts, boundary_f, tolerance
-from segcn.errors import UserError
-from segcn.evaluate import faithfulness
-from segcn.faithfulness import calibration, confidence_bins, confusion, faithfulness_of, iou, pixels_of
-from segcn.features import open_extractor
-from segcn.foreign import ids_of, open_segmenter
-from segcn.labels import IGNORE, Label, Palette
-from segcn.observe import Observer
+from segcn.data.palette import IGNORE, Label, Palette
+from segcn.evaluate.evaluator import Observer, faithfulness
+from segcn.evaluate.metrics import (
+    boundary_counts,
+    boundary_f,
+    calibration,
+    confidence_bins,
+    confusion,
+    faithfulness_of,
+    iou,
+    pixels_of,
+    tolerance,
+)
+from segcn.models.features import open_extractor
+from segcn.models.segmenter import ids_of, open_segmenter
+from segcn.utils.errors import UserError
 
 WITH_HOLE = Palette((Label(0, "other", (0, 0, 0), ignore=True), *(Label(k, str(k), (k, 1, 1)) for k in (1, 2, 3))))
 

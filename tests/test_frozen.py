@@ -6,19 +6,20 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from segcn import frozen, models
+from segcn.models.base import hold, load_base, precisions
+from segcn.models.controlnet import make_controlnet
 
 
 @pytest.fixture(scope="module")
 def unet(random_base):
-    return models.load_base(random_base).unet
+    return load_base(random_base).unet
 
 
 def backward(unet, checkpointing=False):
     """A step's gradients of the ControlNet, and the bytes kept for it by ControlNet, U-Net encoder and decoder."""
     unet, kept, place = copy.deepcopy(unet), {"controlnet": {}, "encoder": {}, "decoder": {}}, ["controlnet"]
     torch.manual_seed(0)
-    controlnet = models.make_controlnet(unet).float().requires_grad_(True).train()
+    controlnet = make_controlnet(unet).float().requires_grad_(True).train()
     for layer in controlnet.controlnet_down_blocks:
         torch.nn.init.normal_(layer.weight, std=0.1)
     if checkpointing:
@@ -61,7 +62,7 @@ def test_the_frozen_encoder_keeps_nothing_for_the_backward_pass(unet):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_held_in_half_precision_give_the_gradients_of_their_rounded_values(unet, dtype):
-    held = frozen.hold(copy.deepcopy(unet), dtype)
+    held = hold(copy.deepcopy(unet), dtype)
     rounded = copy.deepcopy(unet)
     for parameter, half in zip(rounded.parameters(), held.parameters(), strict=True):
         parameter.copy_(half.float())
@@ -72,7 +73,7 @@ def test_weights_held_in_half_precision_give_the_gradients_of_their_rounded_valu
 
 
 def test_held_weights_take_half_the_memory_and_normalisations_stay_exact(unet):
-    held = frozen.hold(copy.deepcopy(unet), torch.bfloat16)
+    held = hold(copy.deepcopy(unet), torch.bfloat16)
     narrow = sum(p.numel() for p in held.parameters() if p.dtype == torch.bfloat16)
     assert narrow > 0.95 * sum(p.numel() for p in unet.parameters())
     norms = [layer for layer in held.modules() if isinstance(layer, torch.nn.GroupNorm | torch.nn.LayerNorm)]
@@ -93,4 +94,4 @@ def test_held_weights_take_half_the_memory_and_normalisations_stay_exact(unet):
 )
 def test_frozen_weights_compute_in_mixed_precision_where_that_is_fast(monkeypatch, asked, mixed, has, held, computed):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
-    assert frozen.precisions(asked, mixed, torch.device("cpu")) == (held, computed)
+    assert precisions(asked, mixed, torch.device("cpu")) == (held, computed)

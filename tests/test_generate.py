@@ -17,30 +17,32 @@ from kills import forked
 from malformed import png_begun
 from PIL import Image
 
-from segcn import batches, claim, dealing, models, paint
-from segcn import generate as generating
-from segcn.arguments import make
-from segcn.augment import AUGMENTS
-from segcn.captions import classes_of
-from segcn.config import GenerateConfig
-from segcn.controls import read_controls
-from segcn.dataset import PairedDataset, read_control_mask
-from segcn.dealing import Process
-from segcn.errors import UserError
-from segcn.generate import generate_dataset, reconstruct_dataset
-from segcn.labels import Label, Palette
-from segcn.manifest import records_of
-from segcn.masks import read_mask, write_mask
-from segcn.pipeline import Painter, find_controlnet, generate
-from segcn.prompts import read_prompts
-from segcn.records import check_split, read_split, write_metadata
+from segcn.data.captions import classes_of
+from segcn.data.dataset import PairedDataset, read_control_mask
+from segcn.data.masks import read_mask, write_mask
+from segcn.data.metadata import check_split, read_split, write_metadata
+from segcn.data.palette import Label, Palette
+from segcn.data.transforms import AUGMENTS
+from segcn.generate import manifest, writer
+from segcn.generate import writer as generating
+from segcn.generate.conditions import read_controls, read_prompts
+from segcn.generate.config import GenerateConfig
+from segcn.generate.manifest import Process, records_of
+from segcn.generate.pipeline import Pipeline, find_controlnet, generate
+from segcn.generate.writer import generate_dataset, reconstruct_dataset
+from segcn.models.base import latent_factor, load_base
+from segcn.models.controlnet import make_controlnet
+from segcn.notebook import workspace
+from segcn.utils import io
+from segcn.utils.args import make
+from segcn.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def painter(random_base, landscapes):
-    base = models.load_base(random_base)
-    controlnet = models.make_controlnet(base.unet).eval()
-    return Painter(base, controlnet, read_split(landscapes, "test").palette, "random")
+    base = load_base(random_base)
+    controlnet = make_controlnet(base.unet).eval()
+    return Pipeline(base, controlnet, read_split(landscapes, "test").palette, "random")
 
 
 @pytest.fixture
@@ -59,19 +61,19 @@ def config(random_base, landscapes, tmp_path):
 @pytest.fixture
 def no_painting(monkeypatch):
     """Painting fails the test."""
-    monkeypatch.setattr(batches, "generate", lambda *_: pytest.fail("painted before the fault was told"))
+    monkeypatch.setattr(writer, "generate", lambda *_: pytest.fail("painted before the fault was told"))
 
 
 @pytest.fixture
 def quick_painting(monkeypatch):
-    """Painting is one colour a picture, by what its noise depends on; returns the calls."""
+    """Painting is one color an image, by what its noise depends on; returns the calls."""
     calls = []
 
     def paint(painter, masks, captions, rows, settings, size):
         calls.append(rows)
         return np.stack([np.full((*size, 3), row % 251, np.uint8) for row in rows])
 
-    monkeypatch.setattr(batches, "generate", paint)
+    monkeypatch.setattr(writer, "generate", paint)
     return calls
 
 
@@ -117,7 +119,7 @@ def test_the_same_command_finishes_what_was_cut(config, painter, capsys):
 
 def tree(folder):
     """The bytes of every file but the lock."""
-    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != claim.LOCK]
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != io.LOCK]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -166,16 +168,16 @@ def test_the_first_process_paints_what_a_dead_one_owes(config, painter, quick_pa
 def test_a_second_command_on_a_folder_is_refused_by_the_name_of_the_first(config, painter, no_painting):
     out = Path(config.output_dir)
     out.mkdir()
-    claim.lock(out, print, "paints")
+    io.lock(out, print, "paints")
 
     def second():
         with pytest.raises(UserError, match=f"in use: process {os.getppid()} on .* paints there"):
             generate_dataset(config, painter)
 
     try:
-        assert forked(second) == 0 and list(out.iterdir()) == [out / claim.LOCK]
+        assert forked(second) == 0 and list(out.iterdir()) == [out / io.LOCK]
     finally:
-        claim.release()
+        io.release()
 
 
 def test_replicates_differ_and_the_first_is_the_picture_of_a_run_without(config, painter, tmp_path):
@@ -247,7 +249,7 @@ def test_augmented_masks_are_new_layouts_that_fill_the_frame_and_are_painted_fro
     config, painter, landscapes, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr(batches, "generate", lambda painter, masks, *_: seen.extend(masks) or np.stack([masks] * 3, -1))
+    monkeypatch.setattr(writer, "generate", lambda painter, masks, *_: seen.extend(masks) or np.stack([masks] * 3, -1))
     given = dataclasses.replace(config, augment_masks="affine,degrees=30", replicates=2)
     made, source = read_split(generate_dataset(given, painter)), read_split(landscapes, "test")
     masks = [read_mask(row.mask, made.palette) for row in made.records]
@@ -261,7 +263,7 @@ def test_augmented_masks_are_new_layouts_that_fill_the_frame_and_are_painted_fro
 
 
 def test_a_large_job_is_written_to_folders_of_bounded_size(config, painter, quick_painting, tmp_path, monkeypatch):
-    monkeypatch.setattr(dealing, "FLAT", 4)
+    monkeypatch.setattr(manifest, "FLAT", 4)
     out = generate_dataset(dataclasses.replace(config, limit=5), painter)
     assert sorted(path.parent.name for path in out.glob("images/*/*.png")) == ["000"] * 4 + ["001"]
     generate_dataset(config, painter)
@@ -304,7 +306,7 @@ def grey(path, size):
 
 
 HOSTILE = {
-    "unknown colours": (lambda path: grey(path, (64, 64)), r"value 77 \(4096 pixels\)"),
+    "unknown colors": (lambda path: grey(path, (64, 64)), r"value 77 \(4096 pixels\)"),
     "an empty file": (lambda path: path.write_bytes(b""), "cannot be read"),
     "30,000 pixels a side": (lambda path: path.write_bytes(png_begun(30000, 30000)), "too large"),
     "an odd size": (lambda path: write_mask(path, np.zeros((64, 63), np.uint8), FIRST), "--resolution"),
@@ -325,7 +327,7 @@ def test_a_mask_that_cannot_be_painted_is_named_before_painting_starts(
     own = dataclasses.replace(config, controls=str(tmp_path / "masks"), palette=str(landscapes / "palette.json"))
     with pytest.raises(UserError, match=f"b.png.*{told}.*1 more of 3 masks fail"):
         generate_dataset(dataclasses.replace(own, prompt="a lake"), painter)
-    assert {path.name for path in Path(config.output_dir).iterdir()} == {claim.LOCK}
+    assert {path.name for path in Path(config.output_dir).iterdir()} == {io.LOCK}
 
 
 @pytest.mark.parametrize("changed, told", [
@@ -419,7 +421,7 @@ def test_the_control_is_embedded_once_and_no_picture_changes(config, painter, la
     embedding.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     once = generate(heard, masks, ["a lake"] * 2, [0, 1], settings)
     assert sizes == [2] and heard.controlnet.controlnet_cond_embedding is embedding
-    monkeypatch.setattr("segcn.pipeline.embedding_once", lambda controlnet, pictures: controlnet)
+    monkeypatch.setattr("segcn.generate.pipeline.embedding_once", lambda controlnet, images: controlnet)
     always = generate(heard, masks, ["a lake"] * 2, [0, 1], settings)
     assert len(sizes) == 4 and np.abs(once.astype(int) - always).max() <= 1
 
@@ -456,12 +458,12 @@ def test_the_painted_mask_is_the_one_of_training(landscapes):
 
 
 def cut_to(split, folder, height):
-    """The first two rows of a split as pictures of that height."""
+    """The first two rows of a split as images of that height."""
     for record in split.records[:2]:
         for name, suffix in (("images", record.image_name), ("masks", record.mask_name)):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            picture = Image.open(Path(record.folder, suffix))
-            picture.crop((0, 64 - height, 64, 64)).save(folder / suffix)
+            image = Image.open(Path(record.folder, suffix))
+            image.crop((0, 64 - height, 64, 64)).save(folder / suffix)
     split.palette.save(folder / "palette.json")
     write_metadata(folder, [(r.image_name, r.mask_name, r.caption) for r in split.records[:2]])
     return read_split(folder)
@@ -483,18 +485,18 @@ def test_wide_masks_are_painted_as_they_fit_and_without_the_padding(config, pain
 
 def test_a_set_that_stands_is_taken_with_its_settings_or_refused(config, painter, capsys):
     generate_dataset(dataclasses.replace(config, guidance_scale=3.0, limit=4), painter)
-    again = paint.as_painted(config)
+    again = workspace.as_generated(config)
     assert again == dataclasses.replace(config, guidance_scale=3.0)
-    assert len(paint.paint_once(dataclasses.replace(again, limit=2), painter)) == 4
+    assert len(workspace.generate_once(dataclasses.replace(again, limit=2), painter)) == 4
     assert "4 images stand already" in capsys.readouterr().out
-    louder = models.make_controlnet(painter.base.unet)
+    louder = make_controlnet(painter.base.unet)
     louder.controlnet_mid_block.weight.data += 1
     with pytest.raises(UserError, match="controlnet_weights: was"):
-        paint.paint_once(again, dataclasses.replace(painter, controlnet=louder))
+        workspace.generate_once(again, dataclasses.replace(painter, controlnet=louder))
 
 
 def test_the_latent_factor_is_known_without_the_weights(painter, random_base):
-    assert models.latent_factor(random_base) == painter.base.latent_factor == 8
+    assert latent_factor(random_base) == painter.base.latent_factor == 8
 
 
 def test_reconstructions_are_a_data_set_of_the_same_masks(painter, landscapes, tmp_path):
@@ -507,6 +509,6 @@ def test_reconstructions_are_a_data_set_of_the_same_masks(painter, landscapes, t
 def test_a_base_that_lacks_a_part_is_named(tmp_path):
     (tmp_path / "unet").mkdir()
     with pytest.raises(UserError, match="vae"):
-        models.load_base(tmp_path)
+        load_base(tmp_path)
     with pytest.raises(UserError, match="no ControlNet"):
         find_controlnet(str(tmp_path))

@@ -15,14 +15,13 @@ import torch
 from diffusers import ControlNetModel
 from kills import die_at, warm_context
 
-from segcn.arguments import arguments_of, make
-from segcn.claim import LOCK
-from segcn.config import GenerateConfig
-from segcn.dealing import Process
-from segcn.generate import generate_dataset
-from segcn.manifest import records_of
-from segcn.records import read_split
-from segcn.train import train
+from segcn.data.metadata import read_split
+from segcn.generate.config import GenerateConfig
+from segcn.generate.manifest import Process, records_of
+from segcn.generate.writer import generate_dataset
+from segcn.train.loop import train
+from segcn.utils.args import arguments_of, make
+from segcn.utils.io import LOCK
 
 WORLDS = (1, 2, 3)
 
@@ -116,7 +115,7 @@ def test_three_kills_in_worlds_of_one_to_three_change_no_byte(warm, config, tmp_
 
 @pytest.mark.slow
 def test_twenty_kills_over_two_hundred_masks_change_no_byte(warm, config, landscapes, tmp_path):
-    from segcn.samples.landscapes import write_landscapes
+    from segcn.samples.landscapes.scene import write_landscapes
 
     write_landscapes(tmp_path / "data", 200, resolution=64, workers=1)
     own = dataclasses.replace(

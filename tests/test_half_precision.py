@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from segcn import prepare
-from segcn.train import train
+from segcn.train import setup
+from segcn.train.loop import train
 
 pytestmark = pytest.mark.usefixtures("fresh_precision")
 
@@ -40,7 +40,7 @@ def test_a_memory_preset_trains_on_a_processor_and_says_what_it_set(quick, tmp_p
 @pytest.fixture
 def scaled(monkeypatch):
     """A processor trains as a V100 does: float16 under autocast, gradients scaled, so far that the first overflow."""
-    make_accelerator = prepare.make_accelerator
+    make_accelerator = setup.make_accelerator
 
     def make(config, output_dir):
         accelerator = make_accelerator(config, output_dir)
@@ -48,7 +48,7 @@ def scaled(monkeypatch):
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
         return accelerator
 
-    monkeypatch.setattr(prepare, "make_accelerator", make)
+    monkeypatch.setattr(setup, "make_accelerator", make)
 
 
 def test_a_step_that_overflows_in_float16_is_skipped_and_a_cut_run_goes_on_with_its_scale(quick, scaled, tmp_path):

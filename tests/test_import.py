@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from segcn import cli
-from segcn.captions import classes_of
-from segcn.config import ImportConfig
-from segcn.errors import UserError
-from segcn.importer import import_dataset
-from segcn.labels import Label, Palette
-from segcn.masks import read_mask, write_mask
-from segcn.records import check_split, read_image, read_split
+from segcn.data.captions import classes_of
+from segcn.data.config import ImportConfig
+from segcn.data.importers.importer import import_dataset
+from segcn.data.masks import read_mask, write_mask
+from segcn.data.metadata import check_split, read_image, read_split
+from segcn.data.palette import Label, Palette
+from segcn.utils.errors import UserError
 
 PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0)), Label(2, "house", (200, 0, 0))))
 SIZE = (8, 6)  # (height, width)
@@ -113,7 +113,7 @@ def write_table(path, header, rows):
 
 
 def saved(numbers, features=True, text="number {}"):
-    """A `datasets` object with the pictures inside."""
+    """A `datasets` object with the images inside."""
     from datasets import Dataset, Features, Value
     from datasets import Image as Picture
 
@@ -154,8 +154,8 @@ def test_text_files_are_captions_and_each_line_is_one(source, tmp_path, monkeypa
     (source / "captions/p0.txt").write_text("first\n\n  second \n")
     (source / "images/p1.txt").write_text("one")
     assert "expected a caption, found none; --caption" in refused(source, tmp_path / "out")
-    run(source, tmp_path / "out", caption="a picture")
-    assert assert_pairs(tmp_path / "out", range(3)) == [("first", "second"), ("one",), ("a picture",)]
+    run(source, tmp_path / "out", caption="an image")
+    assert assert_pairs(tmp_path / "out", range(3)) == [("first", "second"), ("one",), ("an image",)]
     assert opened(tmp_path / "out", monkeypatch)["train"].num_rows == 3
 
 
@@ -165,7 +165,7 @@ def test_folders_below_are_paired_by_their_whole_path_and_suffixes_are_cut(tmp_p
         make_files(folder, 2, first, f"leftImg8bit/{split}/a", f"gtFine/{split}/a", "_gtFine_labelIds")
         Image.fromarray(photo(9)).save(folder / f"gtFine/{split}/a/p{first}_gtFine_color.png")
     message = refused(folder, tmp_path / "out", caption="a street")
-    assert "2 pictures in" in message and "a/p0, a/p1" in message and "_gtFine_" in message
+    assert "2 images in" in message and "a/p0, a/p1" in message and "_gtFine_" in message
     unnamed = refused(folder, tmp_path / "out", caption="{classes}", mask_suffix="_gtFine_labelIds")
     assert "have no names" in unnamed and "segcn palette" in unnamed
     lines = run(folder, tmp_path / "out", caption="a street", mask_suffix="_gtFine_labelIds")
@@ -177,11 +177,11 @@ def test_folders_below_are_paired_by_their_whole_path_and_suffixes_are_cut(tmp_p
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: (s / "masks/p1.png").unlink(), ["1 pictures in", "have no mask: p1", "--mask_suffix"]),
-        (lambda s: (s / "images/p2.png").unlink(), ["1 masks in", "have no picture: p2"]),
+        (lambda s: (s / "masks/p1.png").unlink(), ["1 images in", "have no mask: p1", "--mask_suffix"]),
+        (lambda s: (s / "images/p2.png").unlink(), ["1 masks in", "have no image: p2"]),
         (lambda s: (s / "images/p0.jpg").write_bytes(b""), ["one file of each name", "p0.jpg and p0.png"]),
         (lambda s: (s / "labels").mkdir(), ["expected one of these folders", "masks and labels"]),
-        (lambda s: [p.unlink() for p in (s / "masks").iterdir()], ["masks: expected pictures", "found none"]),
+        (lambda s: [p.unlink() for p in (s / "masks").iterdir()], ["masks: expected images", "found none"]),
         (lambda s: ((s / "masks/p1.png").unlink(), os.mkfifo(s / "masks/p1.png")), ["have no mask: p1"]),
     ],
 )
@@ -338,7 +338,7 @@ def test_one_parquet_file_with_raw_bytes_lists_and_columns_of_its_own(tmp_path, 
     assert record.image_name == "images/000000.jpg"
     assert opened(tmp_path / "out", monkeypatch)["train"]["text"] == [["one", "two"], ["three"]]
     message = refused(tmp_path / "rows.parquet", tmp_path / "more", **names | {"image_column": "n"})
-    assert "rows.parquet: cannot be read as pictures in n and b" in message
+    assert "rows.parquet: cannot be read as images in n and b" in message
     assert "expected a column file_name or" in refused(tmp_path / "rows.parquet", tmp_path / "more")
 
 
@@ -368,7 +368,7 @@ def test_folders_of_splits_each_of_a_kind_of_its_own(tmp_path):
 
 
 def test_more_than_ten_thousand_rows_are_spread_over_folders(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("segcn.placing.MANY", 2)
+    monkeypatch.setattr("segcn.data.importers.importer.MANY", 2)
     run(source, tmp_path / "out", caption="a")
     assert_pairs(tmp_path / "out", range(3))
     names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*/*.png"))
@@ -419,11 +419,11 @@ def test_an_import_that_stops_half_way_leaves_no_data_set(source, tmp_path, monk
             raise KeyboardInterrupt
         real(file, target)
 
-    monkeypatch.setattr("segcn.placing.shutil.copyfile", stops)
+    monkeypatch.setattr("segcn.data.importers.importer.shutil.copyfile", stops)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out", caption="a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-    monkeypatch.setattr("segcn.placing.shutil.copyfile", real)
+    monkeypatch.setattr("segcn.data.importers.importer.shutil.copyfile", real)
     run(source, tmp_path / "out", caption="a")
     assert_pairs(tmp_path / "out", range(3))
 

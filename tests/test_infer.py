@@ -1,4 +1,4 @@
-"""Promise: one mask and some words become a picture, or a grid of them, that can be made again from what it holds."""
+"""Promise: one mask and some words become an image, or a grid of them, that can be made again from what it holds."""
 
 import dataclasses
 import shutil
@@ -8,16 +8,16 @@ import pytest
 from malformed import png_begun
 from PIL import Image
 
-from segcn import infer as inferring
-from segcn import models
-from segcn.arguments import make, parse
-from segcn.config import InferConfig, SampleConfig
-from segcn.errors import UserError
-from segcn.infer import infer
-from segcn.made_with import read_settings
-from segcn.masks import write_mask
-from segcn.pipeline import Painter, load_painter
-from segcn.records import read_split
+from segcn.data.masks import write_mask
+from segcn.data.metadata import read_split
+from segcn.generate import infer as inferring
+from segcn.generate.config import InferConfig, SampleConfig
+from segcn.generate.infer import infer, read_settings
+from segcn.generate.pipeline import Pipeline, load_pipeline
+from segcn.models.base import base_fingerprint, load_base
+from segcn.models.controlnet import load_controlnet
+from segcn.utils.args import make, parse
+from segcn.utils.errors import UserError
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def config(random_base, random_controlnet, landscapes, tmp_path):
 
 @pytest.fixture(scope="module")
 def painter(random_base, random_controlnet, landscapes):
-    base, palette = models.load_base(random_base), read_split(landscapes, "test").palette
-    return Painter(base, models.load_controlnet(random_controlnet).eval(), palette, str(random_controlnet))
+    base, palette = load_base(random_base), read_split(landscapes, "test").palette
+    return Pipeline(base, load_controlnet(random_controlnet).eval(), palette, str(random_controlnet))
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_the_picture_holds_every_setting_and_can_be_made_again_from_them(config,
     told = read_settings(infer(asked))
     assert set(told["settings"]) == {field.name for field in dataclasses.fields(SampleConfig)}
     assert told["prompt"] == asked.prompt and told["seeds"] == [[0, 0], [0, 1]] and told["control"] == "000000.png"
-    assert told["base_fingerprint"] == models.base_fingerprint(config.pretrained_model_name_or_path)
+    assert told["base_fingerprint"] == base_fingerprint(config.pretrained_model_name_or_path)
     assert len(told["controlnet_weights"]) == 16
     again = InferConfig(**told["settings"], control=config.control, prompt=told["prompt"], num_images=2,
                         out=str(tmp_path / "again.png"))  # fmt: skip
@@ -120,12 +120,12 @@ def test_a_controlnet_that_is_not_there_is_named(random_base, landscapes):
     settings = SampleConfig(pretrained_model_name_or_path=str(random_base), controlnet_model_name_or_path="nowhere")
     for palette in (None, read_split(landscapes, "test").palette):
         with pytest.raises(UserError, match="nowhere: expected a ControlNet"):
-            load_painter(settings, palette)
+            load_pipeline(settings, palette)
 
 
-def test_a_mask_of_unknown_colours_is_named_without_a_palette_of_its_own_too(config, landscapes, tmp_path, monkeypatch):
+def test_a_mask_of_unknown_colors_is_named_without_a_palette_of_its_own_too(config, landscapes, tmp_path, monkeypatch):
     Image.new("RGB", (64, 64), (1, 2, 3)).save(tmp_path / "mask.png")
     palette = read_split(landscapes, "test").palette
-    monkeypatch.setattr(inferring, "load_painter", lambda *_: Painter(None, None, palette, "none"))
-    with pytest.raises(UserError, match=r"colour \[1, 2, 3\] \(4096 pixels\)"):
+    monkeypatch.setattr(inferring, "load_painter", lambda *_: Pipeline(None, None, palette, "none"))
+    with pytest.raises(UserError, match=r"color \[1, 2, 3\] \(4096 pixels\)"):
         infer(dataclasses.replace(config, control=str(tmp_path / "mask.png")))

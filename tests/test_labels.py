@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
-from segcn.errors import UserError
-from segcn.labels import IGNORE, Label, Palette, find_palette
-from segcn.masks import colourise, read_mask, resize_mask, write_mask
+from segcn.data.masks import colorize, read_mask, resize_mask, write_mask
+from segcn.data.palette import IGNORE, Label, Palette, find_palette
+from segcn.utils.errors import UserError
 
 FEW = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 SKY, TREE, LAKE = (
@@ -36,7 +36,7 @@ def test_palette_survives_its_file(tmp_path):
     assert loaded.num_classes == 8
 
 
-def test_table_colours_declared_ids_and_leaves_the_rest_black():
+def test_table_colors_declared_ids_and_leaves_the_rest_black():
     assert PALETTE.table.shape == (256, 3)
     assert PALETTE.table[7].tolist() == [0, 0, 200]
     assert PALETTE.table[254].tolist() == [0, 0, 0]
@@ -49,7 +49,7 @@ def test_table_colours_declared_ids_and_leaves_the_rest_black():
     [
         ([SKY, Label(0, "hill", (1, 2, 3))], "different id"),
         ([SKY, Label(1, "sky", (1, 2, 3))], "different name"),
-        ([SKY, Label(1, "hill", SKY.colour)], "different colour"),
+        ([SKY, Label(1, "hill", SKY.color)], "different color"),
         ([SKY, Label(255, "hill", (1, 2, 3))], "at most 255 classes"),
         ([SKY, Label(256, "hill", (1, 2, 3), ignore=True)], "0 to 254"),
         ([SKY, Label(1, "hill", (1, 2, 300))], "three numbers"),
@@ -61,7 +61,7 @@ def test_table_colours_declared_ids_and_leaves_the_rest_black():
 )
 def test_a_wrong_palette_is_refused(tmp_path, labels, words):
     path = tmp_path / "palette.json"
-    entries = [{"id": label.id, "name": label.name, "colour": label.colour, "ignore": label.ignore} for label in labels]
+    entries = [{"id": label.id, "name": label.name, "color": label.color, "ignore": label.ignore} for label in labels]
     path.write_text(json.dumps({"labels": entries}))
     with pytest.raises(UserError, match=words) as caught:
         Palette.load(path)
@@ -92,8 +92,8 @@ def test_every_file_format_gives_the_same_ids(mask, tmp_path_factory):
     write_mask(folder / "p.png", mask, PALETTE)
     save(folder / "l.png", mask)
     save(folder / "16.png", mask.astype(np.uint16))
-    save(folder / "rgb.png", colourise(mask, PALETTE))
-    save(folder / "rgba.png", np.dstack([colourise(mask, PALETTE), np.full_like(mask, 9)]))
+    save(folder / "rgb.png", colorize(mask, PALETTE))
+    save(folder / "rgba.png", np.dstack([colorize(mask, PALETTE), np.full_like(mask, 9)]))
     save(folder / "l.tiff", mask)
     for path in folder.iterdir():
         ids = read_mask(path, PALETTE)
@@ -103,13 +103,13 @@ def test_every_file_format_gives_the_same_ids(mask, tmp_path_factory):
 
 @FEW
 @given(mask=MASKS)
-def test_a_written_mask_is_ids_and_shows_its_colours(mask, tmp_path_factory):
+def test_a_written_mask_is_ids_and_shows_its_colors(mask, tmp_path_factory):
     path = tmp_path_factory.mktemp("masks") / "0.png"
     write_mask(path, mask, PALETTE)
     with Image.open(path) as image:
         assert image.mode == "P"
         np.testing.assert_array_equal(np.asarray(image), mask)
-        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), colourise(mask, PALETTE))
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), colorize(mask, PALETTE))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -125,7 +125,7 @@ def test_labels_marked_ignore_are_read_as_unlabelled(tmp_path):
     palette = Palette((SKY, Label(3, "void", (9, 9, 9), ignore=True)))
     mask = np.array([[0, 3, 255]], np.uint8)
     assert read_mask(save(tmp_path / "l.png", mask), palette).tolist() == [[0, 255, 255]]
-    assert read_mask(save(tmp_path / "rgb.png", colourise(mask[:, :2], palette)), palette).tolist() == [[0, 255]]
+    assert read_mask(save(tmp_path / "rgb.png", colorize(mask[:, :2], palette)), palette).tolist() == [[0, 255]]
 
 
 def test_undeclared_values_are_counted(tmp_path):
@@ -141,24 +141,24 @@ def test_values_above_255_are_not_clipped(tmp_path):
         read_mask(path, PALETTE)
 
 
-def test_undeclared_colours_are_counted(tmp_path):
-    path = save(tmp_path / "0.png", np.array([[SKY.colour, (9, 8, 7), (9, 8, 7)]], np.uint8))
-    with pytest.raises(UserError, match=r"colour \[9, 8, 7\] \(2 pixels\)"):
+def test_undeclared_colors_are_counted(tmp_path):
+    path = save(tmp_path / "0.png", np.array([[SKY.color, (9, 8, 7), (9, 8, 7)]], np.uint8))
+    with pytest.raises(UserError, match=r"color \[9, 8, 7\] \(2 pixels\)"):
         read_mask(path, PALETTE)
 
 
 def test_a_jpeg_mask_is_named_as_the_cause(tmp_path):
     mask = np.random.default_rng(0).choice([0, 1, 7], (16, 16)).astype(np.uint8)
-    path = save(tmp_path / "0.jpg", colourise(mask, PALETTE))
+    path = save(tmp_path / "0.jpg", colorize(mask, PALETTE))
     with pytest.raises(UserError, match="JPEG compression changes labels"):
         read_mask(path, PALETTE)
 
 
 def test_a_renumbered_palette_file_is_refused(tmp_path):
     image = Image.fromarray(np.array([[0, 1]], np.uint8))
-    image.putpalette([*TREE.colour, *SKY.colour])
+    image.putpalette([*TREE.color, *SKY.color])
     image.save(tmp_path / "0.png")
-    with pytest.raises(UserError, match="value 0 has the colour of 'tree', id 1"):
+    with pytest.raises(UserError, match="value 0 has the color of 'tree', id 1"):
         read_mask(tmp_path / "0.png", PALETTE)
 
 
@@ -186,19 +186,19 @@ def test_resizing_invents_no_class(mask, height, width):
     assert set(np.unique(resized)) <= set(np.unique(mask))
 
 
-def test_colourise_takes_stacks():
+def test_colorise_takes_stacks():
     mask = np.array([[[0, 1]], [[7, 255]]], np.uint8)
-    assert colourise(mask, PALETTE).shape == (2, 1, 2, 3)
-    assert colourise(mask, PALETTE)[1, 0, 0].tolist() == [0, 0, 200]
+    assert colorize(mask, PALETTE).shape == (2, 1, 2, 3)
+    assert colorize(mask, PALETTE)[1, 0, 0].tolist() == [0, 0, 200]
 
 
-def test_ignored_labels_may_share_a_colour(tmp_path):
+def test_ignored_labels_may_share_a_color(tmp_path):
     ignored = [Label(id, f"void {id}", (0, 0, 0), ignore=True) for id in (0, 1, 4)]
     palette = Palette((*ignored, Label(7, "road", (128, 64, 128))))
     mask = np.array([[0, 1, 4, 7]], np.uint8)
     write_mask(tmp_path / "mask.png", mask, palette)
-    Image.fromarray(colourise(mask, palette)).save(tmp_path / "rgb.png")
+    Image.fromarray(colorize(mask, palette)).save(tmp_path / "rgb.png")
     for name in ("mask.png", "rgb.png"):
         assert read_mask(tmp_path / name, palette).tolist() == [[255, 255, 255, 7]]
-    with pytest.raises(UserError, match="different colour for every label"):
+    with pytest.raises(UserError, match="different color for every label"):
         Palette((*ignored, Label(7, "road", (0, 0, 0))))

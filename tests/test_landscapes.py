@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcn.captions import SEASONS, TIMES
-from segcn.errors import UserError
-from segcn.records import check_split, read_split
-from segcn.samples.canvas import rasterise, rectangle
-from segcn.samples.landscapes import PALETTE, paint, write_landscapes
-from segcn.samples.scene import SMALLEST
-from segcn.samples.writing import split_seed
+from segcn.data.captions import SEASONS, TIMES
+from segcn.data.metadata import check_split, read_split
+from segcn.samples.landscapes.scene import PALETTE, SMALLEST, draw, write_landscapes
+from segcn.samples.landscapes.shapes import rasterise, rectangle
+from segcn.samples.writer import split_seed
+from segcn.utils.errors import UserError
 
 NAMED = {
     "cloud": ("clouds",),
@@ -26,7 +25,7 @@ NAMED = {
 
 @pytest.fixture(scope="module")
 def landscapes():
-    return [paint(0, index) for index in range(60)]
+    return [draw(0, index) for index in range(60)]
 
 
 def tree_bytes(folder):
@@ -34,21 +33,21 @@ def tree_bytes(folder):
 
 
 def test_same_arguments_same_landscape(landscapes):
-    again = paint(0, 7)
+    again = draw(0, 7)
     assert np.array_equal(again.image, landscapes[7].image) and np.array_equal(again.mask, landscapes[7].mask)
     assert again.caption == landscapes[7].caption
 
 
 def test_every_index_and_seed_paints_another_picture(landscapes):
     assert len({landscape.image.tobytes() for landscape in landscapes}) == 60
-    assert not np.array_equal(paint(1, 0).image, landscapes[0].image)
+    assert not np.array_equal(draw(1, 0).image, landscapes[0].image)
 
 
 def test_shapes_and_types_at_another_resolution():
-    landscape = paint(0, 3, resolution=64)
+    landscape = draw(0, 3, resolution=64)
     assert landscape.image.shape == (64, 64, 3) and landscape.image.dtype == np.uint8
     assert landscape.mask.shape == (64, 64) and landscape.mask.dtype == np.uint8
-    assert landscape.caption == paint(0, 3).caption
+    assert landscape.caption == draw(0, 3).caption
 
 
 def test_masks_hold_the_nine_classes_and_nothing_else(landscapes):
@@ -90,7 +89,7 @@ def test_written_folder_reads_back(tmp_path):
     out = write_landscapes(tmp_path / "set", 3, resolution=64, seed=5, workers=1)
     split = read_split(str(out))
     check_split(split)
-    landscape = paint(5, 1, 64)
+    landscape = draw(5, 1, 64)
     assert split[1].caption == landscape.caption and split.palette.names[8] == "house"
     assert np.array_equal(np.asarray(Image.open(out / "images/000001.png")), landscape.image)
     mask = Image.open(out / "masks/000001.png")

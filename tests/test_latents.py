@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from segcn import draws, latent_files, latents, models
-from segcn.augment import AUGMENTS
-from segcn.dataset import PairedDataset
-from segcn.errors import UserError
-from segcn.examples import Examples, Plan
-from segcn.feed import settle_draws
-from segcn.prepare import prepare
-from segcn.records import read_split
+from segcn.data.dataset import PairedDataset
+from segcn.data.metadata import read_split
+from segcn.data.transforms import AUGMENTS
+from segcn.models.base import encode_moments, load_base
+from segcn.train import latent_cache
+from segcn.train.batches import Examples, Plan, settle_draws
+from segcn.train.setup import prepare
+from segcn.utils.errors import UserError
 
 ALONE = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, wait_for_everyone=lambda: None)
 FILES = 2 + 1 + 2 * 2  # layout and captions, one of text, and of each of two draws of 12 rows two
@@ -30,7 +30,7 @@ FILES = 2 + 1 + 2 * 2  # layout and captions, one of text, and of each of two dr
 
 @pytest.fixture(scope="module")
 def base(random_base):
-    return models.load_base(str(random_base))
+    return load_base(str(random_base))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def rows(landscapes):
 def whole(rows, base, tmp_path_factory):
     """A cache of two draws."""
     folder = tmp_path_factory.mktemp("whole")
-    latents.build(folder, rows, base, 2, ALONE, print)
+    latent_cache.build(folder, rows, base, 2, ALONE, print)
     return folder
 
 
@@ -77,12 +77,12 @@ def together(count, work):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_any_number_of_processes_builds_the_same_cache(rows, base, whole, tmp_path, count):
-    together(count, lambda accelerator: latents.build(tmp_path, rows, base, 2, accelerator, print))
+    together(count, lambda accelerator: latent_cache.build(tmp_path, rows, base, 2, accelerator, print))
     assert content(tmp_path) == content(whole)
 
 
 def test_two_runs_that_build_at_once_leave_one_whole_cache(rows, base, whole, tmp_path):
-    together(2, lambda accelerator: latents.build(tmp_path, rows, base, 2, ALONE, print))
+    together(2, lambda accelerator: latent_cache.build(tmp_path, rows, base, 2, ALONE, print))
     assert content(tmp_path) == content(whole)
 
 
@@ -106,14 +106,14 @@ def test_a_build_that_is_killed_at_any_point_goes_on_with_what_stands(
         folder = tmp_path / str(done)
         order.clear()
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(latent_files.os, step, lambda *given: (die(), real(*given)))
-            latents.build(folder, rows, base, 2, ALONE, print)
+            patch.setattr(latent_cache.os, step, lambda *given: (die(), real(*given)))
+            latent_cache.build(folder, rows, base, 2, ALONE, print)
         stood = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
         assert len(stood) == max(0, done - 2)
         aside = list(folder.glob(".*"))
         assert len(aside) == 1
         os.utime(aside[0], (0, 0))
-        latents.build(folder, rows, base, 2, ALONE, print)
+        latent_cache.build(folder, rows, base, 2, ALONE, print)
         assert content(folder) == content(whole)
         assert all(path.stat().st_mtime_ns == time for path, time in stood.items())
         shutil.rmtree(folder)
@@ -121,9 +121,9 @@ def test_a_build_that_is_killed_at_any_point_goes_on_with_what_stands(
 
 def test_a_file_has_its_name_only_after_it_is_on_disk(tmp_path, monkeypatch):
     order, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(latent_files.os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
-    monkeypatch.setattr(latent_files.os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
-    latent_files.appear(tmp_path / "file", lambda file: (file.write(b"x"), order.append("write")))
+    monkeypatch.setattr(latent_cache.os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
+    monkeypatch.setattr(latent_cache.os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
+    latent_cache.appear(tmp_path / "file", lambda file: (file.write(b"x"), order.append("write")))
     assert order == ["write", "fsync", "replace"] and content(tmp_path) == {"file": b"x"}
 
 
@@ -132,20 +132,20 @@ def no_encoding(*_):
 
 
 def test_a_cache_is_used_again_and_more_draws_are_added_to_it(rows, base, whole, tmp_path, monkeypatch):
-    latents.build(tmp_path, rows, base, 1, ALONE, print)
+    latent_cache.build(tmp_path, rows, base, 1, ALONE, print)
     first, encoded = content(tmp_path), []
     with monkeypatch.context() as patch:
-        patch.setattr(latents, "encode_text", no_encoding)
+        patch.setattr(latent_cache, "encode_text", no_encoding)
         patch.setattr(
-            latents,
+            latent_cache,
             "encode_moments",
-            lambda vae, image: (encoded.append(len(image)), models.encode_moments(vae, image))[1],
+            lambda vae, image: (encoded.append(len(image)), encode_moments(vae, image))[1],
         )
-        latents.build(tmp_path, rows, base, 2, ALONE, print)
+        latent_cache.build(tmp_path, rows, base, 2, ALONE, print)
         assert sum(encoded) == len(rows)
-        patch.setattr(latents, "encode_moments", no_encoding)
+        patch.setattr(latent_cache, "encode_moments", no_encoding)
         for count in (1, 2):
-            assert latents.build(tmp_path, rows, base, count, ALONE, print).draws == count
+            assert latent_cache.build(tmp_path, rows, base, count, ALONE, print).draws == count
     assert content(tmp_path) == content(whole) and first.items() < content(whole).items()
 
 
@@ -157,13 +157,13 @@ def test_a_damaged_file_is_named_with_what_mends_it(rows, base, whole, tmp_path,
     for path in paths:
         os.truncate(path, int(path.stat().st_size * kept))
         with pytest.raises(UserError, match=f"damaged .*; remove it, rm {path}"):
-            latents.build(tmp_path / "cache", rows, base, 2, ALONE, print)
+            latent_cache.build(tmp_path / "cache", rows, base, 2, ALONE, print)
         with pytest.raises(UserError, match=f"rm {path}"):
-            latent_files.LatentCache(tmp_path / "cache", 2)
+            latent_cache.LatentCache(tmp_path / "cache", 2)
         path.unlink()
         with pytest.raises(UserError, match=f"{path}: .*found none"):
-            latent_files.LatentCache(tmp_path / "cache", 2)
-        latents.build(tmp_path / "cache", rows, base, 2, ALONE, print)
+            latent_cache.LatentCache(tmp_path / "cache", 2)
+        latent_cache.build(tmp_path / "cache", rows, base, 2, ALONE, print)
     assert content(tmp_path / "cache") == content(whole)
 
 
@@ -171,9 +171,9 @@ def test_a_cache_keeps_few_files_open(whole, monkeypatch):
     def mapped():
         return sum(str(whole) in line for line in Path("/proc/self/maps").read_text().splitlines())
 
-    plain = latent_files.LatentCache(whole, 2)
-    monkeypatch.setattr(latent_files, "OPEN_FILES", 1)
-    cache = latent_files.LatentCache(whole, 2)
+    plain = latent_cache.LatentCache(whole, 2)
+    monkeypatch.setattr(latent_cache, "OPEN_FILES", 1)
+    cache = latent_cache.LatentCache(whole, 2)
     for draw, row in [(0, 0), (1, 0), (0, 0), (1, cache.layout.rows - 1)]:
         assert cache.entry(draw, row) == plain.entry(draw, row)
     del plain
@@ -184,36 +184,36 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_aside(tmp_path, monkeypat
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(latent_files.os, "fsync", full)
+    monkeypatch.setattr(latent_cache.os, "fsync", full)
     with pytest.raises(UserError, match=r"No space left on device; .*--cache_dir.*--cache none"):
-        latent_files.appear(tmp_path / "file", lambda file: file.write(b"x"))
+        latent_cache.appear(tmp_path / "file", lambda file: file.write(b"x"))
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_read_ahead_keeps_its_order(rows):
     keys = [(draw, row) for draw in range(5) for row in range(len(rows))]
-    found = list(latents.read_ahead(rows, iter(keys)))
-    assert len(found) == len(keys) > 3 * latents.BATCH
+    found = list(latent_cache.read_ahead(rows, iter(keys)))
+    assert len(found) == len(keys) > 3 * latent_cache.BATCH
     for (draw, row), sample in zip(keys, found, strict=True):
         assert sample.draw == rows.draw(row, draw)
 
 
 def test_the_key_changes_with_weights_precision_and_tokenizer_of_the_base(random_base, base):
-    told = {latents.encoders_fingerprint(base), latents.encoders_fingerprint(models.load_base(random_base))}
+    told = {latent_cache.encoders_fingerprint(base), latent_cache.encoders_fingerprint(load_base(random_base))}
     assert len(told) == 1
-    told.add(latents.encoders_fingerprint(models.load_base(random_base, dtype=torch.bfloat16)))
-    other = models.load_base(random_base)
+    told.add(latent_cache.encoders_fingerprint(load_base(random_base, dtype=torch.bfloat16)))
+    other = load_base(random_base)
     with torch.no_grad():
         next(other.vae.parameters())[0] += 1
-    told.add(latents.encoders_fingerprint(other))
-    other = models.load_base(random_base)
+    told.add(latent_cache.encoders_fingerprint(other))
+    other = load_base(random_base)
     other.tokenizer.add_tokens(["lighthouse"])
-    told.add(latents.encoders_fingerprint(other))
+    told.add(latent_cache.encoders_fingerprint(other))
     assert len(told) == 4
 
 
 def test_cached_examples_are_memory_mapped_and_the_same_from_two_workers(rows, whole):
-    cache = latent_files.LatentCache(whole, 2)
+    cache = latent_cache.LatentCache(whole, 2)
     assert all(isinstance(cache._open(*block), np.memmap) for block in (*cache._files, *cache._text))
     given_settings = {"seed": 0, "timesteps": 1000, "empty_prompts": 0.3, "empty_controls": 0.3}
     examples = Examples(rows, cache, 8, (12, 4, 4), given_settings)
@@ -226,7 +226,7 @@ def test_cached_examples_are_memory_mapped_and_the_same_from_two_workers(rows, w
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_controls_are_dropped_by_visit_and_row_alike_with_and_without_cache(rows, whole, cached):
-    cache = latent_files.LatentCache(whole, 2) if cached else None
+    cache = latent_cache.LatentCache(whole, 2) if cached else None
     plain, half, none = (
         Examples(rows, cache, 8, (12, 4, 4), {"seed": 0, "timesteps": 1000, "empty_controls": share})
         for share in (0.0, 0.5, 1.0)
@@ -243,23 +243,23 @@ def test_controls_are_dropped_by_visit_and_row_alike_with_and_without_cache(rows
 
 
 def test_cached_moments_are_those_of_the_picture_of_that_draw(rows, base, whole):
-    cache = latent_files.LatentCache(whole, 2)
+    cache = latent_cache.LatentCache(whole, 2)
     for draw, row in [(0, 0), (0, 9), (1, 11), (1, 7)]:
-        moments = models.encode_moments(base.vae, rows.sample(row, draw).image[None])[0].numpy()
+        moments = encode_moments(base.vae, rows.sample(row, draw).image[None])[0].numpy()
         assert np.allclose(cache.entry(draw, row)["moments"], moments, atol=2e-3, rtol=2e-3)
     assert not np.allclose(cache.entry(0, 9)["moments"], cache.entry(1, 9)["moments"], atol=0.1)
 
 
 @pytest.mark.parametrize("settings", [{}, {"cache": "none"}, {"faithfulness_rows": 2}])
 def test_with_the_cache_both_encoders_leave_memory_unless_they_are_used(quick, tmp_path, monkeypatch, settings):
-    loaded, load = [], models.load_base
+    loaded, load = [], load_base
 
     def remember(*given, **named):
         base = load(*given, **named)
         loaded.extend(weakref.ref(part) for part in (base.vae, base.text_encoder))
         return base
 
-    monkeypatch.setattr(models, "load_base", remember)
+    monkeypatch.setattr("segcn.models.base.load_base", remember)
     run = prepare(quick(tmp_path / "run", **settings))
     gc.collect()
     assert len(loaded) == 2 and [part() is None for part in loaded] == [not settings] * 2
@@ -274,32 +274,32 @@ BYTES = st.integers(1, 10**12)
 def test_as_many_draws_as_fit_and_are_visited(visits, draw, text, budget, free, there):
     def fits(count):
         new = count * draw + text - there
-        return count * draw <= budget and (new <= 0 or new <= free - draws.SPARE)
+        return count * draw <= budget and (new <= 0 or new <= free - latent_cache.SPARE)
 
     if not fits(1):
         with pytest.raises(UserError, match=r"found a budget of .*--cache_budget_gb, .*--cache_dir, .*--cache none"):
-            draws.resolve_draws(None, visits, draw, text, budget, free, there)
+            latent_cache.resolve_draws(None, visits, draw, text, budget, free, there)
         return
-    count = draws.resolve_draws(None, visits, draw, text, budget, free, there)
+    count = latent_cache.resolve_draws(None, visits, draw, text, budget, free, there)
     assert count >= 1 and fits(count) and count - 1 < visits
     assert count >= visits or not fits(count + 1)
 
 
 def test_draws_that_were_asked_for_are_kept_or_refused():
     gigabyte = 10**9
-    assert draws.resolve_draws(7, 1.0, gigabyte, 0, 0, 9 * gigabyte) == 7
-    assert draws.resolve_draws(7, 1.0, gigabyte, gigabyte, 0, 0, there=8 * gigabyte) == 7
+    assert latent_cache.resolve_draws(7, 1.0, gigabyte, 0, 0, 9 * gigabyte) == 7
+    assert latent_cache.resolve_draws(7, 1.0, gigabyte, gigabyte, 0, 0, there=8 * gigabyte) == 7
     with pytest.raises(UserError, match=r"needs 9\.0 GB for 9 draw.*8\.0 GB of disk"):
-        draws.resolve_draws(9, 20.0, gigabyte, 0, 20 * gigabyte, 9 * gigabyte)
+        latent_cache.resolve_draws(9, 20.0, gigabyte, 0, 20 * gigabyte, 9 * gigabyte)
     with pytest.raises(UserError, match="--cache_draws: expected 1 or more, found 0"):
-        draws.resolve_draws(0, 20.0, gigabyte, 0, 20 * gigabyte, 9 * gigabyte)
+        latent_cache.resolve_draws(0, 20.0, gigabyte, 0, 20 * gigabyte, 9 * gigabyte)
 
 
 def test_the_bytes_counted_are_the_bytes_written(rows, base, whole):
-    layout, captions = latents.layout_of(rows, base), latents.captions_of(rows)
+    layout, captions = latent_cache.layout_of(rows, base), latent_cache.captions_of(rows)
     counted = 2 * layout.draw_bytes + layout.text_bytes(len(captions))
     header = 256  # of a file, at most
-    assert counted < draws.standing_bytes(whole) <= counted + header * (FILES - 2)
+    assert counted < latent_cache.standing_bytes(whole) <= counted + header * (FILES - 2)
 
 
 def test_a_run_that_goes_on_keeps_its_draws(quick, rows, base, tmp_path):
@@ -313,7 +313,7 @@ def test_a_run_that_goes_on_keeps_its_draws(quick, rows, base, tmp_path):
     assert settled(max_train_steps=6) == 1 and settled(max_train_steps=19) == 4
     assert "each draw is seen 0.8 times in 19 steps; --cache none draws anew each time" in said[-1]
     assert str(tmp_path / "cache") in said[-1] and "4 draw(s)" in said[-1] and "MB" in said[-1]
-    one = latents.layout_of(rows, base).draw_bytes / 1e9
+    one = latent_cache.layout_of(rows, base).draw_bytes / 1e9
     assert settled(max_train_steps=600, cache_budget_gb=3.5 * one) == 3
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train_config.json").write_text('{"cache_draws": 3}')

@@ -12,11 +12,11 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 
-from segcn import checkpoint, launch
-from segcn.arguments import arguments_of
-from segcn.errors import UserError
-from segcn.launch import failure, message, own_lines, training_lines
-from segcn.train import train
+from segcn.train import checkpoint, launch
+from segcn.train.launch import failure, message, own_lines, training_lines
+from segcn.train.loop import train
+from segcn.utils.args import arguments_of
+from segcn.utils.errors import UserError
 
 LONG = {"max_train_steps": 100000, "checkpointing_steps": 100000}
 ELASTIC_REPORT = """\

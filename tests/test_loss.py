@@ -2,7 +2,7 @@
 
 import torch
 
-from segcn.loss import diffusion_loss, valid_cells
+from segcn.train.loss import diffusion_loss, valid_cells
 
 
 def test_the_loss_is_the_mean_over_cells_in_frame():

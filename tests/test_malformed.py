@@ -10,11 +10,11 @@ from pathlib import Path
 import malformed
 import pytest
 
-from segcn import doctor
-from segcn.config import DoctorConfig
-from segcn.doctor import examine
-from segcn.errors import UserError
-from segcn.records import check_split, read_split
+from segcn.data.config import DoctorConfig
+from segcn.data.doctor import checkup
+from segcn.data.doctor.checkup import examine
+from segcn.data.metadata import check_split, read_split
+from segcn.utils.errors import UserError
 
 CORPUS = malformed.corpus()
 WATCHED = """
@@ -68,7 +68,7 @@ def no_hang():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return doctor._load_tokenizer(DoctorConfig().pretrained_model_name_or_path)
+    return checkup._load_tokenizer(DoctorConfig().pretrained_model_name_or_path)
 
 
 def listing(folder):
@@ -96,7 +96,7 @@ def test_a_malformed_data_set_is_refused_with_file_and_row(tmp_path, name):
 
 @pytest.mark.parametrize("name", [name for name, (_, where) in CORPUS.items() if "row 1" in where])
 def test_the_doctor_finds_it_too_in_that_row_alone(tmp_path, name, tokenizer, monkeypatch):
-    monkeypatch.setattr(doctor, "_load_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(checkup, "_load_tokenizer", lambda folder: tokenizer)
     folder = malformed.sound(tmp_path / "pairs")
     CORPUS[name][0](folder)
     before = listing(tmp_path)

@@ -1,4 +1,4 @@
-"""Promise: one command measures the embedded base on pictures that it never saw, and goes on where it was stopped."""
+"""Promise: one command measures the embedded base on images that it never saw, and goes on where it was stopped."""
 
 import dataclasses
 import json
@@ -7,20 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcn.captions import SEASONS, TIMES
 from segcn.cli import do_samples
-from segcn.errors import UserError
-from segcn.records import read_split
+from segcn.data.captions import SEASONS, TIMES
+from segcn.data.metadata import read_split
 from segcn.samples import measure as measuring
-from segcn.samples.card import report, targets
-from segcn.samples.earth import PICTURES
-from segcn.samples.earth import describe as describe_tile
-from segcn.samples.landscapes import describe
-from segcn.samples.measure import MeasureConfig, measure, open_painter
-from segcn.samples.recogniser import OF_EARTH, OF_LANDSCAPES, RecogniserRecipe, recognised, said, train_recogniser
+from segcn.samples.config import MeasureConfig
+from segcn.samples.earth import PICTURES, describe_tile
+from segcn.samples.landscapes.scene import describe
+from segcn.samples.measure import measure, open_generator, report, targets
+from segcn.samples.recognizer import OF_EARTH, OF_LANDSCAPES, RecognizerRecipe, recognized, said, train_recognizer
+from segcn.utils.errors import UserError
 
 TOY = MeasureConfig(
-    resolution=64, num_inference_steps=2, count=3, held_out=4, earth_count=2, segmenter_steps=2, recogniser_steps=2,
+    resolution=64, num_inference_steps=2, count=3, held_out=4, earth_count=2, segmenter_steps=2, recognizer_steps=2,
     batch_size=2, timings=1,
 )  # fmt: skip
 
@@ -43,7 +42,7 @@ def test_everything_is_measured_and_written(measured):
     config, metrics, told = measured
     assert metrics == json.loads((config.folder / "measure.json").read_text())
     assert 20 < metrics["autoencoder"]["psnr"] < 60 and 0.5 < metrics["autoencoder"]["ssim"] <= 1
-    assert set(metrics["recognised"]) == {"real", "reconstructions", "with_mask", "captions_alone"}
+    assert set(metrics["recognized"]) == {"real", "reconstructions", "with_mask", "captions_alone"}
     assert metrics["share_of_ceiling"]["real"]["mean"] == 1
     assert {one["images"] for one in metrics["faithfulness"].values()} == {3}
     assert metrics["seconds"]["each_of_many"] > 0 and metrics["seconds"]["steps"] == 20
@@ -53,14 +52,14 @@ def test_everything_is_measured_and_written(measured):
 
 def test_without_the_maps_one_line_says_how_to_get_them(measured):
     _, metrics, told = measured
-    assert metrics["recognised_earth"] is None and "Earth" not in report(metrics)
+    assert metrics["recognized_earth"] is None and "Earth" not in report(metrics)
     assert sum("left out" in line and "pip install" in line for line in told) == 1
 
 
 def test_a_target_is_met_or_named_as_missed(measured):
     _, metrics, _ = measured
     styles = {"real": {"style": 1.0}, "captions_alone": {"style": 0.96}}
-    metrics = metrics | {"recognised_earth": styles, "seconds": metrics["seconds"] | {"one": 1.0, "each_of_many": 0.8}}
+    metrics = metrics | {"recognized_earth": styles, "seconds": metrics["seconds"] | {"one": 1.0, "each_of_many": 0.8}}
     lines = {line[:30].strip(): line for line in report(metrics).splitlines()}
     assert lines["Earth, captions alone: style r"].endswith("96.0%    >= 95%  met")
     assert lines["one image"].endswith("met") and lines["each of 2 images in one call"].endswith("MISSED")
@@ -68,9 +67,9 @@ def test_a_target_is_met_or_named_as_missed(measured):
 
 
 def test_the_picture_has_a_mask_and_four_captions_a_row(measured):
-    picture = Image.open(measured[0].folder / "grid.png").convert("RGB")
-    assert picture.height / picture.width == pytest.approx(2 / 3, abs=0.1)
-    assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 1000
+    image = Image.open(measured[0].folder / "grid.png").convert("RGB")
+    assert image.height / image.width == pytest.approx(2 / 3, abs=0.1)
+    assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 1000
 
 
 @pytest.mark.slow
@@ -81,7 +80,7 @@ def test_it_goes_on_with_more_images(measured, landscapes):
     more = measure(dataclasses.replace(config, count=4, earth_count=0), read_split(landscapes, "train"), told.append)
     assert more["faithfulness"]["with_mask"]["images"] == 4 and painted.stat().st_mtime_ns == stood
     assert any("3 of 4 images stand already" in line for line in told)
-    assert any("reused" in line for line in told) and not any("recogniser step" in line for line in told)
+    assert any("reused" in line for line in told) and not any("recognizer step" in line for line in told)
 
 
 def test_a_caption_says_its_season_time_and_style():
@@ -90,16 +89,16 @@ def test_a_caption_says_its_season_time_and_style():
     assert [said(describe_tile(name, np.eye(8)[2]), OF_EARTH) for name in PICTURES] == [[0], [1], [2]]
 
 
-def test_the_recogniser_learns(landscapes, tmp_path):
+def test_the_recognizer_learns(landscapes, tmp_path):
     train = read_split(landscapes, "train")
-    recipe = RecogniserRecipe(steps=80, batch_size=12)
-    recogniser = train_recogniser(train, OF_LANDSCAPES, tmp_path, recipe, log=lambda line: None)
-    assert min(recognised(train, recogniser).values()) > 0.6
-    assert set(recognised(read_split(landscapes, "test"), recogniser)) == {"season", "time of day"}
+    recipe = RecognizerRecipe(steps=80, batch_size=12)
+    recognizer = train_recognizer(train, OF_LANDSCAPES, tmp_path, recipe, log=lambda line: None)
+    assert min(recognized(train, recognizer).values()) > 0.6
+    assert set(recognized(read_split(landscapes, "test"), recognizer)) == {"season", "time of day"}
 
 
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="--count 600: expected 2 to 512"):
         do_samples(["measure", "--count", "600"])
     with pytest.raises(UserError, match="expected a ControlNet"):
-        open_painter(dataclasses.replace(TOY, pretrained_model_name_or_path=str(tmp_path)))
+        open_generator(dataclasses.replace(TOY, pretrained_model_name_or_path=str(tmp_path)))

@@ -6,10 +6,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from segcn import frozen, memory, models
-from segcn.arguments import make, parse
-from segcn.train_config import TrainConfig
-from segcn.trainable import make_optimizer
+from segcn.models.base import hold
+from segcn.models.controlnet import make_controlnet
+from segcn.train import memory
+from segcn.train.config import TrainConfig
+from segcn.train.setup import make_optimizer
+from segcn.utils.args import make, parse
 
 CPU = torch.device("cpu")
 
@@ -42,7 +44,7 @@ def test_a_preset_takes_fp16_on_a_v100_and_only_holds_weights_in_half_on_a_slow_
     slow = fitted("--memory_preset", "8", fast=False)[0]
     assert slow.mixed_precision is None and slow.frozen_precision == "bf16"
     small = make(TrainConfig, "tiny", memory_preset=8)
-    assert memory.fit(small, "bf16", False)[0].train_batch_size == 16, "small pictures need no smaller batch"
+    assert memory.fit(small, "bf16", False)[0].train_batch_size == 16, "small images need no smaller batch"
 
 
 @pytest.mark.parametrize("eight_bit", [False, True])
@@ -66,8 +68,8 @@ def test_the_accounting_of_the_optimizer_is_what_it_holds(eight_bit):
 def test_stable_diffusion_fits_the_cards_that_the_presets_are_named_after():
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
-        controlnet = models.make_controlnet(unet)
-    unet = frozen.hold(unet, torch.bfloat16)
+        controlnet = make_controlnet(unet)
+    unet = hold(unet, torch.bfloat16)
     kept = {8: 0.24, 12: 0.24, 16: 1.82, 24: 3.64}  # GB of activations, the docstring's
     for gb, activations in kept.items():
         counted = memory.accounting(unet, controlnet, half_copies=True, use_8bit_adam=gb == 8)

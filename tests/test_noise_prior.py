@@ -6,22 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from segcn import models, noise_prior
-from segcn.augment import AUGMENTS
-from segcn.config import SampleConfig
-from segcn.dataset import PairedDataset
-from segcn.errors import UserError
-from segcn.labels import Label, Palette
-from segcn.noise_prior import NoisePrior, cells, measure_prior, open_prior, source_digest
-from segcn.pipeline import Painter, generate
-from segcn.records import read_split
+from segcn.data.dataset import PairedDataset
+from segcn.data.metadata import read_split
+from segcn.data.palette import Label, Palette
+from segcn.data.transforms import AUGMENTS
+from segcn.generate import noise_prior
+from segcn.generate.config import SampleConfig
+from segcn.generate.noise_prior import NoisePrior, cells, measure_prior, open_prior, source_digest
+from segcn.generate.pipeline import Pipeline, generate
+from segcn.models.base import encode_moments, load_base
+from segcn.models.controlnet import make_controlnet
+from segcn.utils.errors import UserError
 
 SETTINGS = SampleConfig(num_inference_steps=4, guidance_scale=3.0)
 
 
 @pytest.fixture(scope="module")
 def base(random_base):
-    return models.load_base(random_base)
+    return load_base(random_base)
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +34,14 @@ def pairs(landscapes):
 @pytest.fixture
 def painter(base, landscapes, tmp_path, monkeypatch):
     monkeypatch.setattr(noise_prior, "OUTPUTS", tmp_path)
-    return Painter(base, models.make_controlnet(base.unet).eval(), read_split(landscapes, "test").palette, "random")
+    return Pipeline(base, make_controlnet(base.unet).eval(), read_split(landscapes, "test").palette, "random")
 
 
 def test_the_statistics_are_those_of_the_latents_where_a_class_lies(pairs, base, monkeypatch):
     monkeypatch.setattr(noise_prior, "ENOUGH", 3)
     prior = measure_prior(pairs, base, len)
     images = torch.stack([sample.image for sample in pairs])
-    latents = models.encode_moments(base.vae, images).chunk(2, 1)[0] * base.vae_config["scaling_factor"]
+    latents = encode_moments(base.vae, images).chunk(2, 1)[0] * base.vae_config["scaling_factor"]
     ids = torch.stack([sample.mask for sample in pairs])[:, 4::8, 4::8]
     seen_often = seen_rarely = 0
     for label in ids.unique().tolist():

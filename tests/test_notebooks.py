@@ -11,13 +11,13 @@ from diffusers import ControlNetModel
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
-from segcn.config import ROOT
-from segcn.errors import UserError
-from segcn.labels import Label, Palette
-from segcn.masks import read_mask, write_mask
-from segcn.notebook import check_cells
-from segcn.records import check_split, read_image, read_split, write_metadata
-from segcn.segmenter import SegmenterConfig, train_segmenter
+from segcn.data.masks import read_mask, write_mask
+from segcn.data.metadata import check_split, read_image, read_split, write_metadata
+from segcn.data.palette import Label, Palette
+from segcn.models.segmenter import SegmenterConfig, train_segmenter
+from segcn.notebook.workspace import check_cells
+from segcn.utils.errors import UserError
+from segcn.utils.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 COMMON = {"preset", "pretrained_model_name_or_path", "dataset_name", "output_dir"}
@@ -163,7 +163,7 @@ def printed(book):
     )
 
 
-def pictures(book):
+def images(book):
     outputs = [output for cell in code_cells(book) for output in cell.outputs]
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
@@ -218,7 +218,7 @@ def test_the_runs_are_free_of_litter(run):
 
 
 def test_each_notebook_shows_pictures(run):
-    assert [pictures(book) >= least for book, least in zip(run[1].values(), (5, 3, 5, 3, 3), strict=True)] == [True] * 5
+    assert [images(book) >= least for book, least in zip(run[1].values(), (5, 3, 5, 3, 3), strict=True)] == [True] * 5
 
 
 def test_the_lesson_runs_headless(tmp_path):
@@ -232,7 +232,7 @@ def test_the_lesson_runs_headless(tmp_path):
     )
     told = printed(book)
     assert "stopped before" in told and "Resuming from work/vae/checkpoint-2" in told and "Warning" not in told
-    assert pictures(book) == 10 and (tmp_path / "lesson" / "scratch" / "base" / "unet").is_dir()
+    assert images(book) == 10 and (tmp_path / "lesson" / "scratch" / "base" / "unet").is_dir()
 
 
 def run_benchmark(folder, **parameters):
@@ -271,11 +271,11 @@ def test_the_benchmark_shows_the_newest_results(tmp_path, random_base):
     book = run_benchmark(tmp_path)
     told = printed(book)
     assert told.count("1.84x") == 2 and "77" not in told and "GFLOP a step" in told and "Warning" not in told
-    assert pictures(book) == 1
+    assert images(book) == 1
 
 
 @pytest.mark.slow
 def test_the_benchmark_runs_headless_without_a_peer(tmp_path):
     book = run_benchmark(tmp_path, measured_steps=2)
-    assert "segcn --cache none" in printed(book) and pictures(book) == 1
+    assert "segcn --cache none" in printed(book) and images(book) == 1
     assert len(json.loads((tmp_path / "bench" / "train.json").read_text())) == 2

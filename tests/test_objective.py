@@ -9,13 +9,12 @@ from diffusers import ControlNetModel, DDPMScheduler
 from diffusers.training_utils import compute_snr
 from safetensors import safe_open
 
-from segcn import trainable
-from segcn.ema import averaged, make_ema
-from segcn.errors import UserError
-from segcn.finite import FiniteCheck
-from segcn.loss import diffusion_loss, min_snr_weights
-from segcn.prepare import make_scheduler
-from segcn.train_config import TrainConfig
+from segcn.train import setup
+from segcn.train.checkpoint import averaged, make_ema
+from segcn.train.config import TrainConfig
+from segcn.train.loss import FiniteCheck, diffusion_loss, min_snr_weights
+from segcn.train.setup import make_scheduler
+from segcn.utils.errors import UserError
 
 
 def fake_base(prediction_type):
@@ -73,7 +72,7 @@ def test_fused_and_plain_adam_agree():
         torch.manual_seed(0)
         layer = torch.nn.Linear(8, 8)
         config = TrainConfig(fused_adam=fused, learning_rate=1e-2)
-        optimizer = trainable.make_optimizer(config, layer, SimpleNamespace(num_processes=1))
+        optimizer = setup.make_optimizer(config, layer, SimpleNamespace(num_processes=1))
         for step in range(5):
             layer(torch.arange(8.0) + step).square().mean().backward()
             optimizer.step()
@@ -119,7 +118,8 @@ def test_an_overflow_is_left_to_the_gradient_scaler_and_a_bad_loss_is_not(check)
 
 
 def test_a_run_with_a_bad_loss_stops_before_its_update(quick, tmp_path, monkeypatch):
-    from segcn import objective, train
+    from segcn.train import loop as objective
+    from segcn.train import loop as train
 
     run = quick(tmp_path / "out", max_train_steps=4, checkpointing_steps=2)
     plain = objective.step_losses
@@ -141,7 +141,7 @@ def test_a_run_with_a_bad_loss_stops_before_its_update(quick, tmp_path, monkeypa
 
 
 def test_an_averaged_run_that_was_cut_ends_with_the_same_bytes(quick, tmp_path):
-    from segcn.train import train
+    from segcn.train.loop import train
 
     settings = {"use_ema": True, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "snr_gamma": 5.0}
     straight = train(quick(tmp_path / "straight", max_train_steps=4, **settings))
@@ -155,7 +155,7 @@ def test_an_averaged_run_that_was_cut_ends_with_the_same_bytes(quick, tmp_path):
 
 
 def test_another_learning_rate_acts_when_a_run_goes_on_with_it(quick, tmp_path):
-    from segcn.train import train
+    from segcn.train.loop import train
 
     train(quick(tmp_path / "out", max_train_steps=2, learning_rate=1e-3))
     train(quick(tmp_path / "out", max_train_steps=4, learning_rate=1e-5, adam_weight_decay=0.5, allow_changes=True))
@@ -167,10 +167,10 @@ def test_another_learning_rate_acts_when_a_run_goes_on_with_it(quick, tmp_path):
 
 
 def test_a_run_that_predicts_v_is_painted_so(quick, random_base, landscapes, tmp_path):
-    from segcn.arguments import make
-    from segcn.config import SampleConfig
-    from segcn.pipeline import load_painter
-    from segcn.train import train
+    from segcn.generate.config import SampleConfig
+    from segcn.generate.pipeline import load_pipeline as load_painter
+    from segcn.train.loop import train
+    from segcn.utils.args import make
 
     own = DDPMScheduler.from_pretrained(random_base, subfolder="scheduler").config.prediction_type
     other = "epsilon" if own == "v_prediction" else "v_prediction"

@@ -9,14 +9,14 @@ import zlib
 import malformed
 import numpy as np
 import pytest
-from malformed import COLOURS, HEADER, MASK, PALETTE, csv_of, encoded, file_of, jsonl, photo
+from malformed import COLORS, HEADER, MASK, PALETTE, csv_of, encoded, file_of, jsonl, photo
 from PIL import Image
 
-from segcn.augment import AugmentConfig
-from segcn.dataset import PairedDataset
-from segcn.labels import IGNORE
-from segcn.masks import read_mask
-from segcn.records import check_split, read_image, read_split
+from segcn.data.dataset import PairedDataset
+from segcn.data.masks import read_mask
+from segcn.data.metadata import check_split, read_image, read_split
+from segcn.data.palette import IGNORE
+from segcn.data.transforms import AugmentConfig
 
 FIRST = "images/0.png,masks/0.png"
 
@@ -146,7 +146,7 @@ BLACK_AND_WHITE = Image.fromarray((MASK == 1).astype(np.uint8) * 255).convert("1
 SEVEN = np.where(MASK == 7, IGNORE, MASK)
 MASKS = {
     "P": (indexed("P"), MASK),
-    "P of few colours": (encoded(Image.open(io.BytesIO(indexed("P"))).copy(), "PNG", bits=4), MASK),
+    "P of few colors": (encoded(Image.open(io.BytesIO(indexed("P"))).copy(), "PNG", bits=4), MASK),
     "PA": (encoded(Image.merge("LA", [Image.fromarray(MASK), Image.fromarray(MASK)]), "PNG"), MASK),
     "L": (encoded(MASK, "PNG"), MASK),
     "1-bit": (
@@ -163,11 +163,11 @@ MASKS = {
     "I;16 TIFF": (encoded(MASK.astype(np.uint16), "TIFF"), MASK),
     "I;16B TIFF": (encoded(Image.frombytes("I;16B", MASK.shape[::-1], MASK.astype(">u2").tobytes()), "TIFF"), MASK),
     "32-bit TIFF": (encoded(MASK.astype(np.int32), "TIFF"), MASK),
-    "RGB": (encoded(COLOURS, "PNG"), MASK),
-    "RGBA": (encoded(np.dstack([COLOURS, MASK * 30]), "PNG"), MASK),
-    "RGB BMP": (encoded(COLOURS, "BMP"), MASK),
-    "RGB PPM": (encoded(COLOURS, "PPM"), MASK),
-    "lossless WebP": (encoded(COLOURS, "WEBP", lossless=True), MASK),
+    "RGB": (encoded(COLORS, "PNG"), MASK),
+    "RGBA": (encoded(np.dstack([COLORS, MASK * 30]), "PNG"), MASK),
+    "RGB BMP": (encoded(COLORS, "BMP"), MASK),
+    "RGB PPM": (encoded(COLORS, "PPM"), MASK),
+    "lossless WebP": (encoded(COLORS, "WEBP", lossless=True), MASK),
     "GIF": (encoded(Image.open(io.BytesIO(indexed("P"))).copy(), "GIF", optimize=False), MASK),
     "compressed TIFF": (encoded(MASK, "TIFF", compression="tiff_lzw"), MASK),
     "unlabelled": (encoded(SEVEN.astype(np.uint8), "PNG"), SEVEN),
@@ -180,7 +180,7 @@ IMAGES = {
     "grey": (encoded(GREY, "PNG"), np.dstack([GREY] * 3)),
     "grey with alpha": (encoded(Image.fromarray(np.dstack([GREY, GREY]), "LA"), "PNG"), np.dstack([GREY] * 3)),
     "alpha": (encoded(np.dstack([PHOTO, GREY]), "PNG"), PHOTO),
-    "palette": (encoded(COLOURS, "PNG"), COLOURS),
+    "palette": (encoded(COLORS, "PNG"), COLORS),
     "16-bit grey": (encoded(GREY.astype(np.uint16) << 8, "PNG"), np.dstack([GREY] * 3)),
     "1-bit": (encoded(BLACK_AND_WHITE, "PNG"), np.dstack([(MASK == 1) * 255] * 3)),
     "BMP": (encoded(PHOTO, "BMP"), PHOTO),

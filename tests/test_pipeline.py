@@ -8,14 +8,14 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from segcn import models
-from segcn.config import SampleConfig
-from segcn.dataset import to_control
-from segcn.errors import UserError
-from segcn.masks import read_mask
-from segcn.pipeline import Painter, first_noise, generate, load_painter, make_pipeline
-from segcn.records import read_split
-from segcn.sampling import control_at
+from segcn.data.dataset import to_control
+from segcn.data.masks import read_mask
+from segcn.data.metadata import read_split
+from segcn.generate.config import SampleConfig
+from segcn.generate.pipeline import Pipeline, control_at, diffusers_pipeline, first_noise, generate, load_pipeline
+from segcn.models.base import load_base
+from segcn.models.controlnet import make_controlnet
+from segcn.utils.errors import UserError
 
 CAPTIONS, ROWS = ["a winter landscape", "a lake at dusk"], [3, 7]
 SETTINGS = SampleConfig(num_inference_steps=4, guidance_scale=5.0, negative_prompt="a house", seed=1)
@@ -24,17 +24,17 @@ SETTINGS = SampleConfig(num_inference_steps=4, guidance_scale=5.0, negative_prom
 @pytest.fixture(scope="module")
 def loud(random_base, landscapes):
     """A painter whose ControlNet is heard."""
-    base = models.load_base(random_base)
-    controlnet = models.make_controlnet(base.unet).eval()
+    base = load_base(random_base)
+    controlnet = make_controlnet(base.unet).eval()
     for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
         block.weight.data += 0.3
-    return Painter(base, controlnet, read_split(landscapes, "test").palette, "random")
+    return Pipeline(base, controlnet, read_split(landscapes, "test").palette, "random")
 
 
 @pytest.fixture
 def painter(loud):
     """A copy of it, which has painted nothing yet."""
-    return Painter(copy.deepcopy(loud.base), copy.deepcopy(loud.controlnet), loud.palette, "random")
+    return Pipeline(copy.deepcopy(loud.base), copy.deepcopy(loud.controlnet), loud.palette, "random")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def masks(landscapes):
 
 
 def by_diffusers(painter, masks, settings, **more):
-    """The same pictures by diffusers' own pipeline, in one call."""
-    pipe = make_pipeline(painter.base, settings, painter.controlnet if masks is not None else None)
+    """The same images by diffusers' own pipeline, in one call."""
+    pipe = diffusers_pipeline(painter.base, settings, painter.controlnet if masks is not None else None)
     size = (64, 64) if masks is None else masks.shape[1:]
     if masks is not None:
         more |= {
@@ -63,12 +63,12 @@ def by_diffusers(painter, masks, settings, **more):
 
 
 def apart(one, other):
-    """The largest difference of two sets of pictures, in grey levels."""
+    """The largest difference of two sets of images, in grey levels."""
     return np.abs(one.astype(int) - other).max()
 
 
 def sizes_seen(network):
-    """How many pictures each call of a network sees, from now on."""
+    """How many images each call of a network sees, from now on."""
     sizes = []
     network.register_forward_pre_hook(lambda module, inputs, named: sizes.append(len(inputs[0])), with_kwargs=True)
     return sizes
@@ -175,7 +175,7 @@ def test_stop_ends_after_the_step_in_which_it_was_asked_for(painter, masks):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may compile")
 def test_compiling_is_refused_without_a_gpu(random_base):
     with pytest.raises(UserError, match="--torch_compile: expected a GPU"):
-        load_painter(SampleConfig(pretrained_model_name_or_path=str(random_base), torch_compile=True))
+        load_pipeline(SampleConfig(pretrained_model_name_or_path=str(random_base), torch_compile=True))
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from segcn import memory, preflight
-from segcn.devices import keep_freed_memory
-from segcn.errors import UserError
-from segcn.preflight import Seen, best_batch
-from segcn.train import train
-from segcn.train_config import TrainConfig
+from segcn.models.base import keep_freed_memory
+from segcn.train import memory, preflight
+from segcn.train.config import TrainConfig
+from segcn.train.loop import train
+from segcn.train.preflight import Seen, best_batch
+from segcn.utils.errors import UserError
 
 GB = memory.GB
 
@@ -29,7 +29,7 @@ def test_preflight_measures_two_steps_proposes_a_batch_and_writes_no_run(quick, 
     assert "Preflight: 2 steps of 4 x 1 rows, 64 px" in told
     for part in ("frozen U-Net", "its gradients", "optimizer state", "activations and the rest", "peak"):
         assert part in told
-    assert " of 8.0\n" in told and "s a step: 5000 steps take" in told and "pictures a second into the cache" in told
+    assert " of 8.0\n" in told and "s a step: 5000 steps take" in told and "images a second into the cache" in told
     assert "Proposed: --train_batch_size 4 --gradient_accumulation_steps 1" in told
     assert not (tmp_path / "out").exists() and files_of(config.cache_dir) == before
 
@@ -62,7 +62,7 @@ def test_memory_that_runs_out_is_said_with_what_to_do(quick, tmp_path, capsys, m
 )
 def test_the_proposed_batch_fits_by_the_measured_slope_and_keeps_the_effective_batch(total, expected):
     config = TrainConfig(train_batch_size=8)
-    seen = [Seen(1, 10 * GB, 1.0), Seen(8, 24 * GB, 2.0)]  # 2 GB a picture, and 2 GB of gradients once accumulated
+    seen = [Seen(1, 10 * GB, 1.0), Seen(8, 24 * GB, 2.0)]  # 2 GB an image, and 2 GB of gradients once accumulated
     size, slope = best_batch(config, seen, total * GB, 2 * GB)
     assert (size, slope) == (expected, 2 * GB)
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcn.errors import UserError
-from segcn.labels import Label, Palette
-from segcn.masks import write_mask
-from segcn.records import COLUMNS, check_split, read_image, read_split, write_metadata
+from segcn.data.masks import write_mask
+from segcn.data.metadata import COLUMNS, check_split, read_image, read_split, write_metadata
+from segcn.data.palette import Label, Palette
+from segcn.utils.errors import UserError
 
 PALETTE = Palette((Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0))))
 HEADER = ",".join(COLUMNS)
@@ -133,7 +133,7 @@ def test_columns_are_read_by_name_and_others_are_left_alone(folder):
         (
             f'{HEADER}\nimages/0.png,masks/0.png,"a\nimages/1.png,masks/1.png,b"\n',
             "line 2",
-            "goes on over a line that names a picture",
+            "goes on over a line that names an image",
         ),
         (f"{HEADER}\n../pairs/images/0.png,masks/0.png,a\n", "line 2 (row 0)", "inside the folder"),
         (f"{HEADER}\n/etc/passwd,masks/0.png,a\n", "line 2 (row 0)", "inside the folder"),

@@ -14,11 +14,12 @@ import pytest
 from diffusers import ControlNetModel
 from kills import forked, train_quietly, warm_context
 
-from segcn import checkpoint, claim
-from segcn import train as training
-from segcn.arguments import arguments_of
-from segcn.errors import UserError
-from segcn.train import train
+from segcn.train import checkpoint
+from segcn.train import loop as training
+from segcn.train.loop import train
+from segcn.utils import io
+from segcn.utils.args import arguments_of
+from segcn.utils.errors import UserError
 
 ODD = {"gradient_accumulation_steps": 2, "logging_steps": 4, "use_ema": True}  # no line falls on a checkpoint
 
@@ -96,7 +97,7 @@ def test_a_signal_amid_an_accumulated_step_saves_the_step_before_it(
 def test_a_signal_before_the_first_step_ends_with_143_and_the_run_can_begin(quick, straight, tmp_path, monkeypatch):
     config = quick(tmp_path / "out", **ODD)
     with monkeypatch.context() as patch:
-        patch.setattr("segcn.prepare.make_trainable", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+        patch.setattr("segcn.train.setup.make_trainable", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
         stopped(config)
     with monkeypatch.context() as patch:
         send_at(patch, 1)
@@ -207,7 +208,7 @@ def test_as_in_the_old_script_a_limit_given_later_removes_several(quick, tmp_pat
 
 def holder(folder, ready, child=None):
     """In a process of its own: hold the folder's lock until killed."""
-    claim.lock(folder, None)
+    io.lock(folder, None)
     if child:
         os.fork()  # as a process that reads data
     ready.touch()
@@ -237,13 +238,13 @@ def test_a_second_run_in_the_same_folder_is_refused_by_name_until_the_first_is_k
 def test_a_run_gives_its_folder_free_when_it_ends_and_one_killed_at_its_claim_can_begin(quick, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    claim.lock(out, None)
-    assert forked(lambda: claim.lock(out, None)) == 1
-    claim.release()
-    assert forked(lambda: claim.lock(out, None)) == 0
+    io.lock(out, None)
+    assert forked(lambda: io.lock(out, None)) == 1
+    io.release()
+    assert forked(lambda: io.lock(out, None)) == 0
     (out / ".train_config.json.staged").write_text("{")
     train(quick(out, max_train_steps=1))
-    assert forked(lambda: claim.lock(out, None)) == 0
+    assert forked(lambda: io.lock(out, None)) == 0
 
 
 def test_changed_data_are_shown_and_refused_unless_allowed(quick, straight, landscapes, tmp_path, capsys):

@@ -6,11 +6,13 @@ import nbformat
 import papermill
 import pytest
 
-from segcn import cli, run
-from segcn.config import OUTPUTS
-from segcn.errors import UserError
-from segcn.records import read_split
-from segcn.workspace import NOTEBOOKS, open_workspace
+from segcn import cli
+from segcn.data.metadata import read_split
+from segcn.notebook import run
+from segcn.notebook.config import RunConfig
+from segcn.notebook.workspace import NOTEBOOKS, open_workspace
+from segcn.utils.errors import UserError
+from segcn.utils.paths import OUTPUTS
 
 
 def test_a_part_of_the_notebooks_can_be_chosen():
@@ -21,7 +23,7 @@ def test_a_part_of_the_notebooks_can_be_chosen():
 
 
 def test_each_notebook_gets_the_settings_that_it_has():
-    config = run.RunConfig(max_train_steps=7, limit=9, dataset_name="mine")
+    config = RunConfig(max_train_steps=7, limit=9, dataset_name="mine")
     given = [run.parameters_for(path, config) for path in run.choose("01,03,04")]
     common = {"preset": "tiny", "dataset_name": "mine"}
     assert given == [common, common | {"max_train_steps": 7}, common | {"limit": 9}]
@@ -39,7 +41,7 @@ def test_a_failing_cell_is_named_and_the_executed_copy_kept(tmp_path):
 
 def test_paths_of_the_command_line_count_from_where_it_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = run.from_here(run.RunConfig(dataset_name="mine"))
+    config = run.from_here(RunConfig(dataset_name="mine"))
     assert config.dataset_name == str(tmp_path / "mine") and config.pretrained_model_name_or_path == ""
     assert config.output_dir == str(OUTPUTS / "tiny")
 
@@ -71,7 +73,7 @@ def test_segcn_run_takes_the_parameters_of_the_five_notebooks_and_no_others(caps
     for number in range(1, 6):
         path = next((NOTEBOOKS).glob(f"0{number}_*.ipynb"))
         names |= set(papermill.inspect_notebook(str(path)))
-    assert set(run.RunConfig.__dataclass_fields__) == names | {"only", "allow_symlinks"}
+    assert set(RunConfig.__dataclass_fields__) == names | {"only", "allow_symlinks"}
     with pytest.raises(UserError, match="unknown '--max_train_stepz'"):
         cli.do_run(["--max_train_stepz", "3"])
     with pytest.raises(SystemExit):

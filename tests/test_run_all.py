@@ -1,4 +1,4 @@
-"""Promise: each notebook runs by Run All in JupyterLab, in a real browser, with a picture after its steps."""
+"""Promise: each notebook runs by Run All in JupyterLab, in a real browser, with an image after its steps."""
 
 import pytest
 from servers import (
@@ -33,13 +33,13 @@ ENDED = """() => {
     if (!done && !failed.length) return null;
     return {errors: failed.map((output) => `${output.ename}: ${output.evalue}`),
             stderr: told.filter((output) => output.name === "stderr").map((output) => String(output.text)),
-            pictures: told.filter((output) => output.data && output.data["image/png"]).length};
+            images: told.filter((output) => output.data && output.data["image/png"]).length};
 }"""
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, landscapes, random_base):
-    """A server with every notebook, on small data and a base whose pictures are noise."""
+    """A server with every notebook, on small data and a base whose images are noise."""
     folder = tmp_path_factory.mktemp("lab")
     common = {"pretrained_model_name_or_path": str(random_base), "output_dir": str(folder / "out")}
     data = {"dataset_name": str(landscapes)}
@@ -62,4 +62,4 @@ def test_it_runs_by_run_all_in_a_browser(notebook, lab, page, tmp_path):
     found = page.wait_for_function(ENDED, timeout=PATIENCE, polling=500).json_value()
     page.screenshot(path=tmp_path / f"{notebook}.png")
     assert not found["errors"] and not found["stderr"]
-    assert found["pictures"] >= PICTURES[notebook]
+    assert found["images"] >= PICTURES[notebook]

@@ -5,12 +5,19 @@ import pytest
 import torch
 from PIL import Image
 
-from segcn.errors import UserError
-from segcn.labels import IGNORE, Label, Palette
-from segcn.masks import write_mask
-from segcn.records import read_split, write_metadata
-from segcn.segmenter import build_segmenter, load_segmenter, predict, train_segmenter
-from segcn.segmenter_fit import SegmenterConfig, class_weights, segmentation_loss
+from segcn.data.masks import write_mask
+from segcn.data.metadata import read_split, write_metadata
+from segcn.data.palette import IGNORE, Label, Palette
+from segcn.models.segmenter import (
+    SegmenterConfig,
+    build_segmenter,
+    class_weights,
+    load_segmenter,
+    predict,
+    segmentation_loss,
+    train_segmenter,
+)
+from segcn.utils.errors import UserError
 
 PALETTE = Palette(
     (Label(0, "sky", (90, 160, 220)), Label(1, "grass", (70, 150, 60)), Label(2, "road", (120, 110, 100)))
@@ -19,7 +26,7 @@ SHORT = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=32)
 
 
 def write_rectangles(folder, count, seed=0, side=32):
-    """Pictures of rectangles whose colour is their class, with a little noise, and a stripe of unlabelled pixels."""
+    """Images of rectangles whose color is their class, with a little noise, and a stripe of unlabelled pixels."""
     noise = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for row in range(count):
@@ -89,7 +96,7 @@ def test_unlabelled_pixels_leave_the_loss():
 def test_a_weight_makes_the_pixels_of_a_picture_count_less_and_of_weight_zero_not_at_all():
     logits, ones = torch.randn(2, 3, 4, 4), torch.ones(3)
     mask = torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
-    mask[1, :2] = IGNORE  # 16 pixels of the first picture, 8 of the second
+    mask[1, :2] = IGNORE  # 16 pixels of the first image, 8 of the second
     first, second = (segmentation_loss(logits[i : i + 1], mask[i : i + 1], ones) for i in (0, 1))
     quarter = segmentation_loss(logits, mask, ones, torch.tensor([1.0, 0.25]))
     assert torch.isclose(quarter, (16 * first + 2 * second) / 18)

@@ -6,16 +6,17 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from segcn import captions, charts, curves, proof, show, story
-from segcn.arguments import make, parse
-from segcn.augment import AUGMENTS
-from segcn.balance import class_pixels, frequencies
-from segcn.dataset import PairedDataset
-from segcn.labels import Label, Palette
-from segcn.masks import colourise
-from segcn.records import read_split
-from segcn.sheets import write_sheet
-from segcn.train_config import TrainConfig
+from segcn.data import captions, charts, visualize
+from segcn.data.dataset import PairedDataset
+from segcn.data.masks import colorize
+from segcn.data.metadata import read_split
+from segcn.data.palette import Label, Palette
+from segcn.data.sampler import class_pixels, frequencies
+from segcn.data.transforms import AUGMENTS
+from segcn.data.visualize import write_sheet
+from segcn.notebook import plots
+from segcn.train.config import TrainConfig
+from segcn.utils.args import make, parse
 
 PALETTE = Palette(
     (Label(0, "sky", (0, 0, 255)), Label(1, "grass", (0, 255, 0)), Label(9, "void", (9, 9, 9), ignore=True))
@@ -24,7 +25,7 @@ PALETTE = Palette(
 
 @pytest.fixture(scope="module")
 def train(landscapes):
-    show.quiet()
+    visualize.quiet()
     return read_split(landscapes, "train")
 
 
@@ -46,7 +47,7 @@ def shows_something(figure):
 
 def test_a_grid_places_every_picture_and_text():
     red, blue = np.full((8, 8, 3), (255, 0, 0), np.uint8), np.full((8, 8, 3), (0, 0, 255), np.uint8)
-    figure = show.grid([[red, blue], [blue, None]], ["one", "two"], ["first", "second"], [["a", "b"], ["c", ""]])
+    figure = visualize.grid([[red, blue], [blue, None]], ["one", "two"], ["first", "second"], [["a", "b"], ["c", ""]])
     drawn = pixels(figure)
     assert len(figure.axes) == 3
     assert {text.get_text() for text in figure.texts} >= {"one", "two", "first", "second", "a", "b", "c"}
@@ -54,61 +55,61 @@ def test_a_grid_places_every_picture_and_text():
 
 
 def test_no_two_pictures_of_a_grid_overlap():
-    picture = np.zeros((10, 30, 3), np.uint8)
-    figure = show.grid([[picture] * 3] * 2, ["a", "b", "c"], ["x", "y"], [["word " * 30] * 3] * 2)
+    image = np.zeros((10, 30, 3), np.uint8)
+    figure = visualize.grid([[image] * 3] * 2, ["a", "b", "c"], ["x", "y"], [["word " * 30] * 3] * 2)
     boxes = [axes.get_position() for axes in figure.axes]
     assert not any(one.overlaps(other) for k, one in enumerate(boxes) for other in boxes[:k])
     assert all(box.x0 >= 0 and box.x1 <= 1 and box.y0 >= 0 and box.y1 <= 1 for box in boxes)
 
 
 def test_captions_with_dollars_are_text():
-    show.quiet()
-    assert shows_something(show.grid([[np.zeros((8, 8, 3), np.uint8)]], below=[["costs $5 or $x_{$"]]))
+    visualize.quiet()
+    assert shows_something(visualize.grid([[np.zeros((8, 8, 3), np.uint8)]], below=[["costs $5 or $x_{$"]]))
 
 
 def test_the_overlay_keeps_unlabelled_pixels():
     image, mask = np.full((2, 2, 3), 100, np.uint8), np.array([[0, 1], [255, 255]], np.uint8)
-    mixed = show.overlay(image, mask, PALETTE)
+    mixed = visualize.overlay(image, mask, PALETTE)
     assert mixed[0].tolist() == [[50, 50, 178], [50, 178, 50]] and (mixed[1] == 100).all()
 
 
 def test_outlines_are_drawn_where_the_class_changes():
     mask = np.zeros((4, 4), np.uint8)
     mask[:, 2:] = 1
-    drawn = show.outlined(np.zeros((4, 4, 3), np.uint8), mask, (1, 2, 3))
+    drawn = visualize.outlined(np.zeros((4, 4, 3), np.uint8), mask, (1, 2, 3))
     assert (drawn[:, 2] == (1, 2, 3)).all() and drawn[:, [0, 1, 3]].sum() == 0
 
 
 def test_the_checkerboard_takes_half_from_each():
-    board = show.checkerboard(np.zeros((16, 16, 3), np.uint8), np.ones((16, 16, 3), np.uint8), squares=4)
+    board = visualize.checkerboard(np.zeros((16, 16, 3), np.uint8), np.ones((16, 16, 3), np.uint8), squares=4)
     assert board.mean() == 0.5 and board[0, 0, 0] == 0 and board[0, 4, 0] == 1 and board[4, 4, 0] == 0
 
 
 def test_hatching_leaves_valid_pixels_alone():
     valid = np.eye(8, dtype=bool)
-    drawn = show.hatched(np.full((8, 8, 3), 7, np.uint8), valid)
+    drawn = visualize.hatched(np.full((8, 8, 3), 7, np.uint8), valid)
     assert (drawn[valid] == 7).all() and (drawn[~valid] >= 150).all()
 
 
 def test_pictures_of_a_data_set(train, test):
-    for figure in (show.contact_sheet(train, 3), show.legend(PALETTE), show.compare(test, test, 3)):
+    for figure in (visualize.contact_sheet(train, 3), visualize.legend(PALETTE), visualize.compare(test, test, 3)):
         assert shows_something(figure)
-    assert [text.get_text().replace("\n", " ") for text in show.contact_sheet(train, 3).texts] == [
+    assert [text.get_text().replace("\n", " ") for text in visualize.contact_sheet(train, 3).texts] == [
         record.caption for record in train.records[:3]
     ]
 
 
 def test_pictures_of_augmentation(train):
     pairs = PairedDataset(train, 64, AUGMENTS["affine"], seed=0)
-    sample = proof.least_in_frame(pairs, 0, epochs=4)
+    sample = plots.least_in_frame(pairs, 0, epochs=4)
     assert sample.valid.sum() == min(pairs.sample(0, epoch).valid.sum() for epoch in range(4))
     for figure in (
-        proof.augmented(pairs, 0, draws=4),
-        proof.network_view(sample, 8),
-        proof.landings(pairs, 1, sample.draw),
-        proof.covered(pairs, 1, draws=2),
-        proof.fits(pairs, 0),
-        proof.mirrored_caption(pairs, 0),
+        plots.augmented(pairs, 0, draws=4),
+        plots.network_view(sample, 8),
+        plots.landings(pairs, 1, sample.draw),
+        plots.covered(pairs, 1, draws=2),
+        plots.fits(pairs, 0),
+        plots.mirrored_caption(pairs, 0),
     ):
         assert shows_something(figure)
 
@@ -116,7 +117,7 @@ def test_pictures_of_augmentation(train):
 def test_image_and_mask_are_where_the_draw_says(train):
     pairs = PairedDataset(train, 64, AUGMENTS["affine"], seed=0)
     for epoch in range(5):
-        image, mask = proof.misplaced(pairs.draw(0, epoch), (96, 120), 120)
+        image, mask = plots.misplaced(pairs.draw(0, epoch), (96, 120), 120)
         assert image < 1.2 and mask <= 1.5
 
 
@@ -124,8 +125,8 @@ def test_a_caption_is_told_a_side():
     mask = np.zeros((8, 8), np.uint8)
     mask[:, 6:] = 1
     name = PALETTE.names[1]
-    assert proof.sided_caption("a lake", mask, PALETTE) == f"a lake, more {name} on the right"
-    assert proof.sided_caption("a lake at the left", mask, PALETTE) == "a lake at the left"
+    assert plots.sided_caption("a lake", mask, PALETTE) == f"a lake, more {name} on the right"
+    assert plots.sided_caption("a lake at the left", mask, PALETTE) == "a lake at the left"
 
 
 def test_shares_add_up_and_leave_out_the_unlabelled(train):
@@ -144,14 +145,14 @@ def test_shares_add_up_and_leave_out_the_unlabelled(train):
 
 
 def test_smoothing_starts_unbiased_and_keeps_a_constant():
-    assert curves.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
-    assert curves.smooth([5.0, 0.0])[0] == pytest.approx(5.0)
+    assert plots.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert plots.smooth([5.0, 0.0])[0] == pytest.approx(5.0)
 
 
 def test_the_loss_curve_of_nothing_and_of_something():
-    assert curves.loss_curve([]).axes[0].texts
+    assert plots.loss_curve([]).axes[0].texts
     entries = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
-    line = curves.loss_curve(entries).axes[0].lines[0]
+    line = plots.loss_curve(entries).axes[0].lines[0]
     assert list(line.get_xdata()) == list(range(1, 9))
 
 
@@ -162,23 +163,23 @@ def test_the_curve_of_faithfulness_marks_where_it_begins_and_is_best(tmp_path):
         per_class = {"sky": share, "grass": None}
         entries.append({"step": step, "faithfulness": {"miou": share / 2, "of_ceiling": share, "per_class": per_class}})
         entries.append({"step": step + 10, "loss": 0.3})
-    axes = curves.faithfulness_curve(entries).axes[0]
+    axes = plots.faithfulness_curve(entries).axes[0]
     words = " ".join(text.get_text() for text in axes.texts)
     assert "best: 80%" in words and "begins to obey\nat step 100" in words
     assert [dict(zip(*line.get_data(), strict=True)) for line in axes.lines][1] == shares
-    bars = curves.class_faithfulness(entries, PALETTE).axes[0]
+    bars = plots.class_faithfulness(entries, PALETTE).axes[0]
     assert [label.get_text() for label in bars.get_yticklabels()] == [
         "sky"
     ] and "at step 100" in f"{bars.get_title()}{bars.get_title('left')}"
     assert all(shows_something(figure) for figure in (axes.figure, bars.figure))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert len(curves.progress(tmp_path).axes) == 2 and shows_something(curves.progress(tmp_path))
+    assert len(plots.progress(tmp_path).axes) == 2 and shows_something(plots.progress(tmp_path))
     write_sheet(tmp_path / "validation" / "step-000100.png", np.zeros((2, 3, 32, 32, 3), np.uint8))
-    assert len(curves.progress(tmp_path).axes) == 3 and shows_something(curves.progress(tmp_path))
+    assert len(plots.progress(tmp_path).axes) == 3 and shows_something(plots.progress(tmp_path))
 
 
 def test_nothing_measured_is_said():
-    for figure in (curves.faithfulness_curve([]), curves.class_faithfulness([], PALETTE)):
+    for figure in (plots.faithfulness_curve([]), plots.class_faithfulness([], PALETTE)):
         assert "not measured" in figure.axes[0].texts[0].get_text()
 
 
@@ -191,12 +192,12 @@ def test_only_some_step_lines_are_printed():
         "",
         " 3%|#",
     ]
-    assert [line for line in lines if curves.worth_printing(line)] == lines[1:4]
+    assert [line for line in lines if plots.worth_printing(line)] == lines[1:4]
 
 
 def test_the_shown_command_gives_the_same_config():
     config = make(TrainConfig, "tiny", dataset_name="my data", max_train_steps=7, validation_prompt=["a b", "c"])
-    words = shlex.split(curves.command_text(config).replace("\\\n", " "))
+    words = shlex.split(plots.command_text(config).replace("\\\n", " "))
     start = words.index("segcn.train") + 1
     assert parse(TrainConfig, words[start:], "train") == config and len(words) - start < 12
 
@@ -205,16 +206,16 @@ def test_validation_over_time_takes_first_and_last(tmp_path):
     for step in range(10, 101, 10):
         lines = np.full((2, 2, 32, 32, 3), step, np.uint8)
         write_sheet(tmp_path / "validation" / f"step-{step:06d}.png", lines)
-    figure = curves.validation_over_time(tmp_path, most=3)
+    figure = plots.validation_over_time(tmp_path, most=3)
     words = [text.get_text() for text in figure.texts]
     assert words[0] == "mask" and words[1] == "step 10" and words[-1] == "step 100" and len(figure.axes) == 8
 
 
 def test_captions_are_retold():
     old = "an autumn landscape at dusk with a lake"
-    assert captions.retold(old) == "a spring landscape at dawn with a lake"
-    assert captions.retold("a winter landscape by day", 3, 3) == "an autumn landscape at dawn"
-    assert captions.other_captions(["a cat", "a dog", old]) == ["a dog", old, captions.retold(old)]
+    assert captions.substituted(old) == "a spring landscape at dawn with a lake"
+    assert captions.substituted("a winter landscape by day", 3, 3) == "an autumn landscape at dawn"
+    assert captions.other_captions(["a cat", "a dog", old]) == ["a dog", old, captions.substituted(old)]
     told = captions.variations(old, [])
     assert told[0] == old and len(set(told)) == 4
     assert captions.variations("a cat", ["a dog", "a cat", "a hen"], 3) == ["a cat", "a dog", "a hen"]
@@ -223,12 +224,12 @@ def test_captions_are_retold():
 
 def test_the_story_shows_each_picture_in_its_place(test, tmp_path):
     black = np.zeros((2, 64, 64, 3), np.uint8)
-    picture = story.tell(test, test, test, black, ["one", "a very long caption " * 20])
-    story.save_story(picture, tmp_path / "story.png")
+    image = plots.story_rows(test, test, test, black, ["one", "a very long caption " * 20])
+    plots.save_story(image, tmp_path / "story.png")
     drawn = np.asarray(Image.open(tmp_path / "story.png"))
     assert drawn.shape[1] >= 1400
-    left = story.MARGIN + story.TEXT_WIDTH
-    column = slice(left + 4 * (story.SIDE + story.GAP), left + 4 * (story.SIDE + story.GAP) + story.SIDE)
-    assert (drawn[story.HEAD : story.HEAD + story.SIDE, column] == 0).all()
-    mask = np.asarray(story.enlarged(colourise(show.read_pair(test, 0)[1], test.palette), smooth=False))
-    assert (drawn[story.HEAD : story.HEAD + story.SIDE, left : left + story.SIDE] == mask).all()
+    left = plots.MARGIN + plots.TEXT_WIDTH
+    column = slice(left + 4 * (plots.SIDE + plots.GAP), left + 4 * (plots.SIDE + plots.GAP) + plots.SIDE)
+    assert (drawn[plots.HEAD : plots.HEAD + plots.SIDE, column] == 0).all()
+    mask = np.asarray(plots.enlarged(colorize(visualize.read_pair(test, 0)[1], test.palette), smooth=False))
+    assert (drawn[plots.HEAD : plots.HEAD + plots.SIDE, left : left + plots.SIDE] == mask).all()

@@ -8,13 +8,12 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from segcn.dataset import to_image
-from segcn.errors import UserError
-from segcn.records import read_split
-from segcn.samples import reading
-from segcn.samples.reading import caption_reader
-from segcn.samples.recogniser import RecogniserRecipe, recognised, train_recogniser
-from segcn.text_scores import clip_reader
+from segcn.data.dataset import to_image
+from segcn.data.metadata import read_split
+from segcn.models.features import clip_reader
+from segcn.samples import recognizer
+from segcn.samples.recognizer import RecognizerRecipe, caption_reader, recognized, train_recognizer
+from segcn.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +62,15 @@ def test_what_is_no_clip_is_named(tmp_path):
 
 def test_captions_of_sample_sets_are_read_off_and_others_are_not(landscapes, tmp_path, monkeypatch):
     train = read_split(landscapes, "train")
-    recipe = RecogniserRecipe(steps=2, batch_size=4)
-    monkeypatch.setattr(reading, "train_recogniser", lambda *given, log: train_recogniser(*given, recipe, log))
+    recipe = RecognizerRecipe(steps=2, batch_size=4)
+    monkeypatch.setattr(recognizer, "train_recognizer", lambda *given, log: train_recognizer(*given, recipe, log))
     reader = caption_reader(landscapes, train, tmp_path, lambda line: None)
-    assert reader.names == ("season recognised", "time of day recognised")
-    recogniser = train_recogniser(train, reading.OF_LANDSCAPES, tmp_path / "recogniser", recipe, lambda line: None)
+    assert reader.names == ("season recognized", "time of day recognized")
+    network = train_recognizer(train, recognizer.OF_LANDSCAPES, tmp_path / "recognizer", recipe, lambda line: None)
     images = [np.array(Image.open(record.image)) for record in train.records]
     told = [reader.read(to_image(torch.from_numpy(image).permute(2, 0, 1))[None], record.caption)
             for image, record in zip(images, train.records, strict=True)]  # fmt: skip
-    assert np.mean(told, 0).tolist() == pytest.approx(list(recognised(train, recogniser).values()))
+    assert np.mean(told, 0).tolist() == pytest.approx(list(recognized(train, network).values()))
     blank = torch.zeros(1, 3, 64, 64)
     assert all(np.isnan(reader.read(blank, "words of my own")))
     (tmp_path / "samples.json").write_text(json.dumps({"kind": "portraits"}))

@@ -12,18 +12,18 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
-from segcn.arguments import arguments_of
-from segcn.errors import UserError
-from segcn.examples import Plan
-from segcn.masks import read_mask
-from segcn.prepare import prepare
-from segcn.records import read_split
-from segcn.train import train
+from segcn.data.masks import read_mask
+from segcn.data.metadata import read_split
+from segcn.train.batches import Plan
+from segcn.train.loop import train
+from segcn.train.setup import prepare
+from segcn.utils.args import arguments_of
+from segcn.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def straight(quick, tmp_path_factory):
-    """A finished run of six steps without a break, with validation pictures."""
+    """A finished run of six steps without a break, with validation images."""
     split = read_split(quick("x").dataset_name, "test")
     masks = [str(record.mask) for record in split.records[:2]]
     config = quick(
@@ -148,13 +148,13 @@ def break_data(folder, fault):
     elif fault == "other size":
         Image.open(mask).crop((0, 0, 40, 64)).save(mask)
     else:
-        colours = np.zeros((64, 64, 3), np.uint8)
-        colours[:, :9] = 1, 2, 3
-        Image.fromarray(colours).save(mask)
+        colors = np.zeros((64, 64, 3), np.uint8)
+        colors[:, :9] = 1, 2, 3
+        Image.fromarray(colors).save(mask)
     return "(row 3)"
 
 
-@pytest.mark.parametrize("fault", ["missing file", "missing column", "other size", "undeclared colour"])
+@pytest.mark.parametrize("fault", ["missing file", "missing column", "other size", "undeclared color"])
 def test_wrong_data_are_refused_before_the_first_step(quick, landscapes, tmp_path, fault):
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(landscapes, data)

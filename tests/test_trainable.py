@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from diffusers import ControlNetModel
 from diffusers.optimization import SchedulerType
 
-from segcn import models
-from segcn.errors import UserError
-from segcn.prepare import prepare
-from segcn.schedule import make_schedule
-from segcn.train import train
-from segcn.train_config import TrainConfig
+from segcn.models.base import load_base
+from segcn.models.controlnet import make_controlnet
+from segcn.train.config import TrainConfig
+from segcn.train.loop import train
+from segcn.train.setup import make_schedule, prepare
+from segcn.utils.errors import UserError
 
 PARTS = [step / 6 for step in range(6)]  # of the way from the end of the warm-up, 2 steps, to the last of 8
 RATES = {
@@ -119,9 +119,9 @@ def test_a_folder_without_a_controlnet_is_named(quick, tmp_path):
 
 
 def test_a_new_controlnet_hears_masks_that_pytorchs_initialisation_fades_and_begins_silent(random_base):
-    unet = models.load_base(random_base).unet
+    unet = load_base(random_base).unet
     masks = torch.rand(8, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)  # of large areas
-    ours, theirs = models.make_controlnet(unet), ControlNetModel.from_unet(unet)
+    ours, theirs = make_controlnet(unet), ControlNetModel.from_unet(unet)
     heard = []
     for controlnet in (ours, theirs):
         embedding = controlnet.controlnet_cond_embedding

@@ -15,17 +15,18 @@ import torch
 from kills import die_at, forked
 from test_segmenter import PALETTE, write_rectangles
 
-from segcn import mixing, utility, utility_report
-from segcn.dataset import PairedDataset
-from segcn.errors import UserError
-from segcn.labels import IGNORE
-from segcn.masks import write_mask
-from segcn.mixing import Mixture, last_fall, mixed_batches, overlap, synthetic_places, train_mixed
-from segcn.records import read_split, write_metadata
-from segcn.segmenter_fit import SegmenterConfig
-from segcn.utility import evaluate_utility
-from segcn.utility_intervals import estimate, interval, resampled
-from segcn.utility_plan import Arm, UtilityConfig, arms, drawn_rows, painting, stage_rows, training
+from segcn.data.dataset import PairedDataset
+from segcn.data.masks import write_mask
+from segcn.data.metadata import read_split, write_metadata
+from segcn.data.palette import IGNORE
+from segcn.evaluate.bootstrap import estimate_over_seeds, interval, resampled
+from segcn.models.segmenter import SegmenterConfig
+from segcn.study import report, run, training
+from segcn.study.config import UtilityConfig
+from segcn.study.plan import Arm, arms, controlnet_config, drawn_rows, generation_config, stage_rows
+from segcn.study.run import evaluate_utility
+from segcn.study.training import Mixture, last_fall, mixed_batches, overlap, synthetic_places, train_mixed
+from segcn.utils.errors import UserError
 
 QUICK = SegmenterConfig(steps=3, batch_size=4, width=8, resolution=32)
 
@@ -68,13 +69,13 @@ def test_what_learns_from_a_fraction_is_given_a_folder_of_its_rows_alone(data, c
     assert [(one.image_name, one.captions) for one in staged.records] == [
         (split[row].image_name, split[row].captions) for row in rows
     ]
-    learns = training(config, staged, None, tmp_path / "controlnet")
-    paints = painting(config, staged, tmp_path / "controlnet", tmp_path / "segmenter", tmp_path / "images")
+    learns = controlnet_config(config, staged, None, tmp_path / "controlnet")
+    paints = generation_config(config, staged, tmp_path / "controlnet", tmp_path / "segmenter", tmp_path / "images")
     assert learns.dataset_name == paints.controls == str(tmp_path / "rows")
     assert learns.controlnet_model_name_or_path is None and learns.faithfulness_rows == 0  # begins with the base alone
     assert paints.controlnet_model_name_or_path == str(tmp_path / "controlnet")
     assert paints.segmenter == str(tmp_path / "segmenter")
-    with_prior = painting(dataclasses.replace(config, noise_prior=True), staged, *[tmp_path] * 3)
+    with_prior = generation_config(dataclasses.replace(config, noise_prior=True), staged, *[tmp_path] * 3)
     assert paints.noise_prior is None and with_prior.noise_prior == str(tmp_path / "rows")
     assert (paints.limit, paints.replicates) == (2, 2)
 
@@ -112,14 +113,14 @@ def test_every_draw_of_a_small_data_set_is_made_once_and_a_large_one_has_new_one
     split, made = write_rectangles(tmp_path / "real", 3), []
     sample = PairedDataset.sample
     monkeypatch.setattr(PairedDataset, "sample", lambda self, *key: (made.append(key), sample(self, *key))[1])
-    monkeypatch.setattr(mixing, "KEPT_DRAWS", 7)
-    draws = mixing.Draws(split)
+    monkeypatch.setattr(training, "KEPT_DRAWS", 7)
+    draws = training.Draws(split)
     first, again, third = (draws.sample(1, epoch, QUICK) for epoch in (0, 2, 1))
     assert made == [(1, 0), (1, 1)] and torch.equal(first[0], again[0]) and not torch.equal(first[0], third[0])
-    exact = sample(PairedDataset(split, QUICK.resolution, mixing.AUGMENT, 0, QUICK.fit), 1, 0)
+    exact = sample(PairedDataset(split, QUICK.resolution, training.AUGMENT, 0, QUICK.fit), 1, 0)
     assert (first[0] - exact.image).abs().max() <= 0.5 / 127.5 + 1e-6 and torch.equal(first[1], exact.mask)
-    monkeypatch.setattr(mixing, "KEPT_DRAWS", 2)
-    large = mixing.Draws(split)
+    monkeypatch.setattr(training, "KEPT_DRAWS", 2)
+    large = training.Draws(split)
     assert not torch.equal(large.sample(1, 0, QUICK)[0], large.sample(1, 2, QUICK)[0]) and not large.kept
 
 
@@ -185,7 +186,7 @@ def counts():
 def test_resamples_equal_a_brute_force_bootstrap_over_seeds_and_images(counts):
     assert np.allclose(resampled(counts, 40, 7), brute_force(counts, 40, 7), rtol=1e-12)
     low, high = interval(resampled(counts, 2000))
-    assert (low < estimate(counts)).all() and (estimate(counts) < high).all()
+    assert (low < estimate_over_seeds(counts)).all() and (estimate_over_seeds(counts) < high).all()
     values = np.sort(resampled(counts, 201)[:, -1])
     assert interval(resampled(counts, 201))[:, -1].tolist() == [values[5], values[195]]  # 2.5 and 97.5 % of 200 gaps
 
@@ -203,7 +204,7 @@ def test_differences_are_paired_so_what_every_image_gains_has_a_narrow_interval(
 )
 def test_the_verdict_says_whether_the_interval_holds_zero(found, ends, said):
     arm = {"fraction": 0.05, "rows": 51, "miou": 0.7, "above_real": {"miou": found, "miou_interval": ends}}
-    sentence = utility_report.verdict(arm)
+    sentence = report.verdict(arm)
     assert sentence.startswith("With 5 % of the real rows (51), ") and sentence.endswith(".")
     assert next(word for word in ("raise", "lower", "no effect") if word in sentence).startswith(said)
     assert f"from {0.7 - found:.3f} to 0.700" in sentence and f"{ends[0]:+.3f} to {ends[1]:+.3f}" in sentence
@@ -229,8 +230,8 @@ def stand_ins(monkeypatch):
         made.palette.save(folder / "palette.json")
         write_metadata(folder, [(f"made/{one.image_name}", f"made/{one.mask_name}", "x") for one in made.records])
 
-    monkeypatch.setattr(utility, "train", train)
-    monkeypatch.setattr(utility, "generate_dataset", paint)
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "generate_dataset", paint)
     return told
 
 
@@ -258,7 +259,7 @@ def test_a_study_measures_every_arm_learns_from_its_named_rows_alone_and_draws_b
     again = []
     evaluate_utility(config, again.append)
     assert any(line.startswith("0 pieces of work") for line in again) and len(stand_ins) == 4
-    axes = utility_report.plot(metrics).axes
+    axes = report.plot(metrics).axes
     assert {one.get_title() + one.get_title("left") for one in axes[1:]} == {"sky", "grass", "road"}
     assert all(len(one.get_lines()) == 2 and one.get_xscale() == "log" for one in axes)
     assert [line.get_xdata().tolist() for line in axes[0].get_lines()] == [[2, 8]] * 2
@@ -346,9 +347,9 @@ def test_a_whole_small_study_trains_paints_and_measures(landscapes, random_base,
              "--controlnet_steps", "2", "--controlnet_more_steps", "1", "--num_inference_steps", "2",
              "--segmenter_resolution", "32", "--segmenter_steps", "4",
              "--segmenter_batch_size", "2", "--segmenter_width", "8", "--min_miou", "0"]  # fmt: skip
-    utility.command([str(word) for word in words])
+    run.command([str(word) for word in words])
     metrics = (tmp_path / "study" / "metrics.json").read_bytes()
     made = json.loads(metrics)["synthetic"]
     assert {fraction: one["kept"] for fraction, one in made.items()} == {"0.25": 6, "1": 6}
-    utility.command([str(word) for word in words])
+    run.command([str(word) for word in words])
     assert (tmp_path / "study" / "metrics.json").read_bytes() == metrics

@@ -1,4 +1,4 @@
-"""Promise: a training says how well its pictures obey held-out masks, and is not disturbed by it."""
+"""Promise: a training says how well its images obey held-out masks, and is not disturbed by it."""
 
 import contextlib
 import dataclasses
@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from segcn import checkpoint, judge, segmenter, validation
-from segcn import train as training
-from segcn.arguments import arguments_of
-from segcn.best import fractions, read_best, scores
-from segcn.config import SampleConfig
-from segcn.convergence import convergence_step
-from segcn.errors import UserError
-from segcn.masks import read_mask
-from segcn.records import read_split
-from segcn.sheets import GAP, WIDEST, read_sheet, write_sheet
-from segcn.train import train
-from segcn.watch import read_log
+from segcn.data.masks import read_mask
+from segcn.data.metadata import read_split
+from segcn.data.visualize import SHEET_GAP, WIDEST, read_sheet, write_sheet
+from segcn.generate.config import SampleConfig
+from segcn.models import segmenter
+from segcn.train import checkpoint, validation
+from segcn.train import loop as training
+from segcn.train.checkpoint import fractions, read_best, validation_scores
+from segcn.train.log import read_log
+from segcn.train.loop import train
+from segcn.train.validation import convergence_step
+from segcn.utils.args import arguments_of
+from segcn.utils.errors import UserError
+from segcn.utils.io import problem
 
 LEARNING = {0: 0.2, 2: 0.25, 4: 0.8, 6: 0.7}  # a made-up share of the ceiling at each step
 
@@ -57,8 +59,8 @@ class Scripted:
     def __init__(self, patched, config):
         self.config, self.look, self.meanwhile = config, validation.look, lambda run: None
         patched.setattr(validation, "look", self.looked)
-        patched.setattr(judge, "paint", self.painted)
-        patched.setattr(judge, "score", self.score)
+        patched.setattr(validation, "paint", self.painted)
+        patched.setattr(validation, "score", self.score)
 
     def looked(self, run):
         self.run = run
@@ -133,7 +135,7 @@ def test_a_run_tells_how_well_held_out_masks_are_obeyed(watched, landscapes):
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     (ceiling,) = (entry["ceiling"] for entry in entries if "ceiling" in entry)
     assert ceiling["images"] == 3 and ceiling["miou"] > 0
-    for score in scores(entries).values():
+    for score in validation_scores(entries).values():
         assert score["of_ceiling"] == pytest.approx(score["miou"] / ceiling["miou"], abs=1e-3)
         assert score["per_class"].keys() == ceiling["per_class"].keys() and score["seconds"] > 0
     events = EventAccumulator(str(next((folder / "logs").rglob("events*")).parent)).Reload()
@@ -146,7 +148,7 @@ def test_the_sheet_of_a_scored_run_shows_its_first_rows(watched, landscapes):
     masks, painted = read_sheet(watched[0] / "validation" / "step-000004.png")
     for row, mask in enumerate(masks):
         assert (mask == split.palette.table[read_mask(split[row].mask, split.palette)]).all()
-    assert len(painted) == 3 and all(picture.std() > 0 for picture in painted)
+    assert len(painted) == 3 and all(image.std() > 0 for image in painted)
 
 
 def test_a_scored_run_ends_with_the_weights_of_one_that_is_not(watched, quick, tmp_path):
@@ -161,12 +163,12 @@ def test_a_scored_run_ends_with_the_weights_of_one_that_is_not(watched, quick, t
 @pytest.mark.usefixtures("fresh_precision")
 def test_half_precision_paints_and_scores(judged, tmp_path):
     out = train(judged(tmp_path / "out", mixed_precision="bf16", max_train_steps=1, use_ema=True))
-    assert list(scores(told(out))) == [0, 1]
+    assert list(validation_scores(told(out))) == [0, 1]
 
 
 def test_the_best_checkpoint_is_kept_and_named(learned):
     folder, printed = learned
-    assert list(checkpoint.steps(folder)) == [4, 6] and checkpoint.problem(folder / "checkpoint-4") is None
+    assert list(checkpoint.steps(folder)) == [4, 6] and problem(folder / "checkpoint-4") is None
     assert read_best(folder) == {"step": 4, "checkpoint": "checkpoint-4", "miou": 0.4, "of_ceiling": 0.8}
     assert "Faithfulness on 3 rows every 2 steps: about" in printed and "s each, 3 times." in printed
     assert "at step 4: mIoU 0.400, 80% of the ceiling, the best so far." in printed
@@ -186,7 +188,7 @@ def test_a_scored_run_that_was_killed_tells_the_same(scripted, learned, tmp_path
         patched.setattr(training, "save", killed)
         with pytest.raises(RuntimeError, match="killed"):
             scripted.train(cut)
-    assert 4 in scores(told(cut)) and read_best(cut)["step"] == 2
+    assert 4 in validation_scores(told(cut)) and read_best(cut)["step"] == 2
     scripted.train(cut)
     assert told(cut) == told(whole) and read_best(cut) == read_best(whole) and weights(cut) == weights(whole)
     scripted.train(cut, resume_from_checkpoint="checkpoint-4")
@@ -199,7 +201,7 @@ def test_a_signal_ends_a_validation_that_is_made_up_for_later(scripted, learned,
     with pytest.raises(SystemExit):
         scripted.train(cut)
     scripted.meanwhile = lambda run: None
-    assert list(scores(told(cut))) == [0, 2] and list(checkpoint.steps(cut)) == [2, 4]
+    assert list(validation_scores(told(cut))) == [0, 2] and list(checkpoint.steps(cut)) == [2, 4]
     scripted.train(cut)
     assert told(cut) == told(whole) and read_best(cut) == read_best(whole)
 
@@ -210,7 +212,7 @@ def test_two_processes_agree_on_the_best(judged, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "segcn.train"]
     done = subprocess.run([*launcher, *arguments_of(config)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert list(scores(told(tmp_path / "out"))) == [0, 2] and read_best(tmp_path / "out")["step"] == 2
+    assert list(validation_scores(told(tmp_path / "out"))) == [0, 2] and read_best(tmp_path / "out")["step"] == 2
 
 
 def test_without_held_out_rows_nothing_begins(judged, landscapes, tmp_path):
@@ -220,7 +222,7 @@ def test_without_held_out_rows_nothing_begins(judged, landscapes, tmp_path):
     assert not (tmp_path / "out").exists()
     config, split = judged("x", **given, max_train_samples=10), read_split(landscapes, "train")
     trained = dataclasses.replace(split, records=split.records[:10])
-    assert [record.row for record in judge.held_out_rows(config, trained).records] == [10, 11]
+    assert [record.row for record in validation.held_out_rows(config, trained).records] == [10, 11]
 
 
 def test_a_segmenter_of_another_resolution_is_refused(judged, tmp_path):
@@ -230,17 +232,19 @@ def test_a_segmenter_of_another_resolution_is_refused(judged, tmp_path):
 
 
 def test_one_segmenter_serves_all_runs_on_the_same_rows(quick, landscapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "SegmenterConfig", lambda **given: segmenter.SegmenterConfig(steps=2, width=8, **given))
+    monkeypatch.setattr(
+        validation, "SegmenterConfig", lambda **given: segmenter.SegmenterConfig(steps=2, width=8, **given)
+    )
     config, split, said = quick("x", faithfulness_rows=2), read_split(landscapes, "train"), []
-    held_out = judge.held_out_rows(config, split)
-    first, again = (judge.open_judge(config, held_out, split, tmp_path, "cpu", said.append) for _ in range(2))
+    held_out = validation.held_out_rows(config, split)
+    first, again = (validation.open_scorer(config, held_out, split, tmp_path, "cpu", said.append) for _ in range(2))
     assert len(list(tmp_path.iterdir())) == 1 and "reused" in said[-1] and first.ceiling == again.ceiling
     assert first.masks.shape == (2, 64, 64) and first.ceiling["images"] == 2
 
 
 def test_a_sheet_keeps_its_pictures_apart_and_its_size(tmp_path):
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), np.uint8)
-    assert write_sheet(tmp_path / "sheet.png", pictures).shape == (32 + GAP, 48 + 2 * GAP, 3)
-    assert (np.array(read_sheet(tmp_path / "sheet.png")) == pictures).all()
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), np.uint8)
+    assert write_sheet(tmp_path / "sheet.png", images).shape == (32 + SHEET_GAP, 48 + 2 * SHEET_GAP, 3)
+    assert (np.array(read_sheet(tmp_path / "sheet.png")) == images).all()
     large = write_sheet(tmp_path / "large.png", np.zeros((3, 9, 512, 512, 3), np.uint8))
     assert large.shape[1] <= WIDEST and large.shape[0] < 2 * WIDEST and len(read_sheet(tmp_path / "large.png")) == 6

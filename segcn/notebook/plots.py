@@ -1,0 +1,575 @@
+"""A training as it goes: the curves of its log, its validation images, and one figure of both while it runs."""
+
+import contextlib
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from segcn.data.captions import mirrored, says_a_side
+from segcn.data.charts import ACCENT, name_classes
+from segcn.data.config import FITS
+from segcn.data.dataset import PairedDataset, Sample, to_uint8
+from segcn.data.masks import colorize
+from segcn.data.metadata import Split, read_split
+from segcn.data.palette import Palette
+from segcn.data.transforms import Draw, apply, to_output, to_source
+from segcn.data.visualize import (
+    checkerboard,
+    grid,
+    hatched,
+    outlined,
+    overlay,
+    read_pair,
+    read_sheet,
+    sheet,
+    side_by_side,
+)
+from segcn.evaluate.evaluator import faithfulness
+from segcn.models.segmenter import Segmenter
+from segcn.train.checkpoint import fractions, read_best, validation_scores
+from segcn.train.config import TrainConfig
+from segcn.train.launch import training_command, training_lines
+from segcn.train.log import LOG, read_log
+from segcn.train.loss import valid_cells
+from segcn.train.validation import convergence_step
+from segcn.utils.args import arguments_of, make
+from segcn.utils.errors import UserError
+from segcn.utils.io import write_whole
+
+# --- curves: A training as it goes: the curves of its log, its validation images, and one figure of both while it runs.
+
+MARK = "#c2451e"  # of the step of convergence
+
+
+def loss_curve(entries: list[dict]) -> Figure:
+    """The loss of a log.jsonl over the steps, as logged and smoothed."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    draw_loss(figure.add_subplot(), entries)
+    return figure
+
+
+def draw_loss(axes: Axes, entries: list[dict]) -> None:
+    """The loss, as logged and smoothed, from 0 up."""
+    entries = [entry for entry in entries if "loss" in entry]
+    axes.set(title="training loss", xlabel="step")
+    if not entries:
+        return _nothing(axes, "no step yet")
+    steps, losses = ([entry[name] for entry in entries] for name in ("step", "loss"))
+    axes.plot(steps, losses, color="#b9cbe0", linewidth=1, marker="." if len(steps) < 5 else "", label="logged")
+    axes.plot(steps, smooth(losses), color=ACCENT, linewidth=1.8, label="smoothed")
+    axes.set_ylim(0, 1.3 * max(losses))
+    axes.legend(ncols=2, loc="upper right")
+
+
+def faithfulness_curve(entries: list[dict]) -> Figure:
+    """How well the images obey their masks over the steps, as a share of what real images reach."""
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    draw_faithfulness(figure.add_subplot(), entries)
+    return figure
+
+
+def draw_faithfulness(axes: Axes, entries: list[dict]) -> None:
+    """The share of the ceiling, the step at which the ControlNet began to obey, and the best step."""
+    axes.set(title="faithfulness on held-out masks, share of the ceiling", xlabel="step")
+    steps, values = fractions(entries)
+    if not steps:
+        return _nothing(axes, "not measured (--faithfulness_rows)")
+    axes.axhline(1, color="#888888", linewidth=1, linestyle=":")
+    axes.plot(steps, values, color=ACCENT, linewidth=1.8, marker="o", markersize=4)
+    best, began = int(np.argmax(values)), convergence_step(steps, values)
+    note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "annotation_clip": False}
+    if best > 0:
+        at = (steps[best], values[best])
+        axes.plot(*at, marker="o", markersize=7, color=ACCENT)
+        axes.annotate(f"best: {values[best]:.0%}", at, (0, 7), ha="center", color=ACCENT, **note)
+    if began is not None:
+        axes.axvline(began, color=MARK, linewidth=1.2, linestyle="--")
+        axes.annotate(f"begins to obey\nat step {began}", (began, 0.04), (5, 0), color=MARK, **note)
+    axes.set_ylim(0, max(1.1, 1.15 * max(values)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+
+def class_faithfulness(entries: list[dict], palette: Palette) -> Figure:
+    """IoU of each class at the best step, in its color; a line marks the real images, a dot the start."""
+    found, real = validation_scores(entries), [entry["ceiling"] for entry in entries if "ceiling" in entry]
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    if not found or not real:
+        _nothing(axes, "not measured (--faithfulness_rows)")
+        return figure
+    best = max(found, key=lambda step: found[step]["of_ceiling"])
+    labels = [label for label in palette.labels if found[best]["per_class"].get(label.name) is not None]
+    figure.set_figheight(1 + 0.26 * len(labels))
+    started, reached, ceiling = (
+        [told["per_class"].get(label.name) or 0 for label in labels]
+        for told in (found[min(found)], found[best], real[-1])
+    )
+    colors, places = [np.array(label.color) / 255 for label in labels], np.arange(len(labels))
+    bars = axes.barh(places, reached, 0.72, color=colors, edgecolor="#888888", linewidth=0.5)
+    axes.plot(started, places, "o", color="white", markeredgecolor="#222222", markersize=5, label=f"step {min(found)}")
+    axes.plot(ceiling, places, "|", color="#222222", markersize=13, markeredgewidth=2, label="real images")
+    for bar, value in zip(bars, reached, strict=True):
+        axes.text(1.09, bar.get_y() + 0.36, f"{value:.2f}", va="center", ha="right", fontsize=8)
+    name_classes(axes, [label.name for label in labels])
+    axes.set(xlim=(0, 1.1), title=f"IoU of each class at step {best}")
+    axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
+    return figure
+
+
+def best_line(folder: str | Path) -> str:
+    """Which checkpoint of a run folder is the best, in words."""
+    best = read_best(folder)
+    if best is None:
+        return "no checkpoint was scored: the newest one is the best guess"
+    weights = [Path(folder) / best["checkpoint"] / name for name in ("controlnet_ema", "controlnet")]
+    where = next(path for path in weights if path.is_dir())  # scored with the average, where there is one
+    return (
+        f"step {best['step']} is the best: {best['of_ceiling']:.0%} of the ceiling (mIoU {best['miou']:.3f}); {where}"
+    )
+
+
+def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    """Exponential moving average whose start is not biased (as Adam's: Kingma and Ba 2015, arXiv:1412.6980)."""
+    mean, smoothed = 0.0, []
+    for step, value in enumerate(values, 1):
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(mean / (1 - weight**step))
+    return smoothed
+
+
+def train_and_show(config: TrainConfig, num_processes: int = 1, every: float = 5.0) -> None:
+    """Train in processes of its own; print what they say and keep one figure of the loss and newest sheet current.
+
+    every: least seconds between two images. UserError if training fails.
+    """
+    from IPython.display import display
+
+    folder, shown_at = Path(config.output_dir), time.monotonic()
+    handle = display(progress(folder), display_id=True)
+    with contextlib.closing(training_lines(config, num_processes)) as lines:
+        for line in lines:
+            print_seldom(line)
+            if time.monotonic() - shown_at > every:
+                handle.update(progress(folder))
+                shown_at = time.monotonic()
+    handle.update(progress(folder))
+
+
+def worth_printing(line: str, every: int = 50) -> bool:
+    """Whether a line of a training's output is kept: of the step lines, each 50th step and the last."""
+    found = re.search(r"\bstep (\d+)/(\d+)", line)
+    if found:
+        return int(found[1]) % every == 0 or found[1] == found[2]
+    return bool(line.strip()) and "%|" not in line and "Warning" not in line
+
+
+def command_text(config: TrainConfig, num_processes: int = 1) -> str:
+    """The command that `watch` starts, ready for a shell; settings that are the preset's own are left out."""
+    words = training_command(config, num_processes)
+    start = words[: words.index("segcn.train") + 1]
+    usual = _options(arguments_of(make(TrainConfig, config.preset)))
+    lines = [option for option in _options(arguments_of(config)) if option not in usual]
+    return " \\\n  ".join([shlex.join(start), f"--preset {config.preset}", *lines])
+
+
+def print_seldom(line: str) -> None:
+    """Print a line of a training's output if `worth_printing` says so."""
+    if worth_printing(line):
+        print(line, flush=True)
+
+
+def validation_sheets(folder: str | Path) -> list[Path]:
+    """validation/step-N.png of a run folder, oldest first."""
+    return sorted((Path(folder) / "validation").glob("step-*.png"))
+
+
+def validation_over_time(folder: str | Path, most: int = 6) -> Figure:
+    """The masks, and below them the images of `most` steps of a training, the last one among them."""
+    sheets = validation_sheets(folder)
+    if not sheets:
+        figure = Figure(figsize=(7, 1))
+        _nothing(figure.add_subplot(), "nothing painted (--faithfulness_rows, --validation_image)")
+        return figure
+    chosen = [sheets[place] for place in np.unique(np.linspace(0, len(sheets) - 1, most).round().astype(int))]
+    rows = [read_sheet(path) for path in chosen]
+    names = ["mask", *(f"step {_step(path)}" for path in chosen)]
+    return grid([rows[0][0], *(row[1] for row in rows)], left=names)
+
+
+def progress(folder: Path) -> Figure:
+    """The curves so far, and under them the newest validation sheet."""
+    entries, sheets = read_log(folder / LOG), validation_sheets(folder)
+    picture = np.asarray(Image.open(sheets[-1])) if sheets else None
+    height = 9 * picture.shape[0] / picture.shape[1] + 0.3 if picture is not None else 0
+    figure = Figure(figsize=(9, 2.6 + height), layout="constrained")
+    curves, *below = figure.subfigures(
+        1 + bool(sheets), 1, height_ratios=[2.6, height][: 1 + bool(sheets)], squeeze=False
+    )[:, 0]
+    loss, faithfulness = curves.subplots(1, 2)
+    draw_loss(loss, entries)
+    draw_faithfulness(faithfulness, entries)
+    if sheets:
+        axes = below[0].add_subplot()
+        axes.imshow(picture, interpolation="antialiased")
+        axes.set_title(f"step {_step(sheets[-1])}: masks, and what is painted from them")
+        axes.axis("off")
+    return figure
+
+
+def _options(words: list[str]) -> list[str]:
+    """Each option with its values as one shell text."""
+    starts = [place for place, word in enumerate(words) if word.startswith("--")]
+    return [shlex.join(words[start:end]) for start, end in zip(starts, [*starts[1:], len(words)], strict=True)]
+
+
+def _step(sheet: Path) -> int:
+    return int(sheet.stem.removeprefix("step-"))
+
+
+def _nothing(axes: Axes, text: str) -> None:
+    """Axes with a word in place of a curve."""
+    axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes, color="#888888")
+    axes.set(xticks=[], yticks=[], xlabel="")
+
+
+# --- proof: Images that prove paired augmentation: draws, landings, borders, fits and captions, and what the network sees.
+
+FAINT = 0.3  # strength of the mask's colors over an image
+MARKS = 3  # points across an image, and down
+
+
+def augmented(pairs: PairedDataset, row: int, draws: int = 10, columns: int = 5) -> Figure:
+    """One row as the first epochs see it, the mask's colors and borders over the image; out of frame is hatched."""
+    samples = [pairs.sample(row, epoch) for epoch in range(draws)]
+    pictures = [_overlaid(sample, pairs.split.palette) for sample in samples]
+    return sheet(pictures, [_say(sample.draw) for sample in samples], columns, width=1.8)
+
+
+def network_view(sample: Sample, factor: int) -> Figure:
+    """What a training step is given: image, control, and the latent cells that count in the loss."""
+    valid = sample.valid.numpy()
+    control = (sample.control.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    cells = valid_cells(sample.valid[None], factor)[0].numpy()
+    shown = [to_uint8(sample.image), control, checkerboard(to_uint8(sample.image), control), _cells(cells, valid)]
+    size, side = valid.shape[0], cells.shape[0]
+    heads = ["image", "control", "checkerboard", "cells in the loss"]
+    notes = [
+        f"{_range(sample.image)}, 3 x {size} x {size}",
+        f"{_range(sample.control)}, 3 x {size} x {size}",
+        "edges run on: aligned",
+        f"{cells.sum()} of {side} x {side} cells",
+    ]
+    return grid([shown], heads, below=[notes], width=2.2)
+
+
+def least_in_frame(pairs: PairedDataset, row: int, epochs: int = 16) -> Sample:
+    """Of a row's first draws the one that moves most of the image out of frame."""
+    return min((pairs.sample(row, epoch) for epoch in range(epochs)), key=lambda sample: sample.valid.sum().item())
+
+
+def landings(pairs: PairedDataset, row: int, draw: Draw) -> Figure:
+    """Points on the borders of the mask, numbered, and where `to_output` says that the draw puts them."""
+    image, mask = read_pair(pairs.split, row)
+    size, side = mask.shape, pairs.resolution
+    moved, moved_mask, valid = apply(*_tensors(image, mask), draw, side)
+    points = _landmarks(mask, MARKS)
+    figure = Figure(figsize=(8.2, 4.2 * max(1, min(1.6, size[0] / size[1]))))
+    left, right = figure.subplots(1, 2)
+    left.imshow(outlined(image, mask), interpolation="antialiased")
+    shown = _outlined(moved.permute(1, 2, 0).numpy(), moved_mask[0].numpy(), valid[0].numpy())
+    right.imshow(shown, interpolation="antialiased")
+    _mark(left, points, size[::-1], f"on disk, {size[1]} x {size[0]}")
+    _mark(right, to_output(points, draw, size, side), (side, side), f"where they land, {side} x {side}")
+    figure.tight_layout()
+    return figure
+
+
+def misplaced(draw: Draw, size: tuple[int, int], resolution: int) -> tuple[float, float]:
+    """How far image and mask lie from where `to_source` says, at most, in pixels of an image of `size`.
+
+    The image's colors are its coordinates (so 255 a side at most), as are the classes of two masks. Its rim, where
+    there is nothing to blend with, is left out.
+    """
+    y, x = np.mgrid[: size[0], : size[1]].astype(np.uint8)
+    draw = replace(draw, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0)
+    image, across, valid = apply(*_tensors(np.stack([x, y, x], -1), x), draw, resolution)
+    down = apply(*_tensors(np.stack([x, y, x], -1), y), draw, resolution)[1]
+    rows, columns = np.nonzero(valid[0].numpy())
+    source = to_source(np.stack([columns, rows], -1), draw, size, resolution)
+    inner = ((source > 2) & (source < np.array(size[::-1]) - 3)).all(-1)
+    found = [torch.stack(pair)[:, rows, columns].T.numpy() for pair in ((image[0], image[1]), (across[0], down[0]))]
+    of_image, of_mask = (float(np.abs(places - source)[inner].max()) for places in found)
+    return of_image, of_mask
+
+
+def covered(pairs: PairedDataset, row: int, draws: int = 5) -> Figure:
+    """The draws that leave most empty with fill=ignore, and below them the same with fill=cover."""
+    ignoring, covering = (
+        PairedDataset(pairs.split, pairs.resolution, replace(pairs.augment, fill=fill), pairs.seed, pairs.fit)
+        for fill in ("ignore", "cover")
+    )
+    in_frame = {epoch: ignoring.sample(row, epoch).valid.sum().item() for epoch in range(4 * draws)}
+    epochs = sorted(in_frame, key=lambda epoch: in_frame[epoch])[:draws]
+    samples = [[source.sample(row, epoch) for epoch in epochs] for source in (ignoring, covering)]
+    pictures = [[_overlaid(sample, pairs.split.palette) for sample in line] for line in samples]
+    notes = [[f"scale {s.draw.scale:.2f}, {s.valid.float().mean():.0%} in frame" for s in line] for line in samples]
+    return grid(pictures, left=["fill=\nignore", "fill=\ncover"], below=notes, width=1.7)
+
+
+def fits(pairs: PairedDataset, row: int) -> Figure:
+    """An image that is not square, and the square that each fit makes of it; square ones are cut to 8:5 first."""
+    image, mask = read_pair(pairs.split, row)
+    if image.shape[0] == image.shape[1]:
+        cut = slice(round(image.shape[0] * 3 / 16), round(image.shape[0] * 13 / 16))
+        image, mask = image[cut], mask[cut]
+    pictures = []
+    for fit in FITS:
+        square, ids, valid = apply(*_tensors(image, mask), Draw(fit=fit), pairs.resolution)
+        shown = overlay(square.permute(1, 2, 0).numpy(), ids[0].numpy(), pairs.split.palette, FAINT)
+        pictures.append(hatched(shown, valid[0].numpy()))
+    whole = np.full((max(image.shape), max(image.shape), 3), 255, np.uint8)
+    top, left = ((whole.shape[0] - side) // 2 for side in mask.shape)
+    whole[top : top + mask.shape[0], left : left + mask.shape[1]] = image
+    return grid([[whole, *pictures]], [f"{mask.shape[1]} x {mask.shape[0]} pixels", *FITS], width=2.1)
+
+
+def mirrored_caption(pairs: PairedDataset, row: int) -> Figure:
+    """An image with a caption that says a side, flipped with the caption kept (wrong) and with it rewritten.
+
+    A caption that says no side is told the class that lies most to one.
+    """
+    image, mask = read_pair(pairs.split, row, pairs.resolution, pairs.fit)
+    caption = sided_caption(pairs.split[row].caption, mask, pairs.split.palette)
+    shown, turned = (
+        overlay(*pair, pairs.split.palette, FAINT) for pair in ((image, mask), (image[:, ::-1], mask[:, ::-1]))
+    )
+    heads = ["as it is", "flipped, caption kept: wrong", "flipped and rewritten"]
+    return grid([[shown, turned, turned]], heads, below=[[caption, caption, mirrored(caption)]], width=2.6)
+
+
+def sided_caption(caption: str, mask: np.ndarray, palette: Palette) -> str:
+    """The caption, if it says a side; else with the class whose middle is farthest from the mask's, and its side."""
+    if says_a_side(caption):
+        return caption
+    reach = {}
+    for label in palette.labels:
+        columns = np.nonzero(mask == label.id)[1]
+        if not label.ignore and len(columns) > mask.size / 200:
+            reach[label.name] = columns.mean() / (mask.shape[1] - 1) - 0.5
+    if not reach:
+        return f"{caption}, seen from the left"
+    name = max(reach, key=lambda name: abs(reach[name]))
+    return f"{caption}, more {name} on the {'left' if reach[name] < 0 else 'right'}"
+
+
+def _overlaid(sample: Sample, palette: Palette) -> np.ndarray:
+    """Image, the mask's colors faintly over it and its borders drawn; hatched where out of frame."""
+    mask, valid = sample.mask.numpy(), sample.valid.numpy()
+    return _outlined(overlay(to_uint8(sample.image), mask, palette, FAINT), mask, valid)
+
+
+def _outlined(image: np.ndarray, mask: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Image with the borders between classes, but not the one of the frame; hatched where out of frame."""
+    drawn, rim = outlined(image, mask), np.zeros(valid.shape, bool)
+    rim[:, 1:] |= ~valid[:, :-1]
+    rim[1:] |= ~valid[:-1]
+    drawn[rim] = image[rim]
+    return hatched(drawn, valid)
+
+
+def _tensors(image: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [H, W, 3] and [H, W] -> uint8 [3, H, W] and [1, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), torch.from_numpy(mask)[None]
+
+
+def _landmarks(mask: np.ndarray, across: int) -> np.ndarray:
+    """In each of across x across fields the border pixel nearest to its middle, or else the middle: (x, y) [N, 2]."""
+    border = np.zeros(mask.shape, bool)
+    border[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    border[1:] |= mask[1:] != mask[:-1]
+    sides = np.array(mask.shape) / across
+    points = []
+    for field in np.ndindex(across, across):
+        middle = (np.array(field) + 0.5) * sides
+        near = np.argwhere(border)
+        near = near[(np.abs(near - middle) < sides / 2).all(1)]
+        nearest = near[np.abs(near - middle).sum(1).argmin()] if len(near) else middle
+        points.append(nearest[::-1])
+    return np.array(points, np.float64)
+
+
+def _mark(axes, points: np.ndarray, size: Sequence[int], title: str) -> None:
+    """A numbered cross at each point that lies in the image."""
+    for number, (x, y) in enumerate(points, 1):
+        if 0 <= x < size[0] and 0 <= y < size[1]:
+            axes.plot(x, y, "+", color="white", markersize=13, markeredgewidth=4)
+            axes.plot(x, y, "+", color="black", markersize=12, markeredgewidth=1.8)
+            frame = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+            axes.annotate(str(number), (x, y), (5, 5), textcoords="offset points", weight="bold", bbox=frame)
+    axes.set_title(title)
+    axes.axis("off")
+
+
+def _cells(cells: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Latent cells, enlarged to pixels: white counts, grey does not."""
+    factor = valid.shape[0] // cells.shape[0]
+    tones = np.where(cells, 240, 110).astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
+    tones[::factor] = tones[:, ::factor] = 90
+    return np.repeat(tones[..., None], 3, axis=2)
+
+
+def _range(tensor: torch.Tensor) -> str:
+    return f"{tensor.min().item():.2f} to {tensor.max().item():.2f}"
+
+
+def _say(draw: Draw) -> str:
+    """The draw in three short lines."""
+    return (
+        f"turn {round(draw.angle):+d}°, scale {draw.scale:.2f}\n"
+        f"shift {round(100 * draw.translate_x):+d}%, {round(100 * draw.translate_y):+d}%\n"
+        f"shear {round(draw.shear_x):+d}°, {round(draw.shear_y):+d}°{', flipped' if draw.flip else ''}"
+    )
+
+
+# --- story: What came out: faithfulness per class, the best and worst images, and one image that tells it all.
+
+SIDE, GAP, MARGIN = 192, 8, 20  # px
+TEXT_WIDTH, HEAD = 270, 56  # px, of a column of captions and of the line of heads
+HEADS = ("mask", "real image", "with the mask", "without the mask", "another caption")
+INK = "#222222"
+
+
+def story_rows(
+    real: Split, painted: Split, floor: Split, recaptioned: np.ndarray, captions: Sequence[str], fit: str = "crop"
+) -> Image.Image:
+    """The story: rows of mask, real image and three painted ones, captions left and right of them.
+
+    recaptioned: uint8 [N, H, W, 3], row k painted from mask k and captions[k]; N rows are told, all
+    images made square as in training.
+    """
+    columns, side = len(HEADS), None if fit == "crop" else recaptioned.shape[1]
+    width = 2 * (MARGIN + TEXT_WIDTH) + columns * SIDE + (columns - 1) * GAP
+    sheet = Image.new("RGB", (width, HEAD + len(recaptioned) * (SIDE + GAP) + MARGIN), "white")
+    pen, left = ImageDraw.Draw(sheet), MARGIN + TEXT_WIDTH
+    pen.text((MARGIN, HEAD / 2), "caption", INK, _font(17, bold=True), anchor="lm")
+    for column, head in enumerate(HEADS):
+        pen.text((left + column * (SIDE + GAP) + SIDE / 2, HEAD / 2), head, INK, _font(17, bold=True), anchor="mm")
+    for row, other in enumerate(recaptioned):
+        image, mask = read_pair(real, row, side, fit)
+        others = [read_pair(split, row, side, fit)[0] for split in (painted, floor)]
+        pictures = [enlarged(colorize(mask, real.palette), smooth=False)]
+        pictures += [enlarged(shown) for shown in (image, *others, other)]
+        top = HEAD + row * (SIDE + GAP)
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture, (left + column * (SIDE + GAP), top))
+        _write(pen, real[row].caption, MARGIN, top + SIDE / 2)
+        _write(pen, captions[row], width - MARGIN - TEXT_WIDTH + 16, top + SIDE / 2)
+    return sheet
+
+
+def enlarged(picture: np.ndarray, smooth: bool = True) -> Image.Image:
+    """The centred square of an image, uint8 [H, W, 3], at the story's size; without `smooth` pixels stay squares."""
+    image = Image.fromarray(picture)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
+
+
+def save_story(picture: Image.Image, path: Path) -> Path:
+    """Write the image as PNG, whole or not at all."""
+    write_whole(path, lambda aside: picture.save(aside, format="PNG", optimize=True))
+    return path
+
+
+def _write(pen: ImageDraw.ImageDraw, caption: str, left: float, middle: float, most: int = 8) -> None:
+    """A caption in lines of the text column's width, centred on a height."""
+    font, lines = _font(22), [""]
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer, font) <= TEXT_WIDTH - 24 or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    lines = lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " …"]
+    pen.multiline_text((left, middle), "\n".join(lines), INK, font, anchor="lm", spacing=7)
+
+
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """matplotlib's own DejaVu Sans, which is there on every system."""
+    face = font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
+    return ImageFont.truetype(font_manager.findfont(face), size)
+
+
+# --- sweep: A sweep over guidance and control strength: its points, what each painted, and one image of all of them.
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of notebook 04, and the folder that it paints into."""
+
+    guidance_scale: float
+    controlnet_conditioning_scale: float
+    folder: Path
+
+    @property
+    def parameters(self) -> dict[str, float | str]:
+        """As notebook 04 takes them."""
+        weights = {name: getattr(self, name) for name in ("guidance_scale", "controlnet_conditioning_scale")}
+        return weights | {"output_dir": str(self.folder)}
+
+    def painted(self, limit: int) -> Split:
+        """The first images that it painted."""
+        return read_split(self.folder / "generated").first(limit)
+
+
+def points(guidance_scales: str, controlnet_conditioning_scales: str, folder: Path) -> list[Point]:
+    """Every pair of two lists such as "1,1.5,4", the guidance first; UserError for what is no number above 0."""
+    lists = {"guidance_scales": guidance_scales, "controlnet_conditioning_scales": controlnet_conditioning_scales}
+    guidances, strengths = (_numbers(name, text) for name, text in lists.items())
+    return [Point(one, other, folder / f"guidance-{one:g}-mask-{other:g}") for one in guidances for other in strengths]
+
+
+def scores(swept: Sequence[Point], segmenter: Segmenter, limit: int) -> list[float]:
+    """mIoU of each point's images against the masks that they were painted from."""
+    return [faithfulness(point.painted(limit), segmenter)["miou"] for point in swept]
+
+
+def sweep_figure(swept: Sequence[Point], found: Sequence[float], row: int = 0) -> Figure:
+    """The same row at every point, guidance downward and the weight of the mask to the right, each with its mIoU."""
+    columns = len({point.controlnet_conditioning_scale for point in swept})
+    cells = [read_pair(point.painted(row + 1), row)[0] for point in swept]
+    texts = [f"mIoU {value:.3f}" + (", the highest" if value == max(found) else "") for value in found]
+    lines = range(0, len(swept), columns)
+    heads = [f"mask weight {point.controlnet_conditioning_scale:g}" for point in swept[:columns]]
+    left = [f"guidance {swept[at].guidance_scale:g}" for at in lines]
+    return grid(
+        [cells[at : at + columns] for at in lines], heads, left, [texts[at : at + columns] for at in lines], 1.9
+    )
+
+
+def wanted(real: Split, resolution: int, fit: str) -> Figure:
+    """Mask and real image of the first row, the one that `image` shows."""
+    image, mask = read_pair(real, 0, resolution, fit)
+    return grid([[side_by_side(colorize(mask, real.palette), image)]], below=[[real[0].caption]], width=3.8)
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0:
+        raise UserError(f"{name}: expected numbers above 0 as in 1,1.5,4, found {text!r}")
+    return found

@@ -1,0 +1,217 @@
+"""What a study of usefulness found: metrics.json, tables and verdicts in words, and the plot over the real rows."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from segcn.data import visualize
+from segcn.data.metadata import Split
+from segcn.evaluate.bootstrap import METHOD, estimate_over_seeds, interval, resampled
+from segcn.study.config import UtilityConfig
+from segcn.study.plan import Arm
+from segcn.utils.io import write_text
+
+REAL, MIXED = "#555555", "#2f6db3"
+DIGITS = 5  # of every number in metrics.json
+NO_LEAK = (
+    "Of each fraction the ControlNet, the segmenter that vets its images, and the masks and captions that they are"
+    " painted from come from the rows of that fraction alone (rows.json names them); the ControlNet of a larger"
+    " fraction goes on from that of the next smaller one, whose rows it holds. The exceptions are the base model,"
+    " which has seen images without masks, maybe of the same kind as those tested on, and words given by --vary or"
+    " --prompt."
+)
+WHERE_NOT = ("dataset_name", "output_dir", "pretrained_model_name_or_path", "allow_symlinks")  # settings of no effect
+
+
+def metrics_of(
+    config: UtilityConfig, rows: dict[float, Split], images: dict[float, dict], counts: dict[Arm, np.ndarray]
+) -> dict[str, Any]:
+    """Everything that was measured, fit for JSON and the same whenever asked for.
+
+    counts: of each arm int [seeds, images, 3, K]: intersections, unions and what is there in each test image.
+    """
+    palette = next(iter(rows.values())).palette
+    there = next(iter(counts.values()))[0, :, 2].sum(0)  # pixels of each class in the test masks
+    present = [label for label in palette.labels if not label.ignore and there[label.id]]
+    names, ids = [label.name for label in present], [label.id for label in present]
+    drawn = {arm: resampled(found[..., ids], config.resamples) for arm, found in counts.items()}
+    values = {arm: estimate_over_seeds(found[..., ids]) for arm, found in counts.items()}
+    arms = []
+    for arm in counts:
+        alone = Arm(arm.fraction, 0.0)
+        entry = {"fraction": arm.fraction, "rows": len(rows[arm.fraction]), "name": arm.name, "ratio": arm.ratio}
+        entry |= _told(names, values[arm], drawn[arm])
+        entry["of_each_seed"] = [
+            round(float(estimate_over_seeds(one[None][..., ids])[-1]), DIGITS) for one in counts[arm]
+        ]
+        if arm != alone:
+            entry["above_real"] = _told(names, values[arm] - values[alone], drawn[arm] - drawn[alone])
+        arms.append(entry)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in WHERE_NOT}
+    return {
+        "settings": settings, "test_images": next(iter(counts.values())).shape[1], "intervals": METHOD,
+        "classes": [{"name": label.name, "color": label.color} for label in present],
+        "synthetic": {f"{fraction:g}": made for fraction, made in images.items()}, "arms": arms,
+        "verdicts": [verdict(arm) for arm in arms if arm["ratio"] == config.few_real_ratio],
+    }  # fmt: skip
+
+
+def verdict(arm: dict[str, Any]) -> str:
+    """One plain sentence: what synthetic images did to the mIoU of an arm."""
+    found, (low, high) = arm["above_real"]["miou"], arm["above_real"]["miou_interval"]
+    rows = f"{100 * arm['fraction']:.3g} % of the real rows ({arm['rows']})" if arm["fraction"] < 1 else "all real rows"
+    change = (
+        f"from {arm['miou'] - found:.3f} to {arm['miou']:.3f} ({found:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
+    )
+    if low > 0:
+        return f"With {rows}, synthetic images raise the test mIoU {change}."
+    if high < 0:
+        return f"With {rows}, synthetic images lower the test mIoU {change}."
+    return f"With {rows}, no effect of synthetic images on the test mIoU is shown: {change}, which holds zero."
+
+
+def write_report(metrics: dict[str, Any], folder: Path) -> None:
+    """utility.md, utility.png and, last, metrics.json."""
+    with matplotlib.rc_context(visualize.STYLE):
+        plot(metrics).savefig(folder / "utility.png", dpi=110)
+    write_text(folder / "utility.md", report(metrics))
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+
+
+def standing(folder: str | Path, dataset_name: str | Path = "DATA") -> dict[str, Any] | None:
+    """The metrics of the study in a folder; where there is none, the command that makes one is printed."""
+    path = Path(folder) / "metrics.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    print(
+        f"no study here yet; this makes it:\nsegcn evaluate utility --dataset_name {dataset_name} --output_dir {folder}"
+    )
+    return None
+
+
+def report(metrics: dict[str, Any]) -> str:
+    """Markdown: the verdicts, the plot, the tables, and what was done."""
+    settings = metrics["settings"]
+    done = (
+        f"Every segmenter took {settings['segmenter_steps']} steps of {settings['segmenter_batch_size']} images, real"
+        f" and synthetic together, with the same augmentation and a learning rate that falls to zero;"
+        f" where both are mixed, the last {settings['real_last']:.0%} of the steps are the real images' alone;"
+        f" {settings['seeds']} seeds each, all tested on the same {metrics['test_images']} held-out real images."
+        f" In the last tenth of the steps the training loss of an arm fell by {metrics['last_fall']:.1%} at most."
+        " A class's IoU is that of all test images together, and mIoU the mean over the classes."
+    )
+    parts = ["# Are the synthetic images worth training on?", *metrics["verdicts"], "![test mIoU](utility.png)",
+             "```\n" + table(metrics) + "\n```", "## What was done", done, NO_LEAK, f"Intervals: {METHOD}",
+             "\n".join(_images_lines(metrics))]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """A line an arm: rows, what was trained on, mIoU with its interval, and what it is above real alone."""
+    lines = [f"{'real rows':>9}  {'trained on':14} {'mIoU':>5}  {'95 % interval':15}  above real alone"]
+    for arm in metrics["arms"]:
+        low, high = arm["miou_interval"]
+        rows = "-" if arm["name"] == "synthetic" else arm["rows"]
+        line = f"{rows:>9}  {arm['name']:14} {arm['miou']:.3f}  {low:.3f} to {high:.3f}"
+        if "above_real" in arm:
+            low, high = arm["above_real"]["miou_interval"]
+            line += f"   {arm['above_real']['miou']:+.3f}  ({low:+.3f} to {high:+.3f})"
+        lines.append(line)
+    return "\n".join([*lines, "", *_class_lines(metrics)])
+
+
+def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
+    """Test mIoU over the number of real rows, with and without synthetic images, and below it each class's IoU.
+
+    Bands and bars are the 95 % intervals; most: classes shown, those first that gained or lost the most.
+    """
+    classes = _most_changed(metrics)[:most]
+    columns = min(3, max(1, len(classes)))
+    below = -(-len(classes) // columns)
+    figure = Figure(figsize=(7.5, 4 + 1.7 * below), layout="constrained")
+    above, *rest = figure.subfigures(2 if below else 1, 1, height_ratios=[4, 1.7 * below][: 1 + bool(below)],
+                                     squeeze=False)[:, 0]  # fmt: skip
+    axes = above.add_subplot()
+    _curves(axes, metrics, lambda entry: (entry["miou"], entry["miou_interval"]))
+    axes.set(
+        title="IoU on held-out real images, mean over the classes", xlabel="real rows trained on", ylabel="test mIoU"
+    )
+    axes.legend(loc="lower right")
+    for place, name in enumerate(classes):
+        small = rest[0].add_subplot(below, columns, place + 1)
+        _curves(small, metrics, functools.partial(_class_iou, name=name))
+        small.set_title(name, fontsize=9)
+        small.tick_params(labelsize=7)
+    return figure
+
+
+def _class_iou(entry: dict, name: str) -> tuple[float, list[float]]:
+    return entry["per_class"][name], entry["intervals"][name]
+
+
+def _curves(axes: Axes, metrics: dict, read: Callable[[dict], tuple[float, list[float]]]) -> None:
+    """Both curves of what `read` takes from an arm: a value and the ends of its interval."""
+    ratio = metrics["settings"]["few_real_ratio"]
+    for wanted, color, label in (
+        (0.0, REAL, "real alone"),
+        (ratio, MIXED, f"real and {ratio:g} x as many synthetic"),
+    ):
+        arms = [arm for arm in metrics["arms"] if arm["ratio"] == wanted]
+        rows = [arm["rows"] for arm in arms]
+        values, ends = zip(*map(read, arms), strict=True)
+        low, high = np.array(ends).T
+        axes.fill_between(rows, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(rows, values, "o-", color=color, markersize=4, label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(rows, [str(count) for count in rows])
+    axes.minorticks_off()
+
+
+def _told(names: list[str], values: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
+    """IoU or difference of each class and their mean, with intervals; the mean comes last in both arrays."""
+    ends = interval(drawn).T.round(DIGITS).tolist()
+    values = values.round(DIGITS).tolist()
+    return {
+        "miou": values[-1], "miou_interval": ends[-1],
+        "per_class": dict(zip(names, values[:-1], strict=True)), "intervals": dict(zip(names, ends[:-1], strict=True)),
+    }  # fmt: skip
+
+
+def _most_changed(metrics: dict) -> list[str]:
+    gains = [arm["above_real"]["per_class"] for arm in metrics["arms"]
+             if arm["ratio"] == metrics["settings"]["few_real_ratio"]]  # fmt: skip
+    names = [one["name"] for one in metrics["classes"]]
+    return sorted(names, key=lambda name: -max(abs(gain[name]) for gain in gains))
+
+
+def _class_lines(metrics: dict) -> Iterator[str]:
+    """IoU of each class with the ends of its interval, five classes side by side."""
+    names = [one["name"] for one in metrics["classes"]]
+    for first in range(0, len(names), 5):
+        some = names[first : first + 5]
+        yield f"{'real rows':>9}  {'trained on':14} " + " ".join(f"{name[:17]:>17}" for name in some)
+        for arm in metrics["arms"]:
+            cells = [
+                f"{arm['per_class'][n]:.3f} {arm['intervals'][n][0]:.3f}-{arm['intervals'][n][1]:.3f}" for n in some
+            ]
+            yield f"{arm['rows']:>9}  {arm['name']:14} " + " ".join(f"{cell:>17}" for cell in cells)
+        yield ""
+
+
+def _images_lines(metrics: dict) -> Iterator[str]:
+    for group in metrics["settings"]["vary"]:
+        yield f"- The words {group} were exchanged for one another in the captions, as drawn for each image."
+    for fraction, made in metrics["synthetic"].items():
+        yield (
+            f"- {fraction} of the rows: {made['kept']} of {made['painted']} images kept; the vetting segmenter found"
+            f" their masks with an mIoU of {made['miou']:.2f} on average, and {made['ignored']:.1%} of their pixels"
+            " do not count."
+        )

@@ -1,0 +1,88 @@
+"""The diffusion loss: tensors in, one value per sample out."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from segcn.utils.errors import UserError
+from segcn.utils.io import write_text
+
+# --- loss: The diffusion loss: tensors in, one value per sample out.
+
+
+def diffusion_loss(
+    prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean squared error over the latent cells that lie in frame (Ho et al. 2020, arXiv:2006.11239, equation 14).
+
+    prediction, target: [B,C,h,w], noise or v. valid: bool [B,h,w]. weights: of the cells, [B,h,w]; none: all alike.
+    Returns float32 [B], the weighted mean; 0 where no cell is in frame.
+    """
+    error = (prediction.float() - target.float()).square().mean(1)
+    weight = valid.float() if weights is None else valid * weights.float()
+    return (error * weight).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+
+
+def min_snr_weights(snr: torch.Tensor, gamma: float, predicts_v: bool) -> torch.Tensor:
+    """Min-SNR weights of the samples, [B] (Hang et al. 2023, arXiv:2303.09556): min(SNR, gamma) in terms of x0.
+
+    snr: signal-to-noise ratios of their timesteps, [B], above 0 where noise is predicted.
+    """
+    return snr.clamp(max=gamma) / (snr + 1 if predicts_v else snr)
+
+
+def valid_cells(valid: torch.Tensor, factor: int) -> torch.Tensor:
+    """bool [B,H,W] -> bool [B,H/factor,W/factor]: a latent cell counts if all its pixels are in frame."""
+    return -F.max_pool2d(-valid.float()[:, None], factor)[:, 0] == 1
+
+
+# --- finite: A loss or gradient that is not finite stops every process before it reaches the weights.
+
+REPORT = "nonfinite.json"
+
+
+class FiniteCheck:
+    """Remembers the losses of the micro-batches since the last update, to say which rows were in it."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path):
+        self.accelerator, self.output_dir = accelerator, output_dir
+        self.rows: list[torch.Tensor] = []
+        self.losses: list[torch.Tensor] = []
+
+    def seen(self, rows: torch.Tensor, losses: torch.Tensor) -> None:
+        """rows: int [B]; losses: [B]."""
+        self.rows.append(rows.to(losses.device))
+        self.losses.append(losses.detach())
+
+    def check(self, norm: torch.Tensor | float, step: int) -> None:
+        """UserError in all processes alike where the norm of the gradient, which they share, is not finite.
+
+        step: the one about to be made. Half-precision gradients that overflow while all losses are finite are the
+        gradient scaler's to skip, as long as it scales at all.
+        """
+        rows, losses, self.rows, self.losses = self.rows, self.losses, [], []
+        if math.isfinite(norm):
+            return
+        rows, losses = (self.accelerator.gather(torch.cat(seen)).tolist() for seen in (rows, losses))
+        bad = sorted({row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)})
+        scaler = self.accelerator.scaler
+        if scaler is not None and not bad and scaler.get_scale() > 1:
+            return
+        raise UserError(self.report(step, float(norm), bad, sorted(set(rows))))
+
+    def report(self, step: int, norm: float, bad: list[int], rows: list[int]) -> str:
+        """The message, written to nonfinite.json with everything it is about."""
+        path = self.output_dir / REPORT
+        if self.accelerator.is_main_process:
+            found = {"step": step, "gradient_norm": str(norm), "rows_with_bad_loss": bad, "rows": rows}
+            write_text(path, json.dumps(found, indent=1) + "\n")
+        cause = f"the loss of row {', '.join(map(str, bad))}" if bad else f"the gradient of rows {rows}"
+        return (
+            f"step {step}: expected finite numbers, found {cause} is not; nothing was updated, and the last checkpoint"
+            f" is good. Look at these rows (rows count from 0, see {path}), or go on with a lower --learning_rate and "
+            "--allow_changes"
+        )
