@@ -309,7 +309,7 @@ PALETTES = {
     "id twice": label(id=7),
     "name twice": label(name="sky"),
     "color twice": label(color=[135, 206, 235]),
-    "unknown key": label(color=[1, 2, 3]),
+    "unknown key": label(hue=[1, 2, 3]),
     "ignore a string": label(ignore="yes"),
     "all ignored": palette_text('{"labels": [{"id": 0, "name": "x", "color": [0, 0, 0], "ignore": true}]}'),
     "bytes": lambda folder: (folder / "palette.json").write_bytes(b"\xff\xfe"),

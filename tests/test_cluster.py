@@ -59,8 +59,8 @@ def test_accelerate_reads_its_configurations(name, processes, machines):
 def test_the_configurations_are_installed_with_the_package():
     import tomllib
 
-    listed = tomllib.loads((CLUSTER.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert "cluster/*" in listed["segcn"]
+    listed = tomllib.loads((CLUSTER.parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert "train/cluster/*" in listed["segcn"]
 
 
 def test_bash_reads_the_slurm_script_and_slurm_its_settings():

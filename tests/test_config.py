@@ -93,11 +93,11 @@ def test_help_is_short_and_shows_each_default_once():
     assert "default: --fused_adam" in " ".join(text.split()) and str(ROOT) not in text.split("Slurm")[0]
     for name, field in FLAGS.items():
         assert 0 < len(field.metadata["help"]) <= 140, name
-    assert (PACKAGE / "cluster").is_dir() and str(PACKAGE / "cluster") in text
+    assert (PACKAGE / "train" / "cluster").is_dir() and str(PACKAGE / "train" / "cluster") in text
 
 
 def test_the_titles_of_the_help_stand_in_the_source_above_their_first_flag():
-    source = (PACKAGE / "train_config.py").read_text()
+    source = (PACKAGE / "train" / "config.py").read_text()
     for first, title in list(TrainConfig.SECTIONS.items())[1:]:
         comment = source.index(f"# {title}")
         assert source.index(f"    {first}: ", comment) < source.index("\n", comment) + 6

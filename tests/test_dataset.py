@@ -229,10 +229,10 @@ def test_workers_change_no_byte(landscapes):
 SHARE = """
 import hashlib, sys
 import numpy as np
-from segcn.augment import AugmentConfig
-from segcn.balance import Stream
-from segcn.dataset import PairedDataset
-from segcn.records import read_split
+from segcn.data.transforms import AugmentConfig
+from segcn.data.sampler import Stream
+from segcn.data.dataset import PairedDataset
+from segcn.data.metadata import read_split
 
 rank, world = map(int, sys.argv[2:])
 split = read_split(sys.argv[1], "train")

@@ -210,8 +210,8 @@ def test_a_changed_image_is_looked_at_again(tmp_path, observer):
 
 KILLED = """
 import os, signal, sys
-from segcn.assess import evaluate_folders
-from segcn.config import EvaluateConfig
+from segcn.evaluate.run import evaluate_folders
+from segcn.evaluate.config import EvaluateConfig
 replace, done = os.replace, []
 def replace_or_die(*paths):
     done.append(paths)

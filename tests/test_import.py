@@ -430,7 +430,7 @@ def test_an_import_that_stops_half_way_leaves_no_data_set(source, tmp_path, monk
 
 def test_a_killed_import_leaves_a_folder_that_is_no_data_set_and_the_next_one_says_so(source, tmp_path):
     code = (
-        "import os, signal, sys, segcn.importer as room; from segcn.config import ImportConfig\n"
+        "import os, signal, sys, segcn.data.importers.importer as room; from segcn.data.config import ImportConfig\n"
         "room._write = lambda *words: os.kill(os.getpid(), signal.SIGKILL)\n"
         "room.import_dataset(ImportConfig(source=sys.argv[1], out=sys.argv[2], caption='a'))"
     )

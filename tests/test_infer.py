@@ -42,7 +42,7 @@ def painter(random_base, random_controlnet, landscapes):
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch, painter):
-    monkeypatch.setattr(inferring, "load_painter", lambda *_: painter)
+    monkeypatch.setattr(inferring, "load_pipeline", lambda *_: painter)
 
 
 def test_prompts_are_rows_and_seeds_are_columns_and_nothing_is_overwritten(config, tmp_path):
@@ -92,7 +92,7 @@ def test_any_size_that_the_base_takes_is_painted_and_another_is_named(config, la
     ({"num_images": 0}, "--num_images"),
 ])  # fmt: skip
 def test_what_cannot_be_is_named_before_a_network_is_loaded(config, monkeypatch, changed, told):
-    monkeypatch.setattr(inferring, "load_painter", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(inferring, "load_pipeline", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=told):
         infer(dataclasses.replace(config, **changed))
 
@@ -102,7 +102,7 @@ def test_a_broken_or_huge_mask_is_named_before_a_network_is_loaded(
     config, landscapes, tmp_path, monkeypatch, content, told
 ):
     (tmp_path / "mask.png").write_bytes(content)
-    monkeypatch.setattr(inferring, "load_painter", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(inferring, "load_pipeline", lambda *_: pytest.fail("loaded"))
     own = dataclasses.replace(config, control=str(tmp_path / "mask.png"), palette=str(landscapes / "palette.json"))
     with pytest.raises(UserError, match=f"mask.png.*{told}"):
         infer(own)
@@ -111,7 +111,7 @@ def test_a_broken_or_huge_mask_is_named_before_a_network_is_loaded(
 def test_a_broken_palette_beside_the_mask_is_named(config, landscapes, tmp_path, monkeypatch):
     shutil.copy(config.control, tmp_path / "mask.png")
     (tmp_path / "palette.json").write_text("{")
-    monkeypatch.setattr(inferring, "load_painter", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(inferring, "load_pipeline", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"palette\.json"):
         infer(dataclasses.replace(config, control=str(tmp_path / "mask.png")))
 
@@ -126,6 +126,6 @@ def test_a_controlnet_that_is_not_there_is_named(random_base, landscapes):
 def test_a_mask_of_unknown_colors_is_named_without_a_palette_of_its_own_too(config, landscapes, tmp_path, monkeypatch):
     Image.new("RGB", (64, 64), (1, 2, 3)).save(tmp_path / "mask.png")
     palette = read_split(landscapes, "test").palette
-    monkeypatch.setattr(inferring, "load_painter", lambda *_: Pipeline(None, None, palette, "none"))
+    monkeypatch.setattr(inferring, "load_pipeline", lambda *_: Pipeline(None, None, palette, "none"))
     with pytest.raises(UserError, match=r"color \[1, 2, 3\] \(4096 pixels\)"):
         infer(dataclasses.replace(config, control=str(tmp_path / "mask.png")))

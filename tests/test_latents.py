@@ -259,7 +259,7 @@ def test_with_the_cache_both_encoders_leave_memory_unless_they_are_used(quick, t
         loaded.extend(weakref.ref(part) for part in (base.vae, base.text_encoder))
         return base
 
-    monkeypatch.setattr("segcn.models.base.load_base", remember)
+    monkeypatch.setattr("segcn.train.setup.load_base", remember)
     run = prepare(quick(tmp_path / "run", **settings))
     gc.collect()
     assert len(loaded) == 2 and [part() is None for part in loaded] == [not settings] * 2

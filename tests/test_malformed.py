@@ -22,11 +22,11 @@ import json, os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import malformed
-from segcn import doctor
-from segcn.config import DoctorConfig
-from segcn.doctor import examine
-from segcn.errors import UserError
-from segcn.records import check_split, read_split
+from segcn.data.doctor import checkup
+from segcn.data.config import DoctorConfig
+from segcn.data.doctor.checkup import examine
+from segcn.utils.errors import UserError
+from segcn.data.metadata import check_split, read_split
 
 opened = []
 def hook(event, args):
@@ -34,8 +34,8 @@ def hook(event, args):
         opened.append(os.path.abspath(os.fsdecode(args[0])))
 watching = False
 sys.addaudithook(hook)
-tokenizer = doctor._load_tokenizer(DoctorConfig().pretrained_model_name_or_path)
-doctor._load_tokenizer = lambda folder: tokenizer
+tokenizer = checkup._load_tokenizer(DoctorConfig().pretrained_model_name_or_path)
+checkup._load_tokenizer = lambda folder: tokenizer
 examine(DoctorConfig(dataset_name=str(malformed.sound(Path(sys.argv[2], "first")))), log=len)
 for number, (name, (change, _)) in enumerate(malformed.corpus().items()):
     folder = malformed.sound(Path(sys.argv[2], str(number), "pairs"))

@@ -106,7 +106,7 @@ def test_ways_to_number_the_same_classes_agree_on_names_and_colors():
 
 def test_every_ready_palette_is_packaged():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["package-data"]["segcn"][0] == "palettes/*.json"
+    assert project["tool"]["setuptools"]["package-data"]["segcn"][0] == "data/palettes/*.json"
     assert sorted(READY) == sorted(path.stem for path in (Path(__file__).parents[1] / "segcn/data/palettes").iterdir())
     with pytest.raises(UserError, match="no ready palette 'ade'; there are ade20k, ade20k-from-0, cityscapes"):
         ready("ade")

@@ -59,8 +59,8 @@ class Scripted:
     def __init__(self, patched, config):
         self.config, self.look, self.meanwhile = config, validation.look, lambda run: None
         patched.setattr(validation, "look", self.looked)
-        patched.setattr(validation, "paint", self.painted)
-        patched.setattr(validation, "score", self.score)
+        patched.setattr(validation, "generate_rows", self.painted)
+        patched.setattr(validation, "score_rows", self.score)
 
     def looked(self, run):
         self.run = run

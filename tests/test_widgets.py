@@ -86,7 +86,7 @@ def brush(panel, mask):
 
 
 def images(panel):
-    return [card.image for card in panel.gallery.cards]
+    return [card.picture for card in panel.gallery.cards]
 
 
 def row_mask(split, row):
@@ -233,7 +233,7 @@ def test_generate_paints_off_the_main_thread_and_save_appends_what_was_painted(p
     (row,) = read_split(panel.save_dir).records
     assert row.caption == "a winter landscape" and (read_mask(row.mask, split.palette) == painted).all()
     image = Image.open(row.image)
-    assert (np.asarray(image) == card.image.image).all() and card.image.value[1:4] == b"PNG"
+    assert (np.asarray(image) == card.picture.image).all() and card.image.value[1:4] == b"PNG"
     told = read_settings(row.image)
     assert told["prompt"] == ["a winter landscape"] and told["settings"]["control_guidance_end"] == 0.5
     assert told["seeds"] == [[panel.controls.seed.value, 0]] and told["controlnet"] == "fresh"

@@ -28,7 +28,7 @@ class MeasureConfig(SampleConfig):
     batch_size: int = flag(16, "images painted at once")
     output_dir: str = flag(str(OUTPUTS / "measure"), "where everything goes; the same command goes on there")
     segmenter_steps: int = flag(SegmenterConfig.steps, "training steps of the network that judges the masks")
-    recognizer_steps: int = flag(RecognizerRecipe.steps, "of those that judge season, time of day and style")
+    recogniser_steps: int = flag(RecognizerRecipe.steps, "of those that judge season, time of day and style")
     timings: int = flag(3, "how often the painting of one image, and of --batch_size at once, is timed")
 
     def __post_init__(self):

@@ -48,7 +48,7 @@ class UtilityConfig:
     fractions: str = flag("0.05,0.1,0.25,1", "of the real rows, each holding the rows of the smaller ones")
     ratios: str = flag("1", "synthetic images for each real one in a batch, as in 0.5,1,2: at the largest fraction")
     few_real_ratio: float = flag(1.0, "the same for every fraction")
-    rng: int = flag(5, "segmenters of each kind")
+    seeds: int = flag(5, "segmenters of each kind")
     seed: int = flag(0, "of the choice of rows, the ControlNets and the images")
     resamples: int = flag(2000, "bootstrap resamples behind each interval")
     images: int = flag(512, "painted for each fraction, as many from each of its rows")
