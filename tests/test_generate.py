@@ -27,7 +27,7 @@ from segcn.generate import manifest, writer
 from segcn.generate import writer as generating
 from segcn.generate.conditions import read_controls, read_prompts
 from segcn.generate.config import GenerateConfig
-from segcn.generate.manifest import Process, records_of
+from segcn.generate.manifest import records_of
 from segcn.generate.pipeline import Pipeline, find_controlnet, generate
 from segcn.generate.writer import generate_dataset, reconstruct_dataset
 from segcn.models.base import latent_factor, load_base
@@ -36,6 +36,7 @@ from segcn.notebook import workspace
 from segcn.utils import io
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
+from segcn.utils.io import Process
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +367,7 @@ def test_a_disk_that_fills_up_leaves_whole_images_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", full)
-        with pytest.raises(UserError, match=r"No space left on device.*the same command goes on"):
+        with pytest.raises(UserError, match=r"No space left on device.*rerun the same command to resume"):
             generate_dataset(config, painter)
     check_split(read_split(generate_dataset(config, painter)))
 

@@ -17,11 +17,11 @@ from kills import die_at, warm_context
 
 from segcn.data.metadata import read_split
 from segcn.generate.config import GenerateConfig
-from segcn.generate.manifest import Process, records_of
+from segcn.generate.manifest import records_of
 from segcn.generate.writer import generate_dataset
 from segcn.train.loop import train
 from segcn.utils.args import arguments_of, make
-from segcn.utils.io import LOCK
+from segcn.utils.io import LOCK, Process
 
 WORLDS = (1, 2, 3)
 

@@ -11,31 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from segcn.utils import rng
-from segcn.utils.io import write_whole
+from segcn.utils.io import Process, write_whole
 
 # --- dealing: How a job is dealt: which image is image k, where it is written, in which batch it is painted, and by whom.
 #
 # All of it depends on the job alone, so that any number of processes paints the same bytes.
 
 FLAT = 1000  # images of a job that lie in one folder; of more, each folder holds so many
-
-
-@dataclass(frozen=True)
-class Process:
-    """One of `world` processes that share a job without talking to each other."""
-
-    rank: int = 0
-    world: int = 1
-
-
-def this_process() -> Process:
-    """RANK of WORLD_SIZE, as torchrun and accelerate set them; on GPUs this process computes on that of LOCAL_RANK."""
-    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    return Process(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +44,7 @@ class Job:
 
     def share(self, process: Process) -> range:
         """The batches of a process."""
-        return range(process.rank, self.batches, process.world)
+        return process.share(self.batches)
 
     def place(self, image: int) -> tuple[int, int]:
         """Its row and replicate."""

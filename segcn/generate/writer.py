@@ -22,14 +22,14 @@ from segcn.generate.card import figure_rows, write_card
 from segcn.generate.conditions import Controls, Prompts, check_masks, read_controls, read_prompts
 from segcn.generate.config import GenerateConfig
 from segcn.generate.filtering import Filter, Generated, draw_filtering, generate_filtered, open_filter, verdicts_of
-from segcn.generate.manifest import WORK, Job, Manifest, Process, left_by_others, records_of
+from segcn.generate.manifest import WORK, Job, Manifest, left_by_others, records_of
 from segcn.generate.noise_prior import source_digest
 from segcn.generate.pipeline import Pipeline, generate, load_pipeline
 from segcn.models.base import Base, reconstruct, weights_digest
 from segcn.utils import io
 from segcn.utils.args import main_guard, parse, stoppable
 from segcn.utils.errors import UserError
-from segcn.utils.io import write_whole
+from segcn.utils.io import Process, write_whole
 from segcn.utils.progress import Progress
 
 # --- batches: The batches of a job: painted whole, scored, and written while the next one is painted.
@@ -152,7 +152,7 @@ def generate_dataset(
     Of several processes each paints its share and the first finishes the data set. Image k depends on the seed, its row
     and its replicate alone; the batch around it, which may change its last bit, on the whole job.
     """
-    process = process or manifest.this_process()
+    process = process or io.this_process()
     log = log if process.rank == 0 else lambda line: None
     check_numbers(config)
     prompts = read_prompts(config, read_controls(config))
@@ -302,7 +302,7 @@ def reconstruct_dataset(
 
 def command(words: list[str]) -> None:
     """`segcn generate`, or one process of `accelerate launch -m segcn.generate`; stopped, it keeps what is painted."""
-    config, process = parse(GenerateConfig, words, "segcn generate"), manifest.this_process()
+    config, process = parse(GenerateConfig, words, "segcn generate"), io.this_process()
     with stoppable("Stopped: what is painted is kept, and the same command goes on."):
         out = generate_dataset(config, process=process)
     if process.rank == 0:

@@ -1,15 +1,41 @@
-"""The parts that the package's HTML pages share: one file each, with its images inside."""
+"""Pages and cards from jinja2 templates; a page is one file with its images inside."""
 
 import base64
 import io
 from collections.abc import Iterable, Sequence
+from functools import cache
 from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
 
-# --- html_parts: The parts that the package's HTML pages share: one file each, with its images inside.
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in a template of the package, such as "evaluate/templates/report.html".
+
+    Values are escaped in .html templates unless they are Markup, as `img` and `plot` give, and are left as they are in
+    .md ones. A missing value is an error. Pages extend "utils/templates/page.html".
+    """
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parents[1]),
+        autoescape=select_autoescape(["html"], default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em }
@@ -34,20 +60,27 @@ def head(title: str) -> list[str]:
     ]
 
 
-def img(image: np.ndarray) -> str:
-    """An image, uint8 [H, W, 3], in the page itself."""
+def img(image: "np.ndarray") -> Markup:
+    """An image, uint8 [H, W, 3], as an <img> that holds its own PNG."""
+    from PIL import Image
+
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="PNG", optimize=True)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return Markup(f'<img alt="" src="{_data_uri(file)}">')
 
 
-def plot(figure: Figure, about: str) -> str:
-    """A figure in the page itself, sharp on fine screens; about: what it shows, in words."""
+def plot(figure: "Figure", about: str) -> Markup:
+    """A Matplotlib figure as an <img>, sharp on high-resolution screens; about: what it shows, in words."""
+    from PIL import Image
+
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150, bbox_inches="tight", facecolor="white")
     width = Image.open(file).width // 1.5
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img class="plot" alt="{escape(about)}" width="{width:.0f}" src="data:image/png;base64,{data}">'
+    return Markup(f'<img class="plot" alt="{escape(about)}" width="{width:.0f}" src="{_data_uri(file)}">')
+
+
+def _data_uri(png: io.BytesIO) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 
 def as_table(heads: list[str], rows: Iterable[tuple]) -> str:
@@ -57,9 +90,6 @@ def as_table(heads: list[str], rows: Iterable[tuple]) -> str:
         cells = (f'<td class="n">{cell:,}</td>' if isinstance(cell, int) else f"<td>{cell}</td>" for cell in row)
         lines.append("<tr>" + "".join(cells) + "</tr>")
     return "\n".join([*lines, "</table>"])
-
-
-# --- modelcard: The model card of a run, README.md in its folder: what it paints from, the data, the training and how good it is.
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
