@@ -21,17 +21,16 @@ COUNTS = st.lists(st.lists(st.integers(0, 10**6), min_size=5, max_size=5), min_s
 def test_the_mean_over_labelled_pixels_is_one_and_ratios_are_powers_of_the_shares(counts, exponent):
     pixels = np.array(counts, np.uint32)
     weights, area = class_weights(pixels, exponent).double(), torch.tensor(pixels.sum(0, dtype=np.float64))
-    assert weights.shape == (256,) and (weights[5:] == 0).all() and (weights[:5][area == 0] == 0).all()
+    assert weights.shape == (5,) and (weights[area == 0] == 0).all()
     if area.sum() > 0:
-        assert (weights[:5] * area).sum() / area.sum() == pytest.approx(1, rel=1e-4)
+        assert (weights * area).sum() / area.sum() == pytest.approx(1, rel=1e-4)
         shown = area > 0
-        scaled = weights[:5][shown] * area[shown] ** exponent
+        scaled = weights[shown] * area[shown] ** exponent
         assert torch.allclose(scaled, scaled.mean().expand_as(scaled), rtol=1e-4)
 
 
 def test_a_cell_is_the_mean_of_its_pixels_and_unlabelled_ones_are_nothing():
-    table = torch.zeros(256)
-    table[:3] = torch.tensor([1.0, 2.0, 6.0])
+    table = torch.tensor([1.0, 2.0, 6.0])
     mask = torch.zeros(16, 24, dtype=torch.uint8)
     mask[:8, 8:16] = 2
     mask[8:, 16:] = IGNORE

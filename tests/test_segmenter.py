@@ -8,10 +8,10 @@ from PIL import Image
 from segcn.data.masks import write_mask
 from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import IGNORE, Label, Palette
+from segcn.data.sampler import class_pixels, class_weights
 from segcn.models.segmenter import (
     SegmenterConfig,
     build_segmenter,
-    class_weights,
     load_segmenter,
     predict,
     segmentation_loss,
@@ -105,7 +105,7 @@ def test_a_weight_makes_the_pixels_of_a_picture_count_less_and_of_weight_zero_no
 
 
 def test_rare_classes_weigh_more_and_the_average_pixel_one(split):
-    weights = class_weights(split)
+    weights = class_weights(class_pixels(split))
     masks = np.stack([np.array(Image.open(record.mask)) for record in split.records])
     share = np.array([(masks == label).sum() for label in range(3)]) / (masks != IGNORE).sum()
     assert np.argsort(weights).tolist() == np.argsort(-share).tolist()

@@ -68,25 +68,28 @@ def _write(path: Path, text: str) -> None:
 
 
 def _csv_lines(metadata: Path) -> Iterator[Line]:
-    rows = _csv_rows(metadata)
+    rows = read_csv(metadata)
     header, fault = next(rows, (1, [], None))[1:]
     fault = fault or _header_fault(header)
     if fault:
         raise UserError(f"{metadata}, line 1: {fault}")
     image, mask, text = (header.index(column) for column in COLUMNS)
     for number, fields, fault in rows:
-        if fault is None and len(fields) == len(header):
+        if fault is None:
             yield Line(number, fields[image], fields[mask], (fields[text],))
-        elif fault or fields:
+        else:
             padded = [_clean(field) for field in fields] + [""] * len(header)
-            message = fault or _count_fault(header, fields)
-            yield Line(number, padded[image], padded[mask], (padded[text],), ("metadata", message))
+            yield Line(number, padded[image], padded[mask], (padded[text],), ("metadata", fault))
 
 
-def _csv_rows(metadata: Path) -> Iterator[tuple[int, list[str], str | None]]:
-    """Yield (first line, fields, fault) of every row, the header and blank ones too; after a fault it reads on."""
-    first = 1
-    with metadata.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+def read_csv(path: Path) -> Iterator[tuple[int, list[str], str | None]]:
+    """Yield (first line, fields, fault) of the header, then of every row that is not blank; after a fault it reads on.
+
+    fault: None, or what is wrong: text that is not UTF-8, a double quote that is left open, another number of fields
+    than in the header.
+    """
+    first, header = 1, None
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         while True:
             try:
@@ -96,7 +99,12 @@ def _csv_rows(metadata: Path) -> Iterator[tuple[int, list[str], str | None]]:
                 return
             except csv.Error as error:
                 fields, fault = [], f"{error}; is a double quote left open?"
-            yield first, fields, fault
+            if header is None:
+                header = fields
+            elif fields and fault is None and len(fields) != len(header):
+                fault = _count_fault(header, fields)
+            if fields or fault or first == 1:
+                yield first, fields, fault
             first = reader.line_num + 1
 
 
@@ -202,6 +210,7 @@ def _column_fault(columns: list[str]) -> str | None:
 # --- records: The rows of a data set: read metadata.csv or metadata.jsonl, refuse what is wrong with it, and write it.
 
 METADATA = ("metadata.csv", "metadata.jsonl")
+HELD_OUT = 128  # rows at most, of a data set without test/
 ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -313,6 +322,21 @@ def read_named_split(dataset_name: str | Path, name: str) -> Split:
     name, first, last = found.groups()
     split = read_split(folder, name if has_splits else None)
     return replace(split, records=split.records[int(first or 0) : int(last) if last else None])
+
+
+def hold_out(dataset: str | Path) -> tuple[str, str]:
+    """The names, for `read_named_split`, of the rows to train on and of those held out.
+
+    They are train and test; where there is no test/, the last eighth of the rows (2 to 128) is held out. UserError
+    where fewer than 3 rows are there.
+    """
+    if _metadata_in(Path(dataset) / "test") is not None:
+        return "train", "test"
+    rows = len(read_split(dataset, "train"))
+    kept = rows - max(2, min(HELD_OUT, rows // 8))
+    if kept < 1:
+        raise UserError(f"{dataset}: expected at least 3 rows, some of them to hold out, found {rows}")
+    return f"train[:{kept}]", f"train[{kept}:]"
 
 
 def check_split(split: Split, log: Callable[[str], None] | None = None) -> None:

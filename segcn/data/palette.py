@@ -85,7 +85,7 @@ class Palette:
         return table
 
     @cached_property
-    def _class_of_id(self) -> np.ndarray:
+    def class_of_id(self) -> np.ndarray:
         """What a stored value is read as, int16 [256]: itself, 255 where ignored, -1 where undeclared."""
         classes = np.full(256, -1, np.int16)
         classes[IGNORE] = IGNORE

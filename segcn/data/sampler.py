@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from segcn.data.masks import read_mask
+from segcn.data.masks import count_ids, read_mask
 from segcn.data.metadata import Split
 from segcn.data.palette import IGNORE, Palette
 from segcn.utils import rng
@@ -79,12 +79,15 @@ class Stream:
         self._keys = visits[order], rows[order]
 
 
+COUNTED_ROWS = 1000  # masks that are read where an estimate of the class shares is enough
+
+
 def class_pixels(split: Split) -> np.ndarray:
     """How many pixels of each class each mask shows, uint32 [N, classes]; unlabelled ones are left out."""
     classes = min(split.palette.num_classes, IGNORE)
 
     def counted(record) -> np.ndarray:
-        return np.bincount(read_mask(record.mask, split.palette).ravel(), minlength=256)[:classes].astype(np.uint32)
+        return count_ids(read_mask(record.mask, split.palette))[:classes].astype(np.uint32)
 
     pixels = np.empty((len(split), classes), np.uint32)
     with ThreadPoolExecutor() as pool:
@@ -145,21 +148,21 @@ def balance_lines(palette: Palette, pixels: np.ndarray, repeats: np.ndarray, mos
     return lines
 
 
-# --- class_weights: The loss weighted by class: rare classes count more, and unlabelled pixels not at all.
+def class_weights(pixels: np.ndarray, exponent: float = 0.5) -> torch.Tensor:
+    """The weight of each class in a loss, float32 [K]: 1 / (its share of the labelled pixels)^exponent, scaled.
 
-
-def class_weights(pixels: np.ndarray, exponent: float) -> torch.Tensor:
-    """The weight of each class id, float32 [256]: 1 / (share of the labelled pixels)^exponent, scaled.
-
-    pixels: counts [N, classes]. The mean over all labelled pixels is 1; 255 and classes without a pixel get 0.
+    pixels: counts [N, K] (see `class_pixels`). The mean over all labelled pixels is 1; classes without a pixel get 0.
     """
-    share = frequencies(pixels)[1]
-    weights = np.zeros(256, np.float32)
-    shown = np.flatnonzero(share)
-    weights[shown] = share[shown] ** -exponent / (share[shown] ** (1 - exponent)).sum()
-    return torch.from_numpy(weights)
+    counts = torch.from_numpy(pixels.sum(axis=0, dtype=np.int64))
+    share = counts / counts.sum().clamp(min=1)
+    weights = torch.where(share > 0, share**-exponent, 0.0)
+    return weights / (weights * share).sum().clamp(min=1e-12)
 
 
 def cell_weights(mask: torch.Tensor, weights: torch.Tensor, factor: int) -> torch.Tensor:
-    """Class ids, uint8 [H,W] -> the mean weight of the pixels of each latent cell, float32 [H/factor,W/factor]."""
-    return F.avg_pool2d(weights[mask.long()][None], factor)[0]
+    """Class ids, uint8 [H, W] -> the mean weight of the pixels of each latent cell, float32 [H/factor, W/factor].
+
+    weights: float32 [K] by class id; unlabelled pixels weigh nothing.
+    """
+    of_id = F.pad(weights, (0, 256 - len(weights)))
+    return F.avg_pool2d(of_id[mask.long()][None], factor)[0]

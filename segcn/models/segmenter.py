@@ -16,17 +16,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from segcn.data.dataset import PairedDataset
-from segcn.data.masks import read_mask
 from segcn.data.metadata import Split
 from segcn.data.palette import IGNORE, Palette
+from segcn.data.sampler import COUNTED_ROWS, class_pixels, class_weights
 from segcn.data.transforms import AugmentConfig
 from segcn.models.base import pick_device
 from segcn.utils import io, rng
 from segcn.utils.errors import UserError
 
 # --- segmenter_fit: The fitting of a segmenter: its settings, the weights of its classes, the loss, and the steps down it.
-
-COUNTED_ROWS = 1000  # masks read for the class frequencies
 
 
 @dataclass(frozen=True)
@@ -96,17 +94,6 @@ def segmentation_loss(
         return per_pixel.sum() / labelled.sum().clamp(min=1)
     weights = weights[:, None, None]
     return (per_pixel * weights).sum() / (labelled * weights).sum().clamp(min=1)
-
-
-def class_weights(split: Split) -> torch.Tensor:
-    """1 / sqrt(share of the pixels) of every class, [K], scaled to average 1 over the pixels; absent: 0."""
-    counts = torch.zeros(256, dtype=torch.long)
-    for record in split.records[:COUNTED_ROWS]:
-        mask = torch.from_numpy(read_mask(record.mask, split.palette))
-        counts += torch.bincount(mask.flatten(), minlength=256)
-    share = counts[: split.palette.num_classes] / counts[:IGNORE].sum().clamp(min=1)
-    weights = torch.where(share > 0, share.rsqrt(), 0.0)
-    return weights / (weights * share).sum().clamp(min=1e-12)
 
 
 @torch.no_grad()
@@ -209,7 +196,7 @@ def train_segmenter(
     if _stands(output_dir, fingerprint, log):
         return load_segmenter(output_dir, device)
     segmenter = build_segmenter(split.palette.num_classes, config.width, config.seed).to(pick_device(device))
-    fit(segmenter, _batches(split, config), class_weights(split), config, log)
+    fit(segmenter, _batches(split, config), class_weights(class_pixels(split.first(COUNTED_ROWS))), config, log)
     segmenter.settings = {
         **asdict(config), "num_classes": segmenter.num_classes, "rows": len(split), "fingerprint": fingerprint
     }  # fmt: skip

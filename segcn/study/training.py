@@ -9,10 +9,11 @@ import torch
 
 from segcn.data.dataset import PairedDataset, to_image, to_uint8
 from segcn.data.metadata import Split
+from segcn.data.sampler import COUNTED_ROWS, class_pixels, class_weights
 from segcn.data.transforms import AUGMENTS, AugmentConfig
 from segcn.evaluate.metrics import confusion, pixels_of
 from segcn.models.base import pick_device
-from segcn.models.segmenter import Segmenter, SegmenterConfig, build_segmenter, class_weights, fit, predict
+from segcn.models.segmenter import Segmenter, SegmenterConfig, build_segmenter, fit, predict
 from segcn.utils import rng
 
 # As strong for real images as for synthetic ones, whose layouts were moved by affine draws, too: synthetic images
@@ -80,7 +81,7 @@ def train_mixed(mixture: Mixture, config: SegmenterConfig, log: Callable[[str], 
     split = mixture.real or mixture.synthetic
     assert split is not None
     segmenter = build_segmenter(split.palette.num_classes, config.width, config.seed).to(pick_device())
-    weights = class_weights(split)
+    weights = class_weights(class_pixels(split.first(COUNTED_ROWS)))
     losses = fit(segmenter, mixed_batches(mixture, config), weights, config, log)
     segmenter.settings = asdict(config) | {"num_classes": segmenter.num_classes, "last_fall": last_fall(losses)}
     return segmenter

@@ -37,7 +37,7 @@ from segcn.utils.paths import RUN_FILE
 DEFAULTS = {
     "empty_prompts": 0.0,  # share of captions replaced by the empty one
     "empty_controls": 0.0,  # share of controls replaced by black
-    "class_weights": None,  # float32 [256] by class id; none: no weights
+    "class_weights": None,  # float32 [K] by class id; none: no weights
     "bad_limit": 0,  # bad rows one after another that another row may stand in for
 }
 

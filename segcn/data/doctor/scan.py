@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from segcn.data.files import Unreadable, open_image
-from segcn.data.masks import LOSSY, read_counted_mask
+from segcn.data.masks import LOSSY, count_ids, read_mask
 from segcn.data.metadata import ORIENTATION, read_image, upright
 from segcn.data.palette import Palette
 from segcn.utils.errors import UserError
@@ -117,11 +117,11 @@ def mask_facts(path: Path, palette: Palette, max_pixels: int) -> MaskFacts:
         return MaskFacts(header)
     lossy = header.format if header.format in LOSSY else ""
     try:
-        mask, counts = read_counted_mask(path, palette)
+        mask = read_mask(path, palette)
     except UserError as error:
         fault = _fault(path, error)
         return MaskFacts(fault, lossy=lossy if fault.kind == "labels" else "")
-    return MaskFacts(None, mask.shape[::-1], header.orientation, lossy, counts.astype(np.uint32))
+    return MaskFacts(None, mask.shape[::-1], header.orientation, lossy, count_ids(mask).astype(np.uint32))
 
 
 def read_header(path: Path, max_pixels: int) -> Header | Fault:
