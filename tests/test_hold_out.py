@@ -3,7 +3,7 @@
 import pytest
 from malformed import sound
 
-from segcn.data.metadata import hold_out, read_named_split
+from segcn.data.metadata import hold_out, read_named_split, write_metadata
 from segcn.utils.errors import UserError
 
 
@@ -13,9 +13,7 @@ def folder(tmp_path):
 
 
 def repeat_rows(folder, rows):
-    header, row, *_ = (folder / "metadata.csv").read_text().splitlines()
-    lines = [f"{row} {number}" for number in range(rows)]
-    (folder / "metadata.csv").write_text("\n".join([header, *lines]) + "\n")
+    write_metadata(folder, [("images/0.png", "masks/0.png", f"hill {number}") for number in range(rows)])
 
 
 @pytest.mark.parametrize(("rows", "kept"), [(3, 1), (16, 14), (80, 70), (1024, 896), (2000, 1872)])
