@@ -6,7 +6,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from segcn.data import captions, charts, visualize
+from segcn.data import captions, visualize
 from segcn.data.dataset import PairedDataset
 from segcn.data.masks import colorize
 from segcn.data.metadata import read_split
@@ -130,16 +130,16 @@ def test_a_caption_is_told_a_side():
 
 
 def test_shares_add_up_and_leave_out_the_unlabelled(train):
-    shares = charts.class_shares(train)
+    shares = visualize.class_shares(train)
     assert shares.shape == (12, 256) and shares.sum(1) == pytest.approx(1) and (shares[:, 9:] == 0).all()
-    pixels = charts.augmented_pixels(PairedDataset(train, 64, AUGMENTS["affine"], seed=0))
+    pixels = visualize.augmented_pixels(PairedDataset(train, 64, AUGMENTS["affine"], seed=0))
     assert pixels.shape == (12, train.palette.num_classes) and (pixels.sum(1) <= 64 * 64).all()
     measured = {"before": frequencies(class_pixels(train)), "augmented": frequencies(pixels)}
     for figure in (
-        charts.class_bars(train.palette, {"before": shares, "after": shares}),
-        charts.class_frequencies(train.palette, measured),
-        charts.area_per_class(train.palette, shares),
-        charts.word_bars([record.caption for record in train.records]),
+        visualize.class_bars(train.palette, {"before": shares, "after": shares}),
+        visualize.class_frequencies(train.palette, measured),
+        visualize.area_per_class(train.palette, shares),
+        visualize.word_bars([record.caption for record in train.records]),
     ):
         assert shows_something(figure)
 

@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 from segcn.data.masks import colorize, read_mask, write_mask
-from segcn.data.metadata import read_split
+from segcn.data.metadata import read_split, save_row
 from segcn.data.palette import Label, Palette
-from segcn.data.writer import save_row
 from segcn.generate import infer
 from segcn.generate.config import SampleConfig
 from segcn.generate.infer import read_settings

@@ -26,9 +26,8 @@ from segcn.bench.config import BenchGenerateConfig
 from segcn.bench.train import BUSY, busy_seconds, environment, machine
 from segcn.data.dataset import PairedDataset, read_framed_mask, to_uint8
 from segcn.data.masks import colorize
-from segcn.data.metadata import Split, read_named_split, read_split
+from segcn.data.metadata import Split, finish_dataset, read_named_split, read_split, write_pair
 from segcn.data.transforms import AUGMENTS
-from segcn.data.writer import finish_dataset, write_pair
 from segcn.evaluate.evaluator import faithfulness, features
 from segcn.evaluate.metrics import color_shift
 from segcn.generate.config import MODELS, GenerateConfig, SampleConfig

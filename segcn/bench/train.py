@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from segcn.bench.config import VARIANTS, BenchTrainConfig
-from segcn.data.charts import TONES
 from segcn.data.metadata import find_splits, read_split
+from segcn.data.visualize import TONES
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline
 from segcn.models.base import WIDE, base_fingerprint, latent_factor, load_base, pick_device

@@ -9,11 +9,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from segcn.data.charts import ACCENT, heat_map, name_classes
 from segcn.data.dataset import to_uint8
 from segcn.data.masks import colorize
 from segcn.data.palette import Palette
-from segcn.data.visualize import grid, legend, side_by_side
+from segcn.data.visualize import ACCENT, grid, heat_map, legend, name_classes, side_by_side
 from segcn.evaluate.bootstrap import LEVEL
 from segcn.evaluate.evaluator import LEAST_CROP, ROWS, Evaluation
 from segcn.evaluate.metrics import COMPARED, NEIGHBOURS

@@ -13,8 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from segcn.data.dataset import read_framed_mask
 from segcn.data.files import open_image
+from segcn.data.metadata import save_row
 from segcn.data.palette import Palette, find_palette
-from segcn.data.writer import save_row
 from segcn.generate.config import InferConfig, SampleConfig
 from segcn.generate.pipeline import Pipeline, generate, load_pipeline
 from segcn.utils.errors import UserError

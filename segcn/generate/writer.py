@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from segcn.data.dataset import PairedDataset, to_uint8
-from segcn.data.metadata import Split
+from segcn.data.metadata import Split, finish_dataset, write_pair
 from segcn.data.transforms import AUGMENTS, Box, boxes
-from segcn.data.writer import finish_dataset, write_pair
 from segcn.generate import manifest
 from segcn.generate.card import figure_rows, write_card
 from segcn.generate.conditions import Controls, Prompts, check_masks, read_controls, read_prompts

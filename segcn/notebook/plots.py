@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from segcn.data.captions import mirrored, says_a_side
-from segcn.data.charts import ACCENT, name_classes
 from segcn.data.config import FITS
 from segcn.data.dataset import PairedDataset, Sample, to_uint8
 from segcn.data.masks import colorize
@@ -25,9 +24,11 @@ from segcn.data.metadata import Split, read_split
 from segcn.data.palette import Palette
 from segcn.data.transforms import Draw, apply, to_output, to_source
 from segcn.data.visualize import (
+    ACCENT,
     checkerboard,
     grid,
     hatched,
+    name_classes,
     outlined,
     overlay,
     read_pair,
