@@ -124,9 +124,9 @@ def test_variants_are_painted_and_compared_without_the_plain_way(bench):
 
 
 def test_a_variant_is_read_by_its_flags_types():
-    settings = variant(SampleConfig(), "guidance_end=0.5,num_inference_steps=7,noise_prior=x y")
+    settings = variant(SampleConfig(), "guidance_end=0.5,num_inference_steps=7,negative_prompt=x y")
     assert (settings.guidance_end, settings.num_inference_steps) == (0.5, 7)
-    assert settings.noise_prior == "x y"
+    assert settings.negative_prompt == "x y"
     for words in ("guidance=1", "num_inference_steps=few", "resolution=64", "torch_compile=True"):
         with pytest.raises(UserError, match="--variants"):
             variant(SampleConfig(), words)

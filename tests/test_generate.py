@@ -286,12 +286,12 @@ def test_the_card_tells_base_controlnet_seed_settings_and_figures_and_reads_no_p
     config, painter, quick_painting, landscapes, tmp_path
 ):
     evil = '<script>alert("1")</script> | ![x](http://x) $a$ 草'
-    given = dataclasses.replace(config, prompt=evil, negative_prompt=evil, seed=7, noise_prior=str(landscapes))
+    given = dataclasses.replace(config, prompt=evil, negative_prompt=evil, seed=7)
     out = generate_dataset(given, painter)
     card = (out / "README.md").read_text()
     told = json.loads((out / "generation.json").read_text())
     for text in (told["base_fingerprint"], told["controlnet_weights"], "| seed | 7;", "| num_inference_steps | 2 |",
-                 "| noise prior | landscapes |", "| images | 6 |", "| filter | none |", "| 0 | sky | `#"):  # fmt: skip
+                 "| images | 6 |", "| filter | none |", "| 0 | sky | `#"):  # fmt: skip
         assert text in card
     assert "<script" not in card and "![x]" not in card and "http:" not in card and str(tmp_path.parent) not in card
     assert read_split(out)[0].caption == evil

@@ -187,7 +187,6 @@ def test_compiling_is_refused_without_a_gpu(random_base):
         ({"guidance_start": 0.6, "guidance_end": 0.5}, "--guidance_start and --guidance_end"),
         ({"control_guidance_end": 1.5}, "found 0.0 and 1.5"),
         ({"guidance_rescale": -0.1}, "--guidance_rescale: expected 0 to 1"),
-        ({"noise_prior_strength": 2.0}, "--noise_prior_strength"),
     ],
 )
 def test_settings_out_of_range_are_named(painter, masks, changes, said):

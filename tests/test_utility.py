@@ -75,8 +75,6 @@ def test_what_learns_from_a_fraction_is_given_a_folder_of_its_rows_alone(data, c
     assert learns.controlnet_model_name_or_path is None and learns.faithfulness_rows == 0  # begins with the base alone
     assert paints.controlnet_model_name_or_path == str(tmp_path / "controlnet")
     assert paints.segmenter == str(tmp_path / "segmenter")
-    with_prior = generation_config(dataclasses.replace(config, noise_prior=True), staged, *[tmp_path] * 3)
-    assert paints.noise_prior is None and with_prior.noise_prior == str(tmp_path / "rows")
     assert (paints.limit, paints.replicates) == (2, 2)
 
 

@@ -29,7 +29,7 @@ USE = """```python
 from datasets import load_dataset
 rows = load_dataset("path/of/this/folder", split="train")  # image, conditioning_image, text
 ```"""
-ELSEWHERE = MODELS | {"seed", "noise_prior"}
+ELSEWHERE = MODELS | {"seed"}
 FILTER = ("min_miou", "max_attempts", "ignore_disagreement")
 
 
@@ -85,7 +85,6 @@ def made_rows(config: GenerateConfig, settings: dict[str, Any]) -> list[tuple[st
         ("augmentation of the masks", plain(config.augment_masks or "none")),
         ("texts", "captions dealt out between the rows" if config.mix_prompts else text),
         ("words varied", plain(", ".join(config.vary) or "none")),
-        ("noise prior", plain(public_name(config.noise_prior)) if config.noise_prior else "none"),
         ("seed", f"{config.seed}; noise by row, replicate and attempt"),
         ("images a row", str(config.replicates)),
     ]  # fmt: skip

@@ -41,10 +41,6 @@ class SampleConfig:
     control_schedule: str = flag(
         "constant", "weight of the mask from the first step to the last", ("constant", "linear", "cosine")
     )
-    noise_prior: str | None = flag(
-        None, "start from the class statistics of a data set's training rows, or of a noise prior's file; none: noise"
-    )
-    noise_prior_strength: float = flag(0.8, "share of the steps that are taken from the noise prior on, 0 to 1")
     negative_prompt: str = flag("", "what the image should not show")
     scheduler: str = flag("dpm", "sampler: dpm (DPM-Solver++), unipc or ddim", ("dpm", "unipc", "ddim"))
     seed: int = flag(0, "each image's noise depends on this and its row alone")

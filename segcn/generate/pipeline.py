@@ -28,7 +28,6 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from segcn.data.dataset import to_control, to_uint8
 from segcn.data.palette import Palette
 from segcn.generate.config import SampleConfig
-from segcn.generate.noise_prior import NoisePrior, open_prior, prior_noise
 from segcn.models.base import (
     DTYPES,
     Base,
@@ -56,7 +55,6 @@ CONTROL_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
-SHARES = ("guidance_rescale", "noise_prior_strength")
 WINDOWS = (("guidance_start", "guidance_end"), ("control_guidance_start", "control_guidance_end"))
 
 
@@ -71,9 +69,8 @@ def check_sampling(settings: SampleConfig) -> None:
         found = getattr(settings, start), getattr(settings, end)
         if not 0 <= found[0] <= found[1] <= 1:
             raise UserError(f"--{start} and --{end}: expected 0 <= start <= end <= 1, found {found[0]} and {found[1]}")
-    for name in SHARES:
-        if not 0 <= getattr(settings, name) <= 1:
-            raise UserError(f"--{name}: expected 0 to 1, found {getattr(settings, name)}")
+    if not 0 <= settings.guidance_rescale <= 1:
+        raise UserError(f"--guidance_rescale: expected 0 to 1, found {settings.guidance_rescale}")
 
 
 class EmbeddedOnce(torch.nn.Module):
@@ -130,22 +127,17 @@ def sample(
     text: torch.Tensor,
     settings: SampleConfig,
     control: Control | None = None,
-    prior: torch.Tensor | None = None,
     on_step: Callable[[int], bool | None] | None = None,
 ) -> torch.Tensor:
     """Noise float32 [B, C, h, w] -> scaled latents [B, C, h, w].
 
-    negative and text: embeddings [B, L, D] of the negative prompts and of the captions. prior: latents [B, C, h, w]
-    from which, noised, the last `noise_prior_strength` of the steps set out. `on_step(step)`: True stops.
+    negative and text: embeddings [B, L, D] of the negative prompts and of the captions. `on_step(step)`: True stops.
     """
     scheduler = make_scheduler(base, settings)
     scheduler.set_timesteps(settings.num_inference_steps, device=noise.device)
     steps, both = len(scheduler.timesteps), torch.cat([negative, text])
-    first, latents = 0, noise
-    if prior is not None:
-        first = steps - max(1, int(steps * settings.noise_prior_strength))  # as the img2img pipelines count
-        latents = base.scheduler.add_noise(prior, noise, scheduler.timesteps[first].expand(len(noise)))
-    for step in range(first, steps):
+    latents = noise
+    for step in range(steps):
         timestep, guidance = scheduler.timesteps[step], guidance_at(settings, step, steps)
         seen = both if guidance > 1 else text
         noisy = torch.cat([latents] * (len(seen) // len(latents))).to(base.dtype)
@@ -214,11 +206,6 @@ class Pipeline:
         Each is encoded alone: it depends on nothing else that is painted, so neither does an image.
         """
         return lru_cache(KEPT_CAPTIONS)(lambda caption: encode_text(self.base, [caption])[0])
-
-    @cached_property
-    def prior(self) -> Callable[[str, int, str], NoisePrior]:
-        """(data set or file, pixels a side, fit) to a noise prior, kept for the next time."""
-        return lru_cache(1)(lambda source, side, fit: open_prior(source, self.base, self.palette, side, fit))
 
 
 def load_pipeline(settings: SampleConfig, palette: Palette | None = None) -> Pipeline:
@@ -289,7 +276,7 @@ def generate(
 
     masks: uint8 [N,H,W] class ids, or None to paint without (then `size` is (H,W)). The noise of an image depends on
     (settings.seed, its entry in rows) alone. `on_step(step)` is called after each denoising step; True stops.
-    UserError for settings that cannot be, a size that the base does not take, and a noise prior of another base.
+    UserError for settings that cannot be, and a size that the base does not take.
     """
     check_sampling(settings)
     if not size:
@@ -298,14 +285,11 @@ def generate(
     noise = first_noise(painter.base, rows, settings, size)
     negative = torch.stack([painter.embedding(settings.negative_prompt)] * len(captions))
     text = torch.stack([painter.embedding(caption) for caption in captions])
-    control = prior = None
+    control = None
     if masks is not None:
         condition = to_control(masks, painter.palette).to(noise.device, painter.base.dtype)
         control = Control(embedding_once(painter.controlnet, len(captions)), condition)
-    if masks is not None and settings.noise_prior:
-        drawn = prior_noise(noise.shape[1:], settings.seed, rows).to(noise.device)
-        prior = painter.prior(settings.noise_prior, min(size), settings.fit).draw(masks, drawn)
-    latents = sample(painter.base, noise, negative, text, settings, control, prior, on_step)
+    latents = sample(painter.base, noise, negative, text, settings, control, on_step)
     return to_uint8(decode(painter.base.vae, latents))
 
 

@@ -22,7 +22,6 @@ from segcn.generate.conditions import Controls, Prompts, check_masks, read_contr
 from segcn.generate.config import GenerateConfig
 from segcn.generate.filtering import Filter, Generated, draw_filtering, generate_filtered, open_filter, verdicts_of
 from segcn.generate.manifest import WORK, Job, Manifest, left_by_others, records_of
-from segcn.generate.noise_prior import source_digest
 from segcn.generate.pipeline import Pipeline, generate, load_pipeline
 from segcn.models.base import Base, reconstruct, weights_digest
 from segcn.utils import io
@@ -219,8 +218,6 @@ def settings_of(config: GenerateConfig, painter: Pipeline, controls: Controls, v
         settings.pop(name)
     if not config.without_control:
         settings |= {"controlnet": painter.controlnet_folder, "controlnet_weights": painter.controlnet_digest}
-    if config.noise_prior:
-        settings["noise_prior_content"] = source_digest(config.noise_prior)
     return settings | ({"segmenter_weights": weights_digest(vetter.segmenter)} if vetter else {})
 
 

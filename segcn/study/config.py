@@ -64,7 +64,6 @@ class UtilityConfig:
         default_factory=list, metadata={"help": "words of the captions to exchange, as segcn generate does"}
     )
     augment_masks: str = flag("affine", "how layouts are drawn from the masks of the rows, as segcn generate does")
-    noise_prior: bool = flag(False, "start painting from the class statistics of the rows, as segcn generate does")
     min_miou: float = flag(0.6, "an image in which the segmenter of these rows finds less of its mask is painted anew")
     max_attempts: int = flag(3, "times an image is painted before it is dropped")
     ignore_disagreement: bool = flag(False, "pixels in which that segmenter sees another class do not count")

@@ -126,7 +126,6 @@ def generation_config(
         pretrained_model_name_or_path=config.pretrained_model_name_or_path, seed=config.seed,
         controlnet_model_name_or_path=str(controlnet), segmenter=str(segmenter), resolution=config.resolution,
         fit=config.fit, limit=min(config.images, len(rows)), replicates=-(-config.images // len(rows)),
-        noise_prior=str(rows.folder) if config.noise_prior else None,
         **{name: getattr(config, name) for name in PAINTED if getattr(config, name) != ""},
     )  # fmt: skip
 
@@ -143,7 +142,7 @@ def key_of(config: UtilityConfig, rows: Split, kind: str, *more: Any) -> str:
     """10 hexadecimal digits that change with whatever the ControlNet, the images or a segmenter depends on."""
     relevant = {
         "controlnet": ("preset", "resolution", "fit", "seed", "controlnet_steps", "augment"),
-        "synthetic": ("images", "noise_prior", *PAINTED),
+        "synthetic": ("images", *PAINTED),
         "segmenter": ("segmenter_resolution", "fit", "segmenter_steps", "segmenter_batch_size", "segmenter_width",
                       "segmenter_learning_rate"),
     }[kind]  # fmt: skip
