@@ -106,7 +106,7 @@ def test_ways_to_number_the_same_classes_agree_on_names_and_colors():
 
 def test_every_ready_palette_is_packaged():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["package-data"]["segcn"][0] == "data/palettes/*.json"
+    assert project["tool"]["setuptools"]["package-data"]["segcn"][1] == "data/palettes/*.json"
     assert sorted(READY) == sorted(path.stem for path in (Path(__file__).parents[1] / "segcn/data/palettes").iterdir())
     with pytest.raises(UserError, match="no ready palette 'ade'; there are ade20k, ade20k-from-0, cityscapes"):
         ready("ade")
@@ -312,7 +312,7 @@ def test_the_command_proposes_and_never_overwrites(tmp_path, monkeypatch, capsys
     paths = write(tmp_path / "masks", blocks([0, 0, 0, 4]))
     code, out, _ = command(monkeypatch, capsys, tmp_path, "--names", "sky, far hill")
     assert code == 0 and "far hill" in out and "\x1b" not in out
-    assert out.splitlines()[-1] == f"palette: {tmp_path / 'palette.json'}"
+    assert out.splitlines()[-1] == str(tmp_path / "palette.json")
     palette = Palette.load(tmp_path / "palette.json")
     assert palette.names == ("sky", "far hill")
     assert read_mask(paths[0], palette).max() == 4

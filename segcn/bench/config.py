@@ -1,6 +1,6 @@
-"""What a benchmark of training runs: the settings, the command lines of both sides, and the book of finished runs."""
+"""Settings of `segcn bench train` and `segcn bench generate`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +8,13 @@ from segcn.generate.config import SampleConfig
 from segcn.utils.args import flag
 from segcn.utils.paths import BASE, OUTPUTS
 
-# --- bench_plan: What a benchmark of training runs: the settings, the command lines of both sides, and the book of finished runs.
-
 MEASURED_ON = ("peer", "pretrained_model_name_or_path", "dataset_name", "warmup_steps", "measured_steps", "resolution",
                "train_batch_size", "max_train_samples", "seed")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: what is added to both command lines."""
+    """A row of the table: the flags added to the baseline's command line and to ours."""
 
     text: str
     peer: tuple[str, ...] = ()
@@ -34,28 +32,28 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class BenchTrainConfig:
-    """Time diffusers' train_controlnet.py and segcn's training in turns, on the same base, data and settings."""
+    """Time diffusers' train_controlnet.py (the baseline) and segcn train in turns: same base, data and settings."""
 
-    peer: str = flag("", "your copy of diffusers' train_controlnet.py; none: segcn with --cache none stands in")
+    peer: str = flag("", "your copy of diffusers' train_controlnet.py; none: segcn train --cache none is the baseline")
     pretrained_model_name_or_path: str = flag(str(BASE), "base model folder (segcn samples sd15 OUT makes a large one)")
     dataset_name: str | None = flag(None, "data set folder; none: the sample landscapes")
-    output_dir: str = flag(str(OUTPUTS / "bench"), "train.json, train.txt and the runs; the same command goes on there")
+    output_dir: str = flag(str(OUTPUTS / "bench"), "folder of train.json, train.txt and the runs; rerun to resume")
     variants: str = flag("same,ours", f"rows of the table, of {', '.join(VARIANTS)}")
-    rounds: int = flag(3, "pairs of runs of each variant")
-    warmup_steps: int = flag(3, "steps before the clock counts")
-    measured_steps: int = flag(20, "steps that are timed; one more is run, which saves a checkpoint")
-    resolution: int = flag(128, "pixels a side")
-    train_batch_size: int = flag(8, "rows a step")
-    max_train_samples: int | None = flag(None, "use only so many rows: less to cache before a short run")
-    seed: int = flag(0, "of both")
-    until_faithful: bool = flag(False, "also time until painted images reach half the ceiling of mask faithfulness")
-    peer_learning_rates: list[float] = field(
-        default_factory=lambda: [1e-5, 2e-4, 2e-3], metadata={"help": "of the peer, for --until_faithful"}
+    rounds: int = flag(3, "pairs of runs of each variant", low=1)
+    warmup_steps: int = flag(3, "steps before the timed ones", low=1)
+    measured_steps: int = flag(20, "timed steps; one more step saves a checkpoint", low=1)
+    resolution: int = flag(128, "image size in pixels", low=1)
+    train_batch_size: int = flag(8, "rows in each step", low=1)
+    max_train_samples: int | None = flag(None, "use only the first rows: less to cache before a short run", low=1)
+    seed: int = flag(0, "seed of both")
+    until_faithful: bool = flag(False, "also measure the time until images reach half of the possible mIoU")
+    peer_learning_rates: list[float] = flag(
+        [1e-5, 2e-4, 2e-3], "learning rates of the baseline for --until_faithful", above=0
     )
-    preset: str = flag("tiny", "whose learning rate and sampler --until_faithful takes for segcn", ("tiny", "sd15"))
-    faithful_steps: int = flag(400, "steps of each run of --until_faithful")
-    checkpointing_steps: int = flag(50, "steps between the checkpoints that are scored after it")
-    faithfulness_rows: int = flag(32, "held-out masks that each checkpoint paints")
+    preset: str = flag("tiny", "preset of our learning rate and sampler for --until_faithful", ("tiny", "sd15"))
+    faithful_steps: int = flag(400, "steps of each run of --until_faithful", low=1)
+    checkpointing_steps: int = flag(50, "steps between its checkpoints, which are scored", low=1)
+    faithfulness_rows: int = flag(32, "held-out masks that each checkpoint generates from", low=1)
 
     @property
     def folder(self) -> Path:
@@ -87,37 +85,33 @@ class BenchTrainConfig:
         return {"peer": "diffusers" if self.peer else "segcn --cache none", "ours": "segcn"}
 
 
-# --- bench_generate: Our painting against one call of diffusers' pipeline an image: pace, faithfulness, distance, color and memory.
-
-
 @dataclass(frozen=True)
 class BenchGenerateConfig(SampleConfig):
-    """Paint the same masks with segcn and by one call of diffusers' pipeline an image, in turns, and score both."""
+    """Generate from the same masks with segcn and by one pipeline call for each image (the baseline), in turns."""
 
     dataset_name: str | None = flag(
-        None, "data set: its train rows teach the judge, the rows of --split are painted; none: landscapes"
+        None, "data set: its train rows train the segmenter, those of --split are generated from; none: landscapes"
     )
-    split: str = flag("test", "rows to paint; train[:64]: to choose settings on, since nothing is reported of these")
+    split: str = flag("test", "rows to generate from; train[:64]: to choose settings, since no result uses these")
     output_dir: str = flag(
-        str(OUTPUTS / "bench_generate"), "bench_generate.json and .txt, and what is painted; goes on there"
+        str(OUTPUTS / "bench_generate"), "folder of bench_generate.json and .txt and the images; rerun to resume"
     )
-    limit: int = flag(500, "rows to paint, at most")
-    batch_size: int = flag(16, "images that segcn paints at once")
-    rows_a_turn: int = flag(32, "rows that a side paints before the other one does")
-    plain_guidance_scales: list[float] = field(
-        default_factory=lambda: [1.5, 2.5, 7.5], metadata={"help": "guidance of the plain way; its best is compared"}
+    limit: int = flag(500, "rows to generate from, at most", low=2)
+    batch_size: int = flag(16, "images that segcn generates at once", low=1)
+    rows_a_turn: int = flag(32, "rows of one side before the other side's turn", low=1)
+    plain_guidance_scales: list[float] = flag(
+        [1.5, 2.5, 7.5], "guidance scales of the baseline; its best one is compared", above=1
     )
-    plain_steps: int = flag(20, "steps of the plain way, with UniPC")
-    variants: list[str] = field(
-        default_factory=list,
-        metadata={"help": "several settings of segcn: num_inference_steps=8,guidance_end=0.6 guidance_scale=1 ..."},
+    plain_steps: int = flag(20, "steps of the baseline, with UniPC", low=1)
+    variants: list[str] = flag(
+        [], "several settings of segcn: num_inference_steps=8,guidance_end=0.6 guidance_scale=1 ..."
     )
     without_plain: bool = flag(False, "compare only the variants")
     memory_masks: int = flag(
-        1000, "masks that segcn generate paints to show its memory, a tenth of them first; 0: none"
+        1000, "masks for segcn generate, a tenth of them first, to measure its memory; 0: none", low=0
     )
-    segmenter: str | None = flag(None, "trained segmenter folder, the judge; none: trained on the train rows")
-    inception_weights: str | None = flag(None, "weights-inception-2015-12-05-6726825d.pth, for a KID as published")
+    segmenter: str | None = flag(None, "trained segmenter folder; none: trained on the train rows")
+    inception_weights: str | None = flag(None, "weights-inception-2015-12-05-6726825d.pth, for KID as published")
 
     @property
     def out(self) -> Path:

@@ -1,6 +1,4 @@
-"""Settings of every command but training: command line, notebook parameters and run folder share these dataclasses.
-
-Names are those of diffusers' train_controlnet.py and pipelines wherever these have one."""
+"""Settings of `segcn evaluate` and `segcn evaluate compare`."""
 
 from dataclasses import dataclass
 
@@ -10,15 +8,16 @@ from segcn.utils.args import flag
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Do generated images obey their masks, how far are they from real ones, are they copies? metrics and a report.
+    """Do generated images follow their masks, how far are they from real ones, are they copies? Metrics and a report.
 
-    segcn evaluate compare RUN RUN puts two such evaluations side by side. Many processes share the work:
+    segcn evaluate compare RUN RUN puts two evaluations side by side; segcn evaluate utility measures the use of
+    generated images for training a segmenter. Several processes share the work:
     torchrun --nproc_per_node N -m segcn.cli evaluate ...
     """
 
-    real: str = flag("", "data set of real images; its test split, where it has one, is what they are compared with")
+    real: str = flag("", "data set of real images; its test split, where it has one, is compared with")
     synthetic: str = flag("", "generated data set")
-    floor: str | None = flag(None, "the same masks painted without being shown (segcn generate --without_control)")
+    floor: str | None = flag(None, "the same rows generated without their masks (segcn generate --without_control)")
     reconstructions: str | None = flag(None, "the real images through the base's autoencoder")
     segmenter: str | None = flag(
         None,
@@ -31,9 +30,19 @@ class EvaluateConfig:
     output_dir: str | None = flag(
         None, "folder of metrics.json and report.html; none: the one above the synthetic data set"
     )
-    cache_dir: str | None = flag(None, "where what was seen of each image is kept; none: cache/ in the output folder")
-    batch_size: int = flag(32, "images read and kept together; no result depends on it")
-    resolution: int | None = flag(None, "pixels a side that the segmenter sees; none: those of the generated images")
+    cache_dir: str | None = flag(None, "folder for the measurements of each image; none: cache/ in the output folder")
+    batch_size: int = flag(32, "images read and kept together; no result depends on it", low=1)
+    resolution: int | None = flag(
+        None, "image size for the segmenter in pixels; none: that of the generated images", low=1
+    )
     fit: str = flag("crop", "how images become square: crop, pad or stretch; with --segmenter: as it was trained", FITS)
-    seed: int = flag(0, "of the segmenter's training")
-    allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
+    seed: int = flag(0, "seed of the segmenter's training")
+    allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Put two evaluations side by side; where both saw the same rows, image by image."""
+
+    run: str = flag("", "folder of an evaluation, or its metrics.json", required=True)
+    other: str = flag("", "the other one", required=True)

@@ -1,6 +1,30 @@
 """`accelerate launch -m segcn.generate`: one process of `segcn generate`."""
 
-from segcn.generate.writer import main
+import sys
+from pathlib import Path
+
+from segcn.generate.config import GenerateConfig
+from segcn.utils.args import main_guard, parse, stoppable
+from segcn.utils.io import this_process
+
+
+def command(config: GenerateConfig) -> Path | None:
+    """Generate the share of this process; returns the data set in the first one."""
+    from segcn.generate.writer import generate_dataset
+
+    process = this_process()
+    out = generate_dataset(config, process=process)
+    return out if process.rank == 0 else None
+
+
+def main() -> None:
+    """Read the command line, then import what generates."""
+    config = parse(GenerateConfig, sys.argv[1:], "accelerate launch -m segcn.generate")
+    with stoppable():
+        out = command(config)
+    if out:
+        print(out)
+
 
 if __name__ == "__main__":
-    main()
+    main_guard(main)

@@ -1,7 +1,6 @@
 """The batches of a job: painted whole, scored, and written while the next one is painted."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,6 @@ from segcn.generate.manifest import WORK, Job, Manifest, left_by_others, records
 from segcn.generate.pipeline import Pipeline, generate, load_pipeline
 from segcn.models.base import Base, reconstruct, weights_digest
 from segcn.utils import io
-from segcn.utils.args import main_guard, parse, stoppable
 from segcn.utils.errors import UserError
 from segcn.utils.io import Process, write_whole
 from segcn.utils.progress import Progress
@@ -294,17 +292,3 @@ def reconstruct_dataset(
     captions = (record.caption for record in split.records)
     rows = ((*pair, caption) for pair, caption in zip(names, captions, strict=True))
     return finish_dataset(out, rows, split.palette)
-
-
-def command(words: list[str]) -> None:
-    """`segcn generate`, or one process of `accelerate launch -m segcn.generate`; stopped, it keeps what is painted."""
-    config, process = parse(GenerateConfig, words, "segcn generate"), io.this_process()
-    with stoppable("Stopped: what is painted is kept, and the same command goes on."):
-        out = generate_dataset(config, process=process)
-    if process.rank == 0:
-        print(out)
-
-
-def main() -> None:
-    """Command line: the same as `segcn generate`."""
-    main_guard(lambda: command(sys.argv[1:]))

@@ -1,15 +1,49 @@
-"""How good is the embedded base? Its autoencoder, its text, its ControlNet and its speed, on images held out."""
+"""Settings of `segcn samples`: sample data sets, the embedded base, and its figures on held-out images."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from segcn.generate.config import SampleConfig
-from segcn.models.segmenter import SegmenterConfig
-from segcn.samples.recognizer import RecognizerRecipe
 from segcn.utils.args import flag
 from segcn.utils.errors import UserError
 from segcn.utils.paths import OUTPUTS
+
+
+@dataclass(frozen=True)
+class SampleSetConfig:
+    """Write a sample data set."""
+
+    out: str = flag("", "data set folder to write", required=True)
+    count: int = flag(1024, "rows (of the train split, with --test)", low=1)
+    resolution: int = flag(128, "image size in pixels")
+    seed: int = flag(0, "another seed gives other images", low=0)
+    test: int | None = flag(None, "rows of a test split: writes OUT/train and OUT/test", low=1)
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Train the embedded base model: hours on a CPU. Rerun the same command to resume."""
+
+    out: str = flag("", "model folder to write", required=True)
+    work: str = flag(str(OUTPUTS / "base"), "folder of its training state")
+    smoke: bool = flag(False, "three steps of everything, to see that it runs")
+
+
+@dataclass(frozen=True)
+class LargeBaseConfig:
+    """Write a base model of Stable Diffusion 1.5's size with random weights, for timings."""
+
+    out: str = flag("", "model folder to write, 4.3 GB", required=True)
+    seed: int = flag(0, "seed of the weights")
+
+
+@dataclass(frozen=True)
+class FailuresConfig:
+    """Draw what typical failures look like, provoked on the landscapes."""
+
+    out: str = flag("", "PNG to write", required=True)
+    work: str = flag(str(OUTPUTS / "failures"), "folder of the ControlNets that are trained for it")
 
 
 @dataclass(frozen=True)
@@ -21,15 +55,15 @@ class MeasureConfig(SampleConfig):
     }
 
     controlnet_model_name_or_path: str | None = flag(None, "ControlNet folder; none: the one shipped with the base")
-    resolution: int = flag(128, "pixels a side")
-    count: int = flag(500, "held-out landscapes to measure on")
-    held_out: int = flag(512, "landscapes painted for it, of which --count are the first")
-    earth_count: int = flag(128, "held-out tiles of the Earth, for their style; 0: none")
-    batch_size: int = flag(16, "images painted at once")
-    output_dir: str = flag(str(OUTPUTS / "measure"), "where everything goes; the same command goes on there")
-    segmenter_steps: int = flag(SegmenterConfig.steps, "training steps of the network that judges the masks")
-    recogniser_steps: int = flag(RecognizerRecipe.steps, "of those that judge season, time of day and style")
-    timings: int = flag(3, "how often the painting of one image, and of --batch_size at once, is timed")
+    resolution: int = flag(128, "image size in pixels", low=1)
+    count: int = flag(500, "held-out landscapes to measure on", low=2)
+    held_out: int = flag(512, "landscapes written for it, of which --count are the first", low=2)
+    earth_count: int = flag(128, "held-out tiles of the Earth, for their style; 0: none", low=0)
+    batch_size: int = flag(16, "images generated at once", low=1)
+    output_dir: str = flag(str(OUTPUTS / "measure"), "output folder; rerun the same command to resume")
+    segmenter_steps: int = flag(600, "training steps of the segmenter that scores the masks", low=1)
+    recognizer_steps: int = flag(300, "training steps of the networks that see season, time of day and style", low=1)
+    timings: int = flag(3, "repetitions of the timings of one image and of --batch_size images", low=1)
 
     def __post_init__(self):
         if not 2 <= self.count <= self.held_out:

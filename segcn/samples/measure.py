@@ -273,7 +273,7 @@ def shares_of(found: dict, ceiling: dict) -> Iterator[tuple[str, float | None]]:
 
 def season_and_time(config: MeasureConfig, train: Split, sets: dict[str, Split], log: Log) -> dict:
     """For each set the share of its images that show the season, and the time of day, of their captions."""
-    recipe = RecognizerRecipe(steps=config.recogniser_steps)
+    recipe = RecognizerRecipe(steps=config.recognizer_steps)
     recognizer = train_recognizer(train, OF_LANDSCAPES, config.folder / "recognizer", recipe, log)
     return {name: recognized(split, recognizer) for name, split in sets.items()}
 
@@ -289,7 +289,7 @@ def style(config: MeasureConfig, painter: Pipeline, log: Log) -> dict | None:
         return None
     real, folder = read_split(earth, "test"), config.folder / "earth_captions_alone"
     sets = {"real": real, "captions_alone": generate_set(config, real, folder, painter, True, log)}
-    recipe = RecognizerRecipe(steps=config.recogniser_steps)
+    recipe = RecognizerRecipe(steps=config.recognizer_steps)
     recognizer = train_recognizer(read_split(earth, "train"), OF_EARTH, config.folder / "recognizer", recipe, log)
     return {name: recognized(split, recognizer) for name, split in sets.items()}
 

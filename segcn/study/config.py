@@ -1,6 +1,6 @@
-"""What a study of usefulness consists of: its settings, the rows of each fraction, the runs, and how long they take."""
+"""Settings of the study of usefulness: `segcn evaluate utility`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,8 +14,8 @@ from segcn.utils.paths import BASE, OUTPUTS
 class UtilityConfig:
     """Do synthetic images help a segmenter? Trained on real, synthetic and both, it is tested on held-out real ones.
 
-    For each fraction of the real rows a ControlNet, the vetting of its images and the segmenters learn from these rows
-    alone. Whatever is finished is kept, and the same command goes on.
+    For each fraction of the real rows a ControlNet, the filter of its images and the segmenters learn from these rows
+    alone. Rerun the same command to resume.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -41,40 +41,40 @@ class UtilityConfig:
     pretrained_model_name_or_path: str = flag(
         str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout", aliases=("--base",)
     )
-    output_dir: str = flag(str(OUTPUTS / "utility"), "folder of the study: everything is kept there")
-    resolution: int = flag(128, "pixels a side")
+    output_dir: str = flag(str(OUTPUTS / "utility"), "folder of the study; everything is kept there")
+    resolution: int = flag(128, "image size in pixels", low=1)
     fit: str = flag("crop", "how images become square: crop, pad or stretch", FITS)
-    allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
-    fractions: str = flag("0.05,0.1,0.25,1", "of the real rows, each holding the rows of the smaller ones")
-    ratios: str = flag("1", "synthetic images for each real one in a batch, as in 0.5,1,2: at the largest fraction")
-    few_real_ratio: float = flag(1.0, "the same for every fraction")
-    seeds: int = flag(5, "segmenters of each kind")
-    seed: int = flag(0, "of the choice of rows, the ControlNets and the images")
-    resamples: int = flag(2000, "bootstrap resamples behind each interval")
-    images: int = flag(512, "painted for each fraction, as many from each of its rows")
-    controlnet_steps: int = flag(1000, "optimizer steps of the smallest fraction's ControlNet")
-    controlnet_more_steps: int = flag(100, "of each larger one's, which goes on from that of the next smaller fraction")
-    augment: str = flag(
-        "affine,degrees=15,scale_min=0.8,scale_max=1.5", "how its rows are augmented, as segcn train does"
+    allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
+    fractions: str = flag("0.05,0.1,0.25,1", "fractions of the real rows; each contains the rows of the smaller ones")
+    ratios: str = flag("1", "synthetic images for each real one in a batch, such as 0.5,1,2; for the largest fraction")
+    few_real_ratio: float = flag(1.0, "the same for every fraction; one of --ratios", above=0)
+    seeds: int = flag(5, "segmenters of each kind; with one, their spread would be unknown", low=2)
+    seed: int = flag(0, "seed of the choice of rows, the ControlNets and the images")
+    resamples: int = flag(2000, "bootstrap resamples for each interval", low=1)
+    images: int = flag(512, "images generated for each fraction, equally many from each of its rows", low=1)
+    controlnet_steps: int = flag(1000, "optimizer steps of the smallest fraction's ControlNet", low=1)
+    controlnet_more_steps: int = flag(
+        100, "optimizer steps of each larger fraction's, which starts from that of the next smaller one", low=1
     )
-    num_inference_steps: int = flag(6, "denoising steps")
+    augment: str = flag("affine,degrees=15,scale_min=0.8,scale_max=1.5", "augmentation of its rows, as in segcn train")
+    num_inference_steps: int = flag(6, "denoising steps", low=1)
     controlnet_conditioning_scale: float = flag(1.0, "weight of the mask")
-    prompt: str | None = flag(None, "what the images are told in place of their captions, as segcn generate takes it")
-    vary: list[str] = field(
-        default_factory=list, metadata={"help": "words of the captions to exchange, as segcn generate does"}
+    prompt: str | None = flag(None, "prompt of the images in place of their captions, as in segcn generate")
+    vary: list[str] = flag([], "words of the captions to exchange, as in segcn generate")
+    augment_masks: str = flag("affine", "how new layouts are drawn from the rows' masks, as in segcn generate")
+    min_miou: float = flag(
+        0.6, "regenerate an image in which a segmenter of these rows finds less of its mask", low=0, high=1
     )
-    augment_masks: str = flag("affine", "how layouts are drawn from the masks of the rows, as segcn generate does")
-    min_miou: float = flag(0.6, "an image in which the segmenter of these rows finds less of its mask is painted anew")
-    max_attempts: int = flag(3, "times an image is painted before it is dropped")
-    ignore_disagreement: bool = flag(False, "pixels in which that segmenter sees another class do not count")
-    batch_size: int = flag(16, "images painted at once")
-    segmenter_steps: int = flag(2400, "optimizer steps of every segmenter")
-    segmenter_batch_size: int = flag(8, "images in each of them, real and synthetic together")
-    segmenter_learning_rate: float = flag(2e-2, "peak of the one-cycle schedule of every segmenter")
-    segmenter_resolution: int = flag(64, "pixels a side to which every image is resized for them")
-    segmenter_width: int = flag(24, "channels of the segmenter at half resolution")
-    synthetic_weight: float = flag(1.0, "weight of a synthetic image's pixels beside real ones, 0 to 1")
-    real_last: float = flag(0.25, "share of the steps, the last ones, that real images have to themselves, 0 to 1")
+    max_attempts: int = flag(3, "times that an image is generated before it is dropped", low=1)
+    ignore_disagreement: bool = flag(False, "leave out pixels in which that segmenter finds another class")
+    batch_size: int = flag(16, "images generated at once", low=1)
+    segmenter_steps: int = flag(2400, "optimizer steps of every segmenter", low=1)
+    segmenter_batch_size: int = flag(8, "images in each of them, real and synthetic together", low=1)
+    segmenter_learning_rate: float = flag(2e-2, "peak of the one-cycle schedule of every segmenter", above=0)
+    segmenter_resolution: int = flag(64, "size in pixels to which every image is resized for them", low=1)
+    segmenter_width: int = flag(24, "channels of the segmenter at half resolution", low=1)
+    synthetic_weight: float = flag(1.0, "weight of a synthetic image's pixels; real ones have 1", low=0, high=1)
+    real_last: float = flag(0.25, "share of the steps, the last ones, with real images alone", low=0, high=1)
 
     @property
     def folder(self) -> Path:

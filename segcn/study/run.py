@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from segcn.data.metadata import METADATA, Split, check_split, read_split
-from segcn.data.visualize import quiet
 from segcn.generate.conditions import read_controls, read_prompts
 from segcn.generate.writer import generate_dataset
 from segcn.models.base import one_core, pick_device
@@ -30,11 +29,11 @@ from segcn.study.plan import (
     segmenter_config,
     stage_rows,
 )
-from segcn.study.report import metrics_of, report, write_report
+from segcn.study.report import metrics_of, write_report
 from segcn.study.training import Mixture, found_in, train_mixed
 from segcn.train.loop import train
 from segcn.utils import io
-from segcn.utils.args import GOES_ON, parse, stoppable, to_json
+from segcn.utils.args import to_json
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_text
 from segcn.utils.paths import WEIGHTS
@@ -261,11 +260,3 @@ def largest_fall(study: Study) -> float:
 def counts_of(study: Study, arm: Arm) -> np.ndarray:
     """int64 [seeds, images, 3, K]: what the segmenters of an arm found in the test images."""
     return np.stack([np.load(study.segmenter(arm, seed) / COUNTS) for seed in range(study.config.seeds)])
-
-
-def command(words: list[str]) -> None:
-    """`segcn evaluate utility`; stopped, it keeps what is finished."""
-    quiet()
-    config = parse(UtilityConfig, words, "segcn evaluate utility")
-    with stoppable(GOES_ON):
-        print(report(evaluate_utility(config)))

@@ -1,4 +1,4 @@
-"""Every setting of a training: the flags of diffusers' train_controlnet.py under their names, and our own."""
+"""Settings of `segcn train`: the flags of diffusers' train_controlnet.py under their names, and our own."""
 
 import dataclasses
 import math
@@ -40,17 +40,17 @@ class TrainConfig:
         "prediction_type": "the loss",
         "max_train_steps": "optimization",
         "checkpointing_steps": "checkpoints",
-        "logging_steps": "watching it",
+        "logging_steps": "validation and logging",
         "mixed_precision": "the machine",
         "enable_xformers_memory_efficient_attention": "accepted for old command lines",
     }
     EPILOG: ClassVar[str] = f"""
-fields of --augment, as in --augment affine,degrees=20,fill=cover:
+fields of --augment, such as --augment affine,degrees=20,fill=cover:
   degrees=10 translate=0.1 scale_min=0.9 scale_max=1.2 shear=5 hflip=0.5 crop_min=1 crop_shift=1
   brightness=0.1 contrast=0.1 saturation=0.1 hue=0 fill=ignore|cover sided_captions=skip|rewrite
 
-The same command goes on where it was stopped. accelerate configurations for one GPU, one node and
-two nodes, and a Slurm script that requeues itself, are in
+Rerun the same command to resume. accelerate configurations for one GPU, one node and two nodes, and
+a Slurm script that requeues itself, are in
   {Path(__file__).parent / "cluster"}
 """
 
@@ -62,43 +62,42 @@ two nodes, and a Slurm script that requeues itself, are in
         str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout, or its name on the hub"
     )
     controlnet_model_name_or_path: str | None = flag(
-        None, "ControlNet to go on from; none: a copy of the base's encoder"
+        None, "ControlNet to start from; none: a copy of the base's encoder"
     )
-    tokenizer_name: str | None = flag(None, "tokenizer folder, where it is not the base's")
+    tokenizer_name: str | None = flag(None, "tokenizer folder, if it is not the base's")
     revision: str | None = flag(None, "revision of the base on the hub")
     variant: str | None = flag(None, "variant of the base's weight files, such as fp16")
     dataset_name: str | None = flag(None, "data set folder, or its metadata.csv")
     train_data_dir: str | None = flag(None, "the same as --dataset_name")
-    max_train_samples: int | None = flag(None, "use only the first rows")
-    allow_symlinks: bool = flag(False, "open files outside of the data set folder through links in it")
+    max_train_samples: int | None = flag(None, "use only the first rows", low=1)
+    allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
     output_dir: str = flag(str(OUTPUTS / "controlnet"), "run folder: checkpoints, log and the finished ControlNet")
     cache_dir: str | None = flag(
         None, "folder of the latent caches, not of downloads as in diffusers' script; none: outputs/cache"
     )
     cache: str = flag(
-        "latents",
-        "latents: encode each draw once, before step 0; none: encode in every step",
-        ("latents", "none"),
+        "latents", "latents: encode each draw once, before step 0; none: encode in every step", ("latents", "none")
     )
     cache_draws: int | None = flag(
-        None, "augmented draws kept per row; epoch e uses draw e modulo this; none: as many as --cache_budget_gb holds"
+        None,
+        "augmented draws kept for each row; epoch e uses draw e modulo this; none: as many as fit --cache_budget_gb",
+        low=1,
     )
-    cache_budget_gb: float = flag(20.0, "disk space for the draws of the cache, in GB (10^9 bytes)")
+    cache_budget_gb: float = flag(20.0, "disk space for the draws of the cache, in GB (10^9 bytes)", low=0)
     on_bad_sample: str = flag(
-        "fail", "a file that goes bad after the check: fail, or skip:N to use the next row instead, N rows at most"
+        "fail", "a file that cannot be read any more: fail, or skip:N to use the next row instead, at most N times"
     )
     # the image and its augmentation
-    resolution: int = flag(512, "pixels a side")
-    fit: str = flag("crop", "what makes an image square: crop cuts its middle, pad adds a border, stretch", FITS)
+    resolution: int = flag(512, "image size in pixels", low=1)
+    fit: str = flag("crop", "how images become square: crop the middle, pad with a border, or stretch", FITS)
     augment: str = flag(
-        "affine",
-        "paired augmentation: affine or none, and changes to its fields (below), as in affine,degrees=20",
+        "affine", "paired augmentation: affine or none, and changes to its fields (below), such as affine,degrees=20"
     )
     class_balance: float = flag(
-        0.0, "repeat rows with classes that a smaller share of the rows shows than this, such as 0.3; 0: off"
+        0.0, "repeat rows with classes that fewer than this share of the rows show, such as 0.3; 0: off", low=0, high=1
     )
-    proportion_empty_prompts: float = flag(0.0, "share of captions replaced by the empty one, 0 to 1")
-    proportion_empty_controls: float = flag(0.0, "share of masks replaced by an empty control, 0 to 1")
+    proportion_empty_prompts: float = flag(0.0, "share of captions replaced by the empty one", low=0, high=1)
+    proportion_empty_controls: float = flag(0.0, "share of masks replaced by an empty control", low=0, high=1)
     # the loss
     prediction_type: str | None = flag(
         None,
@@ -108,52 +107,53 @@ two nodes, and a Slurm script that requeues itself, are in
     rescale_betas_zero_snr: bool = flag(False, "zero terminal SNR (arXiv:2305.08891); for bases that predict v")
     snr_gamma: float | None = flag(None, "Min-SNR weights of the loss (arXiv:2303.09556); 5 is usual; none: off")
     class_weighting: float = flag(
-        0.0, "weigh the loss by class, 1 / (share of the pixels)^this, unlabelled pixels out; 0.5 is usual; 0: off"
+        0.0, "weight the loss by class, 1 / (share of the labeled pixels)^this; 0.5 is usual; 0: off"
     )
     # optimization
-    max_train_steps: int | None = flag(None, "optimizer steps; none: --num_train_epochs")
-    num_train_epochs: int = flag(1, "passes over the data where --max_train_steps is not given")
-    train_batch_size: int = flag(4, "rows of a micro-batch, each process its own")
-    gradient_accumulation_steps: int = flag(1, "micro-batches of an optimizer step")
+    max_train_steps: int | None = flag(None, "optimizer steps; none: --num_train_epochs", low=1)
+    num_train_epochs: int = flag(1, "epochs, if --max_train_steps is not given", low=1)
+    train_batch_size: int = flag(4, "rows in a micro-batch of each process", low=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches in an optimizer step", low=1)
     gradient_checkpointing: bool = flag(
         False, "recompute activations of ControlNet and frozen U-Net in the backward pass: less memory, more time"
     )
-    learning_rate: float = flag(5e-6, "peak learning rate")
+    learning_rate: float = flag(5e-6, "peak learning rate", low=0)
     scale_lr: bool = flag(False, "multiply the learning rate by processes, accumulation and batch size")
     lr_scheduler: str = flag(
         "constant",
         "linear, polynomial, cosine, cosine_with_restarts, constant, constant_with_warmup, piecewise_constant:1:99,0.1",
     )
-    lr_warmup_steps: int = flag(500, "optimizer steps of warm-up, for schedules that have one")
-    lr_num_cycles: int = flag(1, "hard resets of cosine_with_restarts")
+    lr_warmup_steps: int = flag(500, "optimizer steps of warm-up, for schedules that have one", low=0)
+    lr_num_cycles: int = flag(1, "hard resets of cosine_with_restarts", low=1)
     lr_power: float = flag(1.0, "power of the polynomial schedule")
     use_8bit_adam: bool = flag(False, "bitsandbytes' 8-bit AdamW")
-    fused_adam: bool = flag(True, "AdamW in one kernel: the same, faster; --no_fused_adam: PyTorch's default")
-    use_ema: bool = flag(False, "keep an exponential moving average of the weights: it is painted with and written")
-    ema_decay: float = flag(0.9999, "decay of the average; step t uses at most (1 + t) / (10 + t)")
+    fused_adam: bool = flag(True, "fused AdamW kernel: same result, faster; --no_fused_adam: PyTorch's default")
+    use_ema: bool = flag(False, "keep an exponential moving average of the weights; it is sampled from and saved")
+    ema_decay: float = flag(0.9999, "decay of the average; step t uses at most (1 + t) / (10 + t)", low=0, high=1)
     adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
     adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
     adam_weight_decay: float = flag(1e-2, "weight decay of AdamW")
     adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     seed: int = flag(
-        0, "order of rows, noise, timesteps, captions and augmentation follow from it; diffusers' script: none"
+        0, "seed of the order of rows, noise, timesteps, captions and augmentation; diffusers' script: none"
     )
     # checkpoints
-    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints")
-    checkpoints_total_limit: int | None = flag(None, "checkpoints that are kept, the newest; none: all")
+    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", low=1)
+    checkpoints_total_limit: int | None = flag(None, "newest checkpoints to keep; none: all", low=1)
     resume_from_checkpoint: str = flag(
-        "latest", "latest: a run goes on by itself, unlike in diffusers' script; or a checkpoint-N folder of this run"
+        "latest", "latest: resume if there is one, unlike in diffusers' script; or a checkpoint-N folder of this run"
     )
-    allow_changes: bool = flag(False, "go on although settings or data differ from the run's own")
-    # watching it
-    logging_steps: int = flag(10, "optimizer steps between lines of log.jsonl")
-    validation_image: list[str] | None = flag(None, "masks to paint from while training")
+    allow_changes: bool = flag(False, "resume although settings or data differ from those of the run")
+    # validation and logging
+    logging_steps: int = flag(10, "optimizer steps between lines of log.jsonl", low=1)
+    validation_image: list[str] | None = flag(None, "masks to generate images from while training")
     validation_prompt: list[str] | None = flag(None, "a prompt for each mask, or one for all")
-    validation_steps: int = flag(100, "optimizer steps between validation images")
-    num_validation_images: int = flag(4, "images for each mask and prompt")
+    validation_steps: int = flag(100, "optimizer steps between validation images", low=1)
+    num_validation_images: int = flag(4, "images for each mask and prompt", low=1)
     faithfulness_rows: int = flag(
-        0, "held-out rows (of the test split) painted and scored at each validation, 0: none; the best step is kept"
+        0,
+        "held-out rows (of the test split) generated from and scored at each validation; the best step is kept; 0: none",
     )
     segmenter: str | None = flag(
         None, "trained segmenter folder that scores them; none: one trained on the training rows, in --cache_dir"
@@ -168,22 +168,22 @@ two nodes, and a Slurm script that requeues itself, are in
     # the machine
     mixed_precision: str | None = flag(None, "no, fp16 (V100) or bf16; none: as accelerate is configured", PRECISIONS)
     frozen_precision: str | None = flag(
-        None,
-        "what holds the frozen U-Net; no: float32; none: as --mixed_precision",
-        PRECISIONS,
+        None, "precision of the frozen U-Net; no: float32; none: as --mixed_precision", PRECISIONS
     )
     memory_preset: int | None = flag(
         None, "fit into a GPU of so many GB: sets precision, 8-bit Adam and checkpointing", (8, 12, 16, 24)
     )
-    preflight: bool = flag(False, "run two steps, print memory and pace, propose batch and accumulation; write no run")
-    allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and newer")
-    dataloader_num_workers: int = flag(0, "subprocesses that read data, for each training process; 0: none")
-    push_to_hub: bool = flag(False, "upload the finished ControlNet, its palette and its model card to the hub")
-    hub_token: str | None = flag(None, "token of the hub, written nowhere; none: the one of hf auth login, or HF_TOKEN")
-    hub_model_id: str | None = flag(
-        None, "repository to upload to, as in name/repository; none: the name of the run folder"
+    preflight: bool = flag(
+        False, "run two steps, print memory and speed, propose batch size and accumulation; write no run"
     )
-    # accepted for old command lines: each is answered by one line that says what happens instead
+    allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and newer")
+    dataloader_num_workers: int = flag(0, "subprocesses that read data, for each training process; 0: none", low=0)
+    push_to_hub: bool = flag(False, "upload the finished ControlNet, its palette and its model card to the hub")
+    hub_token: str | None = flag(None, "token of the hub, never saved; none: the one of hf auth login, or HF_TOKEN")
+    hub_model_id: str | None = flag(
+        None, "repository to upload to, such as name/repository; none: the name of the run folder"
+    )
+    # accepted for old command lines
     enable_xformers_memory_efficient_attention: bool = flag(False, "PyTorch's own attention is used")
     set_grads_to_none: bool = flag(False, "always so in PyTorch 2")
     dataset_config_name: str | None = flag(None, "data sets are folders")
@@ -210,7 +210,7 @@ OBSOLETE = {
     "caption_column": "the column is called text",
     "image_interpolation_mode": "images are resized bilinear with antialias, masks NEAREST",
 }
-# What may differ when a run goes on: neither data nor loss change (a schedule that ends at the last step moves).
+# Settings that may differ when a run is resumed: neither data nor loss change (only the end of a schedule moves).
 FREE_TO_CHANGE = {
     "allow_changes", "allow_symlinks", "cache_budget_gb", "cache_dir", "checkpointing_steps",
     "checkpoints_total_limit", "dataloader_num_workers", "hub_model_id", "hub_token", "logging_dir", "logging_steps",
@@ -222,7 +222,7 @@ FREE_TO_CHANGE = {
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line for each setting that differs and may not, when a run goes on; unrecorded: the default."""
+    """One line for each setting that differs and may not when a run is resumed; unrecorded ones have the default."""
     old = dataclasses.asdict(TrainConfig()) | old
     names = [name for name in new if name not in FREE_TO_CHANGE]
     return [f"{name}: was {old.get(name)!r}, is {new[name]!r}" for name in names if old.get(name) != new[name]]

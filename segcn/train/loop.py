@@ -1,6 +1,5 @@
 """What a training step minimises: noise the latents, predict with U-Net and ControlNet, compare."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from segcn.train.loss import diffusion_loss, min_snr_weights
 from segcn.train.preflight import preflight
 from segcn.train.setup import Run, prepare
 from segcn.train.validation import begin_validation, validate
-from segcn.utils.args import main_guard, parse
 
 # --- objective: What a training step minimises: noise the latents, predict with U-Net and ControlNet, compare.
 
@@ -130,8 +128,3 @@ def look_and_save(run: Run) -> None:
     best, due = validate(run), last or run.step % config.checkpointing_steps == 0
     if best or due:
         save(run, only_best=not due)
-
-
-def main() -> None:
-    """Command line: `accelerate launch -m segcn.train --help`."""
-    main_guard(lambda: train(parse(TrainConfig, sys.argv[1:], "accelerate launch -m segcn.train")))

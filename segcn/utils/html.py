@@ -52,7 +52,7 @@ p { overflow-wrap: anywhere }
 
 
 def head(title: str) -> list[str]:
-    """How a page begins, its title as heading."""
+    """The beginning of a page, with its title as heading."""
     title = escape(title)
     return [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',

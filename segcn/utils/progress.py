@@ -1,4 +1,4 @@
-"""Long work says how far it is: a bar on a terminal, lines that read well in a log and in a notebook."""
+"""Progress of long work: a bar in a terminal and in a notebook, a line now and then in a log."""
 
 import sys
 import time
@@ -8,25 +8,29 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Call it with the number done; away from a terminal it speaks at most every `every` seconds."""
+    """Call it with the number done so far; in a log it prints at most one line in `every` seconds.
+
+    log: where the lines go; only with `print` a bar can replace them.
+    """
 
     def __init__(self, what: str, total: int, log: Callable[[str], None] = print, every: float = 10.0):
         self.what, self.total, self.log, self.every = what, total, log, every
-        self.began = self.spoke = time.monotonic()
-        on_terminal = log is print and total and sys.stdout.isatty()
-        self.bar = tqdm(desc=what, total=total, leave=False) if on_terminal else None
+        self.began = self.logged = time.monotonic()
+        notebook = "ipykernel" in sys.modules and "IPython" in sys.modules  # its output area shows tqdm's text bar
+        shown = log is print and total > 0 and (notebook or sys.stdout.isatty())
+        self.bar = tqdm(desc=what, total=total, leave=False, delay=1, file=sys.stdout) if shown else None
 
     def __call__(self, done: int) -> None:
-        """Say "painted 32 of 128, 2.1 a second" when it is time."""
+        """Show "encoded 32 of 128, 2.1 per second" when it is time."""
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
-            if done == self.total:
+            if done >= self.total:
                 self.bar.close()
             return
         now = time.monotonic()
-        if now - self.spoke > self.every:
-            self.spoke = now
-            self.log(f"  {self.what} {done} of {self.total}, {done / (now - self.began):.1f} a second")
+        if now - self.logged > self.every:
+            self.logged = now
+            self.log(f"  {self.what} {done} of {self.total}, {done / (now - self.began):.1f} per second")
 
 
 def clock(seconds: float) -> str:

@@ -130,7 +130,7 @@ def rewritten(source: Source, folder: Path) -> list[Placed]:
             placed.append(Placed(row.where, image, mask, row.captions))
         except UserError as error:
             problems.append(f"{row.where}: {error}")
-    refuse_failed(problems, source.count, mend=". Name a folder above all files, or use --files copy")
+    refuse_failed(problems, source.count, fix=". Name a folder above all files, or use --files copy")
     return placed
 
 
