@@ -151,11 +151,13 @@ def test_a_file_that_fails_is_one_line_that_names_it(capsys):
 
 
 def test_a_stopped_command_says_what_is_kept_whatever_stops_it():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    handlers = (signal.SIG_DFL, signal.SIG_DFL, signal.default_int_handler)  # under nohup SIGHUP is ignored
+    before = [signal.signal(*pair) for pair in zip(numbers, handlers, strict=True)]
     try:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        for number in numbers:
             with pytest.raises(SystemExit, match="kept"), stoppable("Stopped: all is kept."):
                 signal.raise_signal(number)
     finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGHUP), before, strict=True):
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
