@@ -5,9 +5,7 @@ Modules are imported only when a command runs, so that --help and mistakes on th
 """
 
 import argparse
-import contextlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -249,15 +247,10 @@ def bench_generation(config: Any) -> None:
 
 
 def train(config: Any) -> None:
-    """`segcn train`; a signal lets the training processes save a checkpoint."""
-    from segcn.train.launch import STOPPED, training_lines
+    """`segcn train`."""
+    from segcn.train import loop
 
-    with (
-        stoppable(STOPPED, (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)),
-        contextlib.closing(training_lines(config)) as lines,
-    ):
-        for line in lines:
-            print(line, flush=True)
+    loop.train(config)
 
 
 def evaluate(config: Any) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 
 import segcn
 from segcn.generate.config import GenerateConfig, SampleConfig
-from segcn.train.config import OBSOLETE, TrainConfig, differences
+from segcn.train.config import OBSOLETE, TrainConfig
 from segcn.utils.args import arguments_of, help_text, main_guard, make, parse, stoppable, to_json
 from segcn.utils.errors import UserError
 from segcn.utils.paths import ROOT
@@ -136,12 +136,6 @@ def test_unknown_settings_and_presets_are_refused_by_name():
 def test_a_config_becomes_the_command_line_that_gives_it_again():
     config = make(TrainConfig, "tiny", validation_image=["a b.png"], validation_prompt=["x, y"], use_8bit_adam=True)
     assert parse(TrainConfig, arguments_of(config), "train") == config
-
-
-def test_differences_leave_out_what_may_change():
-    old = {"learning_rate": 1e-3, "max_train_steps": 5}
-    assert differences(old, {"learning_rate": 1e-3, "max_train_steps": 9}) == []
-    assert differences(old, {"learning_rate": 1e-4}) == ["learning_rate: was 0.001, is 0.0001"]
 
 
 def test_a_file_that_fails_is_one_line_that_names_it(capsys):

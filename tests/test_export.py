@@ -62,7 +62,7 @@ def test_the_card_tells_what_the_run_is(run, told):
 
 def test_the_code_on_the_card_paints(run, told, random_base, landscapes, tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)[1]
-    assert len(code.splitlines()) == 5
+    assert len(code.split("\n")) <= 8
     (tmp_path / "someone").mkdir()
     (tmp_path / "someone" / "lakes").symlink_to(run)
     (tmp_path / "base").symlink_to(random_base)
@@ -149,7 +149,7 @@ def test_a_hub_that_does_not_answer_leaves_the_finished_controlnet(run, told, tm
     shutil.copytree(run, out)
     (out / "config.json").unlink()
     offline = dataclasses.replace(told, output_dir=str(out), push_to_hub=True)
-    with pytest.raises(UserError, match=f"someone/lakes: OfflineModeIsEnabled.*\n.*stands in {out}; .*same command"):
+    with pytest.raises(UserError, match=f"someone/lakes: OfflineModeIsEnabled.*\n.*is in {out}. .*same command"):
         train(offline)
     assert ControlNetModel.from_pretrained(out).config.conditioning_channels == 3
 

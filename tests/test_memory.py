@@ -10,14 +10,14 @@ from segcn.models.base import hold
 from segcn.models.controlnet import make_controlnet
 from segcn.train import memory
 from segcn.train.config import TrainConfig
-from segcn.train.setup import make_optimizer
+from segcn.train.setup import fit_memory, make_optimizer
 from segcn.utils.args import make, parse
 
 CPU = torch.device("cpu")
 
 
 def fitted(*words, half="bf16", fast=True):
-    return memory.fit(parse(TrainConfig, list(words), "train"), half, fast)
+    return fit_memory(parse(TrainConfig, list(words), "train"), half, fast)
 
 
 def test_the_presets_switch_off_step_by_step_what_saves_memory():
@@ -36,7 +36,7 @@ def test_a_preset_says_what_it_set_and_keeps_what_was_given():
     assert config.mixed_precision == config.frozen_precision == "fp16"
     assert lines[0] == ("--memory_preset 8: --use_8bit_adam, --gradient_checkpointing, --frozen_precision fp16.")
     assert lines[1] == "  As given instead: --mixed_precision fp16."
-    assert memory.fit(config, "bf16", True)[0] == config
+    assert fit_memory(config, "bf16", True)[0] == config
 
 
 def test_a_preset_takes_fp16_on_a_v100_and_only_holds_weights_in_half_on_a_slow_cpu():
@@ -44,7 +44,7 @@ def test_a_preset_takes_fp16_on_a_v100_and_only_holds_weights_in_half_on_a_slow_
     slow = fitted("--memory_preset", "8", fast=False)[0]
     assert slow.mixed_precision is None and slow.frozen_precision == "bf16"
     small = make(TrainConfig, "tiny", memory_preset=8)
-    assert memory.fit(small, "bf16", False)[0].train_batch_size == 16, "small images need no smaller batch"
+    assert fit_memory(small, "bf16", False)[0].train_batch_size == 16, "small images need no smaller batch"
 
 
 @pytest.mark.parametrize("eight_bit", [False, True])

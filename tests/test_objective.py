@@ -92,7 +92,7 @@ def check(tmp_path):
 
 def test_a_loss_that_is_not_finite_is_told_with_step_and_rows(check, tmp_path):
     finite = check()
-    finite.seen(torch.tensor([4, 7]), torch.tensor([0.1, float("nan")]))
+    finite.add(torch.tensor([4, 7]), torch.tensor([0.1, float("nan")]))
     with pytest.raises(UserError, match=r"step 12: .*the loss of row 7 .*nothing was updated"):
         finite.check(torch.tensor(float("nan")), 12)
     report = json.loads((tmp_path / "nonfinite.json").read_text())
@@ -101,18 +101,18 @@ def test_a_loss_that_is_not_finite_is_told_with_step_and_rows(check, tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_told_with_its_rows(check):
     finite = check()
-    finite.seen(torch.tensor([4]), torch.tensor([0.1]))
+    finite.add(torch.tensor([4]), torch.tensor([0.1]))
     finite.check(torch.tensor(1.0), 1)  # this one is fine, and its row is forgotten
-    finite.seen(torch.tensor([5]), torch.tensor([0.1]))
+    finite.add(torch.tensor([5]), torch.tensor([0.1]))
     with pytest.raises(UserError, match=r"the gradient of rows \[5\]"):
         finite.check(torch.tensor(float("inf")), 2)
 
 
 def test_an_overflow_is_left_to_the_gradient_scaler_and_a_bad_loss_is_not(check):
     finite = check(scaler=SimpleNamespace(get_scale=lambda: 2.0**16))
-    finite.seen(torch.tensor([4]), torch.tensor([0.1]))
+    finite.add(torch.tensor([4]), torch.tensor([0.1]))
     finite.check(torch.tensor(float("inf")), 1)
-    finite.seen(torch.tensor([4]), torch.tensor([float("inf")]))
+    finite.add(torch.tensor([4]), torch.tensor([float("inf")]))
     with pytest.raises(UserError, match="the loss of row 4"):
         finite.check(torch.tensor(float("inf")), 2)
 

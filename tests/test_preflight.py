@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from segcn.models.base import keep_freed_memory
-from segcn.train import memory, preflight
+from segcn.train import memory
 from segcn.train.config import TrainConfig
 from segcn.train.loop import train
-from segcn.train.preflight import Seen, best_batch
+from segcn.train.memory import Trial, best_batch
 from segcn.utils.errors import UserError
 
 GB = memory.GB
@@ -35,14 +35,14 @@ def test_preflight_measures_two_steps_proposes_a_batch_and_writes_no_run(quick, 
 
 
 def test_memory_that_runs_out_is_said_with_what_to_do(quick, tmp_path, capsys, monkeypatch):
-    real = preflight.two_steps
+    real = memory.two_steps
 
     def two_steps(run, learn, size):
         if size > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(run, learn, size)
 
-    monkeypatch.setattr(preflight, "two_steps", two_steps)
+    monkeypatch.setattr(memory, "two_steps", two_steps)
     train(quick(tmp_path / "out", preflight=True, train_batch_size=4))
     told = capsys.readouterr().out
     assert "Memory runs out at --train_batch_size 4" in told
@@ -51,7 +51,7 @@ def test_memory_that_runs_out_is_said_with_what_to_do(quick, tmp_path, capsys, m
     def nothing_fits(run, learn, size):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(preflight, "two_steps", nothing_fits)
+    monkeypatch.setattr(memory, "two_steps", nothing_fits)
     with pytest.raises(UserError, match="Try --memory_preset 24"):
         train(quick(tmp_path / "out", preflight=True))
 
@@ -62,7 +62,7 @@ def test_memory_that_runs_out_is_said_with_what_to_do(quick, tmp_path, capsys, m
 )
 def test_the_proposed_batch_fits_by_the_measured_slope_and_keeps_the_effective_batch(total, expected):
     config = TrainConfig(train_batch_size=8)
-    seen = [Seen(1, 10 * GB, 1.0), Seen(8, 24 * GB, 2.0)]  # 2 GB an image, and 2 GB of gradients once accumulated
+    seen = [Trial(1, 10 * GB, 1.0), Trial(8, 24 * GB, 2.0)]  # 2 GB an image, and 2 GB of gradients once accumulated
     size, slope = best_batch(config, seen, total * GB, 2 * GB)
     assert (size, slope) == (expected, 2 * GB)
 
@@ -70,12 +70,12 @@ def test_the_proposed_batch_fits_by_the_measured_slope_and_keeps_the_effective_b
 def test_processes_share_the_memory_of_a_processor(monkeypatch):
     monkeypatch.setattr(memory, "total_bytes", lambda device: 24 * GB)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert preflight.budget(TrainConfig(), torch.device("cpu")) == 12 * GB
-    assert preflight.budget(TrainConfig(memory_preset=8), torch.device("cpu")) == 8 * GB
+    assert memory.memory_budget(TrainConfig(), torch.device("cpu")) == 12 * GB
+    assert memory.memory_budget(TrainConfig(memory_preset=8), torch.device("cpu")) == 8 * GB
 
 
 def test_a_batch_whose_memory_ran_out_is_not_proposed():
-    seen = [Seen(1, 5 * GB, 1.0), Seen(4, None, math.nan)]
+    seen = [Trial(1, 5 * GB, 1.0), Trial(4, None, math.nan)]
     assert best_batch(TrainConfig(train_batch_size=4), seen, 24 * GB, GB) == (1, None)
 
 

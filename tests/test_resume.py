@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import sys
@@ -190,7 +191,7 @@ def command(monkeypatch, config, **flags):
     """Train by the command line of `accelerate launch -m segcn.train`."""
     words = [*arguments_of(config), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
-    training.main()
+    runpy.run_module("segcn.train", run_name="__main__")
 
 
 def test_as_in_the_old_script_only_the_newest_two_are_kept(quick, tmp_path, monkeypatch):

@@ -57,8 +57,8 @@ class Scripted:
     """Runs whose scores are LEARNING's, with nothing painted; `run` is the one that looks, `meanwhile` what happens."""
 
     def __init__(self, patched, config):
-        self.config, self.look, self.meanwhile = config, validation.look, lambda run: None
-        patched.setattr(validation, "look", self.looked)
+        self.config, self.look, self.meanwhile = config, validation.validate_now, lambda run: None
+        patched.setattr(validation, "validate_now", self.looked)
         patched.setattr(validation, "generate_rows", self.painted)
         patched.setattr(validation, "score_rows", self.score)
 
@@ -217,7 +217,7 @@ def test_two_processes_agree_on_the_best(judged, tmp_path):
 
 def test_without_held_out_rows_nothing_begins(judged, landscapes, tmp_path):
     given = {"dataset_name": str(landscapes / "train")}
-    with pytest.raises(UserError, match=r"no test split in .*--max_train_samples N.*--faithfulness_rows 0"):
+    with pytest.raises(UserError, match=r"no test split in .*--max_train_samples 10,.*--faithfulness_rows 0"):
         train(judged(tmp_path / "out", **given))
     assert not (tmp_path / "out").exists()
     config, split = judged("x", **given, max_train_samples=10), read_split(landscapes, "train")
@@ -226,7 +226,7 @@ def test_without_held_out_rows_nothing_begins(judged, landscapes, tmp_path):
 
 
 def test_a_segmenter_of_another_resolution_is_refused(judged, tmp_path):
-    with pytest.raises(UserError, match=r"expected one trained at 32 pixels a side.*found 64"):
+    with pytest.raises(UserError, match=r"expected one trained at 32 px.*found 64"):
         train(judged(tmp_path / "out", resolution=32))
     assert not (tmp_path / "out").exists()
 

@@ -40,7 +40,7 @@ from segcn.models.controlnet import load_controlnet
 from segcn.samples.landscapes.scene import sample_landscapes
 from segcn.train import checkpoint
 from segcn.train.config import TrainConfig
-from segcn.train.validation import PAINTED_AT_ONCE, generate_rows, held_out_rows, open_scorer, score_rows
+from segcn.train.validation import AT_ONCE, generate_rows, held_out_rows, open_scorer, score_rows
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_text
@@ -420,9 +420,9 @@ class Scorer:
         """mIoU of the held-out masks, painted with this ControlNet."""
         controlnet = load_controlnet(folder, self.device).eval()
         painter = Pipeline(self.base, controlnet, self.judge.rows.palette, str(folder))
-        return score_rows(
-            self.judge, generate_rows(self.judge, painter, self.settings, PAINTED_AT_ONCE, lambda *_: False)
-        )["miou"]
+        return score_rows(self.judge, generate_rows(self.judge, painter, self.settings, AT_ONCE, lambda *_: False))[
+            "miou"
+        ]
 
 
 def faithful_lines(config: BenchTrainConfig, entries: list[dict]) -> list[str]:

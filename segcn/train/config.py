@@ -1,6 +1,5 @@
 """Settings of `segcn train`: the flags of diffusers' train_controlnet.py under their names, and our own."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,8 @@ a Slurm script that requeues itself, are in
     )
     cache_budget_gb: float = flag(20.0, "disk space for the draws of the cache, in GB (10^9 bytes)", low=0)
     on_bad_sample: str = flag(
-        "fail", "a file that cannot be read any more: fail, or skip:N to use the next row instead, at most N times"
+        "fail",
+        "a file that goes bad before it is cached: fail, or skip:N: use the next row instead, for at most N rows",
     )
     # the image and its augmentation
     resolution: int = flag(512, "image size in pixels", low=1)
@@ -153,7 +153,7 @@ a Slurm script that requeues itself, are in
     num_validation_images: int = flag(4, "images for each mask and prompt", low=1)
     faithfulness_rows: int = flag(
         0,
-        "held-out rows (of the test split) generated from and scored at each validation; the best step is kept; 0: none",
+        "held-out rows (of the test split) generated and scored at each validation; the best step is kept; 0: none",
     )
     segmenter: str | None = flag(
         None, "trained segmenter folder that scores them; none: one trained on the training rows, in --cache_dir"
@@ -210,6 +210,12 @@ OBSOLETE = {
     "caption_column": "the column is called text",
     "image_interpolation_mode": "images are resized bilinear with antialias, masks NEAREST",
 }
+MEMORY_PRESETS = {  # GB: images of 512 px in a micro-batch, and what is switched on besides half precision
+    8: (1, {"use_8bit_adam": True, "gradient_checkpointing": True}),
+    12: (1, {"gradient_checkpointing": True}),
+    16: (2, {}),
+    24: (4, {}),
+}
 # Settings that may differ when a run is resumed: neither data nor loss change (only the end of a schedule moves).
 FREE_TO_CHANGE = {
     "allow_changes", "allow_symlinks", "cache_budget_gb", "cache_dir", "checkpointing_steps",
@@ -219,13 +225,6 @@ FREE_TO_CHANGE = {
     "validation_prompt", "validation_steps",
     *OBSOLETE,
 }  # fmt: skip
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line for each setting that differs and may not when a run is resumed; unrecorded ones have the default."""
-    old = dataclasses.asdict(TrainConfig()) | old
-    names = [name for name in new if name not in FREE_TO_CHANGE]
-    return [f"{name}: was {old.get(name)!r}, is {new[name]!r}" for name in names if old.get(name) != new[name]]
 
 
 def total_steps(config: TrainConfig, shown: int, num_processes: int = 1) -> int:

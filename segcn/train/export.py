@@ -1,4 +1,4 @@
-"""The model card of a run, README.md in its folder: what it paints from, the data, the training and how good it is."""
+"""The finished ControlNet where plain diffusers finds it, its model card README.md, and the upload to the hub."""
 
 import json
 import os
@@ -13,72 +13,81 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from segcn.data.metadata import Split
 from segcn.data.palette import palette_table
-from segcn.train.checkpoint import BEST
+from segcn.train.checkpoint import read_best
 from segcn.train.config import TrainConfig
 from segcn.train.log import LOG, read_log
 from segcn.train.setup import Run
 from segcn.utils.errors import UserError
-from segcn.utils.html import table
+from segcn.utils.html import render
 from segcn.utils.io import write_text
 from segcn.utils.paths import public_name
 
-# --- modelcard: The model card of a run, README.md in its folder: what it paints from, the data, the training and how good it is.
-
 MARK = "<!-- segcn writes this file when a training ends; it leaves one without this line alone. -->"
 TAGS = [
-    "stable-diffusion",
-    "stable-diffusion-diffusers",
-    "text-to-image",
-    "diffusers",
-    "controlnet",
-    "diffusers-training",
+    "stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "controlnet", "diffusers-training",
     "segcn",
-]
+]  # fmt: skip
 LICENSES = {"stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++"}  # by names on the hub
-USE = """```python
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-from PIL import Image
-controlnet = ControlNetModel.from_pretrained("{name}")
-pipe = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=controlnet).to(controlnet.dtype)
-image = pipe("{prompt}", image=Image.open("mask.png").convert("RGB")).images[0]  # a mask in the colors below
-```"""
+
+
+def finish(run: Run) -> Path:
+    """Write the ControlNet where `ControlNetModel.from_pretrained(output_dir)` finds it, and its model card."""
+    accelerator, output_dir = run.accelerator, run.output_dir
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with run.final_controlnet() as controlnet:
+            export(controlnet, output_dir)
+        if run.config.prediction_type or run.config.rescale_betas_zero_snr:
+            run.base.scheduler.save_pretrained(output_dir / "scheduler")  # images must be generated with this one
+        run.log.say(f"Done: {output_dir} opens with ControlNetModel.from_pretrained.")
+        kind = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "CPU"
+        machine = f"{accelerator.num_processes} x {kind}, precision {accelerator.mixed_precision}"
+        if not write_card(output_dir, run.config, run.split, run.step, machine):
+            run.log.say(f"{output_dir}/README.md is yours: no model card is written.")
+    accelerator.end_training()
+    if accelerator.is_main_process and run.config.push_to_hub:
+        run.log.say(f"Uploaded to {upload(run)}.")
+    return output_dir
+
+
+def export(controlnet: ControlNetModel, folder: Path) -> None:
+    """config.json, without the path that the ControlNet came from, and safetensors: each file is whole or not there."""
+    staged = folder / ".export"
+    controlnet.save_pretrained(staged)
+    config = json.loads((staged / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    write_text(staged / "config.json", json.dumps(config, indent=2) + "\n")
+    for path in sorted(staged.iterdir()):
+        os.replace(path, folder / path.name)
+    staged.rmdir()
 
 
 def write_card(output_dir: Path, config: TrainConfig, split: Split, step: int, machine: str) -> bool:
-    """Write README.md to a run folder; False where the user's own stands there."""
+    """Write README.md to a run folder, of paths only their last part; False where the user's own is there."""
     path = output_dir / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
-    base = config.pretrained_model_name_or_path
-    data = ModelCardData(license=license_of(base), library_name="diffusers", base_model=public_name(base))
-    text = card_text(output_dir, config, split, step, machine)
-    card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"), tags=list(TAGS))
+    folder, name, sheet = config.pretrained_model_name_or_path, public_name(output_dir), newest_sheet(output_dir)
+    base = public_name(folder)
+    text = render(
+        "train/templates/card.md",
+        mark=MARK,
+        name=name,
+        base=base,
+        repository=config.hub_model_id or name,
+        prompt=(config.validation_prompt or ["a text"])[0].replace('"', "'"),
+        sheet=sheet and sheet.relative_to(output_dir).as_posix(),
+        classes=palette_table(split.palette),
+        sections={
+            "Data": data_rows(config, split),
+            "Training": training_rows(config, step, machine),
+            "Figures": figure_rows(output_dir),
+        },
+    )
+    data = ModelCardData(license=license_of(folder), library_name="diffusers", base_model=base)
+    card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"), tags=list(TAGS))
     write_text(path, str(card))
     return True
-
-
-def card_text(output_dir: Path, config: TrainConfig, split: Split, step: int, machine: str) -> str:
-    """The card below its front matter; of paths only the last folder's name."""
-    base, name = public_name(config.pretrained_model_name_or_path), public_name(output_dir)
-    prompt = (config.validation_prompt or ["a text"])[0].replace('"', "'")
-    sheet = newest_sheet(output_dir)
-    link = sheet and f"![Masks, and below each what was painted from it]({sheet.relative_to(output_dir).as_posix()})"
-    parts = [
-        MARK,
-        f"# {name}",
-        f"A ControlNet for {base}: it paints from a segmentation mask in the colors below and a text.",
-        link,
-        USE.format(name=config.hub_model_id or name, base=base, prompt=prompt),
-        "## Classes",
-        palette_table(split.palette),
-        "## Data",
-        table(data_rows(config, split)),
-        "## Training",
-        table(training_rows(config, step, machine)),
-        "## Figures",
-        table(figure_rows(output_dir)),
-    ]
-    return "\n\n".join(part for part in parts if part)
 
 
 def license_of(base: str) -> str:
@@ -100,42 +109,37 @@ def newest_sheet(output_dir: Path) -> Path | None:
 def data_rows(config: TrainConfig, split: Split) -> list[tuple[str, str]]:
     """What it was trained on."""
     folder = split.folder.absolute()
-    rows = [
+    return [
         ("data set", folder.parent.name if folder.name == "train" else folder.name),
         ("rows", f"{len(split):,}"),
         ("fingerprint", f"`{split.fingerprint}`"),
         ("resolution", f"{config.resolution} x {config.resolution}, --fit {config.fit}"),
         ("augmentation", f"`{config.augment}`"),
+        *_given(config, "class_balance", "proportion_empty_prompts", "proportion_empty_controls"),
     ]
-    return rows + _given(config, "class_balance", "proportion_empty_prompts", "proportion_empty_controls")
 
 
 def training_rows(config: TrainConfig, step: int, machine: str) -> list[tuple[str, str]]:
     """How it was trained."""
-    rows = [
+    return [
         ("steps", f"{step:,}"),
         ("batch", f"{config.train_batch_size} rows x {config.gradient_accumulation_steps} micro-batches a process"),
         ("learning rate", f"{config.learning_rate:g}, {config.lr_scheduler}, warm-up {config.lr_warmup_steps} steps"),
         ("seed", str(config.seed)),
         ("machine", machine),
         ("versions", f"diffusers {diffusers.__version__}, torch {torch.__version__}"),
+        *_given(config, "snr_gamma", "class_weighting", "use_ema", "scale_lr", "use_8bit_adam"),
     ]
-    return rows + _given(config, "snr_gamma", "class_weighting", "use_ema", "scale_lr", "use_8bit_adam")
 
 
 def figure_rows(output_dir: Path) -> list[tuple[str, str]]:
-    """The last loss, and how well the images obey the masks, as far as the run folder tells."""
-    entries, rows = read_log(output_dir / LOG), []
-    losses = [entry["loss"] for entry in entries if "loss" in entry]
-    rows += [("last logged loss", f"{losses[-1]:.4g}")] if losses else []
-    scored = [entry for entry in entries if isinstance(entry.get("faithfulness"), dict)]
-    if scored:
-        rows += [(f"{key}, step {scored[-1]['step']}", text) for key, text in _numbers(scored[-1]["faithfulness"])]
-    best = output_dir / BEST
-    if best.is_file():
-        told = json.loads(best.read_text())
-        rows += [(f"best {key}, {told.get('checkpoint')}", text) for key, text in _numbers(told) if key != "step"]
-    return rows
+    """The last loss, and how well the images obey the masks, as far as it was measured."""
+    entries = read_log(output_dir / LOG)
+    rows = [("last logged loss", f"{entry['loss']:.4g}") for entry in entries if "loss" in entry][-1:]
+    for entry in [entry for entry in entries if isinstance(entry.get("faithfulness"), dict)][-1:]:
+        rows += [(f"{key}, step {entry['step']}", text) for key, text in _numbers(entry["faithfulness"])]
+    best = read_best(output_dir) or {}
+    return rows + [(f"best {key}, {best.get('checkpoint')}", text) for key, text in _numbers(best) if key != "step"]
 
 
 def _given(config: TrainConfig, *names: str) -> list[tuple[str, str]]:
@@ -150,73 +154,28 @@ def _numbers(scores: dict) -> list[tuple[str, str]]:
     return [(key, f"{value:.4g}") for key, value in flat if isinstance(value, int | float)]
 
 
-# --- export: The finished ControlNet, where plain diffusers finds it, with its model card, and on the hub.
-
-
-def finish(run: Run) -> Path:
-    """Write the ControlNet where `ControlNetModel.from_pretrained(output_dir)` finds it, and its model card."""
-    accelerator = run.accelerator
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with run.to_paint() as controlnet:
-            export(controlnet, run.output_dir)
-        if run.config.prediction_type or run.config.rescale_betas_zero_snr:
-            run.base.scheduler.save_pretrained(run.output_dir / "scheduler")  # it must be painted under this one
-        run.log.say(f"Done: {run.output_dir} opens with ControlNetModel.from_pretrained.")
-        if not write_card(run.output_dir, run.config, run.split, run.step, machine(accelerator)):
-            run.log.say(f"{run.output_dir}/README.md is yours: no model card is written.")
-    accelerator.end_training()
-    if accelerator.is_main_process and run.config.push_to_hub:
-        run.log.say(f"Uploaded to {upload(run)}.")
-    return run.output_dir
-
-
-def export(controlnet: ControlNetModel, folder: Path) -> None:
-    """config.json, without the path that the ControlNet came from, and safetensors: each file is whole or not there."""
-    staged = folder / ".export"
-    controlnet.save_pretrained(staged)
-    config = json.loads((staged / "config.json").read_text())
-    config.pop("_name_or_path", None)
-    write_text(staged / "config.json", json.dumps(config, indent=2) + "\n")
-    for path in sorted(staged.iterdir()):
-        os.replace(path, folder / path.name)
-    staged.rmdir()
-
-
-def machine(accelerator) -> str:
-    """Number and kind of what it was trained on, and the precision of the arithmetic."""
-    kind = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "CPU"
-    return f"{accelerator.num_processes} x {kind}, precision {accelerator.mixed_precision}"
-
-
 def upload(run: Run) -> str:
     """Put the finished ControlNet, without checkpoints, logs and settings, on the hub; the repository's name."""
     from httpx import HTTPError
     from huggingface_hub import HfApi
 
-    api = HfApi(token=run.config.hub_token)
-    name = run.config.hub_model_id or run.output_dir.absolute().name
+    api, output_dir = HfApi(token=run.config.hub_token), run.output_dir
+    name, sheet = run.config.hub_model_id or output_dir.absolute().name, newest_sheet(output_dir)
+    published = [*output_dir.glob("diffusion_pytorch_model*.safetensors*"), *([sheet] if sheet else [])]
+    published += output_dir.glob("scheduler/scheduler_config.json")
+    files = sorted(path.relative_to(output_dir).as_posix() for path in published)
     try:
         name = api.create_repo(name, exist_ok=True).repo_id
         api.upload_folder(
             repo_id=name,
-            folder_path=run.output_dir,
-            allow_patterns=published(run.output_dir),
+            folder_path=output_dir,
+            allow_patterns=["config.json", "README.md", "palette.json", *files],
             commit_message=f"ControlNet after {run.step} steps",
         )
     except (OSError, ValueError, HTTPError) as error:  # offline, no token, no such name: the hub's errors are these
         raise UserError(
             f"--push_to_hub {name}: {type(error).__name__}: {str(error).splitlines()[0]}\n"
-            f"The finished ControlNet stands in {run.output_dir}; once `hf auth login` is done and the hub answers, the"
-            " same command uploads it, without training again"
+            f"The finished ControlNet is in {output_dir}. Once `hf auth login` is done and the hub answers, rerun the"
+            " same command to upload it, without training again"
         ) from None
     return name
-
-
-def published(output_dir: Path) -> list[str]:
-    """The files of a run folder that go to the hub."""
-    weights = [path.name for path in output_dir.glob("diffusion_pytorch_model*.safetensors*")]
-    sheet = newest_sheet(output_dir)
-    sheets = [sheet.relative_to(output_dir).as_posix()] if sheet else []
-    schedule = [f"{path.parent.name}/{path.name}" for path in output_dir.glob("scheduler/scheduler_config.json")]
-    return ["config.json", *sorted(weights), *schedule, "README.md", "palette.json", *sheets]

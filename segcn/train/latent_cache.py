@@ -1,7 +1,11 @@
-"""The files of a latent cache: one draw of a block of rows each, or the embeddings of a block of captions.
+"""The cache of everything frozen: VAE moments and masks of K augmented draws of each row, and text embeddings.
 
-They are plain .npy, memory-mapped. Each is written aside and appears whole."""
+Encoding once instead of in every step follows EDM2 (Karras et al. 2024, arXiv:2312.02696): moments are stored, latents
+are sampled from them just in time. The files are plain .npy, memory-mapped, and each appears when it is complete: a
+killed build resumes with the missing ones, more draws are added to those that exist, and two runs that build the same
+cache at once write the same files."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -9,41 +13,38 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 
 from segcn.data.dataset import PairedDataset, Sample
-from segcn.data.metadata import Split, check_split, stamp
 from segcn.models.base import Base, encode_moments, encode_text, weights_digest
 from segcn.train.config import TrainConfig
 from segcn.utils import rng
 from segcn.utils.errors import UserError
-from segcn.utils.io import write_text, write_whole
-from segcn.utils.paths import OUTPUTS
+from segcn.utils.io import Process, write_whole
+from segcn.utils.paths import OUTPUTS, RUN_FILE
 from segcn.utils.progress import Progress
 
-# --- latent_files: The files of a latent cache: one draw of a block of rows each, or the embeddings of a block of captions.
-#
-# They are plain .npy, memory-mapped. Each is written aside and appears whole.
-
+VERSION = 3  # of the files; another number makes other folders
+BATCH = 16  # images of 256 px, or smaller ones, encoded at once; of larger ones as many as take the same memory
 BLOCK_ROWS = 8, 256  # of one file: at least, at most
 BLOCK_BYTES = 2**26  # of one file, at most; it is put together in memory
 CAPTIONS = 256  # of one file
 OPEN_FILES = 256  # at once: most systems allow a process 1024
+SPARE = 10**9  # bytes of the disk that stay free
 LAYOUT, TEXTS = "layout.json", "captions.json"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """The shapes of a cache, and so its files."""
 
@@ -60,6 +61,11 @@ class Layout:
         return np.dtype(
             [("moments", np.float16, (2 * channels, height, width)), ("mask", np.uint8, (side, side)), frame]
         )
+
+    @property
+    def embedding(self) -> np.dtype:
+        """The text embedding of one caption."""
+        return np.dtype((np.float16, self.text_shape))
 
     @property
     def draw_bytes(self) -> int:
@@ -82,15 +88,19 @@ class Layout:
             for rows in _blocks(self.rows, self.block):
                 yield folder / f"draw{draw:04}-row{rows.start:08}.npy", draw, rows
 
-    @property
-    def embedding(self) -> np.dtype:
-        """The text embedding of one caption."""
-        return np.dtype((np.float16, self.text_shape))
-
     def text(self, folder: Path, captions: int) -> Iterator[tuple[Path, range]]:
         """The file and the captions of each block."""
         for block in _blocks(captions, CAPTIONS):
             yield folder / f"text{block.start:08}.npy", block
+
+    def files(self, folder: Path, draws: int, captions: int) -> tuple[list[tuple], list[tuple]]:
+        """The path, number of entries and type of each file of draws, and of each file of embeddings."""
+        of_draws = [(path, len(rows), self.entry) for path, _, rows in self.draws(folder, draws)]
+        return of_draws, [(path, len(block), self.embedding) for path, block in self.text(folder, captions)]
+
+
+def _blocks(count: int, size: int) -> Iterator[range]:
+    return (range(first, min(first + size, count)) for first in range(0, count, size))
 
 
 class LatentCache:
@@ -98,18 +108,18 @@ class LatentCache:
 
     def __init__(self, folder: Path, draws: int):
         self.folder, self.draws = folder, draws
-        self.layout = read_layout(folder)
-        self._files = [(path, len(rows), self.layout.entry) for path, _, rows in self.layout.draws(folder, draws)]
+        found = read_json(folder / LAYOUT)
+        shapes = tuple(found["latent_shape"]), found["resolution"], tuple(found["text_shape"])
+        self.layout = Layout(found["rows"], *shapes)
         captions = read_json(folder / TEXTS)
-        blocks = self.layout.text(folder, len(captions))
-        self._text = [(path, len(block), self.layout.embedding) for path, block in blocks]
+        self._files, self._text = self.layout.files(folder, draws, len(captions))
         for file in [*self._files, *self._text]:
             open_block(*file)
         self._open = lru_cache(OPEN_FILES)(open_block)
         hashes = np.array([rng.seed_of(caption) for caption in captions])
         self._order = np.argsort(hashes)
         self._hashes = hashes[self._order]  # 16 bytes a caption stay in memory, not the captions
-        self.bad = read_marks(folder, self.layout, draws)  # rows that could not be read, and why
+        self.bad = read_bad_rows(folder, self.layout, draws)  # rows that could not be read, and why
 
     def __reduce__(self):
         return LatentCache, (self.folder, self.draws)  # a process that reads data opens the files itself
@@ -136,24 +146,6 @@ class LatentCache:
         return self._open(*self._text[block])[place]
 
 
-def read_marks(folder: Path, layout: Layout, draws: int) -> dict[int, str]:
-    """The rows that could not be read when the cache was built, and why."""
-    paths = (mark_path(path) for path, _, _ in layout.draws(folder, draws))
-    marks = (read_json(path) for path in paths if path.is_file())
-    return {int(row): why for found in marks for row, why in found.items()}
-
-
-def mark_path(path: Path) -> Path:
-    """Where the bad rows of a file of draws are named; no such file: there are none."""
-    return path.with_suffix(".bad.json")
-
-
-def read_layout(folder: Path) -> Layout:
-    """The shapes of a cache that stands."""
-    told = read_json(folder / LAYOUT)
-    return Layout(told["rows"], tuple(told["latent_shape"]), told["resolution"], tuple(told["text_shape"]))
-
-
 def read_json(path: Path) -> Any:
     """The content of a JSON file; UserError where it is missing or damaged."""
     try:
@@ -167,8 +159,7 @@ def open_block(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
     expected = np.empty(0, dtype)
     try:
         array = np.load(path, mmap_mode="r")
-        found = array.dtype, array.shape
-        if found != (expected.dtype, (count, *expected.shape[1:])):
+        if (array.dtype, array.shape) != (expected.dtype, (count, *expected.shape[1:])):
             raise ValueError(f"{array.dtype} {array.shape}")
     except Exception as error:  # the header of a damaged file may raise anything
         raise UserError(damaged(path, f"{count} entries", error)) from None
@@ -180,140 +171,70 @@ def damaged(path: Path, expected: str, error: Exception) -> str:
     if not path.exists():
         return (
             f"{path}: expected a file of the latent cache, found none; all processes must see the same --cache_dir."
-            " The same command makes what is missing."
+            " Rerun the same command to write it."
         )
     return (
         f"{path}: expected {expected}, found a damaged file of the latent cache ({error}); remove it, rm {path},"
-        " and give the same command again: it is made anew."
+        " and rerun the same command: it is written again."
     )
 
 
-def appear(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write(file)` fill a file aside, then make it appear in one step, on disk before it has its name."""
-    aside = path.with_name(f".{path.name}.{uuid4().hex}.staged")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: the latent cache cannot be written: {error.strerror or error}; choose another folder by"
-            " --cache_dir, fewer draws by --cache_draws, or none by --cache none"
-        ) from None
+def cache_root(config: TrainConfig) -> Path:
+    """The folder of what is computed once for all runs."""
+    return Path(config.cache_dir) if config.cache_dir else OUTPUTS / "cache"
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed builds left aside; an hour old, so that nobody can be writing it."""
-    for aside in folder.glob(".*.staged"):
-        with suppress(FileNotFoundError):
-            if time.time() - aside.stat().st_mtime > 3600:
-                aside.unlink()
+def cache_key(dataset: PairedDataset, encoders: str) -> str:
+    """16 hexadecimal digits that change with data, augmentation, seed, resolution, fit or encoders, not with K."""
+    settings = [dataclasses.asdict(dataset.augment), dataset.seed, dataset.resolution, dataset.fit]
+    parts = [VERSION, dataset.split.fingerprint, len(dataset), *settings, encoders]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _blocks(count: int, size: int) -> Iterator[range]:
-    return (range(first, min(first + size, count)) for first in range(0, count, size))
+def encoders_fingerprint(base: Base) -> str:
+    """Changes with the base, the weights and precision of its two encoders, and its tokenizer."""
+    assert base.vae is not None and base.text_encoder is not None
+    vocabulary = hashlib.sha256(json.dumps(sorted(base.tokenizer.get_vocab().items())).encode()).hexdigest()
+    parts = [f"{weights_digest(part)} {part.dtype}" for part in (base.vae, base.text_encoder)]
+    return " ".join([base.fingerprint, *parts, vocabulary])
 
 
-# --- bad_samples: Rows whose files go bad after the check: the run ends, or goes on with the next good row, as --on_bad_sample says.
-
-REPORT = "bad_rows.json"
-SKIP = "--on_bad_sample skip:N goes on with the next good row instead, for N rows at most"
-Read = TypeVar("Read")
-
-
-class BadSample(UserError):
-    """A row that cannot be read; its message stays as it is where a worker's traceback is put around it."""
-
-    def __init__(self, message: str):
-        super().__init__(message.rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip())
+def layout_of(dataset: PairedDataset, base: Base) -> Layout:
+    """The shapes of the cache of a data set under a base."""
+    side = dataset.resolution // base.latent_factor
+    assert base.text_encoder is not None
+    text_shape = base.tokenizer.model_max_length, base.text_encoder.config.hidden_size
+    return Layout(len(dataset), (base.unet.config.in_channels, side, side), dataset.resolution, text_shape)
 
 
-def parse_limit(text: str) -> int:
-    """How many bad rows a run may meet: fail -> 0, skip:N -> N; UserError for another text."""
-    kind, _, number = text.partition(":")
-    if text == "fail":
-        return 0
-    if kind != "skip" or not number.isascii() or not number.isdigit() or int(number) < 1:
-        raise UserError(f"--on_bad_sample: expected fail, or skip:N with a whole number N from 1, found {text!r}")
-    return int(number)
+def captions_of(dataset: PairedDataset) -> list[str]:
+    """What is embedded: the empty caption, and every one that a sample may have."""
+    return list(dict.fromkeys(["", *dataset.captions()]))
 
 
-def first_good(read: Callable[[int], Read], row: int, rows: int, limit: int) -> tuple[Read, int]:
-    """What `read` gives for the first row from `row` on that it can read, and that row.
-
-    BadSample where more than `limit` rows one after another are bad.
-    """
-    errors = []
-    for place in range(row, row + min(limit + 1, rows)):
-        try:
-            return read(place % rows), place % rows
-        except UserError as error:
-            errors.append(str(error))
-    raise BadSample(too_many(errors, limit))
-
-
-def too_many(errors: Iterable[str], limit: int) -> str:
-    """The message for more bad rows than the limit."""
-    errors = list(errors)
-    if not limit:
-        return f"{errors[0]}\nThe file was good when it was checked. Mend it; or {SKIP}."
-    listed = "\n  ".join(errors)
-    return f"--on_bad_sample skip:{limit}: expected at most {limit} bad rows, found {len(errors)}:\n  {listed}"
-
-
-class BadRows:
-    """The bad rows of a run, the same in every process: each is named once, and more than the limit end the run."""
-
-    def __init__(self, output_dir: Path, limit: int, dataset, accelerator, log: Callable[[str], None]):
-        self.path, self.limit, self.dataset = output_dir / REPORT, limit, dataset
-        self.accelerator, self.log = accelerator, log
-        told = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        self.known = {int(row): why for row, why in told.items()}  # also those from before the run was resumed
-        accelerator.wait_for_everyone()
-
-    def seen(self, batch: dict) -> None:
-        """Take note of the rows that a micro-batch replaced, in all processes together; under `fail` it does nothing.
-
-        bad_row, row: int [B], the row whose turn it was, -1 if it was good, and the one that was used.
-        """
-        if not self.limit:
-            return
-        pairs = torch.stack([batch["bad_row"], batch["row"]], 1).to(self.accelerator.device)
-        skipped = [self._between(bad, used) for bad, used in self.accelerator.gather(pairs).tolist() if bad >= 0]
-        self.add({row: None for rows in skipped for row in rows})
-
-    def add(self, rows: Mapping[int, str | None]) -> None:
-        """Take note of bad rows and why, the same ones in every process; UserError if there are more than the limit."""
-        new = sorted(rows.keys() - self.known.keys())
-        for row in new:
-            self.known[row] = rows[row] or self._why(row)
-        if len(self.known) > self.limit:
-            raise UserError(too_many(self.known.values(), self.limit))
-        if new and self.accelerator.is_main_process:
-            write_text(self.path, json.dumps(self.known, indent=1) + "\n")
-        for row in new:
-            self.log(f"Bad row {row}, the next good one is used instead: {self.known[row]}")
-
-    def _between(self, bad: int, used: int) -> list[int]:
-        """The bad rows from the first one to the one that was used instead."""
-        rows = len(self.dataset)
-        return [(bad + ahead) % rows for ahead in range((used - bad) % rows)]
-
-    def _why(self, row: int) -> str:
-        try:
-            self.dataset.sample(row, 0)
-        except UserError as error:
-            return str(error)
-        return f"row {row}: it could not be read, and now it can"
-
-
-# --- draws: How many augmented draws of each row the latent cache keeps, by what the run needs and the disk holds.
-
-SPARE = 10**9  # bytes of the disk that stay free
+def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accelerator, log) -> TrainConfig:
+    """The config with the number of draws resolved; a resumed run keeps the number that it began with."""
+    if config.cache == "none":
+        return config
+    folder, layout = _cache_folder(config, dataset, base), layout_of(dataset, base)
+    run, asked = Path(config.output_dir) / RUN_FILE, config.cache_draws
+    if run.is_file() and asked is None:
+        asked = json.loads(run.read_text()).get("cache_draws")
+    assert config.max_train_steps is not None
+    seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
+    visits, texts = seen * accelerator.num_processes / len(dataset), layout.text_bytes(len(captions_of(dataset)))
+    found = [0]
+    if accelerator.is_main_process:
+        asked, budget = 1 if dataset.augment.still else asked, config.cache_budget_gb * 1e9
+        space = free_bytes(folder), existing_bytes(folder)
+        found[0] = resolve_draws(asked, visits, layout.draw_bytes, texts, budget, *space)
+    draws = broadcast_object_list(found)[0]
+    log.say(
+        f"{draws} draw(s) of each row are cached in {folder}: {_gb(draws * layout.draw_bytes)}, and {_gb(texts)} of"
+        f" text; each draw is seen {visits / draws:.1f} times in {config.max_train_steps} steps; --cache none draws"
+        " anew each time."
+    )
+    return dataclasses.replace(config, cache_draws=draws)
 
 
 def resolve_draws(
@@ -322,7 +243,7 @@ def resolve_draws(
     """The number of draws K: as asked, else as many as the budget holds, and no more than each row has visits.
 
     draw_bytes: of one draw of all rows; budget: bytes for the draws; free: bytes on the disk; there: bytes of this
-    cache that stand already. UserError where they do not fit, or not even one.
+    cache that exist already. UserError where they do not fit, or not even one.
     """
     if asked is not None and asked < 1:
         raise UserError(f"--cache_draws: expected 1 or more, found {asked}")
@@ -339,107 +260,30 @@ def resolve_draws(
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space of the disk on which a folder stands or will stand."""
+    """Free space of the disk on which a folder is or will be."""
     while not folder.exists():
         folder = folder.absolute().parent
     return shutil.disk_usage(folder).free
 
 
-def standing_bytes(folder: Path) -> int:
+def existing_bytes(folder: Path) -> int:
     """What the arrays of a cache take up already."""
     return sum(path.stat().st_size for path in folder.glob("*.npy"))
 
 
-def announce(layout: Layout, captions: int, draws: int, visits: float, steps: int, folder: Path) -> str:
-    """What the cache costs and how often each draw is seen, in one line."""
-    size = f"{_gb(draws * layout.draw_bytes)}, and {_gb(layout.text_bytes(captions))} of text"
-    times = f"each draw is seen {visits / draws:.1f} times in {steps} steps"
-    return f"{draws} draw(s) of each row are cached in {folder}: {size}; {times}; --cache none draws anew each time."
-
-
 def _gb(size: float) -> str:
-    """Bytes in GB, or MB where they are few."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-# --- stamps: Which files of a data set have changed since a run began: those that went bad need not end it.
+def _cache_folder(config: TrainConfig, dataset: PairedDataset, base: Base) -> Path:
+    return cache_root(config) / cache_key(dataset, encoders_fingerprint(base))
 
 
-def remember_stamps(split: Split, folder: Path) -> None:
-    """Keep sizes and times of a split's files under its fingerprint, so that it can be told later which changed."""
-    path = _stamps_path(split, split.fingerprint, folder)
-    if not path.is_file():
-        stamps = _stamps(split)
-        write_whole(path, lambda aside: np.save(aside, stamps))
-
-
-def overlook_bad(split: Split, recorded: str, folder: Path, limit: int) -> None:
-    """Give a split its recorded fingerprint back if all that changed is at most `limit` rows, unreadable now.
-
-    Without it a run could not go on after a file went bad: its data would count as changed.
-    """
-    path = _stamps_path(split, recorded, folder)
-    if not limit or split.fingerprint == recorded or not path.is_file():
-        return
-    changed = np.flatnonzero(np.load(path) != _stamps(split))
-    if len(changed) <= limit and all(row < len(split) and _gone_bad(split, row) for row in changed.tolist()):
-        vars(split)["fingerprint"] = recorded  # a cached property
-
-
-def _gone_bad(split: Split, row: int) -> bool:
-    try:
-        check_split(replace(split, records=(split[row],)))
-    except UserError:
-        return True
-    return False
-
-
-def _stamps_path(split: Split, fingerprint: str, folder: Path) -> Path:
-    return folder / f"stamps-{fingerprint}-{len(split)}.npy"
-
-
-def _stamps(split: Split) -> np.ndarray:
-    """A number for each row's two files, and one for metadata and palette, int64 [N + 1]."""
-    whole = rng.seed_of(hashlib.sha256(split.metadata.read_bytes()).hexdigest(), split.palette.fingerprint)
-    return np.array([*(rng.seed_of(stamp(row.image), stamp(row.mask)) for row in split.records), whole])
-
-
-# --- latents: Build the cache of everything frozen: VAE moments and masks of K augmented draws a row, and text embeddings.
-#
-# Encoding once instead of in every step follows EDM2 (Karras et al. 2024, arXiv:2312.02696): moments are stored, latents
-# are sampled from them just in time. A killed build goes on with the files that are missing, more draws are added to
-# those that stand, and two runs that build the same cache at once write the same files.
-
-VERSION = 3  # of the files; another number makes other folders
-BATCH = 16  # images of 256 px, or smaller ones, encoded at once; of larger ones as many as take the same memory
-
-
-def layout_of(dataset: PairedDataset, base: Base) -> Layout:
-    """The shapes of the cache of a data set under a base."""
-    side = dataset.resolution // base.latent_factor
-    assert base.text_encoder is not None
-    text_shape = base.tokenizer.model_max_length, base.text_encoder.config.hidden_size
-    return Layout(len(dataset), (base.unet.config.in_channels, side, side), dataset.resolution, text_shape)
-
-
-def cache_key(dataset: PairedDataset, encoders: str) -> str:
-    """16 hexadecimal digits that change with data, augmentation, seed, resolution, fit or encoders, not with K."""
-    settings = [asdict(dataset.augment), dataset.seed, dataset.resolution, dataset.fit]
-    parts = [VERSION, dataset.split.fingerprint, len(dataset), *settings, encoders]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def encoders_fingerprint(base: Base) -> str:
-    """Changes with the base, the weights and precision of its two encoders, and its tokenizer."""
-    assert base.vae is not None and base.text_encoder is not None
-    vocabulary = hashlib.sha256(json.dumps(sorted(base.tokenizer.get_vocab().items())).encode()).hexdigest()
-    parts = [f"{weights_digest(part)} {part.dtype}" for part in (base.vae, base.text_encoder)]
-    return " ".join([base.fingerprint, *parts, vocabulary])
-
-
-def captions_of(dataset: PairedDataset) -> list[str]:
-    """What is embedded: the empty caption, and every one that a sample may have."""
-    return list(dict.fromkeys(["", *dataset.captions()]))
+def build_for(config: TrainConfig, dataset: PairedDataset, base: Base, accelerator, log: Callable) -> LatentCache:
+    """The cache of a training's rows, with --cache_draws, in --cache_dir."""
+    assert config.cache_draws is not None
+    folder, limit = _cache_folder(config, dataset, base), parse_limit(config.on_bad_sample)
+    return build(folder, dataset, base, config.cache_draws, accelerator, log, limit)
 
 
 def build(
@@ -447,97 +291,94 @@ def build(
 ) -> LatentCache:
     """Write the files that are missing, each process its share; all processes must see `folder`.
 
-    bad_limit: rows that may be unreadable: they are marked, and other rows stand in for them. UserError where there are
-    more of them, or the disk does not take the files.
+    bad_limit: rows that may be unreadable: they are marked, and the next good rows are used instead. UserError where
+    there are more of them, or the disk does not take the files.
     """
     layout, captions = layout_of(dataset, base), captions_of(dataset)
-    missing = _missing(folder, layout, draws, len(captions))
+    files = [file for kind in layout.files(folder, draws, len(captions)) for file in kind]
+    existing = [file for file in files if file[0].exists()]
+    for file in existing:
+        open_block(*file)  # one that is damaged is named before hours of encoding
+    missing = len(files) - len(existing)
     log(f"Encoding {missing} missing files of the latent cache." if missing else f"Reusing the latent cache {folder}.")
-    _check_marks(read_marks(folder, layout, draws), bad_limit, folder, layout.rows)
+    _check_bad_rows(read_bad_rows(folder, layout, draws), bad_limit, folder, layout.rows)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        sweep(folder)
-        appear(folder / LAYOUT, lambda file: file.write(json.dumps(asdict(layout)).encode()))
-        appear(folder / TEXTS, lambda file: file.write(json.dumps(captions, indent=0).encode()))
-    _write_text(folder, layout, captions, base, accelerator)
-    _write_draws(folder, layout, dataset, base, draws, accelerator, log, bad_limit)
+        for leftover in folder.glob(".*"):  # of a killed build, an hour old, so that nobody can be writing it
+            with suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > 3600:
+                    leftover.unlink()
+        write_file(folder / LAYOUT, json.dumps(dataclasses.asdict(layout)))
+        write_file(folder / TEXTS, json.dumps(captions, indent=0))
+    process = Process(accelerator.process_index, accelerator.num_processes)
+    _write_text(_share(layout.text(folder, len(captions)), process), layout, captions, base)
+    _write_draws(_share(layout.draws(folder, draws), process), layout, dataset, base, log, bad_limit)
     accelerator.wait_for_everyone()
     cache = LatentCache(folder, draws)
-    _check_marks(cache.bad, bad_limit, folder, layout.rows)
+    _check_bad_rows(cache.bad, bad_limit, folder, layout.rows)
+    for row, why in sorted(cache.bad.items()):
+        log(f"Bad row {row}, the next good one is used instead: {why}")
     return cache
 
 
-def _missing(folder: Path, layout: Layout, draws: int, captions: int) -> int:
-    """How many files are missing; UserError for one that is damaged, before hours of encoding."""
-    files = [(path, len(rows), layout.entry) for path, _, rows in layout.draws(folder, draws)]
-    files += [(path, len(block), layout.embedding) for path, block in layout.text(folder, captions)]
-    standing = [file for file in files if file[0].exists()]
-    for path, count, dtype in standing:
-        open_block(path, count, dtype)
-    return len(files) - len(standing)
+def _share(files: Iterable[tuple], process: Process) -> list[tuple]:
+    """Of (path, ...) those of this process that are missing; which are its own does not depend on what exists."""
+    files = list(files)
+    return [files[place] for place in process.share(len(files)) if not files[place][0].exists()]
 
 
-def _check_marks(marks: dict[int, str], limit: int, folder: Path, rows: int) -> None:
-    if len(marks) == rows:
-        raise UserError(too_many(marks.values(), limit))
-    if marks and not limit:
-        listed = "\n  ".join(marks.values())
+def write_file(path: Path, content: np.ndarray | str) -> None:
+    """Write an array or a text completely, on the disk before it has its name; UserError where that fails."""
+    try:
+        if isinstance(content, str):
+            write_whole(path, lambda aside: aside.write_text(content))
+        else:
+            write_whole(path, lambda aside: np.save(aside, content))
+    except UserError as error:
         raise UserError(
-            f"{folder}: expected every row, found {len(marks)} that could not be read when it was built:\n  {listed}\n"
-            f"Go on without them by --on_bad_sample skip:{len(marks)}; or mend the files and rm -r {folder}"
-        )
-    if len(marks) > limit:
-        raise UserError(too_many(marks.values(), limit))
+            f"{error} The latent cache can be in another folder by --cache_dir, smaller by --cache_draws, or left out"
+            " by --cache none."
+        ) from None
 
 
-def _write_text(folder: Path, layout: Layout, captions: list[str], base: Base, accelerator) -> None:
-    """Embed this process's share of the captions, 64 at a time."""
-    for path, block in _share(layout.text(folder, len(captions)), accelerator):
+def _write_text(files: list[tuple], layout: Layout, captions: list[str], base: Base) -> None:
+    """Embed the captions of these files, 64 at a time."""
+    for path, block in files:
         array = np.empty(len(block), layout.embedding)
         for first in range(0, len(block), 64):
-            told = captions[block.start : block.stop][first : first + 64]
-            array[first : first + 64] = encode_text(base, told).float().cpu().numpy()
-        appear(path, partial(np.save, arr=array))
+            some = captions[block.start : block.stop][first : first + 64]
+            array[first : first + 64] = encode_text(base, some).float().cpu().numpy()
+        write_file(path, array)
 
 
-def _write_draws(folder, layout: Layout, dataset, base: Base, draws: int, accelerator, log, bad_limit: int) -> None:
-    """Encode this process's share of the draws, while threads read what comes next."""
-    mine = _share(layout.draws(folder, draws), accelerator)
-    keys = ((draw, row) for _, draw, rows in mine for row in rows)
-    told, done = Progress("encoded", sum(len(rows) for _, _, rows in mine), log), 0
+def _write_draws(files: list[tuple], layout: Layout, dataset: PairedDataset, base: Base, log, bad_limit: int) -> None:
+    """Encode the draws of these files, while threads read what comes next."""
+    keys = ((draw, row) for _, draw, rows in files for row in rows)
+    progress, done = Progress("encoded", sum(len(rows) for _, _, rows in files), log), 0
     bad: dict[int, str] = {}
     at_once = max(1, min(BATCH, BATCH * 256**2 // layout.resolution**2))
     with closing(read_ahead(dataset, keys)) as samples:  # an error must not leave its threads to the garbage collector
-        for path, _, rows in mine:
-            array = np.zeros(len(rows), layout.entry)
-            marks: dict[int, str] = {}
+        for path, _, rows in files:
+            array = np.zeros(len(rows), layout.entry)  # the entries of bad rows stay 0
+            found_bad: dict[int, str] = {}
             for first in range(0, len(rows), at_once):
                 chunk = array[first : first + at_once]
-                found = list(islice(samples, len(chunk)))
-                marks |= {rows[first + i]: str(each) for i, each in enumerate(found) if isinstance(each, UserError)}
-                _encode(chunk, found, base)
-                bad |= marks
+                found = list(enumerate(islice(samples, len(chunk))))
+                found_bad |= {rows[first + place]: str(e) for place, e in found if isinstance(e, UserError)}
+                bad |= found_bad
                 if len(bad) > bad_limit:
-                    raise UserError(too_many(bad.values(), bad_limit))
+                    raise UserError(too_many_bad(bad, bad_limit))
+                good = [(place, sample) for place, sample in found if isinstance(sample, Sample)]
+                if good:
+                    images = torch.stack([sample.image for _, sample in good])
+                    moments = encode_moments(base.vae, images).float().cpu().numpy()
+                    for (place, sample), moment in zip(good, moments, strict=True):
+                        chunk[place] = moment, sample.mask.numpy(), np.packbits(sample.valid.numpy())
                 done += len(chunk)
-                told(done)
-            if marks:  # before the file: a file that stands has its marks
-                _write_marks(mark_path(path), marks)
-            appear(path, partial(np.save, arr=array))
-
-
-def _write_marks(path: Path, marks: dict[int, str]) -> None:
-    appear(path, lambda file: file.write(json.dumps(marks).encode()))
-
-
-def _encode(entries: np.ndarray, samples: list[Sample | UserError], base: Base) -> None:
-    """Fill the entries of the samples; those of bad rows stay 0."""
-    good = {place: sample for place, sample in enumerate(samples) if isinstance(sample, Sample)}
-    if not good:
-        return
-    moments = encode_moments(base.vae, torch.stack([sample.image for sample in good.values()])).float().cpu()
-    for (place, sample), moment in zip(good.items(), moments, strict=True):
-        entries[place] = moment.numpy(), sample.mask.numpy(), np.packbits(sample.valid.numpy())
+                progress(done)
+            if found_bad:  # written before the file of draws, which is then never without it
+                write_file(_bad_rows_path(path), json.dumps(found_bad))
+            write_file(path, array)
 
 
 def read_ahead(dataset: PairedDataset, keys: Iterable[tuple[int, int]]) -> Generator[Sample | UserError]:
@@ -559,20 +400,44 @@ def read_ahead(dataset: PairedDataset, keys: Iterable[tuple[int, int]]) -> Gener
             yield waiting.popleft().result()
 
 
-def _share(files: Iterable[tuple], accelerator) -> list[tuple]:
-    """Of (path, ...) those of this process that do not stand; whose they are does not depend on what stands."""
-    mine = islice(files, accelerator.process_index, None, accelerator.num_processes)
-    return [item for item in mine if not item[0].exists()]
+def parse_limit(text: str) -> int:
+    """How many rows may be bad when the cache is built: fail -> 0, skip:N -> N; UserError for another text."""
+    kind, _, number = text.partition(":")
+    if text == "fail":
+        return 0
+    if kind != "skip" or not number.isascii() or not number.isdigit() or int(number) < 1:
+        raise UserError(f"--on_bad_sample: expected fail, or skip:N with a whole number N from 1, found {text!r}")
+    return int(number)
 
 
-# --- feed: What feeds a training: its data set, the latent cache and how many draws it holds, the examples, the bad rows.
+def read_bad_rows(folder: Path, layout: Layout, draws: int) -> dict[int, str]:
+    """The rows that could not be read when the cache was built, and why."""
+    paths = (_bad_rows_path(path) for path, _, _ in layout.draws(folder, draws))
+    return {int(row): why for path in paths if path.is_file() for row, why in read_json(path).items()}
 
 
-def cache_folder(config: TrainConfig, dataset: PairedDataset, base: Base) -> Path:
-    """The folder of this data set's latent cache."""
-    return cache_root(config) / cache_key(dataset, encoders_fingerprint(base))
+def _bad_rows_path(path: Path) -> Path:
+    return path.with_suffix(".bad.json")
 
 
-def cache_root(config: TrainConfig) -> Path:
-    """The folder of what is computed once for all runs."""
-    return Path(config.cache_dir) if config.cache_dir else OUTPUTS / "cache"
+def too_many_bad(bad: dict[int, str], limit: int) -> str:
+    """The message for more bad rows than the limit."""
+    listed = "\n  ".join(bad.values())
+    if limit:
+        return f"--on_bad_sample skip:{limit}: expected at most {limit} bad rows, found {len(bad)}:\n  {listed}"
+    return (
+        f"{listed}\nThe file was good when it was checked. Fix it; or use the next good row instead, for N rows at"
+        " most, by --on_bad_sample skip:N"
+    )
+
+
+def _check_bad_rows(bad: dict[int, str], limit: int, folder: Path, rows: int) -> None:
+    """UserError where the marks of an existing cache are more than this run allows, or no row is good."""
+    if bad and not limit:
+        listed = "\n  ".join(bad.values())
+        raise UserError(
+            f"{folder}: expected every row, found {len(bad)} that could not be read when it was built:\n  {listed}\n"
+            f"Train without them by --on_bad_sample skip:{len(bad)}; or fix the files and rm -r {folder}"
+        )
+    if len(bad) > limit or len(bad) == rows:
+        raise UserError(too_many_bad(bad, limit))

@@ -1,4 +1,4 @@
-"""What a training run tells: lines on the terminal, JSON lines in log.jsonl, trackers, validation images."""
+"""What a training reports: lines on the terminal, JSON lines in log.jsonl, and trackers."""
 
 import json
 import math
@@ -13,39 +13,25 @@ LOG = "log.jsonl"
 
 
 class Log:
-    """Collects losses without waiting for the device, and speaks every few steps, on the main process only."""
+    """Collects losses without waiting for the device, and writes every few steps, on the main process only."""
 
     def __init__(self, accelerator, output_dir: Path, every: int):
-        self.accelerator = accelerator
-        self.path = output_dir / LOG
-        self.every = every
-        self.losses: list[torch.Tensor] = []
-        self.norm: torch.Tensor | float = 0.0
+        self.accelerator, self.path, self.every = accelerator, output_dir / LOG, every
+        self.losses: list[torch.Tensor] = []  # of the micro-batches since the last line
+        self.norm: torch.Tensor | float = 0.0  # of the last gradient, before clipping
 
     def say(self, text: str) -> None:
         """One line on the terminal."""
         if self.accelerator.is_main_process:
             print(text, flush=True)
 
-    def began(self, step: int) -> None:
-        """Start the clock at a step."""
+    def start_clock(self, step: int) -> None:
+        """Count the time of training from here, at this step."""
         self.start, self.clock, self.aside = step, time.monotonic(), 0.0
 
-    def validated(self, seconds: float) -> None:
-        """What a validation took is no time of training."""
-        self.aside += seconds
-
     def pace(self, step: int) -> float:
-        """Seconds of training a step, since the start; infinite before the first one."""
+        """Seconds of training per step since the start, validations left out; infinite before the first one."""
         return (time.monotonic() - self.clock - self.aside) / (step - self.start) if step > self.start else math.inf
-
-    def loss(self, loss: torch.Tensor) -> None:
-        """Remember the loss of a micro-batch."""
-        self.losses.append(loss.detach())
-
-    def gradient(self, norm: torch.Tensor) -> None:
-        """Remember the gradient's norm before clipping."""
-        self.norm = norm
 
     def step(self, step: int, total: int, learning_rate: float) -> None:
         """Write a line when it is due: the mean loss since the last one, over all processes."""

@@ -1,4 +1,4 @@
-"""The diffusion loss: tensors in, one value per sample out."""
+"""The diffusion loss as pure functions, tensors in, one value per sample out; and the check that it stays finite."""
 
 import json
 import math
@@ -11,15 +11,13 @@ from accelerate import Accelerator
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_text
 
-# --- loss: The diffusion loss: tensors in, one value per sample out.
-
 
 def diffusion_loss(
     prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Mean squared error over the latent cells that lie in frame (Ho et al. 2020, arXiv:2006.11239, equation 14).
 
-    prediction, target: [B,C,h,w], noise or v. valid: bool [B,h,w]. weights: of the cells, [B,h,w]; none: all alike.
+    prediction, target: [B,C,h,w], noise or v. valid: bool [B,h,w]. weights: of the cells, [B,h,w]; None: all alike.
     Returns float32 [B], the weighted mean; 0 where no cell is in frame.
     """
     error = (prediction.float() - target.float()).square().mean(1)
@@ -40,21 +38,16 @@ def valid_cells(valid: torch.Tensor, factor: int) -> torch.Tensor:
     return -F.max_pool2d(-valid.float()[:, None], factor)[:, 0] == 1
 
 
-# --- finite: A loss or gradient that is not finite stops every process before it reaches the weights.
-
-REPORT = "nonfinite.json"
-
-
 class FiniteCheck:
-    """Remembers the losses of the micro-batches since the last update, to say which rows were in it."""
+    """Stops every process before a loss or gradient that is not finite reaches the weights, and names its rows."""
 
     def __init__(self, accelerator: Accelerator, output_dir: Path):
-        self.accelerator, self.output_dir = accelerator, output_dir
-        self.rows: list[torch.Tensor] = []
+        self.accelerator, self.path = accelerator, output_dir / "nonfinite.json"
+        self.rows: list[torch.Tensor] = []  # of the micro-batches since the last update
         self.losses: list[torch.Tensor] = []
 
-    def seen(self, rows: torch.Tensor, losses: torch.Tensor) -> None:
-        """rows: int [B]; losses: [B]."""
+    def add(self, rows: torch.Tensor, losses: torch.Tensor) -> None:
+        """Remember a micro-batch; rows: int [B], losses: [B]."""
         self.rows.append(rows.to(losses.device))
         self.losses.append(losses.detach())
 
@@ -67,22 +60,18 @@ class FiniteCheck:
         rows, losses, self.rows, self.losses = self.rows, self.losses, [], []
         if math.isfinite(norm):
             return
-        rows, losses = (self.accelerator.gather(torch.cat(seen)).tolist() for seen in (rows, losses))
+        rows, losses = (self.accelerator.gather(torch.cat(added)).tolist() for added in (rows, losses))
         bad = sorted({row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)})
         scaler = self.accelerator.scaler
         if scaler is not None and not bad and scaler.get_scale() > 1:
             return
-        raise UserError(self.report(step, float(norm), bad, sorted(set(rows))))
-
-    def report(self, step: int, norm: float, bad: list[int], rows: list[int]) -> str:
-        """The message, written to nonfinite.json with everything it is about."""
-        path = self.output_dir / REPORT
+        rows = sorted(set(rows))
         if self.accelerator.is_main_process:
-            found = {"step": step, "gradient_norm": str(norm), "rows_with_bad_loss": bad, "rows": rows}
-            write_text(path, json.dumps(found, indent=1) + "\n")
+            found = {"step": step, "gradient_norm": str(float(norm)), "rows_with_bad_loss": bad, "rows": rows}
+            write_text(self.path, json.dumps(found, indent=1) + "\n")
         cause = f"the loss of row {', '.join(map(str, bad))}" if bad else f"the gradient of rows {rows}"
-        return (
-            f"step {step}: expected finite numbers, found {cause} is not; nothing was updated, and the last checkpoint"
-            f" is good. Look at these rows (rows count from 0, see {path}), or go on with a lower --learning_rate and "
-            "--allow_changes"
+        raise UserError(
+            f"step {step}: expected finite numbers, found that {cause} is not finite; nothing was updated, and the last"
+            f" checkpoint is good. Look at these rows (rows count from 0, see {self.path}), or rerun with a lower"
+            " --learning_rate and --allow_changes"
         )

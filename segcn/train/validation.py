@@ -1,4 +1,7 @@
-"""The step at which a ControlNet begins to obey its condition, read from a curve of faithfulness."""
+"""Validation: the ControlNet in training generates the same masks with the same noise each time, and is scored.
+
+A segmenter says how well the images of held-out rows obey their masks; the mIoU it reaches on the real images is the
+ceiling."""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from accelerate.utils import broadcast_object_list
 from diffusers import ControlNetModel
 
 from segcn.data.dataset import PairedDataset, read_control_mask, to_image
-from segcn.data.metadata import Split, find_splits, read_split
+from segcn.data.metadata import Split, find_splits, hold_out, read_split
 from segcn.data.transforms import AUGMENTS
 from segcn.data.visualize import write_sheet
 from segcn.evaluate.evaluator import check_classes, measure
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline, generate
 from segcn.models.segmenter import Segmenter, SegmenterConfig, load_segmenter, shared_folder, train_segmenter
-from segcn.train.checkpoint import fractions, is_best, record_best, validation_scores
+from segcn.train.checkpoint import fractions, record_best, validation_scores
 from segcn.train.config import TrainConfig
 from segcn.train.latent_cache import cache_root
 from segcn.train.log import read_log
@@ -33,9 +36,10 @@ from segcn.utils.errors import UserError
 if TYPE_CHECKING:
     from segcn.train.setup import Run
 
-# --- convergence: The step at which a ControlNet begins to obey its condition, read from a curve of faithfulness.
-
 LEAST_RISE = 0.15  # share of the ceiling
+AT_ONCE = 16  # images generated or scored together, at most
+SHOWN = 4  # held-out rows in the sheet of a run without --validation_image
+MOST = 0.2  # of the time of training, that validation should take
 
 
 def convergence_step(steps: Sequence[int], fractions: Sequence[float]) -> int | None:
@@ -55,11 +59,6 @@ def convergence_step(steps: Sequence[int], fractions: Sequence[float]) -> int | 
     return steps[stays.index(True)] if any(stays) else None
 
 
-# --- judge: The judge of a training: held-out rows to paint, and a segmenter that says how well the images obey their masks.
-
-PAINTED_AT_ONCE = 16  # images at most
-
-
 @dataclass
 class HeldOutScorer:
     """What stays the same from validation to validation."""
@@ -67,13 +66,13 @@ class HeldOutScorer:
     segmenter: Segmenter
     rows: Split  # held out
     masks: np.ndarray  # uint8 [N, R, R], class ids
-    ceiling: dict  # what `evaluate.measure` says of the real images
+    ceiling: dict  # what `measure` finds on the real images
 
 
 def held_out_rows(config: TrainConfig, split: Split) -> Split | None:
     """The rows that --faithfulness_rows asks for: the first of the test split, or else those after --max_train_samples.
 
-    split: the rows to train on. UserError where there are none, or where --segmenter cannot judge them.
+    split: the rows to train on. UserError where there are none, or where --segmenter cannot score them.
     """
     if not config.faithfulness_rows:
         return None
@@ -83,26 +82,23 @@ def held_out_rows(config: TrainConfig, split: Split) -> Split | None:
         found = read_split(config.dataset, "train")
         found = dataclasses.replace(found, records=found.records[len(split) :])
     if not found.records:
+        kept = hold_out(config.dataset)[0].partition(":")[2].strip("]") or "N"
         raise UserError(
             f"--faithfulness_rows {config.faithfulness_rows}: expected held-out rows, found no test split in "
             f"{config.dataset_name} and none after the {len(split)} rows to train on. Move rows to a folder test/ with "
-            "its own metadata.csv (data/README.md), hold some back by --max_train_samples N, or measure nothing while "
-            "training by --faithfulness_rows 0."
+            f"its own metadata.csv (data/README.md), hold some out by --max_train_samples {kept}, or measure nothing "
+            "while training by --faithfulness_rows 0."
         )
     if config.segmenter:
-        check_segmenter(load_segmenter(config.segmenter), found, split, config)
+        segmenter = load_segmenter(config.segmenter)
+        check_classes(found, split.palette, segmenter)
+        trained = segmenter.settings["resolution"]
+        if trained != config.resolution:
+            raise UserError(
+                f"--segmenter {config.segmenter}: expected one trained at {config.resolution} px, as --resolution says,"
+                f" found {trained} px; without --segmenter one is trained"
+            )
     return found.first(config.faithfulness_rows)
-
-
-def check_segmenter(segmenter: Segmenter, held_out: Split, split: Split, config: TrainConfig) -> None:
-    """UserError where a segmenter that was given knows other classes or another resolution."""
-    check_classes(held_out, split.palette, segmenter)
-    trained = segmenter.settings["resolution"]
-    if trained != config.resolution:
-        raise UserError(
-            f"--segmenter {config.segmenter}: expected one trained at {config.resolution} pixels a side, as "
-            f"--resolution says, found {trained}; without --segmenter one is trained"
-        )
 
 
 def open_scorer(
@@ -121,29 +117,29 @@ def open_scorer(
 
 
 def generate_rows(
-    judge: HeldOutScorer, painter: Pipeline, settings: SampleConfig, at_once: int, on_step: Callable
+    scorer: HeldOutScorer, pipeline: Pipeline, settings: SampleConfig, at_once: int, on_step: Callable
 ) -> np.ndarray:
-    """Every held-out row painted, uint8 [N, R, R, 3]: the noise of an image depends on (settings.seed, row) alone.
+    """An image of every held-out row, uint8 [N, R, R, 3]: its noise depends on (settings.seed, row) alone.
 
-    at_once: images, 16 at most. `on_step` is called before each group and after each denoising step; True leaves off.
+    at_once: images, 16 at most. `on_step` is called before each group and after each denoising step; True ends it.
     """
-    size, captions = min(at_once, PAINTED_AT_ONCE), [record.caption for record in judge.rows.records]
-    groups = [range(first, min(first + size, len(captions))) for first in range(0, len(captions), size)]
-    painted = [np.empty((0, *judge.masks.shape[1:], 3), np.uint8)]
-    for rows in groups:
+    size, captions = min(at_once, AT_ONCE), [record.caption for record in scorer.rows.records]
+    images = [np.empty((0, *scorer.masks.shape[1:], 3), np.uint8)]
+    for first in range(0, len(captions), size):
         if on_step(0):
             break
-        shown = judge.masks[list(rows)], [captions[row] for row in rows], list(rows)
-        painted.append(generate(painter, *shown, settings, None, on_step))
-    return np.concatenate(painted)
+        rows = list(range(first, min(first + size, len(captions))))
+        some = [captions[row] for row in rows]
+        images.append(generate(pipeline, scorer.masks[rows], some, rows, settings, None, on_step))
+    return np.concatenate(images)
 
 
-def score_rows(judge: HeldOutScorer, painted: np.ndarray) -> dict:
-    """miou, of_ceiling (its share of the real images' mIoU) and the IoU of each class, of painted rows."""
-    images = to_image(torch.from_numpy(painted).permute(0, 3, 1, 2))
-    pairs = zip(images.split(PAINTED_AT_ONCE), torch.from_numpy(judge.masks).split(PAINTED_AT_ONCE), strict=True)
-    found = measure(pairs, judge.segmenter, judge.rows.palette)
-    miou, ceiling = found["miou"] or 0.0, judge.ceiling["miou"]
+def score_rows(scorer: HeldOutScorer, generated: np.ndarray) -> dict:
+    """miou, of_ceiling (its share of the real images' mIoU) and the IoU of each class, of generated rows."""
+    images = to_image(torch.from_numpy(generated).permute(0, 3, 1, 2))
+    pairs = zip(images.split(AT_ONCE), torch.from_numpy(scorer.masks).split(AT_ONCE), strict=True)
+    found = measure(pairs, scorer.segmenter, scorer.rows.palette)
+    miou, ceiling = found["miou"] or 0.0, scorer.ceiling["miou"]
     return {
         "miou": round(miou, 4),
         "of_ceiling": round(miou / ceiling, 4) if ceiling else 0.0,
@@ -151,34 +147,38 @@ def score_rows(judge: HeldOutScorer, painted: np.ndarray) -> dict:
     }
 
 
-# --- validation: Validation: the ControlNet in training paints the same masks with the same noise again and again, and is scored.
-
-SHOWN = 4  # held-out rows in the sheet of a run without --validation_image
-MOST = 0.2  # of the time of training, that validation should take
-
-
 def begin_validation(run: Run) -> None:
-    """Score the real images, then the ControlNet as it is, where the log does not tell already; say what it costs."""
-    missing = wanted(run) and agreed(run, lambda: not validation_line(run))
-    if not wanted(run) or (run.step == run.total_steps and not missing):
+    """Score the real images, then the ControlNet as it is, where the log does not hold it already; print the cost."""
+    if not wanted(run):
         return
-    run.log.began(run.step)
+    missing = agreed(run, lambda: not already_validated(run))
+    if run.step == run.total_steps and not missing:
+        return
+    run.log.start_clock(run.step)
     if run.accelerator.is_main_process and run.held_out is not None:
         cache, device = cache_root(run.config), run.accelerator.device
-        run.judge = open_scorer(run.config, run.held_out, run.split, cache, device, run.log.say)
-        say_ceiling(run, run.judge.ceiling)
+        run.scorer = open_scorer(run.config, run.held_out, run.split, cache, device, run.log.say)
+        real, asked = run.scorer.ceiling, run.config.faithfulness_rows
+        if not any("ceiling" in entry for entry in read_log(run.log.path)):
+            run.log.write({"step": 0, "ceiling": real})
+        fewer = f" ({asked} were asked for, no more are held out)" if real["images"] < asked else ""
+        run.log.say(f"The ceiling: mIoU {real['miou'] or 0:.3f} on the {real['images']} held-out real images{fewer}.")
     if missing:
         validate(run)
-    if run.judge is not None and not run.stop_signal:
+    if run.scorer is not None and not run.stop_signal:
         record_best(run.output_dir)
-        say_cost(run, len(run.judge.rows))
+        every, scored = run.config.validation_steps, list(validation_scores(read_log(run.log.path)).values())
+        if scored:
+            rows, seconds = len(run.scorer.rows), scored[-1]["seconds"]
+            times = math.ceil(run.total_steps / every) - run.step // every
+            run.log.say(f"Faithfulness on {rows} rows every {every} steps: about {seconds:.0f} s each, {times} times.")
 
 
 def validate(run: Run) -> bool:
-    """Paint and score where this step asks for it; whether the ControlNet was never better, on every process."""
+    """Generate and score where this step asks for it; whether the ControlNet was never better, on every process."""
     if not wanted(run) or (run.step % run.config.validation_steps and run.step != run.total_steps):
         return False
-    return agreed(run, lambda: look(run))
+    return agreed(run, lambda: validate_now(run))
 
 
 def agreed(run: Run, answer: Callable[[], bool]) -> bool:
@@ -187,33 +187,36 @@ def agreed(run: Run, answer: Callable[[], bool]) -> bool:
 
 
 def wanted(run: Run) -> bool:
-    """Whether anything is painted while training."""
+    """Whether anything is generated while training."""
     return bool(run.config.validation_image) or run.held_out is not None
 
 
-def validation_line(run: Run) -> bool:
-    """Whether this step's validation stands in the run folder."""
+def already_validated(run: Run) -> bool:
+    """Whether this step's validation is complete in the run folder."""
     scored = run.held_out is None or run.step in validation_scores(read_log(run.log.path))
     return scored and sheet_path(run).is_file()
 
 
-def look(run: Run) -> bool:
-    """Paint the sheet and the held-out rows, write what they show; whether they were never better.
+def validate_now(run: Run) -> bool:
+    """Generate the sheet and the held-out rows, write them and their score; whether they were never better.
 
-    Asked to stop meanwhile, it leaves off and writes nothing: the resumed run begins with this validation.
+    Asked to stop meanwhile, it writes nothing: the resumed run begins with this validation.
     """
     config, began = run.config, time.monotonic()
     settings = make(SampleConfig, config.preset, pretrained_model_name_or_path=run.base.folder, seed=config.seed)
-    with run.to_paint() as controlnet:
-        painter = Pipeline(run.base, frozen_twin(controlnet, run.base.dtype), run.split.palette, "")
-        lines, painted = generate_sheet(run, painter, settings, lambda step: bool(run.stop_signal))
+    with run.final_controlnet() as controlnet:
+        pipeline = Pipeline(run.base, frozen_twin(controlnet, run.base.dtype), run.split.palette, "")
+        lines, generated = generate_sheet(run, pipeline, settings, lambda step: bool(run.stop_signal))
     if run.stop_signal:
         return False
-    show_sheet(run, lines)
-    score = None if painted is None or run.judge is None else score_rows(run.judge, painted)
+    sheet = write_sheet(sheet_path(run), lines)
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("validation", sheet, run.step, dataformats="HWC")
+    score = None if generated is None or run.scorer is None else score_rows(run.scorer, generated)
     seconds = time.monotonic() - began
-    say_if_too_slow(run, seconds)
-    run.log.validated(seconds)
+    warn_if_slow(run, seconds)
+    run.log.aside += seconds
     return score is not None and write_score(run, score | {"seconds": round(seconds, 2)})
 
 
@@ -230,31 +233,26 @@ def frozen_twin(controlnet: ControlNetModel, dtype: torch.dtype) -> ControlNetMo
 
 
 def generate_sheet(
-    run: Run, painter: Pipeline, settings: SampleConfig, on_step: Callable
+    run: Run, pipeline: Pipeline, settings: SampleConfig, on_step: Callable
 ) -> tuple[list, np.ndarray | None]:
-    """The lines of the sheet, masks first, each uint8 [N, R, R, 3]; and the held-out rows painted, where they are."""
-    config, colors, painted = run.config, run.split.palette.table, None
-    if run.judge is not None:
-        painted = generate_rows(run.judge, painter, settings, config.train_batch_size, on_step)
+    """The lines of the sheet, masks first, each uint8 [N, R, R, 3]; and the images of the held-out rows, if any."""
+    config, palette, generated = run.config, run.split.palette, None
+    if run.scorer is not None:
+        generated = generate_rows(run.scorer, pipeline, settings, config.train_batch_size, on_step)
     if run.stop_signal:
         return [], None
     if not config.validation_image:
-        assert run.judge is not None and painted is not None
-        return [colors[run.judge.masks[:SHOWN]], painted[:SHOWN]], painted
-    masks, prompts = validation_pairs(run)
-    lines = [colors[masks]]
+        assert run.scorer is not None and generated is not None
+        return [palette.table[run.scorer.masks[:SHOWN]], generated[:SHOWN]], generated
+    prompts = config.validation_prompt or []
+    count = max(len(config.validation_image), len(prompts))  # a single mask or prompt is repeated
+    masks = [read_control_mask(path, palette, config.resolution, config.fit) for path in config.validation_image]
+    masks, prompts = np.stack((masks * count)[:count]), (prompts * count)[:count]
+    lines = [palette.table[masks]]
     for number in range(config.num_validation_images):
         seeded = dataclasses.replace(settings, seed=config.seed + number)
-        lines.append(generate(painter, masks, prompts, list(range(len(masks))), seeded, None, on_step))
-    return lines, painted
-
-
-def validation_pairs(run: Run) -> tuple[np.ndarray, list[str]]:
-    """Masks uint8 [N,R,R] and a prompt for each; a single mask or prompt is repeated."""
-    images, prompts = run.config.validation_image or [], run.config.validation_prompt or []
-    count = max(len(images), len(prompts))
-    masks = [read_control_mask(path, run.split.palette, run.config.resolution, run.config.fit) for path in images]
-    return np.stack((masks * count)[:count]), (list(prompts) * count)[:count]
+        lines.append(generate(pipeline, masks, prompts, list(range(count)), seeded, None, on_step))
+    return lines, generated
 
 
 def sheet_path(run: Run) -> Path:
@@ -262,52 +260,25 @@ def sheet_path(run: Run) -> Path:
     return run.output_dir / "validation" / f"step-{run.step:06d}.png"
 
 
-def show_sheet(run: Run, lines: list[np.ndarray]) -> None:
-    """output_dir/validation/step-N.png, and the same in TensorBoard."""
-    sheet = write_sheet(sheet_path(run), lines)
-    for tracker in run.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image("validation", sheet, run.step, dataformats="HWC")
-
-
 def write_score(run: Run, score: dict) -> bool:
     """A line of its own in log.jsonl, scalars in the trackers, a line on the terminal; whether it was never better."""
-    began_before = convergence_step(*fractions(read_log(run.log.path)))
+    steps, shares = fractions(read_log(run.log.path))
     run.log.write({"step": run.step, "faithfulness": score})
-    entries = read_log(run.log.path)
     per_class = {f"faithfulness/{name}": iou for name, iou in score["per_class"].items() if iou is not None}
     named = {f"faithfulness/{name}": score[name] for name in ("miou", "of_ceiling")}
     run.accelerator.log(named | per_class, step=run.step)
-    better, began = is_best(entries), convergence_step(*fractions(entries))
+    better = score["of_ceiling"] > max(shares, default=-1.0)
     best = ", the best so far" if better and run.step else ""
     run.log.say(
         f"Faithfulness at step {run.step}: mIoU {score['miou']:.3f}, {score['of_ceiling']:.0%} of the ceiling{best}."
     )
-    if began is not None and began != began_before:
+    began = convergence_step(*fractions(read_log(run.log.path)))
+    if began is not None and began != convergence_step(steps, shares):
         run.log.say(f"The ControlNet began to obey the masks at step {began}.")
     return better
 
 
-def say_ceiling(run: Run, real: dict) -> None:
-    """What the segmenter makes of the real images: the ceiling, a line of the log that is written once."""
-    asked = run.config.faithfulness_rows
-    if not any("ceiling" in entry for entry in read_log(run.log.path)):
-        run.log.write({"step": 0, "ceiling": real})
-    fewer = f" ({asked} were asked for, no more are held out)" if real["images"] < asked else ""
-    run.log.say(f"The ceiling: mIoU {real['miou'] or 0:.3f} on the {real['images']} held-out real images{fewer}.")
-
-
-def say_cost(run: Run, rows: int) -> None:
-    """How long a validation takes, as measured by the newest one, and how many come."""
-    every, scored = run.config.validation_steps, list(validation_scores(read_log(run.log.path)).values())
-    if not scored:
-        return
-    seconds = scored[-1]["seconds"]
-    times = math.ceil(run.total_steps / every) - run.step // every
-    run.log.say(f"Faithfulness on {rows} rows every {every} steps: about {seconds:.0f} s each, {times} times.")
-
-
-def say_if_too_slow(run: Run, seconds: float) -> None:
+def warn_if_slow(run: Run, seconds: float) -> None:
     """At the first validation after the start: whether they take more than a fifth of the time of training."""
     every, pace = run.config.validation_steps, run.log.pace(run.step)
     if not run.log.aside and seconds > MOST * pace * every:
