@@ -20,7 +20,7 @@ from segcn.bench.generate import (
     variant,
     verdicts,
 )
-from segcn.cli import run_command
+from segcn.cli import start
 from segcn.data.metadata import check_split, read_image, read_split
 from segcn.evaluate.metrics import color_shift, to_lab
 from segcn.generate.config import GenerateConfig, SampleConfig
@@ -192,7 +192,7 @@ def test_a_promise_that_is_not_kept_is_called_missed(changes, missed):
 
 def test_the_command_says_what_it_takes(capsys):
     with pytest.raises(SystemExit):
-        run_command(["bench", "generate", "--help"])
+        start(["bench", "generate", "--help"])
     said = capsys.readouterr().out
     assert "--plain_guidance_scales" in said and "--memory_masks" in said and "--guidance_end" in said
 

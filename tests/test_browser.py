@@ -104,7 +104,7 @@ class Person:
 @pytest.mark.parametrize("place", ["lab", "voila"])
 def test_a_person_paints_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, pages, places, tmp_path):
     person, server = Person(pages[place], tmp_path), places[place]
-    before = len(read_split(server.folder / "out" / "painted"))  # the notebook itself saves a row
+    before = len(read_split(server.folder / "out" / "saved"))  # the notebook itself saves a row
     person.shoot("opened")
 
     person.panel.locator("button.segcn-class", has_text="house").click()
@@ -133,8 +133,8 @@ def test_a_person_paints_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, 
     person.press("Save all")
     person.sees(f"Saved as row {before + 4} of ")
     person.shoot("four")
-    first, *_, last = read_split(server.folder / "out" / "painted").records[before:]
-    check_saved(read_split(server.folder / "out" / "painted"), first, last)
+    first, *_, last = read_split(server.folder / "out" / "saved").records[before:]
+    check_saved(read_split(server.folder / "out" / "saved"), first, last)
     upload_a_broken_mask(person, tmp_path)
     person.shoot("failed")
     assert person.page.evaluate("window.heard") is None

@@ -1,6 +1,7 @@
 import ast
 import json
 import re
+import shutil
 from itertools import pairwise
 
 import nbformat
@@ -15,7 +16,8 @@ from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import check_split, read_image, read_split, write_metadata
 from segcn.data.palette import Label, Palette
 from segcn.models.segmenter import SegmenterConfig, train_segmenter
-from segcn.notebook.workspace import check_cells
+from segcn.notebook.run import execute as run_notebook
+from segcn.notebook.workspace import check_cells, with_parameters
 from segcn.utils.errors import UserError
 from segcn.utils.paths import ROOT
 
@@ -67,7 +69,8 @@ def test_logic_lives_in_the_package(path):
 @each_notebook
 def test_prose_stands_before_each_code_cell(path):
     cells = nbformat.read(path, 4).cells
-    assert cells[0].source.startswith("# ") and cells[-1].source.startswith("## What to try next")
+    prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    assert cells[0].source.startswith("# ") and any(text.startswith("## What to try next") for text in prose[-2:])
     assert all(before.cell_type == "markdown" for before, cell in pairwise(cells) if cell.cell_type == "code")
 
 
@@ -94,12 +97,34 @@ def test_unknown_parameters_and_wrong_types_are_refused_by_name():
             check_cells([cell, f"# Parameters\n{given}\n"])
 
 
-def test_papermill_stops_at_an_unknown_parameter(tmp_path):
-    with pytest.raises(PapermillExecutionError, match="unknown parameter limits"):
-        papermill.execute_notebook(
-            str(ROOT / "notebooks" / "01_inspect_data.ipynb"), str(tmp_path / "out.ipynb"), {"limits": 3},
-            progress_bar=False, cwd=str(tmp_path), kernel_name="python3",
-        )  # fmt: skip
+def execute(name, folder, **parameters):
+    """A notebook executed by papermill with its kernel in `folder`."""
+    return papermill.execute_notebook(
+        str(next((ROOT / "notebooks").glob(f"{name}*.ipynb"))), str(folder / f"{name}.ipynb"), parameters,
+        progress_bar=False, cwd=str(folder), kernel_name="python3",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("parameters", "line"),
+    [
+        ({"limits": 3}, "unknown parameter limits; this notebook has preset, pretrained_model_name_or_path, "),
+        ({"preset": "sd15"}, "preset sd15 needs pretrained_model_name_or_path DIR and dataset_name DIR of your own"),
+    ],
+)
+def test_an_error_is_one_line_that_names_the_parameter(parameters, line, tmp_path):
+    with pytest.raises(PapermillExecutionError) as raised:
+        execute("01", tmp_path, **parameters)
+    assert raised.value.ename == "UserError" and raised.value.evalue.startswith(line)
+    assert raised.value.traceback == [f"Error: {raised.value.evalue}"] and "\n" not in raised.value.evalue
+    with pytest.raises(UserError, match=re.escape(f"01_inspect_data.ipynb: {line}")):
+        run_notebook(ROOT / "notebooks" / "01_inspect_data.ipynb", tmp_path, parameters)
+
+
+def test_flags_within_a_command_stay_flags():
+    message = "--limit: expected 1, found 0; see --more, or run segcn validate DATA --limit 3"
+    expected = "limit: expected 1, found 0; see --more, or run segcn validate DATA --limit 3"
+    assert with_parameters(message, {"limit"}) == expected
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +171,7 @@ def run(tmp_path_factory, own_data, random_base):
     }
     books = {}
     for name in NAMES:
-        books[name] = papermill.execute_notebook(
-            str(ROOT / "notebooks" / f"{name}.ipynb"),
-            str(folder / f"{name}.ipynb"),
-            common | toy.get(name, {}),
-            progress_bar=False,
-            cwd=str(folder),
-            kernel_name="python3",
-        )
+        books[name] = execute(name, folder, **common, **toy.get(name, {}))
     return folder / "out", books
 
 
@@ -161,6 +179,28 @@ def printed(book):
     return "".join(
         output.text for cell in code_cells(book) for output in cell.outputs if output.output_type == "stream"
     )
+
+
+def test_other_settings_never_stop_notebook_04(run, own_data, tmp_path):
+    out, _ = run
+    first = (out / "generated" / "images" / "000000.png").read_bytes()
+    given = {"preset": "sd15", "dataset_name": str(own_data), "limit": 1, "num_inference_steps": 2}
+    given |= {"pretrained_model_name_or_path": json.loads((out / "controlnet" / "train_config.json").read_text())[
+        "pretrained_model_name_or_path"]}  # fmt: skip
+    shutil.copytree(out, tmp_path / "out")
+    given["output_dir"] = str(tmp_path / "out")
+
+    def generated(**changes):
+        told = printed(execute("04_generate", tmp_path, **given | {"guidance_scale": 3.0} | changes))
+        sets = sorted(path.name for path in (tmp_path / "out").glob("generated-*"))
+        return (tmp_path / "out" / "generated" / "images" / "000000.png").read_bytes(), sets, told
+
+    other, sets, told = generated(seed=1)
+    assert other != first and len(sets) == 1 and f"it is {sets[0]} now" in told
+    assert (tmp_path / "out" / sets[0] / "images" / "000000.png").read_bytes() == first
+    again, sets, _ = generated()
+    assert again == first and len(sets) == 1
+    assert generated(seed=2, replace=True)[1] == sets
 
 
 def images(book):
@@ -171,9 +211,9 @@ def images(book):
 def test_every_notebook_runs_headless(run):
     out, _ = run
     assert ControlNetModel.from_pretrained(out / "controlnet")
-    assert [len(read_split(out / name)) for name in ("generated", "reconstructions", "painted")] == [2, 2, 1]
+    assert [len(read_split(out / name)) for name in ("generated", "reconstructions", "saved")] == [2, 2, 1]
     assert len(read_split(out / "generated_without_mask")) == 1
-    for name in ("generated", "painted"):
+    for name in ("generated", "saved"):
         check_split(read_split(out / name))
     assert set(json.loads((out / "metrics.json").read_text())["faithfulness"]) >= {"real", "synthetic", "floor"}
     assert Image.open(out / "story.png").width >= 1400
@@ -181,7 +221,7 @@ def test_every_notebook_runs_headless(run):
 
 def test_pictures_and_judge_have_the_resolution_of_the_training(run):
     out, _ = run
-    for name in ("generated", "generated_without_mask", "reconstructions", "painted"):
+    for name in ("generated", "generated_without_mask", "reconstructions", "saved"):
         assert Image.open(read_split(out / name)[0].image).size == (64, 64)
     assert json.loads((out / "metrics.json").read_text())["segmenter"]["resolution"] == 64
 
@@ -222,29 +262,10 @@ def test_each_notebook_shows_pictures(run):
 
 
 def test_the_lesson_runs_headless(tmp_path):
-    book = papermill.execute_notebook(
-        str(ROOT / "notebooks" / f"{LESSON}.ipynb"),
-        str(tmp_path / "executed.ipynb"),
-        {"output_dir": str(tmp_path / "lesson"), "steps": 2, "num_inference_steps": 2},
-        progress_bar=False,
-        cwd=str(tmp_path),
-        kernel_name="python3",
-    )
+    book = execute(LESSON, tmp_path, output_dir=str(tmp_path / "lesson"), steps=2, num_inference_steps=2)
     told = printed(book)
     assert "stopped before" in told and "Resuming from work/vae/checkpoint-2" in told and "Warning" not in told
     assert images(book) == 10 and (tmp_path / "lesson" / "scratch" / "base" / "unet").is_dir()
-
-
-def run_benchmark(folder, **parameters):
-    """Notebook 06, executed with results in folder/bench."""
-    return papermill.execute_notebook(
-        str(ROOT / "notebooks" / f"{BENCHMARK}.ipynb"),
-        str(folder / "executed.ipynb"),
-        {"output_dir": str(folder / "bench"), **parameters},
-        progress_bar=False,
-        cwd=str(folder),
-        kernel_name="python3",
-    )
 
 
 def test_the_benchmark_shows_the_newest_results(tmp_path, random_base):
@@ -268,7 +289,7 @@ def test_the_benchmark_shows_the_newest_results(tmp_path, random_base):
     older = [entry | {"machine": "another", "began": 0, "samples_per_second": 77.0} for entry in entries]
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "train.json").write_text(json.dumps(older + entries))
-    book = run_benchmark(tmp_path)
+    book = execute(BENCHMARK, tmp_path, output_dir=str(tmp_path / "bench"))
     told = printed(book)
     assert told.count("1.84x") == 2 and "77" not in told and "GFLOP a step" in told and "Warning" not in told
     assert images(book) == 1
@@ -276,6 +297,6 @@ def test_the_benchmark_shows_the_newest_results(tmp_path, random_base):
 
 @pytest.mark.slow
 def test_the_benchmark_runs_headless_without_a_peer(tmp_path):
-    book = run_benchmark(tmp_path, measured_steps=2)
+    book = execute(BENCHMARK, tmp_path, output_dir=str(tmp_path / "bench"), measured_steps=2)
     assert "segcn --cache none" in printed(book) and images(book) == 1
     assert len(json.loads((tmp_path / "bench" / "train.json").read_text())) == 2

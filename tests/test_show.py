@@ -224,8 +224,7 @@ def test_captions_are_retold():
 
 def test_the_story_shows_each_picture_in_its_place(test, tmp_path):
     black = np.zeros((2, 64, 64, 3), np.uint8)
-    image = plots.story_rows(test, test, test, black, ["one", "a very long caption " * 20])
-    plots.save_story(image, tmp_path / "story.png")
+    plots.write_story(tmp_path / "story.png", test, test, test, black, ["one", "a very long caption " * 20])
     drawn = np.asarray(Image.open(tmp_path / "story.png"))
     assert drawn.shape[1] >= 1400
     left = plots.MARGIN + plots.TEXT_WIDTH

@@ -47,7 +47,9 @@ class BenchTrainConfig:
     max_train_samples: int | None = flag(None, "use only the first rows: less to cache before a short run", low=1)
     seed: int = flag(0, "seed of both")
     until_faithful: bool = flag(False, "also measure the time until images reach half of the possible mIoU")
-    peer_learning_rates: list[float] = flag([1e-5, 2e-4, 2e-3], "the baseline's, for --until_faithful", above=0)
+    peer_learning_rates: list[float] = flag(
+        [1e-5, 2e-4, 2e-3], "learning rates of the baseline for --until_faithful", above=0
+    )
     preset: str = flag("tiny", "preset of our learning rate and sampler for --until_faithful", ("tiny", "sd15"))
     faithful_steps: int = flag(400, "steps of each run of --until_faithful", low=1)
     checkpointing_steps: int = flag(50, "steps between its checkpoints, which are scored", low=1)
@@ -87,17 +89,27 @@ class BenchTrainConfig:
 class BenchGenerateConfig(SampleConfig):
     """Generate from the same masks with segcn and by one pipeline call for each image (the baseline), in turns."""
 
-    dataset_name: str | None = flag(None, "data set: train rows train the segmenter; none: landscapes")
+    dataset_name: str | None = flag(
+        None, "data set: its train rows train the segmenter, those of --split are generated from; none: landscapes"
+    )
     split: str = flag("test", "rows to generate from; train[:64]: to choose settings, since no result uses these")
-    output_dir: str = flag(str(OUTPUTS / "bench_generate"), "folder of bench_generate.json and images; rerun to resume")
+    output_dir: str = flag(
+        str(OUTPUTS / "bench_generate"), "folder of bench_generate.json and .txt and the images; rerun to resume"
+    )
     limit: int = flag(500, "rows to generate from, at most", low=2)
     batch_size: int = flag(16, "images that segcn generates at once", low=1)
     rows_a_turn: int = flag(32, "rows of one side before the other side's turn", low=1)
-    plain_guidance_scales: list[float] = flag([1.5, 2.5, 7.5], "of the baseline; its best one is compared", above=1)
+    plain_guidance_scales: list[float] = flag(
+        [1.5, 2.5, 7.5], "guidance scales of the baseline; its best one is compared", above=1
+    )
     plain_steps: int = flag(20, "steps of the baseline, with UniPC", low=1)
-    variants: list[str] = flag([], "several settings of segcn: guidance_scale=1 guidance_end=0.6,scheduler=ddim ...")
+    variants: list[str] = flag(
+        [], "several settings of segcn: num_inference_steps=8,guidance_end=0.6 guidance_scale=1 ..."
+    )
     without_plain: bool = flag(False, "compare only the variants")
-    memory_masks: int = flag(1000, "masks to measure the memory of segcn generate with, a tenth first; 0: none", low=0)
+    memory_masks: int = flag(
+        1000, "masks for segcn generate, a tenth of them first, to measure its memory; 0: none", low=0
+    )
     segmenter: str | None = flag(None, "trained segmenter folder; none: trained on the train rows")
     inception_weights: str | None = flag(None, "weights-inception-2015-12-05-6726825d.pth, for KID as published")
 

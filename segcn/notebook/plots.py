@@ -374,10 +374,13 @@ def sided_caption(caption: str, mask: np.ndarray, palette: Palette) -> str:
     return f"{caption}, more {name} on the {'left' if reach[name] < 0 else 'right'}"
 
 
+def overlaid(image: torch.Tensor, mask: torch.Tensor, valid: torch.Tensor, palette: Palette) -> np.ndarray:
+    """Image uint8 [3, H, W], the mask's colors faintly over it and its borders drawn; hatched where not valid."""
+    return _outlined(overlay(image.permute(1, 2, 0).numpy(), mask.numpy(), palette, FAINT), mask.numpy(), valid.numpy())
+
+
 def _overlaid(sample: Sample, palette: Palette) -> np.ndarray:
-    """Image, the mask's colors faintly over it and its borders drawn; hatched where out of frame."""
-    mask, valid = sample.mask.numpy(), sample.valid.numpy()
-    return _outlined(overlay(to_uint8(sample.image), mask, palette, FAINT), mask, valid)
+    return overlaid(torch.from_numpy(to_uint8(sample.image)).permute(2, 0, 1), sample.mask, sample.valid, palette)
 
 
 def _outlined(image: np.ndarray, mask: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -451,13 +454,19 @@ HEADS = ("mask", "real image", "with the mask", "without the mask", "another cap
 INK = "#222222"
 
 
-def story_rows(
-    real: Split, painted: Split, floor: Split, recaptioned: np.ndarray, captions: Sequence[str], fit: str = "crop"
-) -> Image.Image:
-    """The story: rows of mask, real image and three painted ones, captions left and right of them.
+def write_story(
+    path: Path,
+    real: Split,
+    generated: Split,
+    floor: Split,
+    recaptioned: np.ndarray,
+    captions: Sequence[str],
+    fit="crop",
+) -> Path:
+    """Write rows of mask, real image and three generated ones, captions left and right of them, as one PNG.
 
-    recaptioned: uint8 [N, H, W, 3], row k painted from mask k and captions[k]; N rows are told, all
-    images made square as in training.
+    recaptioned: uint8 [N, H, W, 3], image k generated from mask k and captions[k]; N rows are shown, all images made
+    square as in training.
     """
     columns, side = len(HEADS), None if fit == "crop" else recaptioned.shape[1]
     width = 2 * (MARGIN + TEXT_WIDTH) + columns * SIDE + (columns - 1) * GAP
@@ -468,7 +477,7 @@ def story_rows(
         pen.text((left + column * (SIDE + GAP) + SIDE / 2, HEAD / 2), head, INK, _font(17, bold=True), anchor="mm")
     for row, other in enumerate(recaptioned):
         image, mask = read_pair(real, row, side, fit)
-        others = [read_pair(split, row, side, fit)[0] for split in (painted, floor)]
+        others = [read_pair(split, row, side, fit)[0] for split in (generated, floor)]
         pictures = [enlarged(colorize(mask, real.palette), smooth=False)]
         pictures += [enlarged(shown) for shown in (image, *others, other)]
         top = HEAD + row * (SIDE + GAP)
@@ -476,7 +485,8 @@ def story_rows(
             sheet.paste(picture, (left + column * (SIDE + GAP), top))
         _write(pen, real[row].caption, MARGIN, top + SIDE / 2)
         _write(pen, captions[row], width - MARGIN - TEXT_WIDTH + 16, top + SIDE / 2)
-    return sheet
+    write_whole(path, lambda file: sheet.save(file, format="PNG", optimize=True))
+    return path
 
 
 def enlarged(picture: np.ndarray, smooth: bool = True) -> Image.Image:
@@ -486,12 +496,6 @@ def enlarged(picture: np.ndarray, smooth: bool = True) -> Image.Image:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
-
-
-def save_story(picture: Image.Image, path: Path) -> Path:
-    """Write the image as PNG, whole or not at all."""
-    write_whole(path, lambda aside: picture.save(aside, format="PNG", optimize=True))
-    return path
 
 
 def _write(pen: ImageDraw.ImageDraw, caption: str, left: float, middle: float, most: int = 8) -> None:

@@ -102,6 +102,8 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
         )
     except PapermillExecutionError as error:
         reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue))
+        if error.ename == UserError.__name__:
+            raise UserError(f"{notebook.name}: {reason}") from None
         raise UserError(f"{notebook.name}, cell {error.cell_index}: {error.ename}: {reason}\nSee {executed}") from None
     finally:
         if executed.is_file():

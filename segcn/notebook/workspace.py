@@ -1,9 +1,12 @@
-"""How every notebook begins: quietly, and with the parameters that it has, of the types that it has."""
+"""How every notebook begins: its parameters are checked, its errors are one line, its folders have one place each."""
 
 import ast
 import dataclasses
+import hashlib
+import itertools
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,40 +15,60 @@ from typing import Any
 
 from IPython import get_ipython
 
-from segcn.data.metadata import METADATA, Split, read_named_split, read_split
+from segcn.data.metadata import Split, hold_out, read_named_split, read_split
 from segcn.data.visualize import quiet
+from segcn.generate.conditions import read_controls
 from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate.pipeline import Pipeline, load_pipeline
-from segcn.generate.writer import SETTINGS_FILE, generate_dataset
+from segcn.generate.writer import SETTINGS_FILE, generate_dataset, settings_of
 from segcn.samples.landscapes.scene import sample_landscapes
 from segcn.train.config import TrainConfig
+from segcn.utils import io
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
 from segcn.utils.paths import BASE, OUTPUTS, ROOT, RUN_FILE, WEIGHTS, from_root
 
-# --- notebook: How every notebook begins: quietly, and with the parameters that it has, of the types that it has.
-
+NOTEBOOKS = ROOT / "notebooks"
 INJECTED = "# Parameters\n"  # how papermill begins the cell that it puts behind the one tagged `parameters`
 TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+NAMES_OF_CONTENT = {"pretrained_model_name_or_path", "controls", "controlnet", "palette"}  # their fingerprints count
 
 
 def begin() -> None:
-    """Set the figures' style, silence notices, and check what papermill put behind the parameters cell.
+    """Set the figures' style, show errors of the user's as one line, and check what papermill put in.
 
-    To be called soon after that cell. UserError names an unknown parameter, of which papermill itself only warns, and
-    one of another type.
+    To be called soon after the parameters cell. UserError names an unknown parameter, of which papermill itself only
+    warns, and one of another type.
     """
     quiet()
     shell = get_ipython()
     if shell is not None:
+        shell.set_custom_exc((UserError,), show_user_error)
         check_cells(shell.user_ns["In"][1:3])
 
 
+def show_user_error(shell, kind, error, trace, tb_offset=None) -> list[str]:
+    """The message of the command line in place of a traceback, with the notebook's parameters in place of flags."""
+    error.args = (with_parameters(str(error), shell.user_ns),)
+    shown = [f"Error: {error}"]
+    shell._showtraceback(kind, error, shown)  # what JupyterLab, papermill and nbconvert read as a failed cell
+    return shown
+
+
+def with_parameters(message: str, names) -> str:
+    """A message with `limit` in place of `--limit` where that is one of the names, but not within a command."""
+    return re.sub(
+        r"(segcn \w+ .*|-m segcn.*)|--(\w+)", lambda found: found[2] if found[2] in names else found[0], message
+    )
+
+
 def check_cells(cells: Sequence[str]) -> None:
-    """The same, of the first two cells that were executed."""
+    """Check the parameters that papermill put in, of the first two cells that were executed."""
     if len(cells) < 2 or not cells[1].startswith(INJECTED):
         return
-    types, given = types_of(cells[0]), values_of(cells[1])
+    types = dict(re.findall(r"^(\w+): (\w+) = ", cells[0], re.MULTILINE))  # of lines such as `limit: int = 16  # rows`
+    given = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cells[1]).body
+             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}  # fmt: skip
     unknown = [name for name in given if name not in types]
     if unknown:
         raise UserError(f"unknown parameter {', '.join(unknown)}; this notebook has {', '.join(types)}")
@@ -56,26 +79,9 @@ def check_cells(cells: Sequence[str]) -> None:
             raise UserError(f"parameter {name}: expected {types[name]}, found {value!r}{raw}")
 
 
-def types_of(cell: str) -> dict[str, str]:
-    """The name and the type of every line such as `limit: int = 16  # rows`."""
-    return dict(re.findall(r"^(\w+): (\w+) = ", cell, re.MULTILINE))
-
-
-def values_of(cell: str) -> dict[str, Any]:
-    """The name and the value of every assignment of a literal."""
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell).body
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}  # fmt: skip
-
-
-# --- workspace: Where a notebook run keeps its things: one folder below outputs/, the same names in every notebook.
-
-NOTEBOOKS = ROOT / "notebooks"
-HELD_OUT = 128  # rows at most, of a data set without test/
-
-
 @dataclass(frozen=True)
 class Workspace:
-    """The data, the base and the run folder that notebooks 01 to 05 share."""
+    """The data, the base and the run folder that notebooks 01 to 05 share, with the same names in every notebook."""
 
     preset: str
     dataset: Path
@@ -95,55 +101,32 @@ class Workspace:
         return self.folder / "generated_without_mask"
 
     @property
-    def reconstructions(self) -> Path:
-        return self.folder / "reconstructions"
+    def saved(self) -> Path:
+        """What is kept in the panel; older runs have it under another name."""
+        old = self.folder / "painted"
+        return old if old.is_dir() else self.folder / "saved"
 
     @property
     def cache(self) -> Path:
         return self.folder / "cache"
 
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.json"
-
-    @property
-    def story(self) -> Path:
-        return self.folder / "story.png"
-
     @cached_property
     def split_names(self) -> tuple[str, str]:
-        """The rows to train on and those held out: train and test, or else train without its last eighth, and that."""
-        if any((self.dataset / "test" / name).is_file() for name in METADATA):
-            return "train", "test"
-        rows = len(read_split(self.dataset, "train"))
-        kept = rows - max(2, min(HELD_OUT, rows // 8))
-        if kept < 1:
-            raise UserError(f"{self.dataset}: expected at least 3 rows, some of them to hold out, found {rows}")
-        return f"train[:{kept}]", f"train[{kept}:]"
+        """The rows to train on and those held out."""
+        return hold_out(self.dataset)
 
     def train_split(self) -> Split:
-        """The rows to train on."""
         return read_named_split(self.dataset, self.split_names[0])
 
     def test_split(self) -> Split:
-        """The rows held out."""
         return read_named_split(self.dataset, self.split_names[1])
 
     def trained_controlnet(self) -> str | None:
         """The ControlNet of this run, once its training is finished."""
-        finished = (self.controlnet / WEIGHTS).is_file()
-        return str(self.controlnet) if finished else None
+        return str(self.controlnet) if (self.controlnet / WEIGHTS).is_file() else None
 
-    def resolution(self) -> int:
-        """Pixels a side of the painted images: those of the training in `controlnet`, else the preset's."""
-        return self._trained("resolution")
-
-    def fit(self) -> str:
-        """How images become square: as in that training."""
-        return self._trained("fit")
-
-    def _trained(self, name: str):
-        """A setting of the training in `controlnet`, else the preset's."""
+    def trained(self, name: str):
+        """A setting of the training in `controlnet`, such as its resolution or fit; without one, the preset's."""
         recorded, default = self.controlnet / RUN_FILE, getattr(make(TrainConfig, self.preset), name)
         return json.loads(recorded.read_text()).get(name, default) if recorded.is_file() else default
 
@@ -153,12 +136,12 @@ def open_workspace(
 ) -> Workspace:
     """Resolve notebook parameters; "" means the embedded base, the sample landscapes and outputs/PRESET.
 
-    Relative paths count from the repository's root, wherever the kernel started. The landscapes are painted into
-    data/landscapes at the first use. Of a data set without test/, the last rows are held out, and that is said.
+    Relative paths count from the repository's root, wherever the kernel started. The landscapes are drawn into
+    data/landscapes at the first use. Of a data set without test/, the last rows are held out, and a line says so.
     """
-    folder = from_root(output_dir) if output_dir else OUTPUTS / preset
     if preset == "sd15" and not (pretrained_model_name_or_path and dataset_name):
         raise UserError("--preset sd15 needs --pretrained_model_name_or_path DIR and --dataset_name DIR of your own")
+    folder = from_root(output_dir) if output_dir else OUTPUTS / preset
     base = from_root(pretrained_model_name_or_path) if pretrained_model_name_or_path else BASE
     dataset = from_root(dataset_name) if dataset_name else sample_landscapes()
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,52 +151,69 @@ def open_workspace(
     return ws
 
 
-# --- paint: The painting that notebooks 04 and 05 share: which ControlNet, with which settings, and what stands already.
-
-
-def notebook_generate_config(ws: Workspace, **settings) -> GenerateConfig:
-    """How a notebook's run paints its held-out masks: the preset's settings, changed by those that are not 0 or ""."""
+def generate_config(ws: Workspace, **settings) -> GenerateConfig:
+    """How a run generates from its held-out masks: the preset's settings, changed by those that are not 0 or ""."""
     given = {name: value for name, value in settings.items() if value or name == "seed"}
     if "controlnet_model_name_or_path" in given:
         given["controlnet_model_name_or_path"] = str(from_root(given["controlnet_model_name_or_path"]))
-    own = {"controlnet_model_name_or_path": ws.trained_controlnet(), "resolution": ws.resolution(), "fit": ws.fit()}
-    return make(
-        GenerateConfig,
-        ws.preset,
-        pretrained_model_name_or_path=str(ws.base),
-        controls=str(ws.dataset),
-        split=ws.split_names[1],
-        output_dir=str(ws.generated),
-        **own | given,
-    )
+    own = {"pretrained_model_name_or_path": str(ws.base), "controlnet_model_name_or_path": ws.trained_controlnet(),
+           "controls": str(ws.dataset), "split": ws.split_names[1], "output_dir": str(ws.generated),
+           "resolution": ws.trained("resolution"), "fit": ws.trained("fit")}  # fmt: skip
+    return make(GenerateConfig, ws.preset, **own | given)
 
 
 def as_generated(config: GenerateConfig) -> GenerateConfig:
-    """The config with the sampling settings that the data set in its output_dir records, if one stands there."""
+    """The config with the sampling settings that the data set in its output_dir records, if there is one."""
     record = Path(config.output_dir) / SETTINGS_FILE
-    if not record.is_file():
-        return config
-    names = {field.name for field in dataclasses.fields(SampleConfig)} - MODELS | {"prompt"}
-    recorded = json.loads(record.read_text())
+    names = {field.name for field in dataclasses.fields(SampleConfig)} - MODELS
+    recorded = json.loads(record.read_text()) if record.is_file() else {}
     return dataclasses.replace(config, **{name: recorded[name] for name in names & set(recorded)})
 
 
 def open_pipeline(config: GenerateConfig, split: Split, log=print) -> Pipeline:
     """The base with this run's ControlNet, or else the one that `find_controlnet` chooses; says which."""
-    painter = load_pipeline(config, split.palette)
-    log(f"ControlNet: {painter.controlnet_folder}")
-    return painter
+    pipeline = load_pipeline(config, split.palette)
+    log(f"ControlNet: {pipeline.controlnet_folder}")
+    return pipeline
 
 
-def generate_once(config: GenerateConfig, painter: Pipeline, log=print) -> Split:
-    """The data set in output_dir, as it stands where it has enough rows, else painted now.
+def generate_once(config: GenerateConfig, pipeline: Pipeline, replace: bool = False, log=print) -> Split:
+    """The data set in output_dir: as it is where it is complete, else generated now.
 
-    UserError if it was painted by other weights, from other masks or with other settings.
+    One that was made with other settings, such as another seed or a ControlNet trained longer, is renamed to
+    NAME-DIGEST first, or deleted where `replace`; one of these settings that was renamed so gets its name back.
     """
-    return read_split(generate_dataset(config, painter, log))
+    folder = Path(config.output_dir)
+    settings = settings_of(config, pipeline, read_controls(config), None)
+    recorded = _recorded(folder, settings)
+    kept = folder.with_name(f"{folder.name}-{_digest(settings)}")
+    if recorded and _digest(recorded) != _digest(settings):
+        io.lock(folder, log, "generates")
+        if replace:
+            shutil.rmtree(folder)
+        else:
+            names = (f"{folder.name}-{_digest(recorded)}{number or ''}" for number in itertools.count())
+            aside = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
+            folder.rename(aside)
+            log(f"{folder} was made with other settings: it is {aside.name} now")
+        io.release()
+    elif recorded:  # moved or copied: the same content at other places
+        io.write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+    if kept.is_dir() and not folder.exists():
+        kept.rename(folder)
+    return read_split(generate_dataset(config, pipeline, log))
 
 
-def generate_floor(config: GenerateConfig, painter: Pipeline, folder: Path, limit: int, log=print) -> Split:
-    """The same as `config`, but painted without being shown the mask: a data set in `folder`."""
-    floor = dataclasses.replace(config, output_dir=str(folder), without_control=True, limit=limit)
-    return generate_once(floor, painter, log)
+def _recorded(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the images in a folder were made with, as far as it is compared with `settings`; none: no images."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file() or not any((folder / "images").rglob("*.png")):
+        return {}
+    recorded = dataclasses.asdict(GenerateConfig()) | json.loads(path.read_text())  # older records lack newer settings
+    return {name: recorded.get(name) for name in settings}
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    """8 hexadecimal digits that change with any setting, but not with the place of a folder."""
+    compared = {name: value for name, value in settings.items() if name not in NAMES_OF_CONTENT}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True, default=str).encode()).hexdigest()[:8]
