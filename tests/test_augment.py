@@ -19,7 +19,7 @@ from segcn.data.transforms import (
     AugmentConfig,
     Draw,
     apply,
-    centre_square,
+    center_square,
     draw,
     matrix,
     to_output,
@@ -332,7 +332,7 @@ def test_fits_keep_what_they_say(size):
     assert torch.equal(stretched, F.resize(image, [48, 48], antialias=True)) and whole.all()
     assert torch.equal(stretched_mask, F.resize(mask, [48, 48], InterpolationMode.NEAREST_EXACT))
     for fit, expected in (("pad", padded_mask), ("stretch", stretched_mask)):
-        assert torch.equal(centre_square(mask, 48, fit), expected)
+        assert torch.equal(center_square(mask, 48, fit), expected)
 
 
 @FEW

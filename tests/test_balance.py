@@ -109,5 +109,5 @@ def test_balance_says_what_it_changes(landscapes, tmp_path):
     split, lines = read_split(landscapes, "train"), []
     repeats = balanced(split, 0.9, tmp_path, ALONE, lines.append)
     assert repeats.max() > 1 and len(repeats) == len(split)
-    assert "12 rows stand" in lines[0] and len(lines) == 8 and "->" in lines[1]
+    assert "12 rows occur" in lines[0] and len(lines) == 8 and "->" in lines[1]
     assert all(len(line) <= 100 for line in lines)

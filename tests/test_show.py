@@ -131,7 +131,7 @@ def test_a_caption_is_told_a_side():
 
 def test_shares_add_up_and_leave_out_the_unlabelled(train):
     shares = visualize.class_shares(train)
-    assert shares.shape == (12, 256) and shares.sum(1) == pytest.approx(1) and (shares[:, 9:] == 0).all()
+    assert shares.shape == (12, train.palette.num_classes) and shares.sum(1) == pytest.approx(1)
     pixels = visualize.augmented_pixels(PairedDataset(train, 64, AUGMENTS["affine"], seed=0))
     assert pixels.shape == (12, train.palette.num_classes) and (pixels.sum(1) <= 64 * 64).all()
     measured = {"before": frequencies(class_pixels(train)), "augmented": frequencies(pixels)}

@@ -101,7 +101,7 @@ def test_a_balanced_run_that_was_cut_ends_with_the_same_bytes(quick, tmp_path, c
     told = {"class_balance": 0.9, "fit": "pad", "augment": "affine,fill=cover,sided_captions=rewrite"}
     whole = train(quick(tmp_path / "whole", **told))
     printed = capsys.readouterr().out
-    assert "Class balance: 12 rows stand" in printed and "of the rows," in printed
+    assert "Class balance: 12 rows occur" in printed and "of the rows," in printed
     train(quick(tmp_path / "cut", **told, max_train_steps=3))
     cut = train(quick(tmp_path / "cut", **told))
     assert weights(cut) == weights(whole) and log_of(cut) == log_of(whole)

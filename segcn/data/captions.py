@@ -1,4 +1,4 @@
-"""Captions: count their words, list classes, tell them otherwise, and mirror them."""
+"""What is done to captions: count their words, list classes in them, change what they say, and mirror them."""
 
 import re
 from collections import Counter
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from segcn.data.masks import count_ids
 from segcn.data.palette import IGNORE, Palette
 
 SEASONS = ("spring", "summer", "autumn", "winter")
@@ -19,34 +20,40 @@ MIRRORED_WORD = re.compile(
     r"(?<![^\W\d_])((?i:top|bottom|upper|lower)?)(left|right|Left|Right|LEFT|RIGHT)"
     r"((?i:most|wards?|hand|handed|side)?)(?![^\W\d_])"
 )
-DULL = {"a", "an", "and", "at", "by", "in", "of", "on", "the", "to", "with"}
+FUNCTION_WORDS = {"a", "an", "and", "at", "by", "in", "of", "on", "the", "to", "with"}
 
 
 def common_words(captions: Iterable[str], count: int = 20) -> list[tuple[str, int]]:
     """The words in most captions, each with the number of captions that hold it; articles and the like left out."""
     counts: Counter[str] = Counter()
     for caption in captions:
-        counts.update(set(re.findall(r"[^\W\d_]+", caption.lower())) - DULL)
+        counts.update(set(re.findall(r"[^\W\d_]+", caption.lower())) - FUNCTION_WORDS)
     return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[:count]
 
 
 def substituted(caption: str, season_turn: int = 2, time_turn: int = 2) -> str:
     """The caption with its season and time of day some places further round; unchanged where it names neither."""
-    caption = SEASON.sub(lambda found: _season(found[1], found[2], season_turn), caption)
-    return TIME.sub(lambda found: _turned(tuple(TIMES.values()), found[0], time_turn), caption)
+
+    def turned(words: Sequence[str], word: str, turn: int) -> str:
+        return words[(words.index(word) + turn) % len(words)]
+
+    def other_season(found: re.Match) -> str:
+        season = turned(SEASONS, found[2], season_turn)
+        return f"{article_of(season)} {season}" if found[1] else season
+
+    return TIME.sub(lambda found: turned([*TIMES.values()], found[0], time_turn), SEASON.sub(other_season, caption))
 
 
 def other_captions(captions: Sequence[str]) -> list[str]:
-    """A different caption for each row: retold, or the next row's where it names no season or time."""
-    told = [substituted(caption) for caption in captions]
-    return [new if new != old else captions[(row + 1) % len(captions)]
-            for row, (old, new) in enumerate(zip(captions, told, strict=True))]  # fmt: skip
+    """A different caption for each row: another season and time, or the next row's where it names neither."""
+    after = [*captions[1:], *captions[:1]]
+    return [new if (new := substituted(old)) != old else following
+            for old, following in zip(captions, after, strict=True)]  # fmt: skip
 
 
 def variations(caption: str, others: Sequence[str], count: int = 4) -> list[str]:
     """The caption and `count` - 1 different ones: each season at another time of day, or else captions of `others`."""
-    told = [substituted(caption, turn, turn) for turn in range(count)]
-    return list(dict.fromkeys([*told, *others]))[:count]
+    return list(dict.fromkeys([*(substituted(caption, turn, turn) for turn in range(count)), *others]))[:count]
 
 
 def listed(names: Sequence[str]) -> str:
@@ -56,10 +63,8 @@ def listed(names: Sequence[str]) -> str:
 
 def classes_of(mask: np.ndarray, palette: Palette) -> str:
     """The names of the classes in a mask, uint8 [H, W], the largest first: "sky, grass and tree"."""
-    pixels = np.bincount(mask.ravel(), minlength=256)
-    pixels[IGNORE] = 0
-    names = {label.id: label.name for label in palette.labels}
-    found = [names[id] for id in np.argsort(-pixels, kind="stable").tolist() if pixels[id]]
+    pixels, names = count_ids(mask), {label.id: label.name for label in palette.labels}
+    found = [names[id] for id in np.argsort(-pixels, kind="stable").tolist() if pixels[id] and id != IGNORE]
     return listed(found or ["nothing labelled"])
 
 
@@ -84,12 +89,3 @@ def mirrored(caption: str) -> str:
 def cannot_be_mirrored(caption: str) -> bool:
     """Whether a word that may say a side is none of those that `mirrored` knows."""
     return says_a_side(MIRRORED_WORD.sub("", caption))
-
-
-def _season(article: str | None, season: str, turn: int) -> str:
-    new = _turned(SEASONS, season, turn)
-    return f"{article_of(new)} {new}" if article else new
-
-
-def _turned(words: Sequence[str], word: str, turn: int) -> str:
-    return words[(words.index(word) + turn) % len(words)]

@@ -1,6 +1,6 @@
 """A row and an epoch in, tensors out: image, control, mask, valid pixels, caption and the original."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +11,13 @@ from torch.utils.data import Dataset
 from segcn.data.captions import mirrored
 from segcn.data.config import FITS
 from segcn.data.masks import colorize, read_mask
-from segcn.data.metadata import Split, read_image
-from segcn.data.palette import Palette
-from segcn.data.transforms import AugmentConfig, Box, Draw, apply, boxes, centre_square, draw
+from segcn.data.metadata import Split, read_row
+from segcn.data.palette import IGNORE, Palette
+from segcn.data.transforms import AugmentConfig, Box, Draw, apply, boxes, center_square, draw
 from segcn.utils import rng
 from segcn.utils.errors import UserError
+
+Augment = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Sample(NamedTuple):
@@ -31,14 +33,29 @@ class Sample(NamedTuple):
 
 
 class PairedDataset(Dataset):
-    """The rows of a split, augmented anew in each epoch; index i is row i % len of epoch i // len."""
+    """The rows of a split, each augmented differently in each epoch; index i is row i % len of epoch i // len.
 
-    def __init__(self, split: Split, resolution: int, augment: AugmentConfig, seed: int, fit: str = "crop"):
+    fit: crop, pad or stretch, how an image that is not square becomes one.
+    function: one of your own, (image, mask, seed) -> (image, mask), that runs after the paired affine. image:
+    uint8 [3, R, R]; mask: uint8 [R, R], 255 where unlabelled or out of frame; seed: an int that depends on (seed,
+    epoch, row) alone. Out of frame its results are not used. UserError where they have another type, shape or class id.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        resolution: int,
+        augment: AugmentConfig,
+        seed: int,
+        fit: str = "crop",
+        function: Augment | None = None,
+    ):
         self.split = split
         self.resolution = resolution
         self.augment = augment
         self.seed = seed
-        self.fit = known_fit(fit)  # crop, pad or stretch: how an image that is not square becomes one
+        self.fit = known_fit(fit)
+        self.function = function
 
     def __len__(self) -> int:
         return len(self.split)
@@ -51,20 +68,27 @@ class PairedDataset(Dataset):
         """The rows of epoch 0."""
         return map(self.__getitem__, range(len(self)))
 
+    @property
+    def still(self) -> bool:
+        """Whether every epoch gives the same images."""
+        return self.augment.still and self.function is None
+
     def sample(self, row: int, epoch: int) -> Sample:
-        """One row as that epoch sees it, the same whenever asked for; UserError if its files do not fit."""
-        original, original_mask = self._read(row)
+        """One row in that epoch, the same in any order and process; UserError if its files do not fit."""
+        pixels, ids = read_row(self.split, row)
+        original = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         drawn = self.draw(row, epoch)
-        image, mask, valid = apply(original, original_mask, drawn, self.resolution)
-        control = to_control(mask[0], self.split.palette) * valid
-        return Sample(
-            to_image(image), control, mask[0], valid[0], self.caption(row, epoch, drawn.flip), original, drawn
-        )
+        image, mask, valid = apply(original, torch.from_numpy(ids)[None], drawn, self.resolution)
+        mask, valid = mask[0], valid[0]
+        if self.function is not None:
+            image, mask = self._changed(image, mask, rng.seed_of("augment function", self.seed, epoch, row))
+            image, mask = image * valid, torch.where(valid, mask, IGNORE)
+        control = to_control(mask, self.split.palette) * valid
+        return Sample(to_image(image), control, mask, valid, self.caption(row, epoch, drawn.flip), original, drawn)
 
     def draw(self, row: int, epoch: int) -> Draw:
         """What is drawn for a row and epoch; whether it may be flipped depends on all captions of the row."""
-        told = "\n".join(self.split[row].captions)
-        return draw(self.augment, self.seed, epoch, row, told, self.fit)
+        return draw(self.augment, self.seed, epoch, row, "\n".join(self.split[row].captions), self.fit)
 
     def caption(self, row: int, epoch: int, flip: bool) -> str:
         """One of the row's captions, by (seed, epoch, row); `flip` says whether its image is mirrored."""
@@ -74,27 +98,29 @@ class PairedDataset(Dataset):
 
     def captions(self) -> Iterator[str]:
         """Every caption that a sample may have, each once."""
-        told: set[str] = set()
+        seen: set[str] = set()
         flips = self.augment.hflip > 0 and self.augment.sided_captions == "rewrite"
         for record in self.split.records:
             for caption in record.captions:
-                for form in {caption: None, mirrored(caption): None} if flips else (caption,):
-                    if form not in told:
-                        told.add(form)
+                for form in (caption, mirrored(caption)) if flips else (caption,):
+                    if form not in seen:
+                        seen.add(form)
                         yield form
 
-    def _read(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 [3, H, W] and uint8 [1, H, W] from the files of a row."""
-        record = self.split[row]
-        where = f"{self.split.metadata}, line {record.line} (row {row})"
-        try:
-            image, mask = read_image(record.image), read_mask(record.mask, self.split.palette)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if image.shape[:2] != mask.shape:
-            expected, found = "{1} x {0}".format(*image.shape), "{1} x {0}".format(*mask.shape)
-            raise UserError(f"{where}: {record.mask}: expected its image's size, {expected}, found {found}")
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)[None]
+    def _changed(self, image: torch.Tensor, mask: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The results of `function`, checked."""
+        assert self.function is not None
+        results = self.function(image.clone(), mask.clone(), seed)
+        where = f"the augmentation {getattr(self.function, '__name__', type(self.function).__name__)}"
+        for found, given, name in zip(results, (image, mask), ("an image", "a mask"), strict=True):
+            if found.dtype != given.dtype or found.shape != given.shape:
+                expected = f"{name}, uint8 {list(given.shape)}"
+                raise UserError(f"{where}: expected {expected}, found {found.dtype} {list(found.shape)}")
+        ids = results[1].unique().numpy()
+        wrong = ids[self.split.palette.class_of_id[ids] != ids].tolist()
+        if wrong:
+            raise UserError(f"{where}: expected class ids of palette.json, or 255, found {', '.join(map(str, wrong))}")
+        return results
 
 
 def read_control_mask(
@@ -112,7 +138,7 @@ def read_framed_mask(
     if resolution is None:
         return mask, Box(0, 0, *mask.shape)
     frame = boxes(Draw(fit=known_fit(fit)), mask.shape, resolution)[1]
-    return centre_square(torch.from_numpy(mask)[None], resolution, fit)[0].numpy(), frame
+    return center_square(torch.from_numpy(mask)[None], resolution, fit)[0].numpy(), frame
 
 
 def known_fit(fit: str) -> str:

@@ -1,4 +1,4 @@
-"""Which files of a data set may be opened: regular ones inside its folder, images of known formats and sane sizes."""
+"""Which files of a data set may be opened (regular ones inside its folder), and images of known formats and sizes."""
 
 import os
 import re
@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, ImageFile
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
 
 from segcn.utils.errors import UserError
 from segcn.utils.paths import MAX_PIXELS, SYMLINKS
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")  # none of them runs a program
 OUTSIDE = re.compile(r"\\|://|^[/~]|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)")
-MANY = 100  # names in a folder before it is listed
+LISTED_AFTER = 100  # names in a folder
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -24,6 +25,7 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+ORIENTATION = 0x0112  # the EXIF tag
 warnings.filterwarnings("ignore", module=r"PIL\.")  # images that it only warns of are refused here
 Image.init()
 READABLE = tuple(name for name in FORMATS if name in Image.OPEN)
@@ -59,14 +61,29 @@ def open_image(path: str | Path, what: str = "image", max_pixels: int = MAX_PIXE
         raise Unreadable(f"{path}: the {what} cannot be read: {reason}", kind) from None
 
 
+def read_image(path: str | Path) -> np.ndarray:
+    """Read a photo upright (by its EXIF orientation), uint8 [H, W, 3]; UserError where it is broken."""
+    with open_image(path) as image:
+        return np.array(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An open photo as RGB, turned by its EXIF orientation."""
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 class Boundary:
     """A data set folder that its rows may not leave."""
 
     def __init__(self, folder: str | Path):
         self.folder = str(folder)
-        self.real = os.path.realpath(folder)
+        self.inside = os.path.realpath(folder).rstrip("/") + "/"
         self.links_allowed = os.environ.get(SYMLINKS, "") == "1"
-        self._asked: Counter[str] = Counter()  # names found in each folder below
+        self._found: Counter[str] = Counter()  # names found in each folder below
         self._listed: dict[str, set[str]] = {}  # the regular files of those folders that many names are in
 
     def problem(self, name: str) -> tuple[str, str] | None:
@@ -79,26 +96,18 @@ class Boundary:
             return None
         if OUTSIDE.search(name):
             return "path", f"expected a path inside the folder, written with /, found {name!r}"
+        path = f"{self.folder}/{name}"
         try:
-            problem = self._look(f"{self.folder}/{name}", name)
-            if problem is None:
-                self._remember(below)
-            return problem
+            mode, real = os.stat(path).st_mode, os.path.realpath(path)
+            if not self.links_allowed and not real.startswith(self.inside):
+                found = f"expected a file inside the folder, found a link to {real} at {name!r}"
+                return "path", f"{found}; copy the file, or allow links by --allow_symlinks"
+            if not stat.S_ISREG(mode):
+                return "path", f"expected a file, found {KINDS.get(stat.S_IFMT(mode), 'something else')} at {name!r}"
+            self._found[below] += 1
+            if self._found[below] == LISTED_AFTER:  # much quicker than a look at each of a million
+                with os.scandir(f"{self.folder}/{below}") as entries:
+                    self._listed[below] = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
         except (OSError, ValueError):
-            return "missing", f"expected a file, found none at {name!r} (looked for {self.folder}/{name})"
-
-    def _look(self, path: str, name: str) -> tuple[str, str] | None:
-        mode, real = os.stat(path).st_mode, os.path.realpath(path)
-        if not self.links_allowed and not real.startswith(self.real.rstrip("/") + "/"):
-            found = f"expected a file inside the folder, found a link to {real} at {name!r}"
-            return "path", f"{found}; copy the file, or allow links by --allow_symlinks"
-        if not stat.S_ISREG(mode):
-            return "path", f"expected a file, found {KINDS.get(stat.S_IFMT(mode), 'something else')} at {name!r}"
+            return "missing", f"expected a file, found none at {name!r} (looked for {path})"
         return None
-
-    def _remember(self, below: str) -> None:
-        """List a folder once it was asked for many names: much quicker than a look at each of a million."""
-        self._asked[below] += 1
-        if self._asked[below] == MANY:
-            with os.scandir(f"{self.folder}/{below}") as entries:
-                self._listed[below] = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}

@@ -40,8 +40,11 @@ class StoredMask:
     @property
     def own_colors(self) -> dict[int, Color]:
         """The color of each value by the file's own palette; empty where that doesn't give each a different one."""
-        own = {value: self.own_palette[3 * value : 3 * value + 3] for value in self.pixels} if self.own_palette else {}
-        return own if len(set(own.values())) == len(own) and all(len(color) == 3 for color in own.values()) else {}
+        if not self.own_palette or 3 * max(self.pixels) + 3 > len(self.own_palette):
+            return {}
+        red, green, blue = (self.own_palette[channel::3] for channel in range(3))
+        own = {value: (red[value], green[value], blue[value]) for value in self.pixels}
+        return own if len(set(own.values())) == len(own) else {}
 
 
 def read_stored_mask(path: str | Path) -> StoredMask:

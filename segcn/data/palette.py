@@ -10,48 +10,67 @@ import numpy as np
 
 from segcn.utils.errors import UserError
 
-# --- labels: The label contract: every class of a data set with its id, name and color.
-
 IGNORE = 255
+FORM = '{"labels": [{"id": 0, "name": "sky", "color": [135, 206, 235]}, ...]}'
 
 
 @dataclass(frozen=True)
 class Label:
-    """One class: its id in the masks, its name, its color in the control image; `ignore`: unlabelled."""
+    """One class: its id in the masks, its name, its color in the control image; `ignore`: unlabelled.
+
+    UserError for what is out of range.
+    """
 
     id: int
     name: str
     color: tuple[int, int, int]
     ignore: bool = False
 
+    def __post_init__(self):
+        if not isinstance(self.ignore, bool):
+            raise UserError(f"label {self.name!r}: expected ignore true or false, found {self.ignore!r}")
+        if not _is_byte(self.id) or self.id > IGNORE - (not self.ignore):
+            raise UserError(
+                f"label {self.name!r}: expected an id from 0 to 254 (at most 255 classes; 255 is unlabelled"
+                f' and needs "ignore": true), found {self.id!r}'
+            )
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise UserError(f"label {self.id}: expected a name, found {self.name!r}")
+        if not isinstance(self.color, tuple) or len(self.color) != 3 or not all(map(_is_byte, self.color)):
+            raise UserError(
+                f"label {self.name!r}: expected a color of three numbers from 0 to 255, found {self.color!r}"
+            )
+
 
 @dataclass(frozen=True)
 class Palette:
-    """Every label of a data set; UserError unless ids, names and colors are each in range and unique."""
+    """Every label of a data set; UserError unless ids, names and colors are unique and there is a class."""
 
     labels: tuple[Label, ...]
 
     def __post_init__(self):
-        if not any(not label.ignore for label in self.labels):
+        if not self.class_names:
             raise UserError("the palette has no class: expected 1 to 255 labels without ignore")
-        for label in self.labels:
-            _check_label(label)
-        for key in ("id", "name"):
-            _check_unique([getattr(label, key) for label in self.labels], key)
         ignored = {label.color for label in self.labels if label.ignore}  # these may share one
-        _check_unique([*(label.color for label in self.labels if not label.ignore), *ignored], "color")
+        colors = [*(label.color for label in self.labels if not label.ignore), *ignored]
+        for key, values in (("id", self.ids), ("name", self.names), ("color", colors)):
+            for value in values:
+                if (count := values.count(value)) > 1:
+                    raise UserError(f"expected a different {key} for every label, found {value!r} {count} times")
 
     @classmethod
     def load(cls, path: str | Path) -> "Palette":
-        """Read palette.json: {"labels": [{"id": 0, "name": "sky", "color": [135, 206, 235]}, ...]}."""
+        """Read palette.json: {"labels": [{"id": 0, "name": "sky", "color": [135, 206, 235]}, ...]}.
+
+        "colour" is read as "color". UserError for another form, and for what a label or a palette refuses.
+        """
         try:
             entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))["labels"]
-            return cls(tuple(_label(entry) for entry in entries))
+            return cls(tuple(map(_label_of, entries)))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            form = '{"labels": [{"id": 0, "name": "sky", "color": [135, 206, 235]}, ...]}'
-            raise UserError(f"{path}: expected {form}, found {type(error).__name__}: {error}") from None
+            raise UserError(f"{path}: expected {FORM}, found {type(error).__name__}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write palette.json, one label a line."""
@@ -99,7 +118,12 @@ class Palette:
         return hashlib.sha256(self._json().encode()).hexdigest()[:16]
 
     def _json(self) -> str:
-        lines = [json.dumps(_entry(label), ensure_ascii=False) for label in self.labels]
+        entries = [
+            {"id": label.id, "name": label.name, "color": list(label.color)}
+            | ({"ignore": True} if label.ignore else {})
+            for label in self.labels
+        ]
+        lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
         return '{"labels": [\n  ' + ",\n  ".join(lines) + "\n]}"
 
 
@@ -115,57 +139,25 @@ def find_palette(folder: str | Path) -> Path:
     )
 
 
-def _label(entry: dict) -> Label:
+def palette_table(palette: Palette) -> str:
+    """Id, name and color of every label, as a Markdown table."""
+    rows = ["| id | name | color |", "|---|---|---|"]
+    for label in palette.labels:
+        name = label.name.replace("|", "\\|") + (" (ignored)" if label.ignore else "")
+        rows.append(f"| {label.id} | {name} | `#{bytes(label.color).hex()}` |")
+    return "\n".join(rows)
+
+
+def _label_of(entry: dict) -> Label:
+    """The label of an entry of palette.json."""
     entry = {"color" if key == "colour" else key: value for key, value in dict(entry).items()}
     unknown = set(entry) - {"id", "name", "color", "ignore"}
     if unknown:
         raise UserError(f"label {entry}: expected the keys id, name, color and ignore, found also {sorted(unknown)}")
     color = entry["color"]
-    return Label(
-        entry["id"],
-        entry["name"],
-        tuple(color) if isinstance(color, list) else color,
-        entry.get("ignore", False),
-    )
-
-
-def _entry(label: Label) -> dict:
-    entry = {"id": label.id, "name": label.name, "color": list(label.color)}
-    return entry | ({"ignore": True} if label.ignore else {})
-
-
-def _check_label(label: Label) -> None:
-    if not isinstance(label.ignore, bool):
-        raise UserError(f"label {label.name!r}: expected ignore true or false, found {label.ignore!r}")
-    highest = IGNORE if label.ignore else IGNORE - 1
-    if not _is_byte(label.id) or label.id > highest:
-        raise UserError(
-            f"label {label.name!r}: expected an id from 0 to 254 (at most 255 classes; 255 is unlabelled"
-            f' and needs "ignore": true), found {label.id!r}'
-        )
-    if not isinstance(label.name, str) or not label.name.strip():
-        raise UserError(f"label {label.id}: expected a name, found {label.name!r}")
-    if not isinstance(label.color, tuple) or len(label.color) != 3 or not all(map(_is_byte, label.color)):
-        raise UserError(f"label {label.name!r}: expected a color of three numbers from 0 to 255, found {label.color!r}")
+    color = tuple(color) if isinstance(color, list) else color
+    return Label(entry["id"], entry["name"], color, entry.get("ignore", False))
 
 
 def _is_byte(value: object) -> bool:
     return type(value) is int and 0 <= value <= 255
-
-
-def _check_unique(values: list, key: str) -> None:
-    for value in values:
-        if values.count(value) > 1:
-            raise UserError(f"expected a different {key} for every label, found {value!r} {values.count(value)} times")
-
-
-# --- modelcard: The model card of a run, README.md in its folder: what it paints from, the data, the training and how good it is.
-
-
-def palette_table(palette: Palette) -> str:
-    """Id, name and color of every label."""
-    rows = ["| id | name | color |", "|---|---|---|"]
-    for label in palette.labels:
-        name = label.name.replace("|", "\\|") + (" (ignored)" if label.ignore else "")
-        rows.append(f"| {label.id} | {name} | `#{''.join(f'{value:02x}' for value in label.color)}` |")
-    return "\n".join(rows)

@@ -1,8 +1,4 @@
-"""Rows with rare classes stand more often: repeat-factor sampling, and the endless stream of rows that it gives.
-
-Gupta, Dollár and Girshick 2019 (LVIS, arXiv:1908.03195): a class that the share f of the rows shows is repeated
-r = max(1, sqrt(threshold / f)) times, and a row as often as its rarest class. A fraction is a chance there; here every
-row starts at its own offset, so that over the epochs it stands exactly r times an epoch, and nothing has to be drawn."""
+"""Which row comes when, and how much each class weighs: repeat-factor sampling, the stream of rows, class weights."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,24 +9,20 @@ import torch
 import torch.nn.functional as F
 
 from segcn.data.masks import count_ids, read_mask
-from segcn.data.metadata import Split
-from segcn.data.palette import IGNORE, Palette
+from segcn.data.metadata import Record, Split
+from segcn.data.palette import Palette
 from segcn.utils import rng
 from segcn.utils.io import write_whole
 
-# --- balance: Rows with rare classes stand more often: repeat-factor sampling, and the endless stream of rows that it gives.
-#
-# Gupta, Dollár and Girshick 2019 (LVIS, arXiv:1908.03195): a class that the share f of the rows shows is repeated
-# r = max(1, sqrt(threshold / f)) times, and a row as often as its rarest class. A fraction is a chance there; here every
-# row starts at its own offset, so that over the epochs it stands exactly r times an epoch, and nothing has to be drawn.
+COUNTED_ROWS = 1000  # masks that are read where an estimate of the class shares is enough
 
 
 class Stream:
     """(visit, row) at every position of the endless stream of rows: each epoch is its own permutation.
 
-    In epoch e row i stands floor((e + 1) r + u) - floor(e r + u) times, u in [0, 1) by (seed, row); its visits are
-    numbered on and on, from floor(e r + u). Without repeats that is once, and the visit is the epoch. The stream does
-    not depend on batch size or processes, and any position is found without going through those before it.
+    With repeats, row i occurs floor((e + 1) r + u) - floor(e r + u) times in epoch e, u in [0, 1) by (seed, row); its
+    visits are numbered on and on, from floor(e r + u). Without repeats it occurs once, and the visit is the epoch. The
+    stream does not depend on batch size or processes, and any position is found without going through those before it.
     """
 
     def __init__(self, rows: int, seed: int, repeats: np.ndarray | None = None):
@@ -41,12 +33,17 @@ class Stream:
         self._keys = np.empty(0, np.int64), np.empty(0, np.int64)  # their visits and rows
 
     def start(self, epoch: int) -> int:
-        """The position at which an epoch starts: how many rows stand in those before it."""
+        """The position at which an epoch starts: how many rows are in those before it."""
         return epoch * self.rows if self.repeats is None else int(self._visits(epoch).sum())
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         if position not in self._span:
-            self._open(self._epoch_of(position))
+            epoch = int(position / (self.rows if self.repeats is None else self.repeats.sum()))
+            while self.start(epoch) > position:  # the guess is at most a few off
+                epoch -= 1
+            while self.start(epoch + 1) <= position:
+                epoch += 1
+            self._open(epoch)
         visits, rows = self._keys
         place = position - self._span.start
         return int(visits[place]), int(rows[place])
@@ -55,15 +52,6 @@ class Stream:
         """The number of visits of each row before an epoch, int64 [N]; where rows are repeated."""
         assert self.repeats is not None
         return np.floor(epoch * self.repeats + self._offsets).astype(np.int64)
-
-    def _epoch_of(self, position: int) -> int:
-        """The epoch that holds a position; the guess is at most a few off."""
-        epoch = int(position / (self.rows if self.repeats is None else self.repeats.sum()))
-        while self.start(epoch) > position:
-            epoch -= 1
-        while self.start(epoch + 1) <= position:
-            epoch += 1
-        return epoch
 
     def _open(self, epoch: int) -> None:
         """Put the rows of an epoch in order."""
@@ -79,14 +67,11 @@ class Stream:
         self._keys = visits[order], rows[order]
 
 
-COUNTED_ROWS = 1000  # masks that are read where an estimate of the class shares is enough
-
-
 def class_pixels(split: Split) -> np.ndarray:
-    """How many pixels of each class each mask shows, uint32 [N, classes]; unlabelled ones are left out."""
-    classes = min(split.palette.num_classes, IGNORE)
+    """How many pixels of each class each mask shows, uint32 [N, K]; unlabelled ones are left out."""
+    classes = split.palette.num_classes
 
-    def counted(record) -> np.ndarray:
+    def counted(record: Record) -> np.ndarray:
         return count_ids(read_mask(record.mask, split.palette))[:classes].astype(np.uint32)
 
     pixels = np.empty((len(split), classes), np.uint32)
@@ -101,15 +86,26 @@ def read_class_pixels(split: Split, folder: Path, accelerator) -> np.ndarray:
     path = folder / f"class_pixels-{split.fingerprint}-{len(split)}.npy"
     if accelerator.is_main_process and not path.is_file():
         pixels = class_pixels(split)
-        write_whole(path, lambda aside: np.save(aside, pixels))
+        write_whole(path, lambda file: np.save(file, pixels))
     accelerator.wait_for_everyone()
     return np.load(path, mmap_mode="r")
 
 
-def repeat_factors(pixels: np.ndarray, threshold: float) -> np.ndarray:
-    """How often each row stands in an epoch, float64 [N], at least 1: as often as its rarest class asks for.
+def frequencies(pixels: np.ndarray, repeats: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Of each class the share of the rows that show it and its share of the labelled pixels, [K] each."""
+    weights = np.ones(len(pixels)) if repeats is None else repeats
+    area = weights @ pixels
+    return weights @ (pixels > 0) / weights.sum(), area / max(1, area.sum())
 
-    pixels: [N, classes]; threshold: classes that a smaller share of the rows shows are repeated.
+
+def repeat_factors(pixels: np.ndarray, threshold: float) -> np.ndarray:
+    """How often each row occurs in an epoch, float64 [N], at least 1: as often as its rarest class asks for.
+
+    A class that the share f of the rows shows is repeated max(1, sqrt(threshold / f)) times (Gupta, Dollár and Girshick
+    2019, LVIS, arXiv:1908.03195). There a fraction is a chance; in a `Stream` every row has an offset of its own, so
+    that over the epochs it occurs exactly so often.
+
+    pixels: [N, K]; threshold: classes that a smaller share of the rows shows are repeated.
     """
     shows = pixels > 0
     share = shows.mean(axis=0)
@@ -117,15 +113,8 @@ def repeat_factors(pixels: np.ndarray, threshold: float) -> np.ndarray:
     return np.where(shows, of_class, 1.0).max(axis=1, initial=1.0)
 
 
-def frequencies(pixels: np.ndarray, repeats: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Of each class the share of the rows that show it and its share of the labelled pixels, [classes] each."""
-    weights = np.ones(len(pixels)) if repeats is None else repeats
-    area = weights @ pixels
-    return weights @ (pixels > 0) / weights.sum(), area / max(1, area.sum())
-
-
 def balanced(split: Split, threshold: float, folder: Path, accelerator, log: Callable[[str], None]) -> np.ndarray:
-    """The repeat factors of a split's rows, float64 [N]; says what they change."""
+    """The repeat factors of a split's rows, float64 [N]; logs what they change."""
     pixels = read_class_pixels(split, folder, accelerator)
     repeats = repeat_factors(pixels, threshold)
     for line in balance_lines(split.palette, pixels, repeats):
@@ -135,17 +124,15 @@ def balanced(split: Split, threshold: float, folder: Path, accelerator, log: Cal
 
 def balance_lines(palette: Palette, pixels: np.ndarray, repeats: np.ndarray, most: int = 6) -> list[str]:
     """What the repeats change, in a few lines: the classes that the fewest rows show."""
-    stand = f"{len(pixels)} rows stand {repeats.sum():.0f} times an epoch, the rarest {repeats.max():.1f} times"
-    lines = [f"Class balance: {stand}."]
+    times = f"{repeats.sum():.0f} times an epoch in all, the rarest {repeats.max():.1f} times"
+    lines = [f"Class balance: {len(pixels)} rows occur {times}."]
     before, after = frequencies(pixels), frequencies(pixels, repeats)
     labels = sorted((label for label in palette.labels if not label.ignore), key=lambda label: before[0][label.id])
     for label in labels[:most]:
-        rows, area = ((was[label.id], now[label.id]) for was, now in zip(before, after, strict=True))
+        rows, area = ((old[label.id], new[label.id]) for old, new in zip(before, after, strict=True))
         change = "in {:.1%} -> {:.1%} of the rows, {:.2%} -> {:.2%} of the pixels".format(*rows, *area)
         lines.append(f"  {label.name}: {change}")
-    if len(labels) > most:
-        lines.append(f"  and {len(labels) - most} commoner classes")
-    return lines
+    return lines + ([f"  and {len(labels) - most} more frequent classes"] if len(labels) > most else [])
 
 
 def class_weights(pixels: np.ndarray, exponent: float = 0.5) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Where a draw puts each pixel: numbers alone, so that an image can be held against them.
+"""Paired augmentation: drawn once for a (seed, epoch, row), applied to image and mask alike, and its geometry in numbers.
 
-Points are (x, y) in pixels; the centre of pixel k lies at k, so that an image of width W ends at -0.5 and W - 0.5."""
+Points are (x, y) in pixels; the center of pixel k lies at k, so that an image of width W ends at -0.5 and W - 0.5.
+"""
 
 import math
 from collections.abc import Sequence
@@ -17,9 +18,81 @@ from segcn.data.palette import IGNORE
 from segcn.utils import rng
 from segcn.utils.errors import UserError
 
-# --- geometry: Where a draw puts each pixel: numbers alone, so that an image can be held against them.
-#
-# Points are (x, y) in pixels; the centre of pixel k lies at k, so that an image of width W ends at -0.5 and W - 0.5.
+BOUNDS = {  # of each number; above these a draw means nothing
+    "degrees": (0, 180), "translate": (0, 1), "scale_min": (0.01, 100), "scale_max": (0.01, 100), "shear": (0, 80),
+    "hflip": (0, 1), "crop_min": (0.01, 1), "crop_shift": (0, 1), "brightness": (0, 1), "contrast": (0, 1),
+    "saturation": (0, 1), "hue": (0, 0.5),
+}  # fmt: skip
+WORDS = {"fill": ("ignore", "cover"), "sided_captions": ("skip", "rewrite")}
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How far each parameter may be drawn from the one that changes nothing."""
+
+    degrees: float = 10.0  # rotation in [-degrees, degrees]
+    translate: float = 0.1  # shift along either axis, a fraction of the side
+    scale_min: float = 0.9
+    scale_max: float = 1.2
+    shear: float = 5.0  # degrees along either axis
+    hflip: float = 0.5  # probability; what becomes of captions that say left or right: sided_captions
+    crop_min: float = 1.0  # smallest side of the crop, a fraction of the largest one
+    crop_shift: float = 1.0  # how much of the room around the crop it may move in; 0 keeps it centered
+    brightness: float = 0.1  # factors in [1 - x, 1 + x]
+    contrast: float = 0.1
+    saturation: float = 0.1
+    hue: float = 0.0  # a fraction of the color circle, at most 0.5
+    fill: str = "ignore"  # what leaves the frame: ignore takes it out of the loss; cover scales up until nothing does
+    sided_captions: str = "skip"  # captions that say left or right: skip never flips them; rewrite swaps the words
+
+    def __post_init__(self):
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"augmentation: {name}: expected {low} to {high}, found {value}")
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                raise UserError(f"augmentation: {name}: expected {' or '.join(words)}, found {getattr(self, name)!r}")
+        if self.scale_min > self.scale_max:
+            raise UserError(f"augmentation: expected scale_min <= scale_max, found {self.scale_min}, {self.scale_max}")
+
+    @classmethod
+    def none(cls) -> "AugmentConfig":
+        """The configuration whose every draw is the plain, centered resize."""
+        return cls(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+    @classmethod
+    def parse(cls, text: str) -> "AugmentConfig":
+        """Read `affine` or `none`, and changes to it: `affine,degrees=20,fill=cover`. UserError lists the fields."""
+        defaults = {field.name: field.default for field in fields(cls)}
+        start, *changes = [part.strip() for part in text.split(",")]
+        try:
+            if start not in AUGMENTS:
+                raise UserError(f"expected {' or '.join(AUGMENTS)} first, found {start!r}")
+            changed: dict[str, Any] = {}
+            for change in changes:
+                name, equals, value = (part.strip() for part in change.partition("="))
+                if not equals or name not in defaults:
+                    raise UserError(f"unknown {change!r}; expected a field and its value, as name=value")
+                try:
+                    changed[name] = value if name in WORDS else float(value)
+                except ValueError:
+                    raise UserError(f"{name}: expected a number, found {value!r}") from None
+            return replace(AUGMENTS[start], **changed)
+        except UserError as error:
+            listed = ", ".join(f"{name}={value}" for name, value in defaults.items())
+            wrong = str(error).removeprefix("augmentation: ")
+            example = "As in affine,degrees=20,fill=cover; the fields of affine"
+            raise UserError(f"--augment: {wrong}.\n  {example}: {listed}") from None
+
+    @property
+    def still(self) -> bool:
+        """Whether every epoch draws the same."""
+        words: dict[str, Any] = {name: known[0] for name, known in WORDS.items()}
+        return replace(self, **words) == AugmentConfig.none()
+
+
+AUGMENTS = {"affine": AugmentConfig(), "none": AugmentConfig.none()}
 
 
 @dataclass(frozen=True)
@@ -49,6 +122,11 @@ class Draw:
         """The inverse of `to_dict`, also after a journey through JSON."""
         return cls(**values | {"crop": tuple(values["crop"])})
 
+    def affine(self, resolution: int) -> tuple[float, list[float], float, list[float]]:
+        """Angle, shifts in pixels, scale and shears: what torchvision's `affine` takes."""
+        shifts = [self.translate_x * resolution, self.translate_y * resolution]
+        return self.angle, shifts, self.scale, [self.shear_x, self.shear_y]
+
 
 class Box(NamedTuple):
     """A rectangle of whole pixels, in the order of torchvision's crops."""
@@ -67,179 +145,17 @@ class Box(NamedTuple):
         return pixels[self.top : self.top + self.height, self.left : self.left + self.width]
 
 
-def boxes(draw: Draw, size: Sequence[int], resolution: int) -> tuple[Box, Box]:
-    """What is cut out of an image of `size` (height, width), and where in the square of R x R it is put.
-
-    crop: a square of the short side, to the whole square; stretch: all, to the whole square; pad: all, to its middle.
-    A drawn crop makes the first smaller.
-    """
-    drawn_top, drawn_left, share = draw.crop
-    if draw.fit == "stretch":
-        sides = tuple(max(1, round(share * side)) for side in size)
-    else:
-        sides = (max(1, round(share * (min(size) if draw.fit == "crop" else max(size)))),) * 2
-    height, width = (min(whole, side) for whole, side in zip(size, sides, strict=True))
-    source = Box(round(drawn_top * (size[0] - height)), round(drawn_left * (size[1] - width)), height, width)
-    down, across = (max(1, round(resolution * cut / side)) for cut, side in zip(source[2:], sides, strict=True))
-    return source, Box((resolution - down) // 2, (resolution - across) // 2, down, across)
-
-
-def matrix(draw: Draw, resolution: int) -> np.ndarray:
-    """The 3 x 3 float64 matrix that takes points of the square input to the output, flip included."""
-    middle = (resolution - 1) / 2
-    placed = np.eye(3)
-    placed[:2, :2] = _linear(draw)
-    placed[:2, 2] = middle + resolution * _shift(draw) - placed[:2, :2] @ (middle, middle)
-    mirror = np.array([[-1.0, 0, resolution - 1], [0, 1, 0], [0, 0, 1]])
-    return placed @ mirror if draw.flip else placed
-
-
-def source_matrix(draw: Draw, size: tuple[int, int], resolution: int) -> np.ndarray:
-    """The 3 x 3 matrix that takes points of an image of `size` (height, width) to the output: cut, fit, transform."""
-    source, target = boxes(draw, size, resolution)
-    across, down = target.width / source.width, target.height / source.height
-    fitted = np.array(
-        [
-            [across, 0, (0.5 - source.left) * across + target.left - 0.5],
-            [0, down, (0.5 - source.top) * down + target.top - 0.5],
-            [0, 0, 1],
-        ]
-    )
-    return matrix(draw, resolution) @ fitted
-
-
-def to_output(points: np.ndarray, draw: Draw, size: tuple[int, int], resolution: int) -> np.ndarray:
-    """Where points [..., 2] of an image of `size` (height, width) land in the output of R x R."""
-    return _moved(points, source_matrix(draw, size, resolution))
-
-
-def to_source(points: np.ndarray, draw: Draw, size: tuple[int, int], resolution: int) -> np.ndarray:
-    """Where points [..., 2] of the output come from: the inverse of `to_output`."""
-    return _moved(points, np.linalg.inv(source_matrix(draw, size, resolution)))
-
-
-def covering_scale(draw: Draw) -> float:
-    """The least scale at which the moved square still covers the whole output.
-
-    The output's corners, taken back by the inverse at scale 1, must lie in the square blown up by the scale; between
-    them nothing can stick out, as both are convex.
-    """
-    corners = np.array([(x, y) for x in (-0.5, 0.5) for y in (-0.5, 0.5)]) - _shift(draw)
-    return 2 * np.abs(np.linalg.solve(_linear(replace(draw, scale=1.0)), corners.T)).max().item()
-
-
-def _linear(draw: Draw) -> np.ndarray:
-    """Scale times rotation times shear along y times shear along x, as torchvision documents `affine`."""
-    angle, shear_x, shear_y = map(math.radians, (draw.angle, draw.shear_x, draw.shear_y))
-    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    down, along = np.array([[1, 0], [-math.tan(shear_y), 1]]), np.array([[1, -math.tan(shear_x)], [0, 1]])
-    return draw.scale * rotation @ down @ along
-
-
-def _shift(draw: Draw) -> np.ndarray:
-    return np.array([draw.translate_x, draw.translate_y])
-
-
-def _moved(points: np.ndarray, by: np.ndarray) -> np.ndarray:
-    return np.asarray(points, np.float64) @ by[:2, :2].T + by[:2, 2]
-
-
-# --- augment: Paired augmentation: drawn once for a (seed, epoch, row), applied to image and mask alike.
-
-BOUNDS = {  # of each number; above these a draw means nothing
-    "degrees": (0, 180), "translate": (0, 1), "scale_min": (0.01, 100), "scale_max": (0.01, 100), "shear": (0, 80),
-    "hflip": (0, 1), "crop_min": (0.01, 1), "crop_shift": (0, 1), "brightness": (0, 1), "contrast": (0, 1),
-    "saturation": (0, 1), "hue": (0, 0.5),
-}  # fmt: skip
-WORDS = {"fill": ("ignore", "cover"), "sided_captions": ("skip", "rewrite")}
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """How far each parameter may be drawn from the one that changes nothing."""
-
-    degrees: float = 10.0  # rotation in [-degrees, degrees]
-    translate: float = 0.1  # shift along either axis, a fraction of the side
-    scale_min: float = 0.9
-    scale_max: float = 1.2
-    shear: float = 5.0  # degrees along either axis
-    hflip: float = 0.5  # probability; what becomes of captions that say left or right: sided_captions
-    crop_min: float = 1.0  # smallest side of the crop, a fraction of the largest one
-    crop_shift: float = 1.0  # how much of the room around the crop it may move in; 0 keeps it centred
-    brightness: float = 0.1  # factors in [1 - x, 1 + x]
-    contrast: float = 0.1
-    saturation: float = 0.1
-    hue: float = 0.0  # a fraction of the color circle, at most 0.5
-    fill: str = "ignore"  # what leaves the frame: ignore takes it out of the loss; cover scales up until nothing does
-    sided_captions: str = "skip"  # captions that say left or right: skip never flips them; rewrite swaps the words
-
-    def __post_init__(self):
-        for name, (low, high) in BOUNDS.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"augmentation: {name}: expected {low} to {high}, found {value}")
-        for name, words in WORDS.items():
-            if getattr(self, name) not in words:
-                raise UserError(f"augmentation: {name}: expected {' or '.join(words)}, found {getattr(self, name)!r}")
-        if self.scale_min > self.scale_max:
-            raise UserError(f"augmentation: expected scale_min <= scale_max, found {self.scale_min}, {self.scale_max}")
-
-    @classmethod
-    def none(cls) -> "AugmentConfig":
-        """The configuration whose every draw is the plain, centred resize."""
-        return cls(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-
-    @classmethod
-    def parse(cls, text: str) -> "AugmentConfig":
-        """Read `affine` or `none`, and changes to it: `affine,degrees=20,fill=cover`. UserError lists the fields."""
-        start, *changes = [part.strip() for part in text.split(",")]
-        if start not in AUGMENTS:
-            raise _unread(f"expected {' or '.join(AUGMENTS)} first, found {start!r}")
-        changed: dict[str, Any] = dict(map(_read_change, changes))
-        try:
-            return replace(AUGMENTS[start], **changed)
-        except UserError as error:
-            raise _unread(str(error).removeprefix("augmentation: ")) from None
-
-    @property
-    def still(self) -> bool:
-        """Whether every epoch draws the same."""
-        words: dict[str, Any] = {name: known[0] for name, known in WORDS.items()}
-        return replace(self, **words) == AugmentConfig.none()
-
-
-def _read_change(change: str) -> tuple[str, float | str]:
-    """One `name=value`."""
-    name, equals, value = (part.strip() for part in change.partition("="))
-    if not equals or name not in {field.name for field in fields(AugmentConfig)}:
-        raise _unread(f"unknown {change!r}; expected a field and its value, as name=value")
-    if name in WORDS:
-        return name, value
-    try:
-        return name, float(value)
-    except ValueError:
-        raise _unread(f"{name}: expected a number, found {value!r}") from None
-
-
-def _unread(what: str) -> UserError:
-    listed = ", ".join(f"{field.name}={field.default}" for field in fields(AugmentConfig))
-    return UserError(f"--augment: {what}.\n  As in affine,degrees=20,fill=cover; the fields of affine: {listed}")
-
-
-AUGMENTS = {"affine": AugmentConfig(), "none": AugmentConfig.none()}
-
-
 def draw(config: AugmentConfig, seed: int, epoch: int, row: int, caption: str = "", fit: str = "crop") -> Draw:
     """The parameters of one sample, by the arguments alone.
 
-    caption: all that is told of the row; where it says left or right, `config.sided_captions` decides on flips.
+    caption: all captions of the row; where they say left or right, `config.sided_captions` decides on flips.
     """
 
     def between(name: str, low: float, high: float) -> float:
         return rng.between(low, high, "augment", seed, epoch, row, name)
 
-    def around(name: str, centre: float, reach: float) -> float:
-        return between(name, centre - reach, centre + reach)
+    def around(name: str, middle: float, reach: float) -> float:
+        return between(name, middle - reach, middle + reach)
 
     keeps_sides = cannot_be_mirrored if config.sided_captions == "rewrite" else says_a_side
     top, left = (around(name, 0.5, config.crop_shift / 2) for name in ("crop_top", "crop_left"))
@@ -264,7 +180,7 @@ def draw(config: AugmentConfig, seed: int, epoch: int, row: int, caption: str = 
 def apply(
     image: torch.Tensor, mask: torch.Tensor, draw: Draw, resolution: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cut, resize and transform a pair by the same numbers; `geometry.to_output` says where each pixel goes.
+    """Cut, resize and transform a pair by the same numbers; `to_output` says where each pixel goes.
 
     image: uint8 [3, H, W] -> uint8 [3, R, R], bilinear with antialias
     mask: uint8 [1, H, W] -> uint8 [1, R, R], NEAREST
@@ -273,56 +189,104 @@ def apply(
     """
     if image.shape[-2:] != mask.shape[-2:]:
         raise ValueError(f"expected one size, found {list(image.shape)} and {list(mask.shape)}")
-    image = _color(_squared(image, draw, resolution, InterpolationMode.BILINEAR), draw)
-    pair = _squared_mask(mask, draw, resolution)
+    image = _to_square(image, draw, resolution, InterpolationMode.BILINEAR, padding_mode="edge")
+    pair = torch.cat([mask, torch.ones_like(mask)])  # class ids, and 1 where there is image
+    pair = _to_square(pair, draw, resolution, InterpolationMode.NEAREST_EXACT, fill=[IGNORE, 0])
+
+    # Color comes before the frame moves, so that black corners do not weigh in the contrast's mean.
+    for adjust, amount, unchanged in (
+        (F.adjust_brightness, draw.brightness, 1),
+        (F.adjust_contrast, draw.contrast, 1),
+        (F.adjust_saturation, draw.saturation, 1),
+        (F.adjust_hue, draw.hue, 0),
+    ):
+        image = adjust(image, amount) if amount != unchanged else image
     if draw.flip:
         image, pair = F.horizontal_flip(image), F.horizontal_flip(pair)
-    image, pair = _affine(image, pair, draw)
+    if draw.affine(resolution) != Draw().affine(resolution):
+        edged = F.pad(image, [1], padding_mode="edge")  # so that no black is blended into pixels that are in frame
+        image = F.affine(edged, *draw.affine(resolution), InterpolationMode.BILINEAR, fill=0)[..., 1:-1, 1:-1]
+        pair = F.affine(pair, *draw.affine(resolution), InterpolationMode.NEAREST, fill=[IGNORE, 0])
     valid = pair[1:].bool()
-    return (image if valid.all() else image * valid), pair[:1], valid
+    return image * valid, pair[:1], valid
 
 
-def centre_square(mask: torch.Tensor, resolution: int, fit: str = "crop") -> torch.Tensor:
+def center_square(mask: torch.Tensor, resolution: int, fit: str = "crop") -> torch.Tensor:
     """What `apply` leaves of a mask that is not augmented: uint8 [1, H, W] -> uint8 [1, R, R]."""
-    return _squared_mask(mask, Draw(fit=fit), resolution)[:1]
+    return _to_square(mask, Draw(fit=fit), resolution, InterpolationMode.NEAREST_EXACT, fill=IGNORE)
 
 
-def _squared_mask(mask: torch.Tensor, draw: Draw, resolution: int) -> torch.Tensor:
-    """The mask in its square, 255 where there is no image, and below it 1 in the image, else 0: uint8 [2, R, R]."""
-    ids = _squared(mask, draw, resolution, InterpolationMode.NEAREST_EXACT)
-    frame = boxes(draw, mask.shape[-2:], resolution)[1]
-    if frame[2:] == (resolution, resolution):
-        return torch.cat([ids, torch.ones_like(ids)])
-    pair = torch.stack([torch.full_like(ids[0], IGNORE), torch.zeros_like(ids[0])])
-    frame.cut(pair)[:] = torch.cat([frame.cut(ids), torch.ones_like(frame.cut(ids))])
-    return pair
-
-
-def _squared(image: torch.Tensor, draw: Draw, resolution: int, interpolation: InterpolationMode) -> torch.Tensor:
-    """Cut, resized and put in the middle of the square, whose border repeats the image's: [C, H, W] -> [C, R, R]."""
-    source, frame = boxes(draw, tuple(image.shape[-2:]), resolution)
+def _to_square(image: torch.Tensor, draw: Draw, resolution: int, interpolation, **padding) -> torch.Tensor:
+    """Cut, resized and put in the middle of the square: [C, H, W] -> [C, R, R]; padding: what F.pad puts around it."""
+    source, frame = boxes(draw, image.shape[-2:], resolution)
     resized = F.resized_crop(image, *source, [frame.height, frame.width], interpolation, antialias=True)
-    if frame[2:] == (resolution, resolution):
+    if resized.shape[-2:] == (resolution, resolution):
         return resized
     right, bottom = resolution - frame.left - frame.width, resolution - frame.top - frame.height
-    return F.pad(resized, [frame.left, frame.top, right, bottom], padding_mode="edge")
+    return F.pad(resized, [frame.left, frame.top, right, bottom], **padding)
 
 
-def _color(image: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """Before the frame moves, so that black corners do not weigh in the contrast's mean."""
-    image = F.adjust_brightness(image, draw.brightness) if draw.brightness != 1 else image
-    image = F.adjust_contrast(image, draw.contrast) if draw.contrast != 1 else image
-    image = F.adjust_saturation(image, draw.saturation) if draw.saturation != 1 else image
-    return F.adjust_hue(image, draw.hue) if draw.hue != 0 else image
+# --- Where a draw puts each pixel: numbers alone, so that an image can be held against them
 
 
-def _affine(image: torch.Tensor, pair: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate, shift, scale and shear about the centre; image and mask by the same matrix."""
-    shears = [draw.shear_x, draw.shear_y]
-    shifts = [draw.translate_x * pair.shape[-1], draw.translate_y * pair.shape[-2]]
-    if (draw.angle, *shifts, draw.scale, *shears) == (0, 0, 0, 1, 0, 0):
-        return image, pair
-    placed = (draw.angle, shifts, draw.scale, shears)
-    edged = F.pad(image, [1], padding_mode="edge")  # so that no black is blended into pixels that are in frame
-    image = F.affine(edged, *placed, InterpolationMode.BILINEAR, fill=0)[..., 1:-1, 1:-1]
-    return image, F.affine(pair, *placed, InterpolationMode.NEAREST, fill=[IGNORE, 0])
+def boxes(draw: Draw, size: Sequence[int], resolution: int) -> tuple[Box, Box]:
+    """What is cut out of an image of `size` (height, width), and where in the square of R x R it is put.
+
+    crop: a square of the short side, to the whole square; stretch: all, to the whole square; pad: all, to its middle.
+    A drawn crop makes the first smaller.
+    """
+    drawn_top, drawn_left, share = draw.crop
+    side = min(size) if draw.fit == "crop" else max(size)
+    whole = [max(1, round(share * side)) for side in (size if draw.fit == "stretch" else (side, side))]
+    height, width = (min(*pair) for pair in zip(size, whole, strict=True))
+    source = Box(round(drawn_top * (size[0] - height)), round(drawn_left * (size[1] - width)), height, width)
+    down, across = (max(1, round(resolution * cut / side)) for cut, side in zip((height, width), whole, strict=True))
+    return source, Box((resolution - down) // 2, (resolution - across) // 2, down, across)
+
+
+def matrix(draw: Draw, resolution: int) -> np.ndarray:
+    """The 3 x 3 float64 matrix that takes points of the square input to the output, flip included."""
+    middle, shift = (resolution - 1) / 2, np.array([draw.translate_x, draw.translate_y])
+    placed = np.eye(3)
+    placed[:2, :2] = _linear(draw)
+    placed[:2, 2] = middle + resolution * shift - placed[:2, :2] @ (middle, middle)
+    mirror = np.array([[-1.0, 0, resolution - 1], [0, 1, 0], [0, 0, 1]])
+    return placed @ mirror if draw.flip else placed
+
+
+def source_matrix(draw: Draw, size: tuple[int, int], resolution: int) -> np.ndarray:
+    """The 3 x 3 matrix that takes points of an image of `size` (height, width) to the output: cut, fit, transform."""
+    source, target = boxes(draw, size, resolution)
+    across, down = target.width / source.width, target.height / source.height
+    left, top = (0.5 - source.left) * across + target.left - 0.5, (0.5 - source.top) * down + target.top - 0.5
+    return matrix(draw, resolution) @ np.array([[across, 0, left], [0, down, top], [0, 0, 1]])
+
+
+def to_output(points: np.ndarray, draw: Draw, size: tuple[int, int], resolution: int) -> np.ndarray:
+    """Where points [..., 2] of an image of `size` (height, width) land in the output of R x R."""
+    by = source_matrix(draw, size, resolution)
+    return np.asarray(points, np.float64) @ by[:2, :2].T + by[:2, 2]
+
+
+def to_source(points: np.ndarray, draw: Draw, size: tuple[int, int], resolution: int) -> np.ndarray:
+    """Where points [..., 2] of the output come from: the inverse of `to_output`."""
+    by = np.linalg.inv(source_matrix(draw, size, resolution))
+    return np.asarray(points, np.float64) @ by[:2, :2].T + by[:2, 2]
+
+
+def covering_scale(draw: Draw) -> float:
+    """The least scale at which the moved square still covers the whole output.
+
+    The output's corners, taken back by the inverse at scale 1, must lie in the square blown up by the scale; between
+    them nothing can stick out, as both are convex.
+    """
+    corners = np.array([(x, y) for x in (-0.5, 0.5) for y in (-0.5, 0.5)]) - [draw.translate_x, draw.translate_y]
+    return 2 * np.abs(np.linalg.solve(_linear(replace(draw, scale=1.0)), corners.T)).max().item()
+
+
+def _linear(draw: Draw) -> np.ndarray:
+    """Scale times rotation times shear along y times shear along x, as torchvision documents `affine`."""
+    angle, shear_x, shear_y = map(math.radians, (draw.angle, draw.shear_x, draw.shear_y))
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    down, along = np.array([[1, 0], [-math.tan(shear_y), 1]]), np.array([[1, -math.tan(shear_x)], [0, 1]])
+    return draw.scale * rotation @ down @ along

@@ -7,6 +7,7 @@ cache at once write the same files."""
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -187,6 +188,7 @@ def cache_root(config: TrainConfig) -> Path:
 def cache_key(dataset: PairedDataset, encoders: str) -> str:
     """16 hexadecimal digits that change with data, augmentation, seed, resolution, fit or encoders, not with K."""
     settings = [dataclasses.asdict(dataset.augment), dataset.seed, dataset.resolution, dataset.fit]
+    settings += [inspect.getsource(dataset.function)] if dataset.function else []
     parts = [VERSION, dataset.split.fingerprint, len(dataset), *settings, encoders]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -225,7 +227,7 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
     visits, texts = seen * accelerator.num_processes / len(dataset), layout.text_bytes(len(captions_of(dataset)))
     found = [0]
     if accelerator.is_main_process:
-        asked, budget = 1 if dataset.augment.still else asked, config.cache_budget_gb * 1e9
+        asked, budget = 1 if dataset.still else asked, config.cache_budget_gb * 1e9
         space = free_bytes(folder), existing_bytes(folder)
         found[0] = resolve_draws(asked, visits, layout.draw_bytes, texts, budget, *space)
     draws = broadcast_object_list(found)[0]

@@ -229,7 +229,7 @@ def whole_run(run: Run, config: TrainConfig, shown: Trial) -> list[str]:
     if run.examples.cache is not None:
         visits = steps * config.train_batch_size * config.gradient_accumulation_steps * processes / len(split)
         draw_bytes = dataclasses.replace(run.examples.cache.layout, rows=len(split)).draw_bytes
-        asked = 1 if run.examples.dataset.augment.still else config.cache_draws
+        asked = 1 if run.examples.dataset.still else config.cache_draws
         free, limit = latent_cache.free_bytes(cache_root(config)), config.cache_budget_gb * 1e9
         images = len(split) * latent_cache.resolve_draws(asked, visits, draw_bytes, 0, limit, free)
         pace = len(run.split) / run.cache_seconds

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from segcn.data.files import Unreadable, open_image
+from segcn.data.files import ORIENTATION, Unreadable, open_image, read_image, upright
 from segcn.data.masks import LOSSY, count_ids, read_mask
-from segcn.data.metadata import ORIENTATION, read_image, upright
 from segcn.data.palette import Palette
 from segcn.utils.errors import UserError
 from segcn.utils.progress import Progress
