@@ -19,6 +19,7 @@ from segcn.data.transforms import AUGMENTS, AugmentConfig, Draw, apply, draw
 from segcn.models.base import encode_text, load_base
 from segcn.train import latent_cache
 from segcn.train.batches import Examples, Plan
+from segcn.utils import rng
 from segcn.utils.errors import UserError
 from segcn.utils.paths import ROOT
 
@@ -281,3 +282,39 @@ def test_the_draw_of_a_sample_replays_it(split):
     image, mask, valid = apply(sample.original, mask, again, 16)
     assert torch.equal(to_image(image), sample.image) and torch.equal(mask[0], sample.mask)
     assert torch.equal(valid[0], sample.valid)
+
+
+def darken_and_erase(image, mask, seed):
+    """A researcher's augmentation: it darkens the image, and takes the label from a row of pixels that the seed says."""
+    mask = mask.clone()
+    mask[seed % len(mask)] = IGNORE
+    return image // 2, mask
+
+
+def test_a_function_of_ones_own_runs_after_the_paired_affine(split):
+    plain, own = PairedDataset(split, 16, SPUN, 3), PairedDataset(split, 16, SPUN, 3, function=darken_and_erase)
+    assert not own.still and not PairedDataset(split, 16, AUGMENTS["none"], 3, function=darken_and_erase).still
+    seeds = set()
+    for row, epoch in ((0, 0), (1, 0), (0, 1), (2, 5)):
+        expected, sample = plain.sample(row, epoch), own.sample(row, epoch)
+        seed = rng.seed_of("augment function", 3, epoch, row)
+        assert (to_uint8(sample.image) == to_uint8(expected.image) // 2).all()
+        seeds.add(seed)
+        expected.mask[seed % 16] = IGNORE
+        assert torch.equal(sample.mask, expected.mask) and torch.equal(sample.valid, expected.valid)
+        assert torch.equal(sample.control, to_control(sample.mask, PALETTE) * sample.valid)
+    assert len(seeds) == 4
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda image, mask, seed: (image, torch.full_like(mask, 9)), "class ids of palette.json, or 255, found 9"),
+        (lambda image, mask, seed: (image.float(), mask), r"an image, uint8 \[3, 16, 16\], found torch.float32"),
+        (lambda image, mask, seed: (image, mask[None]), r"a mask, uint8 \[16, 16\], found torch.uint8 \[1, 16, 16\]"),
+    ],
+)
+def test_what_such_a_function_may_not_give_is_named(split, function, words):
+    function.__name__ = "repaint"
+    with pytest.raises(UserError, match=f"the augmentation repaint: expected {words}"):
+        PairedDataset(split, 16, SPUN, 0, function=function).sample(0, 0)
