@@ -12,10 +12,9 @@ from PIL import Image
 
 from segcn import cli
 from segcn.data.config import DoctorConfig
-from segcn.data.doctor import checkup
-from segcn.data.doctor.checkup import examine, quarantine
-from segcn.data.doctor.findings import KINDS, NEAR, Finding, nearest
-from segcn.data.doctor.report import as_html, as_json, summary, validate, write_report
+from segcn.data.doctor import report
+from segcn.data.doctor.findings import KINDS, NEAR, Finding, examine, nearest
+from segcn.data.doctor.report import as_html, as_json, find_report, quarantine, summary, validate, write_report
 from segcn.data.doctor.scan import ImageFacts, MaskFacts, dhash, image_facts, mask_facts
 from segcn.data.masks import write_mask
 from segcn.data.metadata import COLUMNS, check_split, read_split, write_metadata
@@ -312,12 +311,12 @@ def test_the_command_writes_elsewhere_and_its_exit_code_says_whether_to_train(fo
 def test_training_trusts_a_report_on_these_very_files_and_refuses_one_with_errors(folder, tmp_path, monkeypatch):
     def reported():
         write_report(check(folder), DoctorConfig(dataset_name=str(folder)))
-        return checkup.find_report(read_split(folder))
+        return find_report(read_split(folder))
 
     said = []
     config, log = TrainConfig(dataset_name=str(folder)), SimpleNamespace(say=said.append)
-    monkeypatch.setattr(checkup, "OUTPUTS", tmp_path / "outputs")
-    assert checkup.find_report(read_split(folder)) is None
+    monkeypatch.setattr(report, "OUTPUTS", tmp_path / "outputs")
+    assert find_report(read_split(folder)) is None
     check_rows(config, read_split(folder), tmp_path, log)
     (tmp_path / "outputs" / "doctor" / "cut").mkdir(parents=True)
     (tmp_path / "outputs" / "doctor" / "cut" / "doctor.json").write_text('{"splits": {')
@@ -327,7 +326,7 @@ def test_training_trusts_a_report_on_these_very_files_and_refuses_one_with_error
     assert "every image and mask decodes" in said[0] and str(page) in said[1]
 
     Image.new("L", (4, 4)).save(folder / "masks/1.png")
-    assert checkup.find_report(read_split(folder)) is None  # the report was on other files
+    assert find_report(read_split(folder)) is None  # the report was on other files
     with pytest.raises(UserError, match=r"line 3 \(row 1\)"):
         check_rows(config, read_split(folder), tmp_path, log)
     assert reported()[1] == 1

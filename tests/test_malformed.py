@@ -11,8 +11,8 @@ import malformed
 import pytest
 
 from segcn.data.config import DoctorConfig
-from segcn.data.doctor import checkup
-from segcn.data.doctor.checkup import examine
+from segcn.data.doctor import scan
+from segcn.data.doctor.findings import examine
 from segcn.data.metadata import check_split, read_split
 from segcn.utils.errors import UserError
 
@@ -22,9 +22,9 @@ import json, os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import malformed
-from segcn.data.doctor import checkup
+from segcn.data.doctor import scan
 from segcn.data.config import DoctorConfig
-from segcn.data.doctor.checkup import examine
+from segcn.data.doctor.findings import examine
 from segcn.utils.errors import UserError
 from segcn.data.metadata import check_split, read_split
 
@@ -34,8 +34,8 @@ def hook(event, args):
         opened.append(os.path.abspath(os.fsdecode(args[0])))
 watching = False
 sys.addaudithook(hook)
-tokenizer = checkup._load_tokenizer(DoctorConfig().pretrained_model_name_or_path)
-checkup._load_tokenizer = lambda folder: tokenizer
+tokenizer = scan.load_tokenizer(DoctorConfig().pretrained_model_name_or_path)
+scan.load_tokenizer = lambda folder: tokenizer
 examine(DoctorConfig(dataset_name=str(malformed.sound(Path(sys.argv[2], "first")))), log=len)
 for number, (name, (change, _)) in enumerate(malformed.corpus().items()):
     folder = malformed.sound(Path(sys.argv[2], str(number), "pairs"))
@@ -68,7 +68,7 @@ def no_hang():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return checkup._load_tokenizer(DoctorConfig().pretrained_model_name_or_path)
+    return scan.load_tokenizer(DoctorConfig().pretrained_model_name_or_path)
 
 
 def listing(folder):
@@ -96,7 +96,7 @@ def test_a_malformed_data_set_is_refused_with_file_and_row(tmp_path, name):
 
 @pytest.mark.parametrize("name", [name for name, (_, where) in CORPUS.items() if "row 1" in where])
 def test_the_doctor_finds_it_too_in_that_row_alone(tmp_path, name, tokenizer, monkeypatch):
-    monkeypatch.setattr(checkup, "_load_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(scan, "load_tokenizer", lambda folder: tokenizer)
     folder = malformed.sound(tmp_path / "pairs")
     CORPUS[name][0](folder)
     before = listing(tmp_path)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from segcn.bench.train import resident_gib
 from segcn.data.config import DoctorConfig
-from segcn.data.doctor.checkup import examine
+from segcn.data.doctor.findings import examine
 from segcn.data.metadata import COLUMNS, find_splits, read_split
 from segcn.data.palette import Label, Palette
 from segcn.models.base import keep_freed_memory

@@ -26,7 +26,7 @@ from diffusers.training_utils import EMAModel
 
 from segcn.data import sampler
 from segcn.data.dataset import PairedDataset
-from segcn.data.doctor.checkup import find_report
+from segcn.data.doctor.report import find_report
 from segcn.data.metadata import Split, check_split, read_split
 from segcn.data.transforms import AugmentConfig
 from segcn.models.base import Base, computes_fast, keep_freed_memory, load_base, pick_device, precisions

@@ -1,24 +1,25 @@
-"""What is wrong with a data set, as findings: pure functions from rows and the facts of their files."""
+"""What is wrong with a data set: pure functions from the facts about its rows and files to findings."""
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from segcn.data.doctor.scan import ImageFacts, MaskFacts, dhash
-from segcn.data.metadata import Problem, Record, Split
+from segcn.data.captions import common_words
+from segcn.data.config import DoctorConfig
+from segcn.data.doctor.scan import Case, Facts, ImageFacts, MaskFacts, dhash, scan_dataset
 from segcn.data.palette import IGNORE, Palette
 
 NEAR = 4  # bits of 64 in which the hashes of near-duplicates differ at most
 BLOCK = 1 << 18  # pairs of hashes compared at once: they fit a cache
 KINDS = {  # kind: (severity, title, what to do)
-    "metadata": ("error", "line that cannot be read", "mend the line: the three columns, quotes, UTF-8"),
-    "repeated": ("error", "row that stands twice", "remove one of them"),
+    "metadata": ("error", "line that cannot be read", "fix the line: the three columns, quotes, UTF-8"),
+    "repeated": ("error", "row that occurs twice", "remove one of them"),
     "path": ("error", "path that leaves the folder", "move the file below the folder of its metadata.csv; write /"),
-    "missing": ("error", "file that is missing", "mend the path, or remove the row"),
+    "missing": ("error", "file that is missing", "fix the path, or remove the row"),
     "truncated": ("error", "file that is cut short", "copy the file again, or remove the row"),
     "undecodable": ("error", "file that cannot be decoded", "replace the file, or remove the row"),
     "too_large": ("error", "image above the pixel limit", "make image and mask smaller, the mask with NEAREST"),
@@ -55,102 +56,146 @@ class Finding:
         return KINDS[self.kind][0]
 
 
-class Case(NamedTuple):
-    """A row of a split with what is wrong with it as written."""
+@dataclass(frozen=True)
+class Checkup:
+    """All that was found out about a data set."""
 
-    split: str
-    folder: Path
-    record: Record
-    problems: Sequence[Problem]
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.split, self.record.row
+    facts: Facts
+    findings: tuple[Finding, ...]  # in the order of KINDS, errors first
+    classes: dict[str, list[dict]]  # of each split
+    captions: dict[str, dict]  # of each split
+    sizes: dict[str, Counter]  # of each split, images by (width, height)
 
     @property
-    def readable(self) -> bool:
-        """Whether its files are looked at: the line is whole, not a repeated one, and its paths stay in the folder."""
-        return not any(problem.kind in ("metadata", "repeated", "path") for problem in self.problems)
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == "error")
 
-    def finding(self, kind: str, message: str, file: Path | str = "", other: "Case | None" = None) -> Finding:
-        name = str(file.relative_to(self.folder)) if isinstance(file, Path) else file
-        return Finding(kind, message, self.split, self.record.row, self.record.line, name, other and other.key)
+    @property
+    def files(self) -> int:
+        """How many were decoded."""
+        return len(self.facts.images) + len(self.facts.masks)
 
-    def __str__(self) -> str:
-        return f"{self.split} line {self.record.line}: {self.record.image_name}"
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """That of each split; rows whose files are not looked at count by their line alone."""
+        found = {}
+        for name, split in self.facts.splits.items():
+            records = tuple(case.record for case in self.facts.of_split(name) if case.readable)
+            found[name] = replace(split, records=records).fingerprint
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the only split, or of all together."""
+        each = list(self.fingerprints.values())
+        return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()[:16]
+
+    @property
+    def bad_rows(self) -> dict[tuple[str, int], list[Finding]]:
+        """The errors of every row that has one, by (split, row)."""
+        rows: dict[tuple[str, int], list[Finding]] = {}
+        for finding in self.errors:
+            if finding.row is not None:
+                rows.setdefault((finding.split, finding.row), []).append(finding)
+        return rows
+
+    @property
+    def by_kind(self) -> dict[str, list[Finding]]:
+        """The findings in the order of KINDS."""
+        kinds: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            kinds.setdefault(finding.kind, []).append(finding)
+        return kinds
 
 
-def cases_of(name: str, split: Split, problems: Iterable[Sequence[Problem]]) -> list[Case]:
-    """The rows of a split."""
-    return [Case(name, split.folder, *pair) for pair in zip(split.records, problems, strict=True)]
+def examine(config: DoctorConfig, log: Callable[[str], None] = print) -> Checkup:
+    """Check a whole data set, all its splits; UserError only where there is nothing to check."""
+    facts = scan_dataset(config, log)
+    classes, captions, sizes = {}, {}, {}
+    for name, split in facts.splits.items():
+        cases = [case for case in facts.of_split(name) if case.readable]
+        masks = (facts.masks[case.record.mask] for case in cases if case.record.mask in facts.masks)
+        classes[name] = class_table(split.palette, masks)
+        captions[name] = caption_statistics(facts, name)
+        known = (facts.images[case.record.image].size for case in cases if case.record.image in facts.images)
+        sizes[name] = Counter(size for size in known if size is not None)
+    found = [*row_findings(facts), *copy_findings(facts), *near_findings(facts), *split_findings(facts, classes)]
+    order = list(KINDS)
+    found.sort(key=lambda finding: order.index(finding.kind))
+    return Checkup(facts, tuple(found), classes, captions, sizes)
 
 
-def written_findings(case: Case) -> Iterator[Finding]:
-    """Faults of the row as written, and captions without a letter."""
-    for problem in case.problems:
-        yield case.finding(problem.kind, problem.message, problem.file)
-    for caption in case.record.captions if case.readable else ():
-        if caption.strip() and not any(letter.isalpha() for letter in caption):
-            yield case.finding("caption_words", f"expected words, found {caption.strip()[:80]!r}")
+def row_findings(facts: Facts) -> Iterator[Finding]:
+    """Faults of each row as it is written, of its captions and of its files."""
+    for case in facts.cases:
+        for problem in case.problems:
+            yield _of(case, problem.kind, problem.message, problem.file)
+        for caption in case.record.captions:
+            if case.readable and caption.strip() and not any(letter.isalpha() for letter in caption):
+                yield _of(case, "caption_words", f"expected words, found {caption.strip()[:80]!r}")
+            tokens, cut_off = facts.tokens.get(caption, (0, ""))
+            if tokens > facts.token_limit:
+                message = f"{tokens} of {facts.token_limit} tokens; cut off: {cut_off!r}"
+                yield _of(case, "caption_long", message)
+        if case.readable:
+            yield from _file_findings(case, facts.images.get(case.record.image), facts.masks.get(case.record.mask))
 
 
-def file_findings(case: Case, image: ImageFacts | None, mask: MaskFacts | None) -> Iterator[Finding]:
+def _of(case: Case, kind: str, message: str, file: str = "", other: Case | None = None) -> Finding:
+    return Finding(kind, message, case.split, case.record.row, case.record.line, file, other and other.key)
+
+
+def _file_findings(case: Case, image: ImageFacts | None, mask: MaskFacts | None) -> Iterator[Finding]:
     """Faults of the row's files; None where a file is missing, which the row as written says."""
     record = case.record
-    for path, facts in ((record.image, image), (record.mask, mask)):
+    for name, facts in ((record.image_name, image), (record.mask_name, mask)):
         if facts is not None and facts.fault is not None and not (facts is mask and mask.lossy):
-            yield case.finding(*facts.fault, path)
+            yield _of(case, *facts.fault, name)
         if facts is not None and facts.orientation != 1:
-            yield case.finding("exif", f"stored with EXIF orientation {facts.orientation}", path)
+            yield _of(case, "exif", f"stored with EXIF orientation {facts.orientation}", name)
     if mask is not None and mask.lossy:
         seen = f"; {mask.fault.message}" if mask.fault is not None else ""
-        yield case.finding("lossy_mask", f"{mask.lossy} compression changes labels{seen}", record.mask)
+        yield _of(case, "lossy_mask", f"{mask.lossy} compression changes labels{seen}", record.mask_name)
     if image is not None and mask is not None and image.size and mask.size and image.size != mask.size:
-        yield case.finding(*_size_fault(image.size, mask.size, image.orientation), record.mask)
+        expected, found = "{} x {}".format(*image.size), "{} x {}".format(*mask.size)
+        kind, message = "size", f"expected its image's size, {expected}, found {found}"
+        if image.orientation >= 5 and image.size == mask.size[::-1]:
+            kind = "rotation"
+            message += f": EXIF orientation {image.orientation} turns the image, the mask is not turned"
+        yield _of(case, kind, message, record.mask_name)
 
 
-def _size_fault(image: tuple[int, int], mask: tuple[int, int], orientation: int) -> tuple[str, str]:
-    expected, found = "{} x {}".format(*image), "{} x {}".format(*mask)
-    message = f"expected its image's size, {expected}, found {found}"
-    if orientation >= 5 and image == mask[::-1]:
-        return "rotation", f"{message}: EXIF orientation {orientation} turns the image, the mask is not turned"
-    return "size", message
+def _decoded(facts: Facts) -> list[tuple[Case, ImageFacts]]:
+    """The rows whose images could be decoded."""
+    found = ((case, facts.images.get(case.record.image)) for case in facts.cases if case.readable)
+    return [(case, image) for case, image in found if image is not None and image.fault is None]
 
 
-def long_findings(
-    told: Sequence[tuple[Case, str]], tokens: Sequence[int], cut: Callable[[str], str], limit: int
-) -> Iterator[Finding]:
-    """Captions of more tokens than the text encoder sees, with what it does not see."""
-    for (case, caption), count in zip(told, tokens, strict=True):
-        if count > limit:
-            yield case.finding("caption_long", f"{count} of {limit} tokens; cut off: {cut(caption)!r}")
-
-
-def copy_findings(cases: Sequence[Case], images: dict[Path, ImageFacts]) -> Iterator[Finding]:
+def copy_findings(facts: Facts) -> Iterator[Finding]:
     """Rows whose image has the pixels of an earlier row's: in another split, else in the same one."""
     earlier: dict[tuple, list[Case]] = defaultdict(list)
-    for case in cases:
-        same = earlier[images[case.record.image].identity]
+    for case, image in _decoded(facts):
+        same = earlier[image.identity]
         elsewhere = [other for other in same if other.split != case.split]
         if same:
             kind, other = ("leak", elsewhere[0]) if elsewhere else ("duplicate", same[0])
-            yield case.finding(kind, f"the pixels are those of {other}", case.record.image, other)
+            yield _of(case, kind, f"the pixels are those of {other}", case.record.image_name, other)
         same.append(case)
 
 
-def near_findings(cases: Sequence[Case], images: dict[Path, ImageFacts]) -> Iterator[Finding]:
+def near_findings(facts: Facts) -> Iterator[Finding]:
     """Rows whose image nearly is one of an earlier split, but not exactly: the nearest one is named."""
-    hashes = dhash(np.array([images[case.record.image].thumb for case in cases]).reshape(-1, 8, 9))
-    splits = list(dict.fromkeys(case.split for case in cases))
-    order = np.array([splits.index(case.split) for case in cases])
+    decoded = _decoded(facts)
+    hashes = dhash(np.array([image.thumb for _, image in decoded]).reshape(-1, 8, 9))
+    splits = list(dict.fromkeys(case.split for case, _ in decoded))
+    order = np.array([splits.index(case.split) for case, _ in decoded])
     for number in range(1, len(splits)):
         before, here = np.flatnonzero(order < number), np.flatnonzero(order == number)
         for at, found, bits in zip(here, *nearest(hashes[here], hashes[before]), strict=True):
-            case, other = cases[int(at)], cases[int(before[found])]
-            same = images[case.record.image].identity == images[other.record.image].identity
-            if bits <= NEAR and not same:
+            (case, image), (other, other_image) = decoded[int(at)], decoded[int(before[found])]
+            if bits <= NEAR and image.identity != other_image.identity:
                 message = f"{bits} of 64 hash bits differ from {other}"
-                yield case.finding("near_duplicate", message, case.record.image, other)
+                yield _of(case, "near_duplicate", message, case.record.image_name, other)
 
 
 def nearest(hashes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,9 +205,19 @@ def nearest(hashes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndar
     for at in range(0, len(hashes) if len(others) else 0, step):
         block = slice(at, at + step)
         differing = np.bitwise_count(hashes[block, None] ^ others)
-        best[block] = differing.argmin(1)
-        bits[block] = differing.min(1)
+        best[block], bits[block] = differing.argmin(1), differing.min(1)
     return best, bits
+
+
+def split_findings(facts: Facts, classes: dict[str, list[dict]]) -> Iterator[Finding]:
+    """Splits with another palette than the first one, and classes of the palette that no mask of a split shows."""
+    first, *_ = facts.splits
+    for name, split in facts.splits.items():
+        if split.palette.fingerprint != facts.splits[first].palette.fingerprint:
+            yield Finding("palette", f"{name} has another palette.json than {first}", name)
+        for entry in classes[name]:
+            if not entry["masks"] and entry["id"] != IGNORE:
+                yield Finding("class_absent", f"{entry['name']} (id {entry['id']}) is in no mask of {name}", name)
 
 
 def class_table(palette: Palette, masks: Iterable[MaskFacts]) -> list[dict]:
@@ -172,43 +227,25 @@ def class_table(palette: Palette, masks: Iterable[MaskFacts]) -> list[dict]:
         if mask.counts is not None:
             pixels += mask.counts
             shown += mask.counts > 0
-    total = max(1, int(pixels.sum()))
-    kept = [(label.id, label.name) for label in palette.labels if not label.ignore] + [(IGNORE, "unlabelled")]
-    return [
-        {
-            "id": id,
-            "name": name,
-            "pixels": int(pixels[id]),
-            "share": round(int(pixels[id]) / total, 6),
-            "masks": int(shown[id]),
-        }
-        for id, name in kept
-    ]
+    total, table = max(1, int(pixels.sum())), []
+    for id, name in [(x.id, x.name) for x in palette.labels if not x.ignore] + [(IGNORE, "unlabelled")]:
+        share = round(int(pixels[id]) / total, 6)
+        table.append({"id": id, "name": name, "pixels": int(pixels[id]), "share": share, "masks": int(shown[id])})
+    return table
 
 
-def absent_findings(tables: dict[str, list[dict]]) -> Iterator[Finding]:
-    """Classes of the palette that no mask of a split shows, but for the unlabelled."""
-    for split, table in tables.items():
-        for entry in table:
-            if not entry["masks"] and entry["id"] != IGNORE:
-                yield Finding("class_absent", f"{entry['name']} (id {entry['id']}) is in no mask of {split}", split)
-
-
-def caption_statistics(captions: Sequence[str], tokens: Sequence[int], limit: int) -> dict:
-    """How many, how many different, their length in words and tokens, and their most frequent words."""
-    words = [caption.lower().split() for caption in captions]
-    frequent = Counter(word.strip(".,;:!?\"'()") for line in words for word in set(line))
+def caption_statistics(facts: Facts, name: str) -> dict:
+    """Of a split's captions how many, how many different, their length in words and tokens, and frequent words."""
+    captions = [caption for case in facts.of_split(name) for caption in case.record.captions if caption.strip()]
     return {
         "captions": len(captions),
         "different": len(set(captions)),
-        "words": _spread([len(line) for line in words]),
-        "tokens": _spread(tokens),
-        "token_limit": limit,
-        "in_captions": dict(frequent.most_common(30)),
+        "words": _spread([len(caption.split()) for caption in captions]),
+        "tokens": _spread([facts.tokens[caption][0] for caption in captions]),
+        "token_limit": facts.token_limit,
+        "in_captions": dict(common_words(captions, 30)),
     }
 
 
 def _spread(values: Sequence[int]) -> dict:
-    if not len(values):
-        return {}
-    return {"least": int(min(values)), "median": float(np.median(values)), "most": int(max(values))}
+    return {"least": min(values), "median": float(np.median(values)), "most": max(values)} if values else {}

@@ -1,25 +1,29 @@
-"""What the doctor must know of every file, from decoding each exactly once, on all cores."""
+"""Facts about a data set: its rows, every file decoded exactly once on all cores, and its captions in tokens."""
 
 import os
+import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import chain
+from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from segcn.data.config import DoctorConfig
 from segcn.data.files import ORIENTATION, Unreadable, open_image, read_image, upright
 from segcn.data.masks import LOSSY, count_ids, read_mask
+from segcn.data.metadata import Problem, Record, Split, find_splits, scan_split
 from segcn.data.palette import Palette
 from segcn.utils.errors import UserError
 from segcn.utils.progress import Progress
 
-SAMPLED = (9 * 16, 8 * 16)  # pixels of an image that tell it from others: the thumb is their means
+SAMPLED = (9 * 16, 8 * 16)  # pixels of an image that are compared with other images: the thumb holds their means
 
 
 class Fault(NamedTuple):
@@ -58,44 +62,113 @@ class MaskFacts:
     counts: np.ndarray | None = None  # uint32 [256], pixels of each class id; 255 unlabelled
 
 
-class Header(NamedTuple):
-    """What a file says of itself before it is decoded."""
+class Case(NamedTuple):
+    """A row of a split with what is wrong with it as written."""
 
-    format: str
-    orientation: int
+    split: str
+    record: Record
+    problems: Sequence[Problem]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.split, self.record.row
+
+    @property
+    def readable(self) -> bool:
+        """Whether its files are looked at: the line is whole, not a repeated one, and its paths stay in the folder."""
+        return not any(problem.kind in ("metadata", "repeated", "path") for problem in self.problems)
+
+    def __str__(self) -> str:
+        return f"{self.split} line {self.record.line}: {self.record.image_name}"
 
 
-def scan_files(
-    images: Iterable[Path], masks: dict[Path, Palette], max_pixels: int, log: Callable[[str], None] = print
+@dataclass(frozen=True)
+class Facts:
+    """All that the findings are made of."""
+
+    dataset: Path
+    splits: dict[str, Split]
+    cases: tuple[Case, ...]
+    images: dict[Path, ImageFacts]  # of the files that exist
+    masks: dict[Path, MaskFacts]
+    tokens: dict[str, tuple[int, str]]  # of each caption: how many tokens, and the end that is cut off
+    token_limit: int
+    seconds: float  # of decoding
+
+    def of_split(self, name: str) -> list[Case]:
+        return [case for case in self.cases if case.split == name]
+
+
+def scan_dataset(config: DoctorConfig, log: Callable[[str], None] = print) -> Facts:
+    """Read every row, file and caption of all splits; UserError only where there is nothing to check."""
+    if not config.dataset_name:
+        raise UserError("segcn validate needs a data set: segcn validate DATASET")
+    tokenizer = load_tokenizer(config.pretrained_model_name_or_path)
+    splits, cases = {}, []
+    for name, metadata in find_splits(config.dataset_name).items():
+        splits[name], problems = scan_split(metadata)
+        cases += [Case(name, *pair) for pair in zip(splits[name].records, problems, strict=True)]
+    if not cases:
+        raise UserError(f"{config.dataset_name}: expected at least one row, found none")
+    began = time.monotonic()
+    there = [case for case in cases if case.readable]
+    images = [case.record.image for case in there if isfile(case.record.image)]
+    palettes: dict[Path, Palette] = {}  # of each mask; a mask of several rows is decoded once
+    for case in there:
+        if isfile(case.record.mask):
+            palettes.setdefault(case.record.mask, splits[case.split].palette)
+    found = _scan_files(images, palettes, config.max_pixels, log)
+    seconds = time.monotonic() - began
+    tokens = _count_tokens(dict.fromkeys(chain.from_iterable(case.record.captions for case in cases)), tokenizer)
+    return Facts(Path(config.dataset_name), splits, tuple(cases), *found, tokens, tokenizer.model_max_length, seconds)
+
+
+def load_tokenizer(folder: str):
+    """The base's tokenizer alone; without the imports of its networks, which take longer than small data sets."""
+    from transformers import CLIPTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--pretrained_model_name_or_path: no tokenizer in {folder}: {error}") from None
+    if len(tokenizer) < 256:  # a folder without one gives an empty tokenizer
+        raise UserError(f"--pretrained_model_name_or_path: no tokenizer in {folder}")
+    return tokenizer
+
+
+def _count_tokens(captions: Iterable[str], tokenizer) -> dict[str, tuple[int, str]]:
+    """Of each caption that is not blank its tokens, and the end that the text encoder never sees."""
+    written, limit = [caption for caption in captions if caption.strip()], tokenizer.model_max_length
+    ids = tokenizer(written).input_ids if written else []
+    ends = [tokenizer.decode(each[limit - 1 : -1]).strip() if len(each) > limit else "" for each in ids]  # but the mark
+    return {caption: (len(each), end) for caption, each, end in zip(written, ids, ends, strict=True)}
+
+
+def _scan_files(
+    images: Iterable[Path], masks: dict[Path, Palette], max_pixels: int, log: Callable[[str], None]
 ) -> tuple[dict[Path, ImageFacts], dict[Path, MaskFacts]]:
     """Decode every image and every mask once; threads, since Pillow decodes outside the interpreter lock.
 
     Only of images that look the same in a grid of sampled pixels are all pixels compared, which decodes them again.
     """
-    files = [*((path, None) for path in dict.fromkeys(images)), *masks.items()]
-    progress, found = Progress("files decoded", len(files), log), []
+    photos = list(dict.fromkeys(images))
+    progress, facts = Progress("files decoded", len(photos) + len(masks), log), []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for facts in pool.map(partial(_facts, max_pixels=max_pixels), files):
-            found.append(facts)
-            progress(len(found))
-    known = [(path, facts) for (path, _), facts in zip(files, found, strict=True)]
-    of_images = {path: facts for path, facts in known if isinstance(facts, ImageFacts)}
-    return _told_apart(of_images), {path: facts for path, facts in known if isinstance(facts, MaskFacts)}
-
-
-def _told_apart(images: dict[Path, ImageFacts]) -> dict[Path, ImageFacts]:
-    """With the checksum of all pixels where the sampled ones are those of another file."""
+        work = [pool.submit(image_facts, path, max_pixels) for path in photos]
+        work += [pool.submit(mask_facts, path, palette, max_pixels) for path, palette in masks.items()]
+        for each in work:
+            facts.append(each.result())
+            progress(len(facts))
+    of_images = dict(zip(photos, facts[: len(photos)], strict=True))
     alike = defaultdict(list)
-    for path, facts in images.items():
-        if facts.fault is None:
-            alike[facts.identity].append(path)
-    twins = [path for paths in alike.values() if len(paths) > 1 for path in paths]
-    return images | {path: replace(images[path], all_pixels=zlib.crc32(read_image(path).data)) for path in twins}
-
-
-def _facts(file: tuple[Path, Palette | None], max_pixels: int) -> ImageFacts | MaskFacts:
-    path, palette = file
-    return image_facts(path, max_pixels) if palette is None else mask_facts(path, palette, max_pixels)
+    for path, found in of_images.items():
+        if found.fault is None:
+            alike[found.identity].append(path)
+    for path in (path for paths in alike.values() if len(paths) > 1 for path in paths):
+        of_images[path] = replace(of_images[path], all_pixels=zlib.crc32(read_image(path).data))
+    return of_images, dict(zip(masks, facts[len(photos) :], strict=True))
 
 
 def image_facts(path: Path, max_pixels: int) -> ImageFacts:
@@ -104,38 +177,25 @@ def image_facts(path: Path, max_pixels: int) -> ImageFacts:
         with open_image(path, max_pixels=max_pixels) as image:
             orientation, photo = image.getexif().get(ORIENTATION, 1), upright(image)
             sampled = photo.resize(SAMPLED, Image.Resampling.NEAREST)
-            return ImageFacts(None, photo.size, orientation, zlib.crc32(sampled.tobytes()), thumb=grey_thumb(sampled))
+            thumb = np.asarray(sampled.resize((9, 8), Image.Resampling.BOX).convert("L"))
+            return ImageFacts(None, photo.size, orientation, zlib.crc32(sampled.tobytes()), thumb=thumb)
     except Unreadable as error:
         return ImageFacts(_fault(path, error))
 
 
 def mask_facts(path: Path, palette: Palette, max_pixels: int) -> MaskFacts:
     """Size, format, orientation and pixels of each class of a mask, or its fault."""
-    header = read_header(path, max_pixels)
-    if isinstance(header, Fault):
-        return MaskFacts(header)
-    lossy = header.format if header.format in LOSSY else ""
+    lossy = ""
     try:
+        with open_image(path, "mask", max_pixels) as image:  # the header: too large a mask takes no memory
+            lossy = image.format if image.format in LOSSY else ""
+            late = image.format == "PNG" and "exif" not in image.info  # asking for it would decode the file
+            orientation = 1 if late else image.getexif().get(ORIENTATION, 1)
         mask = read_mask(path, palette)
     except UserError as error:
         fault = _fault(path, error)
         return MaskFacts(fault, lossy=lossy if fault.kind == "labels" else "")
-    return MaskFacts(None, mask.shape[::-1], header.orientation, lossy, count_ids(mask).astype(np.uint32))
-
-
-def read_header(path: Path, max_pixels: int) -> Header | Fault:
-    """Format and EXIF orientation; an image above the limit is refused before it takes any memory."""
-    try:
-        with open_image(path, max_pixels=max_pixels) as image:
-            late = image.format == "PNG" and "exif" not in image.info  # asking for it would decode the file
-            return Header(image.format or "", 1 if late else image.getexif().get(ORIENTATION, 1))
-    except Unreadable as error:
-        return _fault(path, error)
-
-
-def grey_thumb(image: Image.Image) -> np.ndarray:
-    """The image as 9 x 8 grey means, uint8 [8, 9]."""
-    return np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"))
+    return MaskFacts(None, mask.shape[::-1], orientation, lossy, count_ids(mask).astype(np.uint32))
 
 
 def dhash(thumbs: np.ndarray) -> np.ndarray:
