@@ -88,33 +88,26 @@ def check_values(config: Any) -> None:
     """UserError for the first value outside of its field's choices or range: "--name: expected 0 to 1, found 2"."""
     for field in fields(config):
         value, choices = getattr(config, field.name), field.metadata.get("choices")
+        low, high, above = (field.metadata.get(name) for name in ("low", "high", "above"))
         for item in value if isinstance(value, list) else [value]:
             if item is None:
                 continue
             if choices and item not in choices:
-                expected, hint = f"one of {', '.join(map(str, choices))}", suggest(str(item), map(str, choices))
-            elif _outside(item, field.metadata):
-                expected, hint = _range(field.metadata), ""
-            else:
-                continue
-            raise UserError(f"--{field.name}: expected {expected}, found {item!r}.{hint}".removesuffix("."))
+                hint = suggest(str(item), map(str, choices))
+                expected, hint = f"one of {', '.join(map(str, choices))}", f".{hint}" if hint else ""
+                raise UserError(f"--{field.name}: expected {expected}, found {item!r}{hint}")
+            inside = (low is None or item >= low, high is None or item <= high, above is None or item > above)
+            if not all(inside):  # NaN never is
+                raise UserError(f"--{field.name}: expected {_range(field)}, found {item!r}")
 
 
-def _outside(value: Any, metadata: Any) -> bool:
-    """Whether a number is outside of the range of its field; NaN always is."""
-    low, high, above = (metadata.get(name) for name in ("low", "high", "above"))
-    inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-    return not inside
-
-
-def _range(metadata: Any) -> str:
-    """The range of a field in words, or nothing."""
-    low, high, above = (metadata.get(name) for name in ("low", "high", "above"))
-    if above is not None:
-        return f"more than {above:g}" + (f", up to {high:g}" if high is not None else "")
-    if low is not None:
-        return f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
-    return "" if high is None else f"{high:g} or less"
+def _range(field: dataclasses.Field) -> str:
+    """The range of a field in words."""
+    low, high, above = (field.metadata.get(name) for name in ("low", "high", "above"))
+    if low is not None and high is not None:
+        return f"{low:g} to {high:g}"
+    least = f"{low:g} or more" if low is not None else "" if above is None else f"more than {above:g}"
+    return least + ("" if high is None else f"{', ' * bool(least)}at most {high:g}")
 
 
 def parse(kind: type[Config], arguments: list[str], program: str, places: Sequence[str] = ()) -> Config:
@@ -145,7 +138,8 @@ def parse(kind: type[Config], arguments: list[str], program: str, places: Sequen
     config = dataclasses.replace(config, **dict(zip(free, rest, strict=False)))
     for field in fields(kind):
         if field.metadata.get("required") and not getattr(config, field.name):
-            raise UserError(f"{program} needs {_place(field.name, places)}: {field.metadata['help']}")
+            shown = field.name.upper() if field.name in places else f"--{field.name}"
+            raise UserError(f"{program} needs {shown}: {field.metadata['help']}")
     check_values(config)
     if getattr(config, "allow_symlinks", False):
         os.environ[SYMLINKS] = "1"  # for the processes and notebooks that this one starts, too
@@ -185,10 +179,6 @@ def _number(kind: type) -> Callable[[str], float]:
     return read
 
 
-def _place(name: str, places: Sequence[str]) -> str:
-    return name.upper() if name in places else f"--{name}"
-
-
 def help_text(kind: type, program: str, places: Sequence[str] = (), preset: str | None = None) -> str:
     """Every flag once, at most 100 columns wide, with the default that acts under the preset, and other presets'."""
     return flags_parser(kind, program, places, preset).format_help().rstrip()
@@ -201,7 +191,7 @@ def flags_parser(
     width = min(shutil.get_terminal_size((100, 24)).columns, 100)
     parser = argparse.ArgumentParser(
         program,
-        usage=" ".join([program, *(f"[{_place(name, places)}]" for name in places), "[--flag VALUE ...]"]),
+        usage=" ".join([program, *(f"[{name.upper()}]" for name in places), "[--flag VALUE ...]"]),
         description=kind.__doc__,
         epilog=getattr(kind, "EPILOG", None),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width),
@@ -224,7 +214,7 @@ def flags_parser(
 def _shown(field: dataclasses.Field, value: Any, others: dict[str, Any]) -> dict[str, Any]:
     """How argparse shows a flag: what follows its name, its meaning, its range and its default."""
     hint, metadata = str(field.type), field.metadata
-    notes = [_range(metadata)] if "low" in metadata and "high" in metadata else []
+    notes = [_range(field)] if "low" in metadata and "high" in metadata else []
     if value not in (None, "", False) and value != []:
         notes.append(f"default: {f'--{field.name}' if value is True else _text(value)}")
     notes += [f"--preset {name}: {_text(other)}" for name, other in others.items()]
