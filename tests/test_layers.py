@@ -1,6 +1,7 @@
-"""Promise: imports between the rooms of the package point downward, never in a circle, and only `cli` is above them."""
+"""Promise: imports between the rooms point downward, never in a circle; a public name has one meaning in the package."""
 
 import ast
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -43,3 +44,32 @@ def test_no_module_imports_itself_in_a_circle():
 def test_the_package_is_ten_rooms_and_the_command_line():
     found = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith((".", "__pycache__"))}
     assert found == {*ROOMS, "__init__"}
+
+
+ON_PURPOSE = {  # names that several modules define, and why
+    "main": "what `python -m` runs: one in each module that is a program",
+    "Log": "the type of a function that takes a line, named where it is used",
+}
+TO_RENAME = """
+    AT_ONCE AUGMENT Augment BATCH COUNTS Color DEFAULTS HEADS HELD HELD_OUT_SEED KINDS LINES Layout MARK MOST
+    PALETTE PARTS PATIENCE Pair SHARE SHARED SHOWN SIDE SIDES SPREAD STYLE TONES WIDEST as_html begin captions_of
+    cell check claim class_shares class_weights command compare decode draw enlarged estimate evaluate figure_rows
+    finish guided iou kernel_distance landscapes learn legend load machine make_scheduler measure measured nearest
+    plot remarks report rows_of seconds standing stoppable table train validate verdict wanted write_card write_pair
+    write_report
+""".split()  # to be renamed so that each says what it is
+
+
+def public_names(path):
+    """What a module defines at its top level, without what it imports."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        targets = getattr(node, "targets", [node.target] if isinstance(node, ast.AnnAssign) else [])
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def test_no_public_name_is_defined_in_two_modules():
+    found = Counter(name for path in MODULES.values() for name in set(public_names(path)) if name[0] != "_")
+    twice = {name for name, count in found.items() if count > 1}
+    assert sorted(twice - set(ON_PURPOSE) - set(TO_RENAME)) == []

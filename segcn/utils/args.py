@@ -288,6 +288,6 @@ def main_guard(program: Callable[[], Any]) -> None:
     except (UserError, OSError) as error:
         if debug:
             raise
-        named = isinstance(error, OSError) and error.filename
-        print(f"Error: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
+        named = error.filename if isinstance(error, OSError) else None
+        print(f"Error: {f'{named}: {error.strerror}' if named else error}", file=sys.stderr)
         sys.exit(2)
