@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"  # in a committed folder: the SHA-256 of each of its 
 CHECKPOINT = r"checkpoint-(\d+)"
 FULL = r"No space left|[Qq]uota exceeded|os error (28|122)\b"  # safetensors reports a full disk by its text alone
 LOCK = ".lock"  # in a run folder; the system frees it when the process that holds it ends
-HELD: list[IO] = []  # the locks of this process
+HELD_LOCKS: list[IO] = []  # the locks of this process
 
 
 @dataclass(frozen=True)
@@ -279,10 +279,10 @@ def lock(
     started = datetime.now(UTC).isoformat(" ", "seconds")
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}, started {started},", file=file, flush=True)
-    HELD.append(file)
+    HELD_LOCKS.append(file)
 
 
 def release() -> None:
     """Release the locks of this process."""
-    while HELD:
-        HELD.pop().close()
+    while HELD_LOCKS:
+        HELD_LOCKS.pop().close()
