@@ -19,7 +19,7 @@ from segcn.data.dataset import PairedDataset
 from segcn.data.masks import write_mask
 from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import IGNORE
-from segcn.evaluate.bootstrap import estimate_over_seeds, interval, resampled
+from segcn.evaluate.bootstrap import difference, resamples
 from segcn.models.segmenter import SegmenterConfig
 from segcn.study import report, run, training
 from segcn.study.config import UtilityConfig
@@ -155,46 +155,43 @@ def test_overlap_equals_a_count_pixel_by_pixel():
         ]  # fmt: skip
 
 
-def brute_force(counts, resamples, seed):
-    """Each resample image by image and seed by seed."""
+def brute_force(counts, draws):
+    """Each resample image by image and seed by seed: the mean over classes."""
     seeds, images, _, classes = counts.shape
-    drawn = np.random.default_rng(seed)
-    of_images = drawn.multinomial(images, np.full(images, 1 / images), resamples)
-    of_seeds = drawn.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
     found = []
-    for times, often in zip(of_images, of_seeds, strict=True):
-        chosen = [number for number, count in enumerate(often) for _ in range(count)]
+    for times, often in zip(*(torch.cat(list(resamples(count, name, draws))).int().tolist()
+                              for count, name in ((images, "rows"), (seeds, "seeds"))), strict=True):  # fmt: skip
         values = []
-        for one in chosen:
+        for one in (number for number, count in enumerate(often) for _ in range(count)):
             summed = sum(counts[one, image] * count for image, count in enumerate(times))
-            values.append([summed[0, label] / summed[1, label] for label in range(classes)])
-        per_class = np.mean(values, 0)
-        found.append([*per_class, per_class.mean()])
+            values.append(np.mean([summed[0, label] / summed[1, label] for label in range(classes)]))
+        found.append(np.mean(values))
     return np.array(found)
 
 
 @pytest.fixture
 def counts():
     draw = np.random.default_rng(5)
-    either = draw.integers(50, 100, (3, 12, 2, 4))
+    either = draw.integers(50, 100, (3, 12, 3, 4))
     either[:, :, 0] = either[:, :, 1] * draw.uniform(0.4, 0.8, (3, 12, 4))
+    either[:, :, 2] = either[:, :, 1]
     return either
 
 
 def test_resamples_equal_a_brute_force_bootstrap_over_seeds_and_images(counts):
-    assert np.allclose(resampled(counts, 40, 7), brute_force(counts, 40, 7), rtol=1e-12)
-    low, high = interval(resampled(counts, 2000))
-    assert (low < estimate_over_seeds(counts)).all() and (estimate_over_seeds(counts) < high).all()
-    values = np.sort(resampled(counts, 201)[:, -1])
-    assert interval(resampled(counts, 201))[:, -1].tolist() == [values[5], values[195]]  # 2.5 and 97.5 % of 200 gaps
+    scores = report.iou_over_seeds(counts, list("abcd"), 240)
+    assert np.allclose(scores["miou"].draws, brute_force(counts, 240), rtol=1e-12)
+    for one in scores.values():
+        low, high = one.interval()
+        assert low < one.value < high
 
 
 def test_differences_are_paired_so_what_every_image_gains_has_a_narrow_interval(counts):
     better = counts.copy()
     better[:, :, 0] += 2  # everywhere: less than images and seeds differ by
-    apart = interval(resampled(better, 500, 1) - resampled(counts, 500, 2))[:, -1]
-    paired = interval(resampled(better, 500, 1) - resampled(counts, 500, 1))[:, -1]
-    assert paired[0] > 0 and np.ptp(paired) < np.ptp(apart) / 3
+    one, other = (report.iou_over_seeds(found, list("abcd"), 500)["miou"] for found in (counts, better))
+    low, high = difference(other, one).interval()
+    assert low > 0 and high - low < np.ptp(one.interval()) / 3
 
 
 @pytest.mark.parametrize(

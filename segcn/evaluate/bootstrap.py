@@ -1,76 +1,21 @@
-"""IoU over seeds and test images, and 95 % intervals of it and of differences, by bootstrap."""
+"""How far would a number move with other images? 95 % intervals by the bootstrap (Efron 1979), over images.
+
+Draw i of a set is a function of the set's name, its size and i alone (`resamples`), so intervals can be reproduced, and
+two numbers that were measured on the same images can be compared image by image."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from segcn.utils import rng
-
-# --- utility_intervals: IoU over seeds and test images, and 95 % intervals of it and of differences, by bootstrap.
-
-COVERED = (2.5, 97.5)  # percentiles: an interval of 95 %
-METHOD = (
-    "95 % percentile intervals of a bootstrap that draws test images and, independently, seeds, each with replacement"
-    " (the pigeonhole bootstrap; Owen 2007, Annals of Applied Statistics 1(2), 386-411); of differences the"
-    " same images and seeds are drawn for both sides. They tell what another sample of test images and other seeds of"
-    " the segmenter might have given; which rows were drawn, and the one ControlNet of each fraction, are taken as they"
-    " are."
-)
-
-
-def iou(counts: np.ndarray) -> np.ndarray:
-    """Intersections and unions [..., 2 or 3, K] -> IoU [..., K], NaN where a class is neither found nor there."""
-    both, either = counts[..., 0, :].astype(float), counts[..., 1, :].astype(float)
-    return np.divide(both, either, out=np.full_like(both, np.nan), where=either > 0)
-
-
-def with_mean(per_class: np.ndarray) -> np.ndarray:
-    """IoU [..., K] -> [..., K + 1]: the mean over the classes that have one comes last."""
-    known = ~np.isnan(per_class)
-    mean = np.nansum(per_class, -1) / known.sum(-1).clip(1)
-    return np.concatenate([per_class, np.where(known.any(-1), mean, np.nan)[..., None]], -1)
-
-
-def estimate_over_seeds(counts: np.ndarray) -> np.ndarray:
-    """What was found, float [K + 1]: IoU over all test images, averaged over seeds; the mean over classes comes last.
-
-    counts: int [seeds, images, 2 or 3, K], the intersections and unions of each image; only classes that occur.
-    """
-    return with_mean(iou(counts.sum(1))).mean(0)
-
-
-def resampled(counts: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
-    """`estimate` of each resample of images and seeds, float [resamples, K + 1].
-
-    The same number of seeds and images and the same `seed` give the same draws: what two arms differ by is paired.
-    """
-    seeds, images = counts.shape[:2]
-    drawn = np.random.default_rng(seed)
-    of_images = drawn.multinomial(images, np.full(images, 1 / images), resamples)  # how often each was drawn [B, N]
-    of_seeds = drawn.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds  # [B, S]
-    summed = of_images.astype(float) @ counts.reshape(seeds, images, -1).astype(float)  # [S, B, 2 K or 3 K]
-    found = with_mean(iou(summed.reshape(seeds, resamples, *counts.shape[2:])))  # [S, B, K + 1]
-    return np.einsum("bs,sbk->bk", of_seeds, found)
-
-
-def interval(resamples: np.ndarray) -> np.ndarray:
-    """Lower and upper end, float [2, K + 1], of what `resampled` gives, or of the difference of two such.
-
-    Resamples in which a class is NaN are left out of its interval.
-    """
-    return np.nanpercentile(resamples, COVERED, axis=0)
-
-
-# --- bootstrap: How far would a number move with other images? The bootstrap of Efron 1979, over images.
 
 DRAWS, BLOCK = 1000, 100  # resamples of a set; as many at once
 LEVEL = 0.95
 
 
 class Estimate(NamedTuple):
-    """A number, and what it is on resampled images, float64 [B]; nan where it has none there."""
+    """A number, and what it is on resampled images, float64 [draws]; nan where it has none there."""
 
     value: float | None
     draws: torch.Tensor
@@ -84,9 +29,10 @@ class Estimate(NamedTuple):
 
 
 def resamples(count: int, name: str = "rows", draws: int = DRAWS) -> Iterator[torch.Tensor]:
-    """How often each of `count` images is drawn, float64 [b, count], in blocks.
+    """How often each of `count` images is drawn with replacement, float64 [b, count], in blocks of b = 100 draws.
 
-    Sets of one size and name get the same draws: what is measured on the same rows is compared row by row.
+    The block that starts at draw `first` counts torch.randint(count, (b, count), generator=g) with
+    g = rng.generator("bootstrap", name, count, first).
     """
     for first in range(0, draws, BLOCK):
         size = (min(BLOCK, draws - first), count)
@@ -94,13 +40,24 @@ def resamples(count: int, name: str = "rows", draws: int = DRAWS) -> Iterator[to
         yield torch.zeros(size, dtype=torch.float64).scatter_add_(1, rows, torch.ones(size, dtype=torch.float64))
 
 
-def bootstrap(
-    count: int, statistic: Callable[[torch.Tensor], dict[str, torch.Tensor]], name: str = "rows"
-) -> dict[str, Estimate]:
-    """Each number that `statistic` tells of image weights, float64 [b, count] -> [b], with its draws."""
-    found = statistic(torch.ones(1, count, dtype=torch.float64))
-    drawn = [statistic(weights) for weights in resamples(count, name)]
-    return {key: estimate(value[0], torch.cat([block[key] for block in drawn])) for key, value in found.items()}
+def bootstrap(statistic: Callable, draws: int = DRAWS, **counts: int) -> Any:
+    """A number or a dictionary of numbers with bootstrap draws: an Estimate, or a dictionary of them.
+
+    counts: the size of each set that is resampled, independently of the others, by its name; "rows" for the images of
+    one set. statistic: takes how often each image of each set counts, float64 [b, count] each, and returns [b] numbers
+    or a dictionary of such. Images and the seeds of a training can be resampled together (the pigeonhole bootstrap,
+    Owen 2007): bootstrap(statistic, rows=images, seeds=seeds).
+    """
+    found = statistic(*(torch.ones(1, count, dtype=torch.float64) for count in counts.values()))
+    blocks = zip(*(resamples(count, name, draws) for name, count in counts.items()), strict=True)
+    drawn = [statistic(*weights) for weights in blocks]
+    if isinstance(found, dict):
+        return {key: _estimate(value[0], torch.cat([one[key] for one in drawn])) for key, value in found.items()}
+    return _estimate(found[0], torch.cat(drawn))
+
+
+def _estimate(value: torch.Tensor, draws: torch.Tensor) -> Estimate:
+    return Estimate(float(value) if torch.isfinite(value) else None, draws)
 
 
 def mean(values: torch.Tensor, name: str = "rows") -> Estimate:
@@ -109,7 +66,7 @@ def mean(values: torch.Tensor, name: str = "rows") -> Estimate:
     values = values[values.isfinite()]
     if not len(values):
         return Estimate(None, torch.full((DRAWS,), float("nan"), dtype=torch.float64))
-    return bootstrap(len(values), lambda weights: {"mean": weights @ values / len(values)}, name)["mean"]
+    return bootstrap(lambda weights: weights @ values / len(values), **{name: len(values)})
 
 
 def ratio(part: Estimate, whole: Estimate) -> Estimate:
@@ -125,35 +82,26 @@ def difference(one: Estimate, other: Estimate) -> Estimate:
     return Estimate(value, one.draws[:count] - other.draws[:count])
 
 
-def estimate(value: torch.Tensor, draws: torch.Tensor) -> Estimate:
-    """From tensors; nan is None."""
-    return Estimate(float(value) if torch.isfinite(value) else None, draws)
+def values_of(nest: Any) -> Any:
+    """Nested dictionaries with each Estimate as its value alone."""
+    if isinstance(nest, Estimate):
+        return nest.value
+    return {key: values_of(value) for key, value in nest.items()} if isinstance(nest, dict) else nest
 
 
-def values_of(told: dict) -> dict:
-    """A nest of dictionaries with each Estimate as its value alone."""
-    return {key: _shown(value, values_of, lambda one: one.value) for key, value in told.items()}
-
-
-def intervals_of(told: dict) -> dict:
-    """The same nest with each Estimate as [low, high]; what is no Estimate is left out."""
-    kept = {key: value for key, value in told.items() if isinstance(value, dict | Estimate)}
-    found = {key: _shown(value, intervals_of, Estimate.interval) for key, value in kept.items()}
+def intervals_of(nest: dict) -> dict:
+    """The same dictionaries with each Estimate as [low, high]; what is no Estimate is left out."""
+    found = {key: value.interval() if isinstance(value, Estimate) else intervals_of(value)
+             for key, value in nest.items() if isinstance(value, dict | Estimate)}  # fmt: skip
     return {key: value for key, value in found.items() if value != {}}
 
 
-def draws_of(told: dict, above: str = "") -> dict[str, torch.Tensor]:
-    """Every Estimate's draws, float32 [B], by its place in the nest: faithfulness/synthetic/miou."""
+def draws_of(nest: dict, above: str = "") -> dict[str, torch.Tensor]:
+    """Every Estimate's draws, float32, by its place in the dictionaries: faithfulness/synthetic/miou."""
     found = {}
-    for key, value in told.items():
+    for key, value in nest.items():
         if isinstance(value, Estimate):
             found[above + key] = value.draws.float()
         elif isinstance(value, dict):
             found |= draws_of(value, f"{above}{key}/")
     return found
-
-
-def _shown(value, deeper: Callable, leaf: Callable):
-    if isinstance(value, Estimate):
-        return leaf(value)
-    return deeper(value) if isinstance(value, dict) else value

@@ -15,7 +15,7 @@ from segcn.data.palette import Palette
 from segcn.data.visualize import ACCENT, grid, heat_map, legend, name_classes, side_by_side
 from segcn.evaluate.bootstrap import LEVEL
 from segcn.evaluate.evaluator import LEAST_CROP, ROWS, Evaluation
-from segcn.evaluate.metrics import COMPARED, NEIGHBOURS
+from segcn.evaluate.metrics import COMPARED, NEIGHBORS
 from segcn.evaluate.tables import lookup, number, within
 from segcn.models.base import one_core
 from segcn.utils.html import as_table, head, plot
@@ -364,7 +364,7 @@ def settings_html(evaluation: Evaluation) -> Iterator[str]:
     """Everything that the numbers depend on."""
     metrics = evaluation.metrics
     told = metrics["settings"] | {f"segmenter: {key}": value for key, value in metrics["segmenter"].items()}
-    told |= {"neighbours (precision to coverage)": NEIGHBOURS, "images compared in pairs, at most": COMPARED}
+    told |= {"neighbors (precision to coverage)": NEIGHBORS, "images compared in pairs, at most": COMPARED}
     yield "<h2>Settings</h2>"
     rows = (
         (name, escape(one["folder"]), str(one["images"]), one["fingerprint"]) for name, one in metrics["sets"].items()

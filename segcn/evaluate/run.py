@@ -1,4 +1,4 @@
-"""`segcn evaluate`: read the data sets, open or train what judges them, measure, and write metrics and report."""
+"""`segcn evaluate`: read the data sets, open or train the segmenter, evaluate, and write metrics and report."""
 
 import json
 import os
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from segcn.data.metadata import Split, find_splits, read_image, read_named_split, read_split
+from segcn.data.metadata import Split, find_splits, hold_out, read_image, read_named_split, read_split
 from segcn.evaluate.config import EvaluateConfig
-from segcn.evaluate.evaluator import METRICS, PARTS_OF, Evaluation, Observer, evaluate
+from segcn.evaluate.evaluator import METRICS, PARTS_OF, Evaluation, Log, Observer, evaluate
 from segcn.evaluate.report import write_report
 from segcn.models.features import Reader, clip_reader, open_extractor
-from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter, shared_folder, train_segmenter
+from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter, segmenter_of
 from segcn.utils.errors import UserError
+from segcn.utils.io import Process, this_process
 
-Log = Callable[[str], None]
 CaptionReader = Callable[[Path, Split, Path, Log], Reader | None]
 CHANGE_NO_NUMBER = ("output_dir", "cache_dir", "batch_size", "allow_symlinks")
 
@@ -24,34 +24,31 @@ CHANGE_NO_NUMBER = ("output_dir", "cache_dir", "batch_size", "allow_symlinks")
 def evaluate_folders(
     config: EvaluateConfig, caption_reader: CaptionReader | None = None, log: Log = print
 ) -> Evaluation | None:
-    """Measure, and write metrics.json, the bootstrap's draws and report.html; None in all processes but the first.
+    """Evaluate, and write metrics.json, the bootstrap's draws and report.html; None in all processes but the first.
 
-    caption_reader: opens what reads captions off images where a data set has one. The same command goes on where it was
-    killed: what was seen of each image is kept. UserError where the folder holds the evaluation of another set.
+    caption_reader: opens what reads captions off images where a data set has one. Rerun after an interruption, it uses
+    what was computed of each image. UserError where the folder holds the evaluation of another set.
     """
     if not (config.real and config.synthetic):
         raise UserError("segcn evaluate needs --real DATASET and --synthetic DATASET")
-    process, wait = processes()
-    log = log if process[0] == 0 else lambda line: None
+    process = this_process()
+    if process.rank:
+        log = lambda line: None  # noqa: E731
     splits = read_splits(config)
     folder = Path(config.output_dir) if config.output_dir else splits["synthetic"].folder.absolute().parent
     refuse_another(folder, splits["synthetic"])
     cache = Path(config.cache_dir) if config.cache_dir else folder / "cache"
-    if process[0]:
-        wait()  # the first process trains what the others then load
-    elif process[1] > 1:
-        torch.set_num_threads(os.cpu_count() or 1)  # as without torchrun: what is trained depends on it
-    observer = open_observer(config, splits, cache, process, caption_reader, log)
-    if process[1] > 1:
-        if process[0] == 0:
-            wait()
-        for name, split in splits.items():
-            observer.observe(split, PARTS_OF[name], log)
-        wait()
-    if process[0]:
-        return None
-    whole = Observer(observer.segmenter, observer.extractor, observer.readers, cache, config.batch_size)
-    evaluation = evaluate(**splits, observer=whole, log=log)
+    if process.world > 1:
+        torch.set_num_threads(os.cpu_count() or 1)  # torchrun sets 1: what is trained depends on it
+    segmenter = _segmenter(config, splits, cache, log)
+    extractor = open_extractor(segmenter, config.inception_weights)
+    readers = open_readers(config.clip, Path(config.real), splits.get("train"), cache, caption_reader, log)
+    observer = Observer(segmenter, extractor, readers, cache, config.batch_size)
+    if process.world > 1:
+        _share(observer, splits, process, log)
+        if process.rank:
+            return None
+    evaluation = evaluate(**splits, observer=observer, log=log)
     kept = {name: value for name, value in asdict(config).items() if name not in CHANGE_NO_NUMBER}
     evaluation.metrics["settings"] |= kept
     log(f"Wrote {evaluation.write(folder)}.")
@@ -59,32 +56,37 @@ def evaluate_folders(
     return evaluation
 
 
-def processes() -> tuple[tuple[int, int], Callable[[], None]]:
-    """(this process, of how many), and what waits for all of them, as torchrun and accelerate launch tell."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return (0, 1), lambda: None
+def _share(observer: Observer, splits: dict[str, Split], process: Process, log: Log) -> None:
+    """Each process looks at its share of the images and leaves its findings in the cache, for the first one."""
+    from dataclasses import replace
+
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
-    return (state.process_index, state.num_processes), state.wait_for_everyone
+    part = replace(observer, process=process)
+    for name, split in splits.items():
+        part.observe(split, PARTS_OF[name], log)
+    PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
 
 def read_splits(config: EvaluateConfig) -> dict[str, Split]:
     """Every set that is there, by the name of its argument of `evaluate`."""
-    splits = {"real": read_named_split(config.real, "test"), "synthetic": read_split(config.synthetic)}
-    splits |= {
-        name: read_split(folder)
-        for name in ("floor", "reconstructions")
-        if (folder := getattr(config, name)) is not None
-    }
-    if "train" in find_splits(config.real):
-        train = read_split(config.real, "train")
-        splits |= {"train": train} if train.metadata != splits["real"].metadata else {}
+    train = None
+    if "test" in find_splits(config.real) or not config.segmenter:
+        train, held_out = hold_out(config.real)
+        real = read_named_split(config.real, held_out)
+    else:
+        real = read_split(config.real)
+    splits = {"real": real, "synthetic": read_split(config.synthetic)}
+    for name in ("floor", "reconstructions"):
+        if getattr(config, name) is not None:
+            splits[name] = read_split(getattr(config, name))
+    if train and (train != "train" or "train" in find_splits(config.real)):
+        splits["train"] = read_named_split(config.real, train)
     return splits
 
 
 def refuse_another(folder: Path, synthetic: Split) -> None:
-    """UserError where a folder holds the evaluation of other images: nobody's result is replaced unasked."""
+    """UserError where a folder holds the evaluation of other images, so that no result is replaced by mistake."""
     path = folder / METRICS
     if not path.is_file():
         return
@@ -94,23 +96,9 @@ def refuse_another(folder: Path, synthetic: Split) -> None:
         measured = "something else, or by an older version"
     if measured != str(synthetic.folder):
         raise UserError(
-            f"{path} tells of {measured}, not of {synthetic.folder}: choose another --output_dir, or move it away"
+            f"{path} is the evaluation of {measured}, not of {synthetic.folder}: choose another --output_dir, or move"
+            " it away"
         )
-
-
-def open_observer(
-    config: EvaluateConfig,
-    splits: dict[str, Split],
-    cache: Path,
-    process: tuple[int, int] = (0, 1),
-    caption_reader: CaptionReader | None = None,
-    log: Log = print,
-) -> Observer:
-    """The segmenter that is given, or one trained on the real rows that are not tested on, and all else that looks."""
-    segmenter = _segmenter(config, splits, cache, log)
-    readers = open_readers(config.clip, Path(config.real), splits.get("train"), cache, caption_reader, log)
-    extractor = open_extractor(segmenter, config.inception_weights)
-    return Observer(segmenter, extractor, readers, cache, config.batch_size, process)
 
 
 def open_readers(
@@ -122,18 +110,16 @@ def open_readers(
 
 
 def _segmenter(config: EvaluateConfig, splits: dict[str, Split], cache: Path, log: Log) -> AnySegmenter:
-    resolution = config.resolution or _side(splits["synthetic"], config.fit)
+    """The segmenter that is given, or one trained on real rows at the resolution of the generated images."""
+    shape = read_image(splits["synthetic"][0].image).shape[:2]
+    generated = max(shape) if config.fit == "pad" else min(shape)  # what was padded was cut off again
+    resolution = config.resolution or generated
     if config.segmenter:
         return open_segmenter(config.segmenter, splits["real"].palette, resolution, config.fit)
     if "train" not in splits:
         raise UserError(
-            f"--real {config.real} has no train/ and test/: the segmenter must not be trained on the images that it is "
-            "tested on. Split the data set, or give a trained segmenter by --segmenter."
+            f"--real {config.real} has no train/ beside test/: the segmenter must not be trained on the images that it"
+            " is tested on. Split the data set, or give a trained segmenter by --segmenter."
         )
     settings = SegmenterConfig(resolution=resolution, seed=config.seed, fit=config.fit)
-    return train_segmenter(splits["train"], settings, shared_folder(cache, splits["train"], settings), log)
-
-
-def _side(split: Split, fit: str) -> int:
-    """Pixels a side of the square that was painted: what is padded was cut off again."""
-    return (max if fit == "pad" else min)(read_image(split[0].image).shape[:2])
+    return segmenter_of(splits["train"], settings, cache, log)

@@ -26,7 +26,7 @@ from segcn.generate.config import GenerateConfig, SampleConfig
 from segcn.generate.pipeline import Pipeline, generate, load_pipeline
 from segcn.generate.writer import generate_dataset, reconstruct_dataset
 from segcn.models.features import open_extractor
-from segcn.models.segmenter import Segmenter, SegmenterConfig, train_segmenter
+from segcn.models.segmenter import Segmenter, SegmenterConfig, segmenter_of
 from segcn.samples.base_model.training import to_pixels
 from segcn.samples.config import MeasureConfig
 from segcn.samples.earth import write_earth
@@ -197,7 +197,7 @@ def measure(config: MeasureConfig, train: Split, log: Log = print) -> dict:
     sets = generated_sets(config, read_named_split(held_out, f"train[:{config.count}]"), painter, log)
     save_grid(draw_grid(config, sets["real"], painter), config.folder / "grid.png")
     judges = SegmenterConfig(steps=config.segmenter_steps, resolution=config.resolution)
-    segmenter = train_segmenter(train, judges, config.folder / "segmenter", log)
+    segmenter = segmenter_of(train, judges, config.folder / "cache", log)
     metrics: dict[str, Any] = {"settings": dataclasses.asdict(config) | {"base_fingerprint": painter.base.fingerprint}}
     metrics["autoencoder"] = likeness(sets["real"], sets["reconstructions"])
     metrics |= faithful(sets, segmenter, log)

@@ -9,12 +9,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from segcn.data import visualize
 from segcn.data.metadata import Split
-from segcn.evaluate.bootstrap import METHOD, estimate_over_seeds, interval, resampled
+from segcn.evaluate.bootstrap import Estimate, bootstrap, difference
+from segcn.evaluate.metrics import iou_of_counts
 from segcn.study.config import UtilityConfig
 from segcn.study.plan import Arm
 from segcn.utils.io import write_text
@@ -27,6 +29,13 @@ NO_LEAK = (
     " fraction goes on from that of the next smaller one, whose rows it holds. The exceptions are the base model,"
     " which has seen images without masks, maybe of the same kind as those tested on, and words given by --vary or"
     " --prompt."
+)
+METHOD = (
+    "95 % percentile intervals of a bootstrap that draws test images and, independently, seeds, each with replacement"
+    " (the pigeonhole bootstrap; Owen 2007, Annals of Applied Statistics 1(2), 386-411); of differences the"
+    " same images and seeds are drawn for both sides. They show what another sample of test images and other seeds of"
+    " the segmenter might have given; which rows were drawn, and the one ControlNet of each fraction, are taken as they"
+    " are."
 )
 WHERE_NOT = ("dataset_name", "output_dir", "pretrained_model_name_or_path", "allow_symlinks")  # settings of no effect
 
@@ -42,18 +51,18 @@ def metrics_of(
     there = next(iter(counts.values()))[0, :, 2].sum(0)  # pixels of each class in the test masks
     present = [label for label in palette.labels if not label.ignore and there[label.id]]
     names, ids = [label.name for label in present], [label.id for label in present]
-    drawn = {arm: resampled(found[..., ids], config.resamples) for arm, found in counts.items()}
-    values = {arm: estimate_over_seeds(found[..., ids]) for arm, found in counts.items()}
+    scores = {arm: iou_over_seeds(found[..., ids], names, config.resamples) for arm, found in counts.items()}
     arms = []
     for arm in counts:
         alone = Arm(arm.fraction, 0.0)
         entry = {"fraction": arm.fraction, "rows": len(rows[arm.fraction]), "name": arm.name, "ratio": arm.ratio}
-        entry |= _told(names, values[arm], drawn[arm])
-        entry["of_each_seed"] = [
-            round(float(estimate_over_seeds(one[None][..., ids])[-1]), DIGITS) for one in counts[arm]
-        ]
+        entry |= _told(scores[arm])
+        of_each_seed = (iou_over_seeds(one[None][..., ids], names, 1)["miou"].value for one in counts[arm])
+        entry["of_each_seed"] = [round(value, DIGITS) for value in of_each_seed]
         if arm != alone:
-            entry["above_real"] = _told(names, values[arm] - values[alone], drawn[arm] - drawn[alone])
+            entry["above_real"] = _told(
+                {name: difference(scores[arm][name], scores[alone][name]) for name in scores[arm]}
+            )
         arms.append(entry)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in WHERE_NOT}
     return {
@@ -62,6 +71,23 @@ def metrics_of(
         "synthetic": {f"{fraction:g}": made for fraction, made in images.items()}, "arms": arms,
         "verdicts": [verdict(arm) for arm in arms if arm["ratio"] == config.few_real_ratio],
     }  # fmt: skip
+
+
+def iou_over_seeds(counts: np.ndarray, names: list[str], draws: int) -> dict[str, Estimate]:
+    """IoU of each class over all test images, and "miou", their mean, averaged over seeds; draws resample both.
+
+    counts: int [seeds, images, 3, K], as of `training.overlap`. Arms of as many seeds and images have paired draws.
+    """
+    both, either, there = torch.from_numpy(counts).double().unbind(2)
+    pixels = torch.stack([there, either + both - there, both], -1)  # [S, N, K, 3], as of `metrics.class_counts`
+
+    def averaged(rows: torch.Tensor, seeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        each = iou_of_counts(torch.einsum("bn,snkc->bskc", rows, pixels))
+        each = torch.cat([each, each.nanmean(-1, keepdim=True)], -1)  # [b, S, K + 1]
+        means = torch.einsum("bs,bsk->bk", seeds / len(counts), each)
+        return dict(zip([*names, "miou"], means.unbind(1), strict=True))
+
+    return bootstrap(averaged, draws, rows=counts.shape[1], seeds=counts.shape[0])
 
 
 def verdict(arm: dict[str, Any]) -> str:
@@ -175,13 +201,12 @@ def _curves(axes: Axes, metrics: dict, read: Callable[[dict], tuple[float, list[
     axes.minorticks_off()
 
 
-def _told(names: list[str], values: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
-    """IoU or difference of each class and their mean, with intervals; the mean comes last in both arrays."""
-    ends = interval(drawn).T.round(DIGITS).tolist()
-    values = values.round(DIGITS).tolist()
+def _told(scores: dict[str, Estimate]) -> dict[str, Any]:
+    """IoU or difference of each class and their mean, with intervals."""
+    values = {name: round(one.value, DIGITS) for name, one in scores.items()}
+    ends = {name: [round(end, DIGITS) for end in one.interval()] for name, one in scores.items()}
     return {
-        "miou": values[-1], "miou_interval": ends[-1],
-        "per_class": dict(zip(names, values[:-1], strict=True)), "intervals": dict(zip(names, ends[:-1], strict=True)),
+        "miou": values.pop("miou"), "miou_interval": ends.pop("miou"), "per_class": values, "intervals": ends
     }  # fmt: skip
 
 

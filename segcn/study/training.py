@@ -11,7 +11,7 @@ from segcn.data.dataset import PairedDataset, to_image, to_uint8
 from segcn.data.metadata import Split
 from segcn.data.sampler import COUNTED_ROWS, class_pixels, class_weights
 from segcn.data.transforms import AUGMENTS, AugmentConfig
-from segcn.evaluate.metrics import confusion, pixels_of
+from segcn.evaluate.metrics import class_counts, confusion_matrix
 from segcn.models.base import pick_device
 from segcn.models.segmenter import Segmenter, SegmenterConfig, build_segmenter, fit, predict
 from segcn.utils import rng
@@ -139,6 +139,6 @@ def overlap(seen: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
 
     Where the mask is 255 nothing is counted.
     """
-    confused = confusion(torch.from_numpy(seen), torch.from_numpy(mask), classes)
-    there, found, both = pixels_of(confused).unbind(-1)
+    confusion = confusion_matrix(torch.from_numpy(seen), torch.from_numpy(mask), classes)
+    there, found, both = class_counts(confusion).unbind(-1)
     return torch.stack([both, found + there - both, there]).numpy()
