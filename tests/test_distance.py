@@ -8,12 +8,12 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from segcn.evaluate import bootstrap
 from segcn.evaluate.bootstrap import Estimate, difference, ratio, resamples
 from segcn.evaluate.metrics import (
-    copying,
     few_images,
     frechet_distance,
     frechet_estimate,
     kernel_distance,
-    neighbourhoods,
+    memorization,
+    neighborhoods,
 )
 from segcn.models.base import one_core
 
@@ -111,7 +111,7 @@ def test_differences_of_paired_draws_are_narrower_than_those_of_other_rows():
 
 def test_precision_falls_off_the_real_cloud_and_recall_where_the_generated_one_is_narrow():
     real = cloud(200, 4)
-    same, away, narrow = (neighbourhoods(real, far) for far in (
+    same, away, narrow = (neighborhoods(real, far) for far in (
         cloud(200, 4, seed=1), cloud(200, 4, shift=4, seed=1), (cloud(200, 4, seed=1) - 1) * 0.1 + 1))  # fmt: skip
     assert min(one.value for one in same.values()) > 0.7
     assert max(one.value for one in away.values()) < 0.1
@@ -122,12 +122,12 @@ def test_precision_falls_off_the_real_cloud_and_recall_where_the_generated_one_i
 def test_copies_of_training_images_are_nearer_than_real_test_images_and_the_closest_are_named():
     train, test = cloud(100), cloud(60, seed=1)
     copies = train[:40] + 0.01
-    copied, fresh = copying(copies, test, train), copying(cloud(60, seed=2), test, train)
+    copied, fresh = memorization(copies, test, train), memorization(cloud(60, seed=2), test, train)
     assert copied["nearer_than_real"].value == 1 and copied["nearer_than_real"].interval()[0] > 0.95
     low, high = fresh["nearer_than_real"].interval()
     assert low < 0.5 < high
     assert all(one["row"] == one["training_row"] for one in copied["closest"])
-    assert copying(train[:5], test, train)["closest"][0]["distance"] == pytest.approx(0, abs=1e-6)
+    assert memorization(train[:5], test, train)["closest"][0]["distance"] == pytest.approx(0, abs=1e-6)
 
 
 def test_too_few_images_for_a_frechet_distance_are_said_with_the_number_needed():

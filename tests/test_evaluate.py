@@ -24,6 +24,7 @@ from segcn.evaluate.tables import compare, lookup, table
 from segcn.models.features import INCEPTION, INCEPTION_WEIGHTS, open_extractor
 from segcn.models.segmenter import SegmenterConfig, load_segmenter, train_segmenter
 from segcn.utils.errors import UserError
+from segcn.utils.io import Process
 
 QUICK = SegmenterConfig(steps=80, batch_size=8, learning_rate=0.015, width=16, resolution=32)
 ROWS = 16
@@ -185,7 +186,7 @@ def test_no_number_depends_on_batch_size_threads_or_processes(folder, observer, 
                    for size in (1, 5)]  # fmt: skip
     finally:
         torch.set_num_threads(threads)
-    parts = [Observer(plain.segmenter, plain.extractor, (), folder / "shared", 3, (rank, 2)) for rank in (0, 1)]
+    parts = [Observer(plain.segmenter, plain.extractor, (), folder / "shared", 3, Process(rank, 2)) for rank in (0, 1)]
     seen = [part.observe(other, log=quiet)["pixels"] for part in parts]
     assert [len(one) for one in seen] == [9, 7]
     shared = Observer(plain.segmenter, plain.extractor, (), folder / "shared", 3)
@@ -328,7 +329,7 @@ def test_metrics_are_stored_whole_as_json(blurred, tmp_path):
 def test_the_evaluation_of_other_images_is_not_replaced(folder, tmp_path, blurred):
     settings = {"real": str(folder / "data"), "segmenter": str(folder / "segmenter"), "output_dir": str(tmp_path)}
     (tmp_path / METRICS).write_text('{"sets": {"synthetic": {"folder": "/somewhere/else"}}}')
-    with pytest.raises(UserError, match=r"tells of /somewhere/else, not of .*choose another --output_dir"):
+    with pytest.raises(UserError, match=r"is the evaluation of /somewhere/else, not of .*choose another --output_dir"):
         evaluate_folders(EvaluateConfig(**settings, synthetic=str(folder / "blurred")), log=quiet)
     with pytest.raises(UserError, match="needs --real DATASET and --synthetic DATASET"):
         evaluate_folders(EvaluateConfig(real="here"), log=quiet)

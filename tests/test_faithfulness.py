@@ -1,4 +1,4 @@
-"""Promise: pixels and outlines are counted as one would by hand, and somebody else's network can do the judging."""
+"""Promise: pixels and outlines are counted as one would by hand, and a network of transformers can be the segmenter."""
 
 import json
 
@@ -13,16 +13,16 @@ from segcn.evaluate.evaluator import Observer, faithfulness
 from segcn.evaluate.metrics import (
     boundary_counts,
     boundary_f,
+    boundary_tolerance,
     calibration,
+    class_counts,
     confidence_bins,
-    confusion,
-    faithfulness_of,
+    confusion_matrix,
     iou,
-    pixels_of,
-    tolerance,
+    mask_scores,
 )
 from segcn.models.features import open_extractor
-from segcn.models.segmenter import ids_of, open_segmenter
+from segcn.models.segmenter import classes_of_labels, open_segmenter
 from segcn.utils.errors import UserError
 
 WITH_HOLE = Palette((Label(0, "other", (0, 0, 0), ignore=True), *(Label(k, str(k), (k, 1, 1)) for k in (1, 2, 3))))
@@ -61,19 +61,25 @@ def near(pixel, others, reach):
 
 def test_miou_is_that_of_a_brute_force_count_over_all_images():
     found, wanted = some_masks()
-    confused = sum(confusion(f, w, 4) for f, w in zip(found, wanted, strict=True))
-    assert iou(pixels_of(confused)).tolist() == pytest.approx(counted_by_hand(found, wanted, 4))
+    confused = sum(confusion_matrix(f, w, 4) for f, w in zip(found, wanted, strict=True))
+    assert iou(confused).tolist() == pytest.approx(counted_by_hand(found, wanted, 4))
     assert confused.sum() == (wanted != IGNORE).sum() and confused[1, 2] == ((wanted == 1) & (found == 2)).sum()
+
+
+def test_a_class_that_no_mask_holds_has_no_iou_and_lowers_that_of_the_classes_it_covers():
+    predicted = torch.tensor([[0, 0, 2, 1]], dtype=torch.uint8)
+    mask = torch.tensor([[0, 0, 0, 1]], dtype=torch.uint8)
+    found = iou(confusion_matrix(predicted, mask, 3))
+    assert found[2].isnan() and found[:2].tolist() == [pytest.approx(2 / 3), 1]
+    assert found.nanmean() == pytest.approx(5 / 6)
 
 
 def test_the_sums_over_images_give_the_same_miou_and_resampled_ones_lie_around_it():
     found, wanted = some_masks(count=6, classes=3)
-    seen = {
-        "pixels": torch.stack([pixels_of(confusion(f, w, 3)) for f, w in zip(found, wanted, strict=True)]),
-        "edges": torch.stack([boundary_counts(f, w, 3) for f, w in zip(found, wanted, strict=True)]),
-    }
-    found = faithfulness_of(seen, PALETTE)
-    expected = iou(seen["pixels"].sum(0))
+    each = torch.stack([confusion_matrix(f, w, 3) for f, w in zip(found, wanted, strict=True)])
+    edges = torch.stack([boundary_counts(f, w, 3) for f, w in zip(found, wanted, strict=True)])
+    found = mask_scores(class_counts(each), edges, PALETTE)
+    expected = iou(each.sum(0))
     assert found["miou"].value == pytest.approx(expected.mean().item())
     assert [one.value for one in found["per_class"].values()] == pytest.approx(expected.tolist())
     low, high = found["miou"].interval()
@@ -84,7 +90,7 @@ def test_the_sums_over_images_give_the_same_miou_and_resampled_ones_lie_around_i
 def test_outlines_are_those_of_a_brute_force_count(grow):
     found, wanted = (one[0] for one in some_masks(count=1, side=24))
     found, wanted = (one.repeat_interleave(grow, 0).repeat_interleave(grow, 1) for one in (found, wanted))
-    counts, reach = boundary_counts(found, wanted, 4), tolerance(wanted.shape)
+    counts, reach = boundary_counts(found, wanted, 4), boundary_tolerance(wanted.shape)
     assert reach == (1 if grow == 1 else 2)
     masks = [np.where(wanted == IGNORE, IGNORE, found), wanted.numpy()]
     for label in range(4):
@@ -130,36 +136,36 @@ def segformer(tmp_path):
     return save
 
 
-def test_a_folder_of_transformers_judges_like_our_own_and_gives_the_name_of_its_features(segformer, tmp_path):
+def test_a_folder_of_transformers_counts_like_our_own_and_gives_the_name_of_its_features(segformer, tmp_path):
     split = write_rectangles(tmp_path / "data", 3)
-    judge = open_segmenter(segformer(3), split.palette, 32, "crop", "cpu")
-    assert judge(torch.zeros(2, 3, 32, 32)).shape == (2, 3, 32, 32)
-    extractor = open_extractor(judge)
-    seen = Observer(judge, extractor).observe(split, log=lambda line: None)
+    segmenter = open_segmenter(segformer(3), split.palette, 32, "crop", "cpu")
+    assert segmenter(torch.zeros(2, 3, 32, 32)).shape == (2, 3, 32, 32)
+    extractor = open_extractor(segmenter)
+    seen = Observer(segmenter, extractor).observe(split, log=lambda line: None)
     assert extractor.name == "segformer (segformer-3) features" and seen["features"].shape == (3, 16)
     by_hand = counted_by_hand(
-        torch.stack([judge(one.image[None]).argmax(1)[0] for one in Observer(judge, extractor).pairs(split)]),
-        torch.stack([one.mask for one in Observer(judge, extractor).pairs(split)]),
+        torch.stack([segmenter(one.image[None]).argmax(1)[0] for one in Observer(segmenter, extractor).pairs(split)]),
+        torch.stack([one.mask for one in Observer(segmenter, extractor).pairs(split)]),
         3,
     )
-    assert iou(seen["pixels"].sum(0)).tolist() == pytest.approx(by_hand)
-    assert faithfulness(split, judge)["miou"] == pytest.approx(np.mean(by_hand))
+    assert iou(seen["confusion"]).tolist() == pytest.approx(by_hand)
+    assert faithfulness(split, segmenter)["miou"] == pytest.approx(np.mean(by_hand))
 
 
 def test_its_image_processor_says_how_it_sees_the_images(segformer):
     folder = segformer(3)
     told = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(told))
-    judge, image = open_segmenter(folder, PALETTE, 32, "crop", "cpu"), torch.rand(1, 3, 64, 64) * 2 - 1
-    assert torch.allclose(judge._seen(image), image, atol=1e-6)
-    assert judge._seen(torch.zeros(1, 3, 32, 32)).shape[2:] == (64, 64)
-    assert judge(torch.zeros(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+    segmenter, image = open_segmenter(folder, PALETTE, 32, "crop", "cpu"), torch.rand(1, 3, 64, 64) * 2 - 1
+    assert torch.allclose(segmenter.normalize(image), image, atol=1e-6)
+    assert segmenter.normalize(torch.zeros(1, 3, 32, 32)).shape[2:] == (64, 64)
+    assert segmenter(torch.zeros(1, 3, 32, 32)).shape == (1, 3, 32, 32)
 
 
 def test_labels_are_mapped_by_their_number_and_another_number_is_refused(segformer):
-    assert ids_of(WITH_HOLE, 4, "f") == [0, 1, 2, 3] and ids_of(WITH_HOLE, 3, "f") == [1, 2, 3]
-    judge = open_segmenter(segformer(3), WITH_HOLE, 32, "crop", "cpu")
-    assert judge(torch.rand(1, 3, 32, 32)).argmax(1).min() >= 1
+    assert classes_of_labels(WITH_HOLE, 4, "f") == [0, 1, 2, 3] and classes_of_labels(WITH_HOLE, 3, "f") == [1, 2, 3]
+    segmenter = open_segmenter(segformer(3), WITH_HOLE, 32, "crop", "cpu")
+    assert segmenter(torch.rand(1, 3, 32, 32)).argmax(1).min() >= 1
     with pytest.raises(UserError, match=r"segformer-7: expected 3 or 4 labels, as many as palette.json has .* found 7"):
         open_segmenter(segformer(7), WITH_HOLE, 32, "crop")
 

@@ -1,4 +1,4 @@
-import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +15,8 @@ from segcn.models.segmenter import (
     load_segmenter,
     predict,
     segmentation_loss,
+    segmenter_of,
+    shared_folder,
     train_segmenter,
 )
 from segcn.utils.errors import UserError
@@ -43,6 +45,10 @@ def write_rectangles(folder, count, seed=0, side=32):
     return read_split(folder)
 
 
+def quiet(line):
+    pass
+
+
 @pytest.fixture
 def split(tmp_path):
     return write_rectangles(tmp_path / "data", 6)
@@ -55,7 +61,7 @@ def test_logits_have_the_size_of_any_image():
         assert segmenter.features(torch.zeros(2, 3, *size)).shape == (2, 24)
 
 
-def test_padding_up_to_the_stride_changes_nothing_that_the_edge_itself_would_not():
+def test_padding_up_to_the_stride_repeats_the_last_row():
     segmenter = build_segmenter(3, width=8)
     image = torch.rand(1, 3, 30, 32) * 2 - 1
     filled = torch.cat([image, image[..., -1:, :], image[..., -1:, :]], dim=-2)
@@ -114,59 +120,51 @@ def test_rare_classes_weigh_more_and_the_average_pixel_one(split):
 
 def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(split, tmp_path):
     def weights(name, seed):
-        config = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=32, seed=seed)
-        train_segmenter(split, config, tmp_path / name, log=lambda line: None)
-        return hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).digest()
+        train_segmenter(split, replace(SHORT, seed=seed), tmp_path / name, quiet)
+        return (tmp_path / name / "model.safetensors").read_bytes()
 
     assert weights("first", 0) == weights("second", 0) != weights("third", 1)
 
 
 def test_a_class_that_never_occurs_keeps_the_weights_finite(split, tmp_path):
     Palette((*PALETTE.labels, Label(7, "house", (1, 2, 3)))).save(split.folder / "palette.json")
-    segmenter = train_segmenter(read_split(split.folder), SHORT, tmp_path / "segmenter", log=lambda line: None)
+    segmenter = train_segmenter(read_split(split.folder), SHORT, tmp_path / "segmenter", quiet)
     assert segmenter.num_classes == 8
     assert all(tensor.isfinite().all() for tensor in segmenter.state_dict().values())
 
 
-def test_a_finished_segmenter_is_reused_and_says_so(split, tmp_path):
+def test_the_segmenter_of_the_same_rows_and_settings_is_trained_once(split, tmp_path):
     said = []
-    trained = train_segmenter(split, SHORT, tmp_path / "segmenter", log=said.append)
-    assert said[0] == f"segmenter: step 3/3, {said[0].split(', ')[1]}"
-    stamp = (tmp_path / "segmenter" / "model.safetensors").stat().st_mtime_ns
-    again = train_segmenter(split, SHORT, tmp_path / "segmenter", log=said.append)
-    assert said[-1].startswith("segmenter: reused the one in")
-    assert (tmp_path / "segmenter" / "model.safetensors").stat().st_mtime_ns == stamp
+    trained = segmenter_of(split, SHORT, tmp_path, said.append)
+    assert said[0].startswith("segmenter: step 3/3, loss ") and "stored in" in said[-1]
+    again = segmenter_of(split, SHORT, tmp_path, said.append)
+    assert sum("step 3/3" in line for line in said) == 1 and said[-1].startswith("segmenter: reused")
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(trained(images), again(images))
     assert again.settings == trained.settings and again.settings["rows"] == 6
-    assert Palette.load(tmp_path / "segmenter" / "palette.json") == PALETTE
-
-
-def test_other_rows_or_settings_train_anew_and_say_so(split, tmp_path):
-    said = []
-    train_segmenter(split, SHORT, tmp_path / "segmenter", log=said.append)
+    folder = shared_folder(tmp_path, split, SHORT)
+    assert Palette.load(folder / "palette.json") == PALETTE
     other = write_rectangles(tmp_path / "other", 4, seed=1)
-    assert train_segmenter(other, SHORT, tmp_path / "segmenter", log=said.append).settings["rows"] == 4
-    assert any("other rows or with other settings" in line for line in said)
+    folders = {folder, shared_folder(tmp_path, other, SHORT), shared_folder(tmp_path, split, replace(SHORT, seed=1))}
+    assert len(folders) == 3
+    assert segmenter_of(other, SHORT, tmp_path, quiet).settings["rows"] == 4
 
 
 def test_a_damaged_segmenter_is_not_loaded_and_is_trained_again(split, tmp_path):
-    folder, said = tmp_path / "segmenter", []
-    train_segmenter(split, SHORT, folder, log=said.append)
+    folder, said = shared_folder(tmp_path, split, SHORT), []
+    segmenter_of(split, SHORT, tmp_path, quiet)
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"model\.safetensors does not match"):
         load_segmenter(folder)
-    train_segmenter(split, SHORT, folder, log=said.append)
-    assert any("training it again" in line for line in said)
-    assert load_segmenter(folder).num_classes == 3
+    segmenter_of(split, SHORT, tmp_path, said.append)
+    assert "training it again" in said[0] and load_segmenter(folder).num_classes == 3
 
 
-def test_a_folder_of_something_else_is_left_alone(split, tmp_path):
+def test_a_folder_of_something_else_is_set_aside(split, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds something else"):
-        train_segmenter(split, SHORT, tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    train_segmenter(split, SHORT, tmp_path / "mine", quiet)
+    assert [path.read_text() for path in tmp_path.glob("mine.set-aside-*/thesis.txt")] == ["years of work"]
 
 
 def test_settings_that_make_no_sense_are_refused():

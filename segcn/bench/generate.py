@@ -35,7 +35,7 @@ from segcn.generate.pipeline import Pipeline, check_sampling, diffusers_pipeline
 from segcn.generate.writer import generate_dataset
 from segcn.models.base import pick_device
 from segcn.models.features import Extractor, open_extractor
-from segcn.models.segmenter import Segmenter, SegmenterConfig, load_segmenter, shared_folder, train_segmenter
+from segcn.models.segmenter import Segmenter, SegmenterConfig, load_segmenter, segmenter_of
 from segcn.samples.landscapes.scene import held_out_landscapes, sample_landscapes
 from segcn.train.memory import peak_bytes
 from segcn.utils.args import arguments_of, parse
@@ -208,7 +208,6 @@ def variant(settings: SampleConfig, words: str) -> SampleConfig:
 
 GROUPS = 20  # of rows that a jackknife leaves out in turn
 CONFIDENCE = 1.96  # standard errors to either side: 95 %
-BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -222,9 +221,9 @@ class Scores:
 
 def score(images: Split, real: Split, segmenter: Segmenter, extractor: Extractor) -> Scores:
     """Of images painted for the masks of real ones, row by row."""
-    found = faithfulness(images, segmenter, BATCH)["miou"] or 0.0
+    found = faithfulness(images, segmenter)["miou"] or 0.0
     shift = color_shift(score_images(real, segmenter), score_images(images, segmenter))
-    return Scores(found, features(images, segmenter, extractor, BATCH), shift)
+    return Scores(found, features(images, segmenter, extractor), shift)
 
 
 def score_images(split: Split, segmenter: Segmenter) -> Iterator[np.ndarray]:
@@ -441,7 +440,7 @@ def open_bench_segmenter(config: BenchGenerateConfig, train: Split, masks: Bench
     if config.segmenter:
         return load_segmenter(config.segmenter)
     settings = SegmenterConfig(resolution=min(masks.ids.shape[1:]), seed=config.seed, fit=config.fit)
-    return train_segmenter(train, settings, shared_folder(config.out / "cache", train, settings), log)
+    return segmenter_of(train, settings, config.out / "cache", log)
 
 
 def figures(

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from segcn.evaluate.report import write_report
 from segcn.models.features import Reader, clip_reader, open_extractor
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter, segmenter_of
 from segcn.utils.errors import UserError
-from segcn.utils.io import Process, this_process
+from segcn.utils.io import Process, one_at_a_time, this_process
 
 CaptionReader = Callable[[Path, Split, Path, Log], Reader | None]
 CHANGE_NO_NUMBER = ("output_dir", "cache_dir", "batch_size", "allow_symlinks")
@@ -40,9 +40,10 @@ def evaluate_folders(
     cache = Path(config.cache_dir) if config.cache_dir else folder / "cache"
     if process.world > 1:
         torch.set_num_threads(os.cpu_count() or 1)  # torchrun sets 1: what is trained depends on it
-    segmenter = _segmenter(config, splits, cache, log)
-    extractor = open_extractor(segmenter, config.inception_weights)
-    readers = open_readers(config.clip, Path(config.real), splits.get("train"), cache, caption_reader, log)
+    with one_at_a_time(cache / ".networks.lock"):  # one process trains what the others then load
+        segmenter = _segmenter(config, splits, cache, log)
+        extractor = open_extractor(segmenter, config.inception_weights)
+        readers = open_readers(config.clip, Path(config.real), splits.get("train"), cache, caption_reader, log)
     observer = Observer(segmenter, extractor, readers, cache, config.batch_size)
     if process.world > 1:
         _share(observer, splits, process, log)
@@ -58,8 +59,6 @@ def evaluate_folders(
 
 def _share(observer: Observer, splits: dict[str, Split], process: Process, log: Log) -> None:
     """Each process looks at its share of the images and leaves its findings in the cache, for the first one."""
-    from dataclasses import replace
-
     from accelerate import PartialState
 
     part = replace(observer, process=process)

@@ -25,7 +25,7 @@ from segcn.data.visualize import write_sheet
 from segcn.evaluate.evaluator import check_classes, measure
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline, generate
-from segcn.models.segmenter import Segmenter, SegmenterConfig, load_segmenter, shared_folder, train_segmenter
+from segcn.models.segmenter import Segmenter, SegmenterConfig, load_segmenter, segmenter_of
 from segcn.train.checkpoint import fractions, record_best, validation_scores
 from segcn.train.config import TrainConfig
 from segcn.train.latent_cache import cache_root
@@ -109,7 +109,7 @@ def open_scorer(
         segmenter = load_segmenter(config.segmenter, device)
     else:
         settings = SegmenterConfig(resolution=config.resolution, seed=config.seed, fit=config.fit)
-        segmenter = train_segmenter(split, settings, shared_folder(cache, split, settings), log, device)
+        segmenter = segmenter_of(split, settings, cache, log, device)
     pairs = PairedDataset(held_out, config.resolution, AUGMENTS["none"], 0, config.fit)
     masks = torch.stack([sample.mask for sample in pairs])
     real = ((sample.image[None], sample.mask[None]) for sample in pairs)
