@@ -55,7 +55,7 @@ TO_RENAME = """
     AT_ONCE AUGMENT Augment BATCH COUNTS Color DEFAULTS HEADS HELD_OUT_SEED KINDS LINES Layout MARK MOST
     PALETTE PARTS PATIENCE Pair SHARE SHARED SHOWN SIDE SIDES SPREAD STYLE TONES WIDEST as_html begin captions_of
     cell check claim class_shares class_weights command compare decode draw enlarged estimate evaluate figure_rows
-    finish guided iou kernel_distance landscapes learn legend load machine make_scheduler measure measured nearest
+    finish guided iou kernel_distance landscapes learn legend load_tokenizer machine make_scheduler measure measured nearest
     plot remarks report rows_of seconds standing stoppable table train validate verdict wanted write_card write_pair
     write_report
 """
