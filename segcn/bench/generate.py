@@ -38,7 +38,7 @@ from segcn.models.features import Extractor, open_extractor
 from segcn.models.segmenter import Segmenter, SegmenterConfig, load_segmenter, segmenter_of
 from segcn.samples.landscapes.scene import held_out_landscapes, sample_landscapes
 from segcn.train.memory import peak_bytes
-from segcn.utils.args import arguments_of, parse
+from segcn.utils.args import arguments_of, check_values, parse
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_text
 from segcn.utils.paths import OUTPUTS
@@ -401,11 +401,9 @@ def bench_generate(config: BenchGenerateConfig, log: Log = print) -> dict:
 
 def check(config: BenchGenerateConfig) -> None:
     """UserError for what would fail only after hours."""
-    for name, least in (("limit", 2), ("batch_size", 1), ("rows_a_turn", 1), ("plain_steps", 1), ("memory_masks", 0)):
-        if getattr(config, name) < least:
-            raise UserError(f"--{name}: expected at least {least}, found {getattr(config, name)}")
-    if not config.without_plain and (not config.plain_guidance_scales or min(config.plain_guidance_scales) <= 1):
-        raise UserError(f"--plain_guidance_scales: expected some above 1, found {config.plain_guidance_scales}")
+    check_values(config)
+    if not config.without_plain and not config.plain_guidance_scales:
+        raise UserError("--plain_guidance_scales: expected some above 1, found none")
     for words in config.variants:
         check_sampling(variant(config, words))
 

@@ -41,7 +41,7 @@ from segcn.samples.landscapes.scene import sample_landscapes
 from segcn.train import checkpoint
 from segcn.train.config import TrainConfig
 from segcn.train.validation import AT_ONCE, generate_rows, held_out_rows, open_scorer, score_rows
-from segcn.utils.args import make
+from segcn.utils.args import check_values, make
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_text
 from segcn.utils.paths import WEIGHTS
@@ -181,9 +181,7 @@ def check(config: BenchTrainConfig) -> None:
         raise UserError(
             f"--peer {config.peer}: no such file; it is examples/controlnet/train_controlnet.py of diffusers"
         )
-    for name in ("rounds", "warmup_steps", "measured_steps", "checkpointing_steps", "faithfulness_rows"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name}: expected at least 1, found {getattr(config, name)}")
+    check_values(config)
     if config.until_faithful and config.faithful_steps < config.checkpointing_steps:
         raise UserError(
             f"--faithful_steps {config.faithful_steps}: expected at least --checkpointing_steps,"

@@ -18,7 +18,7 @@ from segcn.study.config import UtilityConfig
 from segcn.study.training import AUGMENT, KEPT_DRAWS
 from segcn.train.config import TrainConfig
 from segcn.utils import rng
-from segcn.utils.args import make, preset_defaults
+from segcn.utils.args import check_values, make, preset_defaults
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_whole
 
@@ -50,16 +50,7 @@ class Arm(NamedTuple):
 
 def check(config: UtilityConfig) -> None:
     """UserError for settings that would fail only after a while, or mean nothing."""
-    for name in ("images", "controlnet_steps", "controlnet_more_steps", "num_inference_steps", "max_attempts",
-                 "batch_size", "segmenter_steps", "segmenter_batch_size", "segmenter_resolution", "segmenter_width",
-                 "resamples"):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name}: expected 1 or more, found {getattr(config, name)}")
-    if config.seeds < 2:
-        raise UserError(f"--seeds: expected 2 or more, since one tells nothing of its spread, found {config.seeds}")
-    for name in ("min_miou", "synthetic_weight", "real_last"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"--{name}: expected 0 to 1, found {getattr(config, name)}")
+    check_values(config)
     AugmentConfig.parse(config.augment)
     if not config.some or config.few_real_ratio not in config.shares:
         raise UserError(f"--few_real_ratio {config.few_real_ratio:g}: expected one of --ratios {config.ratios}")
