@@ -1,3 +1,5 @@
+"""Promise: a palette.json that is proposed or chosen reads the masks as they are, or a message says why not."""
+
 import json
 import os
 import re
@@ -10,44 +12,25 @@ import pytest
 from PIL import Image
 
 from segcn.cli import main
-from segcn.data.importers.palettes import (
-    READY,
-    check,
-    make_palette,
-    mask_files,
-    palette_table_text,
-    propose,
-    ready,
-    spread_colors,
-    survey,
-)
+from segcn.data.config import PaletteConfig
+from segcn.data.importers import palettes
+from segcn.data.importers.palettes import READY, make_palette, mask_files, palette_table_text, ready, spread_colors
+from segcn.data.importers.palettes import survey as surveyed
 from segcn.data.masks import read_mask, write_mask
 from segcn.data.palette import Label, Palette
 from segcn.utils.errors import UserError
 
-ANCHORS = [
-    ("ade20k", 150, 1, "wall", (120, 120, 120)),
-    ("ade20k", 150, 3, "sky", (6, 230, 230)),
-    ("ade20k", 150, 150, "flag", (92, 0, 255)),
-    ("ade20k-from-0", 150, 0, "wall", (120, 120, 120)),
-    ("ade20k-from-0", 150, 149, "flag", (92, 0, 255)),
-    ("cityscapes", 19, 0, "road", (128, 64, 128)),
-    ("cityscapes", 19, 13, "car", (0, 0, 142)),
-    ("cityscapes", 19, 18, "bicycle", (119, 11, 32)),
-    ("cityscapes-labelids", 19, 7, "road", (128, 64, 128)),
-    ("cityscapes-labelids", 19, 26, "car", (0, 0, 142)),
-    ("cityscapes-labelids", 19, 33, "bicycle", (119, 11, 32)),
-    ("voc", 21, 0, "background", (0, 0, 0)),
-    ("voc", 21, 15, "person", (192, 128, 128)),
-    ("voc", 21, 20, "tvmonitor", (0, 64, 128)),
-    ("coco-stuff", 171, 0, "person", (0, 192, 64)),
-    ("coco-stuff", 171, 12, "stop sign", (0, 0, 224)),
-    ("coco-stuff", 171, 156, "sky-other", (64, 224, 64)),
-    ("coco-stuff", 171, 181, "wood", (64, 64, 0)),
-    ("coco-stuff-from-0", 171, 11, "stop sign", (0, 0, 224)),
-    ("coco-stuff-from-0", 171, 170, "wood", (64, 64, 0)),
-    ("binary", 2, 1, "foreground", (255, 255, 255)),
-]
+ANCHORS = {  # how many classes; id, name and color of some
+    "ade20k": (150, (1, "wall", (120, 120, 120)), (3, "sky", (6, 230, 230)), (150, "flag", (92, 0, 255))),
+    "ade20k-from-0": (150, (0, "wall", (120, 120, 120)), (149, "flag", (92, 0, 255))),
+    "cityscapes": (19, (0, "road", (128, 64, 128)), (13, "car", (0, 0, 142)), (18, "bicycle", (119, 11, 32))),
+    "cityscapes-labelids": (19, (7, "road", (128, 64, 128)), (26, "car", (0, 0, 142)), (33, "bicycle", (119, 11, 32))),
+    "voc": (21, (0, "background", (0, 0, 0)), (15, "person", (192, 128, 128)), (20, "tvmonitor", (0, 64, 128))),
+    "coco-stuff": (171, (0, "person", (0, 192, 64)), (12, "stop sign", (0, 0, 224)),
+                   (156, "sky-other", (64, 224, 64)), (181, "wood", (64, 64, 0))),
+    "coco-stuff-from-0": (171, (11, "stop sign", (0, 0, 224)), (170, "wood", (64, 64, 0))),
+    "binary": (2, (1, "foreground", (255, 255, 255))),
+}  # fmt: skip
 
 
 def blocks(values, count=3):
@@ -56,13 +39,21 @@ def blocks(values, count=3):
         yield np.resize(np.roll(np.asarray(values, np.uint8), k), 48).repeat(16).reshape(48, 16)
 
 
-def write(folder, masks, save=lambda path, mask: Image.fromarray(mask).save(path)):
+def write(folder, masks, save=lambda path, mask: Image.fromarray(mask).save(path), suffix=".png"):
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for k, mask in enumerate(masks):
-        paths.append(folder / f"{k:03}.png")
+        paths.append(folder / f"{k:03}{suffix}")
         save(paths[-1], mask)
     return paths
+
+
+def propose(paths, names=None):
+    return palettes.propose(surveyed(paths), names)
+
+
+def check(paths, palette):
+    return palettes.check(surveyed(paths), palette)
 
 
 def command(monkeypatch, capsys, *words):
@@ -77,13 +68,11 @@ def command(monkeypatch, capsys, *words):
     return code, printed.out, printed.err
 
 
-@pytest.mark.parametrize(("name", "classes", "id", "label", "color"), ANCHORS)
-def test_ready_palettes_have_the_published_classes_and_colors(name, classes, id, label, color):
-    palette = ready(name)
+@pytest.mark.parametrize("name", READY)
+def test_ready_palettes_have_the_published_classes_and_colors(name):
+    palette, (classes, *labels) = ready(name), ANCHORS[name]
     assert len(palette.class_names) == classes
-    assert [(found.name, found.color, found.ignore) for found in palette.labels if found.id == id] == [
-        (label, color, False)
-    ]
+    assert {Label(*label) for label in labels} <= set(palette.labels)
 
 
 def test_ready_palettes_say_what_is_unlabelled():
@@ -106,7 +95,7 @@ def test_ways_to_number_the_same_classes_agree_on_names_and_colors():
 
 def test_every_ready_palette_is_packaged():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["package-data"]["segcn"][1] == "data/palettes/*.json"
+    assert "data/palettes/*.json" in project["tool"]["setuptools"]["package-data"]["segcn"]
     assert sorted(READY) == sorted(path.stem for path in (Path(__file__).parents[1] / "segcn/data/palettes").iterdir())
     with pytest.raises(UserError, match="no ready palette 'ade'; there are ade20k, ade20k-from-0, cityscapes"):
         ready("ade")
@@ -122,15 +111,18 @@ SAVED = {
     "RGBA": lambda path, mask: Image.fromarray(np.dstack([ready("voc").table[mask], mask])).save(path),
     "1": lambda path, mask: Image.fromarray(mask.astype(bool)).save(path),
     "L;2": lambda path, mask: Image.fromarray(mask).save(path, bits=2),
+    "L;4": lambda path, mask: Image.fromarray(mask).save(path, bits=4),
+    "TIFF whose 0 is white": lambda path, mask: Image.fromarray(mask).save(path, tiffinfo={262: 0}),
 }
 
 
 @pytest.mark.parametrize("kind", SAVED)
-def test_the_proposed_palette_reads_the_masks_back_however_they_were_saved(tmp_path, kind):
+def test_survey_and_proposal_read_masks_as_training_does_however_they_were_saved(tmp_path, kind):
     few = kind in ("1", "L;2")
     masks = list(blocks([0, 0, 0, 1] if few else [0, 0, 0, 2, 2, 7, 15]))
-    paths = write(tmp_path, masks, SAVED[kind])
-    palette = propose(paths)
+    paths = write(tmp_path, masks, SAVED[kind], ".tif" if "TIFF" in kind else ".png")
+    found = surveyed(paths)
+    palette = palettes.propose(found)
     read = np.stack([read_mask(path, palette) for path in paths])
     if kind.startswith("RGB"):  # numbered by their pixels, most first
         assert palette.ids == (0, 1, 2, 3)
@@ -139,22 +131,22 @@ def test_the_proposed_palette_reads_the_masks_back_however_they_were_saved(tmp_p
     else:
         assert (read == np.stack(masks)).all()
         assert palette.ids == ((0, 1) if few else (0, 2, 7, 15))
+    assert [found.pixels[found.value_of(label)] for label in palette.labels] == [
+        (read == label.id).sum() for label in palette.labels
+    ]
     assert palette.names == tuple(f"class_{id}" for id in palette.ids)
 
 
-def test_a_palette_file_keeps_its_colors_and_255_is_unlabelled(tmp_path):
-    palette = propose(write(tmp_path, blocks([0, 2, 15, 255]), SAVED["P"]))
+def test_a_palette_file_keeps_its_colors_where_they_can_be_told_apart_and_255_is_unlabelled(tmp_path):
+    palette = propose(write(tmp_path / "voc", blocks([0, 2, 15, 255]), SAVED["P"]))
     assert [(x.id, x.color, x.ignore) for x in palette.labels] == [
         (0, (0, 0, 0), False),
         (2, (0, 128, 0), False),
         (15, (192, 128, 128), False),
         (255, (224, 224, 192), True),
     ]
-
-
-def test_colors_that_look_the_same_are_not_kept(tmp_path):
     ramp = Palette(tuple(Label(k, str(k), (k, k, k)) for k in range(9)))
-    paths = write(tmp_path, blocks([1, 2, 3]), lambda path, mask: write_mask(path, mask, ramp))
+    paths = write(tmp_path / "ramp", blocks([1, 2, 3]), lambda path, mask: write_mask(path, mask, ramp))
     palette = propose(paths)
     assert [label.color for label in palette.labels] == list(spread_colors()[:3])
     assert read_mask(paths[0], palette)[0, 0] == 1
@@ -167,7 +159,7 @@ def test_spread_colors_lie_far_apart_and_from_black():
     assert len(set(spread_colors())) == 510
 
 
-def test_files_that_an_editor_numbered_anew_are_refused(tmp_path):
+def test_files_that_an_editor_renumbered_are_refused(tmp_path):
     def by_first_appearance(path, mask):
         found, first = np.unique(mask, return_index=True)
         order = found[np.argsort(first)]
@@ -176,7 +168,7 @@ def test_files_that_an_editor_numbered_anew_are_refused(tmp_path):
         image.save(path)
 
     masks = [np.uint8([[0, 0, 0, 15, 2]]), np.uint8([[15, 15, 15, 2, 0]])]
-    with pytest.raises(UserError, match=r"numbered each file anew.*Save the masks as RGB"):
+    with pytest.raises(UserError, match=r"renumbered each file.*Save the masks as RGB"):
         propose(write(tmp_path, masks, by_first_appearance))
 
 
@@ -189,14 +181,22 @@ def test_names_are_given_in_the_order_of_ids(tmp_path):
         propose(paths, ["sky", "sky", "lake"])
 
 
-def test_values_that_are_no_class_ids_are_counted(tmp_path):
+def test_values_and_colors_that_are_no_classes_are_named_with_their_pixels(tmp_path):
     mask = np.array([[0, 1, 300, 300, 1000]], np.uint16)
-    paths = write(tmp_path, [mask, mask, mask % 256])
-    with pytest.raises(UserError, match=r"value 300 \(4 pixels in 2 files, e.g. .*000.png\), value 1000 \(2 pixels"):
-        propose(paths)
-    depth = write(tmp_path / "depth", [np.arange(400, dtype=np.uint16).reshape(20, 20)])
-    with pytest.raises(UserError, match=r"000.png: .*found 400 values; from 0 to 399: is it a depth map"):
-        propose(depth)
+    depth = np.arange(400, dtype=np.uint16).reshape(20, 20)
+    noise = np.random.default_rng(0).choice(np.uint8([1, 2, 3]), (20, 20))
+    smooth = np.array(Image.fromarray(ready("ade20k").table[noise]).resize((61, 61), Image.Resampling.BICUBIC))
+    many = np.random.default_rng(0).integers(0, 256, (2, 10, 20, 3), np.uint8)
+    for number, (masks, words) in enumerate([
+        ([mask, mask, mask % 256], r"value 300 \(4 pixels in 2 files, e.g. .*000.png\), value 1000 \(2 pixels"),
+        ([depth], r"000.png: .*found 400 values; from 0 to 399: is it a depth map"),
+        ([smooth], r"000.png: .*colors; was it smoothed.*: #\w{6} \([\d,]+ pixels\)"),
+        (many, "found 400 colors in all masks"),
+    ]):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            propose(write(tmp_path / str(number), masks))
+    with pytest.raises(UserError, match="expected masks, found none"):
+        propose([])
 
 
 def test_black_and_white_bytes_are_explained(tmp_path):
@@ -207,18 +207,6 @@ def test_black_and_white_bytes_are_explained(tmp_path):
     for path in paths:
         Image.open(path).convert("1").save(path)  # as the message says
     assert propose(paths).ids == (0, 1) and check(paths, ready("binary")) == []
-
-
-def test_smoothed_colors_are_named_with_their_pixels(tmp_path):
-    def smooth(path, mask):
-        Image.fromarray(ready("ade20k").table[mask]).resize((61, 61), Image.Resampling.BICUBIC).save(path)
-
-    noise = np.random.default_rng(0).choice(np.uint8([1, 2, 3]), (1, 20, 20))
-    with pytest.raises(UserError, match=r"000.png: .*colors; was it smoothed.*: #\w{6} \([\d,]+ pixels\)"):
-        propose(write(tmp_path, noise, smooth))
-    many = np.random.default_rng(0).integers(0, 256, (2, 10, 20, 3), np.uint8)
-    with pytest.raises(UserError, match="found 400 colors in all masks"):
-        propose(write(tmp_path / "many", many))
 
 
 def test_jpeg_mixed_and_broken_masks_are_refused_by_name(tmp_path):
@@ -233,28 +221,29 @@ def test_jpeg_mixed_and_broken_masks_are_refused_by_name(tmp_path):
     paths[1].write_bytes(paths[1].read_bytes()[:40])
     with pytest.raises(UserError, match=r"001.png: the mask cannot be read"):
         propose(paths)
-    with pytest.raises(UserError, match="expected masks, found none"):
-        propose([])
 
 
-def test_masks_that_do_not_fit_are_told_which_ready_palette_does(tmp_path):
-    raw = write(tmp_path / "raw", blocks([0, 7, 21, 26]))
-    with pytest.raises(UserError, match=r"value 21 \(\d+ pixels in 3 files.*palettes fit: .*cityscapes-labelids"):
-        check(raw, ready("cityscapes"))
-    with pytest.raises(UserError, match=r"value 150 .*these ready palettes fit: ade20k, coco-stuff"):
-        check(write(tmp_path / "ade", blocks([0, 1, 150])), ready("ade20k-from-0"))
-    with pytest.raises(UserError, match=r"color #010203 .*no ready palette fits"):
-        strange = np.full((1, 4, 4, 3), (1, 2, 3), np.uint8)
-        check(write(tmp_path / "strange", strange), ready("voc"))
+@pytest.mark.parametrize(
+    ("values", "name", "words"),
+    [
+        ([0, 7, 21, 26], "cityscapes", r"value 21 \(\d+ pixels in 3 files.*palettes fit: .*cityscapes-labelids"),
+        ([0, 1, 150], "ade20k-from-0", r"value 150 .*these ready palettes fit: ade20k, coco-stuff"),
+        (None, "voc", r"color #010203 .*no ready palette fits"),
+    ],
+)
+def test_the_message_for_masks_that_do_not_fit_names_the_ready_palettes_that_do(tmp_path, values, name, words):
+    masks = np.full((1, 4, 4, 3), (1, 2, 3), np.uint8) if values is None else blocks(values)
+    with pytest.raises(UserError, match=words):
+        check(write(tmp_path, masks), ready(name))
 
 
-def test_a_shifted_zero_label_is_told_as_far_as_it_can_be(tmp_path):
-    open_question = write(tmp_path / "open", blocks([0, 3, 3, 13]))
+def test_a_warning_says_where_ids_may_start_at_0_or_1(tmp_path):
+    ambiguous = write(tmp_path / "open", blocks([0, 3, 3, 13]))
     for name, words in (
         ("ade20k", r"fit ade20k-from-0 as well\. Here value 3 .* 'sky', there it is 'floor'"),
         ("ade20k-from-0", r"fit ade20k as well\. Here value 3 .* 'floor', there it is 'sky'"),
     ):
-        (warning,) = check(open_question, ready(name))
+        (warning,) = check(ambiguous, ready(name))
         assert re.search(words, warning), warning
     exported = write(tmp_path / "exported", blocks([0, 3, 13, 255]))
     assert check(exported, ready("ade20k-from-0")) == []
@@ -301,10 +290,10 @@ def test_only_regular_files_inside_the_folder_are_masks(tmp_path):
 
 
 def test_the_table_shows_the_labels_that_occur(tmp_path):
-    found = survey(write(tmp_path, blocks([*range(40), 255])))
+    found = surveyed(write(tmp_path, blocks([*range(40), 255])))
     lines = palette_table_text(ready("ade20k"), found)
     assert lines[0].split() == ["id", "name", "color", "pixels", "files"]
-    assert len(lines) == 33 and lines[-1].endswith("that occur in no mask") and "more" in lines[-2]
+    assert len(lines) == 33 and lines[-1].endswith("111 that occur in no mask") and "more" in lines[-2]
     assert "\x1b[48;2;120;120;120m" in "\n".join(palette_table_text(ready("ade20k"), found, swatches=True))
 
 
@@ -319,6 +308,9 @@ def test_the_command_proposes_and_never_overwrites(tmp_path, monkeypatch, capsys
     code, _, err = command(monkeypatch, capsys, tmp_path)
     assert code == 2 and "never overwritten: remove it, or name another file with --output" in err
     assert Palette.load(tmp_path / "palette.json") == palette
+    (tmp_path / "link.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UserError, match="never overwritten"):
+        make_palette(PaletteConfig(ready="voc", output=str(tmp_path / "link.json")))
 
 
 def test_the_command_writes_a_ready_palette(tmp_path, monkeypatch, capsys):
@@ -332,7 +324,7 @@ def test_the_command_writes_a_ready_palette(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "segcn palette needs masks"),
         (["--ready", "voc"], "segcn palette needs masks"),
@@ -342,15 +334,7 @@ def test_the_command_writes_a_ready_palette(tmp_path, monkeypatch, capsys):
         (["--ready", "voc", "--output", "no/such/folder.json"], "cannot be written"),
     ],
 )
-def test_mistakes_on_the_command_line_are_one_message(tmp_path, monkeypatch, capsys, words, told):
+def test_mistakes_on_the_command_line_are_one_message(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     code, _, err = command(monkeypatch, capsys, *words)
-    assert code == 2 and err.startswith("Error: ") and told in err
-
-
-def test_a_link_in_the_way_is_not_written_through(tmp_path):
-    from segcn.data.config import PaletteConfig
-
-    (tmp_path / "palette.json").symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(UserError, match="never overwritten"):
-        make_palette(PaletteConfig(ready="voc", output=str(tmp_path / "palette.json")))
+    assert code == 2 and err.startswith("Error: ") and message in err

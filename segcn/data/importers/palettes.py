@@ -1,4 +1,4 @@
-"""What mask files hold before there is a palette: where they are, and the pixels of every value or color."""
+"""`segcn palette`: ready palettes of benchmarks, the values that masks hold, and a palette that fits them."""
 
 import os
 import sys
@@ -13,106 +13,69 @@ import numpy as np
 from PIL import Image
 
 from segcn.data.config import PaletteConfig
-from segcn.data.files import READABLE, Boundary, open_image
-from segcn.data.masks import LOSSY, LOW_BIT_GREY, code_of, color_codes, color_of
+from segcn.data.files import READABLE, Boundary
+from segcn.data.masks import Color, StoredMask, code_of, color_of, read_stored_mask
 from segcn.data.metadata import METADATA, find_splits, read_lines
 from segcn.data.palette import IGNORE, Label, Palette
 from segcn.utils.errors import UserError
 from segcn.utils.progress import Progress
 
-# --- survey: What mask files hold before there is a palette: where they are, and the pixels of every value or color.
-
-Color = tuple[int, int, int]
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in READABLE}
+# The colors are those of the benchmarks. Where two classes share one, the later class has the nearest free color that
+# is as far from all others as they usually are: 1 in ADE20K, 9 in COCO-Stuff, 1 ignored label in Cityscapes.
+READY = ("ade20k", "ade20k-from-0", "cityscapes", "cityscapes-labelids", "voc", "coco-stuff", "coco-stuff-from-0",
+         "binary")  # fmt: skip
+FOLDER = Path(__file__).parents[1] / "palettes"
+TWINS = {"ade20k": "ade20k-from-0", "cityscapes": "cityscapes-labelids", "coco-stuff": "coco-stuff-from-0"}
+TWINS |= {second: first for first, second in TWINS.items()}  # two ways to number the same classes
+TELL_APART = 4  # of 255: colors closer than this in every channel look the same
+SHOWN = 30  # labels in the table
 
 
-@dataclass(frozen=True)
-class MaskValues:
-    """One mask file: the pixels of each id, or of each color as 0xRRGGBB."""
-
-    path: Path
-    colored: bool
-    pixels: dict[int, int]
-    own: dict[int, Color]  # the file's own palette, of the values in it; empty where it does not tell them apart
+@cache
+def ready(name: str) -> Palette:
+    """A ready palette; UserError for an unknown name lists all of them."""
+    if name not in READY:
+        raise UserError(f"no ready palette {name!r}; there are {', '.join(READY)}")
+    return Palette.load(FOLDER / f"{name}.json")
 
 
-@dataclass(frozen=True)
-class Survey:
-    """All mask files together."""
-
-    colored: bool  # values are colors as 0xRRGGBB, else ids
-    pixels: Counter[int] = field(default_factory=Counter)  # of each value
-    files: Counter[int] = field(default_factory=Counter)  # that hold it
-    example: dict[int, Path] = field(default_factory=dict)  # one of them
-    own: dict[tuple[int, Color], Path] = field(default_factory=dict)  # value and color in the files' own palettes
-
-    def add(self, mask: MaskValues) -> None:
-        """Count one more file."""
-        self.pixels.update(mask.pixels)
-        self.files.update(mask.pixels.keys())
-        for value in mask.pixels:
-            self.example.setdefault(value, mask.path)
-        for pair in mask.own.items():
-            self.own.setdefault(pair, mask.path)
-
-    def told(self, values: Iterable[int]) -> str:
-        """The most frequent of these values, with their pixels, files and one of the files."""
-        ranked = sorted(values, key=lambda value: (-self.pixels[value], value))
-        shown = ", ".join(
-            f"{self.name(value)} ({self.pixels[value]:,} pixels in {self.files[value]:,} files,"
-            f" e.g. {self.example[value]})"
-            for value in ranked[:5]
-        )
-        return shown + (f" and {len(ranked) - 5} more" if len(ranked) > 5 else "")
-
-    def name(self, value: int) -> str:
-        """The value in words."""
-        return f"color #{value:06x}" if self.colored else f"value {value}"
-
-
-def survey(paths: Iterable[Path], log: Callable[[str], None] = print) -> Survey:
-    """Count every mask; UserError names a file that is no mask, or two of different kinds."""
-    unique = list(dict.fromkeys(paths))
-    if not unique:
-        raise UserError("expected masks, found none")
-    progress = Progress("masks read", len(unique), log)
-    found: dict[bool, Survey] = {}  # by whether they are colored
-    first: dict[bool, Path] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, mask in enumerate(pool.map(read_values, unique), start=1):
-            found.setdefault(mask.colored, Survey(mask.colored)).add(mask)
-            first.setdefault(mask.colored, mask.path)
-            progress(done)
-    if len(found) > 1:
+def make_palette(config: PaletteConfig, log: Callable[[str], None] = print) -> Path:
+    """`segcn palette`: survey the masks, log the table and any warnings, and write the palette where none is."""
+    palette = ready(config.ready) if config.ready else None
+    if config.ready and config.names:
+        raise UserError("--names: the classes of a ready palette have their names; give one of --ready and --names")
+    if not config.dataset_name and not (config.ready and config.output):
         raise UserError(
-            f"expected masks of one kind, found colors in {first[True]} and class ids in {first[False]}:"
-            " name the folder of the masks alone, or save all of them in one way"
+            "segcn palette needs masks: segcn palette DATASET; or --ready NAME --output PALETTE.json to write a ready"
+            f" palette, of {', '.join(READY)}"
         )
-    return next(iter(found.values()))
+    dataset = Path(config.dataset_name)
+    target = Path(config.output or (dataset.parent if dataset.is_file() else dataset) / "palette.json")
+    if os.path.lexists(target):
+        raise UserError(
+            f"{target} is there already and is never overwritten: remove it, or name another file with --output"
+        )
+    if config.dataset_name:
+        found = survey(mask_files(dataset, log), log)
+        if palette is None:
+            palette = propose(found, [name.strip() for name in config.names.split(",")] if config.names else None)
+            warnings = _smoothing_warnings(found)
+        else:
+            warnings = check(found, palette)
+        for line in palette_table_text(palette, found, swatches=sys.stdout.isatty()):
+            log(line)
+        for warning in warnings:
+            log(f"Warning: {warning}")
+    assert palette is not None
+    try:
+        palette.save(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error}") from None
+    return target
 
 
-def read_values(path: Path) -> MaskValues:
-    """Count the values of one mask, which `masks.read_mask` would read through a palette; UserError if it is none."""
-    with open_image(path, "mask") as image:
-        if image.format in LOSSY:
-            raise UserError(
-                f"{path}: expected a mask, found a JPEG, whose compression changes labels: name the folder of the"
-                " masks alone; masks that are JPEG must be saved as PNG again, from the original labels"
-            )
-        stretch = next((by for raw, by in LOW_BIT_GREY.items() if image.tile and raw in str(image.tile[0][3])), 1)
-        image.load()
-        if image.mode == "F":
-            raise UserError(f"{path}: expected whole numbers, class ids, found a mask of fractions (mode F)")
-        colored = image.mode not in ("P", "PA", "L", "LA", "1") and not image.mode.startswith("I")
-        values = color_codes(np.asarray(image.convert("RGB"))) if colored else np.asarray(image).astype(np.int32)
-        colors = image.getpalette() if image.mode == "P" else None
-        if image.mode in ("PA", "LA"):
-            values = values[..., 0]
-    distinct, counts = np.unique(values // stretch, return_counts=True)
-    pixels = dict(zip(distinct.tolist(), counts.tolist(), strict=True))
-    if len(pixels) > IGNORE + 1 - colored:
-        raise UserError(_too_many(path, pixels, colored))
-    return MaskValues(path, colored, pixels, _image_colors(pixels, colors))
+# --- Which files are masks, and which values they hold
 
 
 def is_dataset(folder: Path) -> bool:
@@ -125,31 +88,22 @@ def mask_files(dataset: str | Path, log: Callable[[str], None] = print) -> list[
 
     Only regular files inside the folder count. UserError where there is none.
     """
-    folder = Path(dataset)
+    folder, masks = Path(dataset), []
     if not folder.exists():
         raise UserError(f"{folder}: no such folder; expected a folder of masks, or a data set")
-    if is_dataset(folder):
-        return _named_masks(find_splits(folder), log)
-    own = [folder / "masks"] if (folder / "masks").is_dir() else sorted(folder.glob("*/masks/"))
-    boundary = Boundary(folder)
-    masks = [
-        path
-        for place in own or [folder]
-        for path in sorted(place.iterdir())
-        if path.suffix.lower() in SUFFIXES
-        and not path.name.startswith(".")
-        and not boundary.problem(path.relative_to(folder).as_posix())
-    ]
-    if not masks:
-        raise UserError(
-            f"{folder}: expected mask files here, in masks/ or in SPLIT/masks/, found none;"
-            " name the folder that holds them"
-        )
-    return masks
-
-
-def _named_masks(splits: dict[str, Path], log: Callable[[str], None]) -> list[Path]:
-    masks, left_out = [], 0
+    if not is_dataset(folder):
+        own = [folder / "masks"] if (folder / "masks").is_dir() else sorted(folder.glob("*/masks/"))
+        boundary = Boundary(folder)
+        for path in (path for place in own or [folder] for path in sorted(place.iterdir())):
+            inside = not boundary.problem(path.relative_to(folder).as_posix())
+            masks += [path] if path.suffix.lower() in SUFFIXES and path.name[0] != "." and inside else []
+        if not masks:
+            raise UserError(
+                f"{folder}: expected mask files here, in masks/ or in SPLIT/masks/, found none;"
+                " name the folder that holds them"
+            )
+        return masks
+    left_out, splits = 0, find_splits(folder)
     for metadata in splits.values():
         boundary = Boundary(metadata.parent)
         for line in read_lines(metadata):
@@ -157,74 +111,89 @@ def _named_masks(splits: dict[str, Path], log: Callable[[str], None]) -> list[Pa
             masks += [metadata.parent / line.mask] if readable else []
             left_out += not readable
     if not masks:
-        raise UserError(f"{next(iter(splits.values()))}: no row names a mask that is there")
+        raise UserError(f"{next(iter(splits.values()))}: no row names a mask that is there; segcn validate {folder}")
     if left_out:
         log(f"Left out: {left_out} rows whose mask is not to be found; segcn validate names them")
     return masks
 
 
-def _image_colors(pixels: dict[int, int], colors: list[int] | None) -> dict[int, Color]:
-    told = {value: colors[3 * value : 3 * value + 3] for value in pixels} if colors else {}
-    if not all(len(color) == 3 for color in told.values()):
-        return {}
-    own = {value: (red, green, blue) for value, (red, green, blue) in told.items()}
-    return own if len(set(own.values())) == len(own) else {}
+@dataclass(frozen=True)
+class Survey:
+    """The values of many mask files together."""
+
+    colored: bool  # values are colors as 0xRRGGBB, else ids
+    pixels: Counter[int] = field(default_factory=Counter)  # of each value
+    files: Counter[int] = field(default_factory=Counter)  # that hold it
+    example: dict[int, Path] = field(default_factory=dict)  # one of them
+    own: dict[tuple[int, Color], Path] = field(default_factory=dict)  # value and color in the files' own palettes
+
+    def value_of(self, label: Label) -> int:
+        """What a label is in the masks: its id, or its color as 0xRRGGBB."""
+        return code_of(label.color) if self.colored else label.id
+
+    def listed(self, values: Iterable[int]) -> str:
+        """The most frequent of these values, with their pixels, files and one of the files."""
+        ranked = sorted(values, key=lambda value: (-self.pixels[value], value))
+        shown = []
+        for value in ranked[:5]:
+            name = f"color #{value:06x}" if self.colored else f"value {value}"
+            counts = f"{self.pixels[value]:,} pixels in {self.files[value]:,} files"
+            shown.append(f"{name} ({counts}, e.g. {self.example[value]})")
+        return ", ".join(shown) + (f" and {len(ranked) - 5} more" if len(ranked) > 5 else "")
 
 
-def _too_many(path: Path, pixels: dict[int, int], colored: bool) -> str:
-    top = sorted(pixels.items(), key=lambda item: (-item[1], item[0]))[:5]
-    shown = ", ".join(f"{f'#{value:06x}' if colored else value} ({count:,} pixels)" for value, count in top)
-    kind, cause = (
-        ("colors", "was it smoothed, resized with another filter than NEAREST, or once a JPEG?")
-        if colored
-        else ("values", f"from {min(pixels)} to {max(pixels)}: is it a depth map, or does it number instances?")
-    )
-    return f"{path}: expected at most 255 classes, found {len(pixels):,} {kind}; {cause} The most frequent: {shown}"
+def survey(paths: Iterable[Path], log: Callable[[str], None] = print) -> Survey:
+    """Count every mask; UserError names a file that is no mask, or two of different kinds."""
+    unique = list(dict.fromkeys(paths))
+    if not unique:
+        raise UserError("expected masks, found none")
+    progress, found, first = Progress("masks read", len(unique), log), {}, {}  # by whether they are colored
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, (path, (colored, pixels, own)) in enumerate(zip(unique, pool.map(_values_of, unique), strict=True)):
+            counted = found.setdefault(colored, Survey(colored))
+            first.setdefault(colored, path)
+            counted.pixels.update(pixels)
+            counted.files.update(pixels.keys())
+            for value in pixels:
+                counted.example.setdefault(value, path)
+            for pair in own.items():
+                counted.own.setdefault(pair, path)
+            progress(done + 1)
+    if len(found) > 1:
+        raise UserError(
+            f"expected masks of one kind, found colors in {first[True]} and class ids in {first[False]}:"
+            " name the folder of the masks alone, or save all of them in one way"
+        )
+    return next(iter(found.values()))
 
 
-# --- ready_palettes: The ready palettes of known benchmarks, and whether masks fit them.
-
-# The colors are those of the benchmarks. Where two classes share one, the later class has the nearest free color that
-# is as far from all others as they usually are: 1 in ADE20K, 9 in COCO-Stuff, 1 ignored label in Cityscapes.
-READY = (
-    "ade20k",
-    "ade20k-from-0",
-    "cityscapes",
-    "cityscapes-labelids",
-    "voc",
-    "coco-stuff",
-    "coco-stuff-from-0",
-    "binary",
-)
-FOLDER = Path(__file__).parents[1] / "palettes"
-TWINS = {"ade20k": "ade20k-from-0", "cityscapes": "cityscapes-labelids", "coco-stuff": "coco-stuff-from-0"}
-TWINS |= {second: first for first, second in TWINS.items()}  # two ways to number the same classes
-
-
-@cache
-def ready(name: str) -> Palette:
-    """A ready palette; UserError for an unknown name lists all of them."""
-    if name not in READY:
-        raise UserError(f"no ready palette {name!r}; there are {', '.join(READY)}")
-    return Palette.load(FOLDER / f"{name}.json")
+def _values_of(path: Path) -> tuple[bool, dict[int, int], dict[int, Color]]:
+    """Of a mask whether it is colored, the pixels of each value, and their colors by its own palette; UserError."""
+    stored: StoredMask = read_stored_mask(path)
+    if stored.lossy:
+        raise UserError(
+            f"{path}: expected a mask, found a JPEG, whose compression changes labels: name the folder of the"
+            " masks alone; masks that are JPEG must be saved as PNG again, from the original labels"
+        )
+    pixels = stored.pixels
+    if len(pixels) > IGNORE + 1 - stored.colored:
+        top = sorted(pixels.items(), key=lambda item: (-item[1], item[0]))[:5]
+        shown = ", ".join(f"{f'#{value:06x}' if stored.colored else value} ({count:,} pixels)" for value, count in top)
+        kind, cause = "values", f"from {min(pixels)} to {max(pixels)}: is it a depth map, or does it number instances?"
+        if stored.colored:
+            kind, cause = "colors", "was it smoothed, resized with another filter than NEAREST, or once a JPEG?"
+        raise UserError(
+            f"{path}: expected at most 255 classes, found {len(pixels):,} {kind}; {cause} The most frequent: {shown}"
+        )
+    return stored.colored, pixels, stored.own_colors
 
 
-def check(paths: Sequence[Path], palette: Palette) -> list[str]:
-    """Warnings of what the values alone cannot tell; UserError where masks do not fit the palette."""
-    return check_survey(survey(paths), palette)
-
-
-def value_of(label: Label, found: Survey) -> int:
-    """What stands for a label in the masks: its id, or its color as 0xRRGGBB."""
-    return code_of(label.color) if found.colored else label.id
-
-
-def refuse_no_ids(found: Survey) -> None:
+def _refuse_no_ids(found: Survey) -> None:
     """UserError where the values cannot be class ids, whatever the palette."""
     beyond = [value for value in found.pixels if not 0 <= value <= IGNORE]
     if beyond:
         raise UserError(
-            f"expected class ids from 0 to 254, and 255 for unlabelled, found {found.told(beyond)}:"
+            f"expected class ids from 0 to 254, and 255 for unlabelled, found {found.listed(beyond)}:"
             " renumber the classes, or merge rare ones"
         )
     if set(found.pixels) <= {0, IGNORE} and IGNORE in found.pixels:
@@ -235,21 +204,28 @@ def refuse_no_ids(found: Survey) -> None:
         )
 
 
-def check_survey(found: Survey, palette: Palette) -> list[str]:
-    """As `check`, of masks that are counted already."""
+# --- Does a palette fit?
+
+
+def check(found: Survey, palette: Palette) -> list[str]:
+    """Warnings of what the values alone cannot tell; UserError where masks do not fit the palette."""
     undeclared = _undeclared(found, palette)
     if undeclared or _renumbered(found, palette):
+        wrong = f"found {found.listed(undeclared)}" if undeclared else _renumbered(found, palette)
         fitting = [name for name in READY if _fits(found, ready(name))]
-        told = f"found {found.told(undeclared)}" if undeclared else _renumbered(found, palette)
-        mend = f"these ready palettes fit: {', '.join(fitting)}" if fitting else "no ready palette fits"
-        raise UserError(f"the masks do not fit this palette: {told}; {mend}; without --ready one is proposed")
+        fix = f"these ready palettes fit: {', '.join(fitting)}" if fitting else "no ready palette fits"
+        raise UserError(f"the masks do not fit this palette: {wrong}; {fix}; without --ready one is proposed")
     if not found.colored:
-        refuse_no_ids(found)
+        _refuse_no_ids(found)
     return list(_twin_warnings(found, palette))
 
 
+def _fits(found: Survey, palette: Palette) -> bool:
+    return not _undeclared(found, palette) and not _renumbered(found, palette)
+
+
 def _undeclared(found: Survey, palette: Palette) -> list[int]:
-    declared = {value_of(label, found) for label in palette.labels} | (set() if found.colored else {IGNORE})
+    declared = {found.value_of(label) for label in palette.labels} | (set() if found.colored else {IGNORE})
     return [value for value in found.pixels if value not in declared]
 
 
@@ -265,12 +241,8 @@ def _renumbered(found: Survey, palette: Palette) -> str:
     return f"value {value} has the color of id {min(ids_of[color])} in {found.own[moved[0]]}"
 
 
-def _fits(found: Survey, palette: Palette) -> bool:
-    return not _undeclared(found, palette) and not _renumbered(found, palette)
-
-
 def _twin_warnings(found: Survey, palette: Palette) -> Iterator[str]:
-    """Masks whose values fit both ways to number the classes: only a look at one of them tells which it is."""
+    """Masks whose values fit both ways to number the classes: only a look at one of them shows which it is."""
     name = next((name for name in READY if ready(name) == palette), None)
     if found.colored or name not in TWINS or not _fits(found, ready(TWINS[name])):
         return
@@ -288,61 +260,71 @@ def _twin_warnings(found: Survey, palette: Palette) -> Iterator[str]:
         )
 
 
-# --- palette: A palette.json for masks that have none: a ready one that they are checked against, or one proposed from them.
+def _smoothing_warnings(found: Survey) -> list[str]:
+    rare = [value for value, pixels in found.pixels.items() if pixels < found.pixels.total() / 1000]
+    if not found.colored or len(rare) < 10 or 2 * len(rare) < len(found.pixels):
+        return []
+    return [
+        f"{len(rare)} of {len(found.pixels)} colors cover less than 0.1% of the pixels each:"
+        " are the edges of the masks smoothed?"
+    ]
 
-TELL_APART = 4  # of 255: colors closer than this in every channel look the same
-LINES = 30
+
+# --- Proposing a palette
 
 
-def propose(paths: Sequence[Path], names: Sequence[str] | None = None) -> Palette:
+def propose(found: Survey, names: Sequence[str] | None = None) -> Palette:
     """A palette that reads these masks; UserError where they cannot be masks of class ids or of colors.
 
     Ids are the values of the masks, in their own colors where all files agree on them; 255 is unlabelled. The colors
     of RGB masks are numbered by their pixels, most first. `names`: those of the classes in the order of their ids.
     """
-    return _proposal(survey(paths), names)
+    unlabelled = []
+    if found.colored:
+        if len(found.pixels) > IGNORE:
+            raise UserError(
+                f"expected at most 255 classes, found {len(found.pixels)} colors in all masks: were they smoothed, or"
+                f" resized with another filter than NEAREST? The most frequent: {found.listed(found.pixels)}"
+            )
+        codes = sorted(found.pixels, key=lambda code: (-found.pixels[code], code))
+        classes = [(k, color_of(code)) for k, code in enumerate(codes)]
+    else:
+        _refuse_no_ids(found)
+        colors = _own_colors(found)
+        if colors is None:  # spread ones, none of them in the files' own palettes, where it would be another value
+            taken = {color for _, color in found.own}
+            free = (color for color in spread_colors() if color not in taken)
+            colors = {value: (0, 0, 0) if value == IGNORE else next(free) for value in sorted(found.pixels)}
+        classes = [(value, colors[value]) for value in sorted(found.pixels) if value != IGNORE]
+        unlabelled = [Label(IGNORE, "unlabelled", colors[IGNORE], ignore=True)] if IGNORE in colors else []
+    if names is not None and len(names) != len(classes):
+        ids = ", ".join(f"{id} #{code_of(color):06x}" for id, color in classes[:10])
+        more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
+        raise UserError(f"--names: expected {len(classes)} names for the classes {ids}{more}, found {len(names)}")
+    names = names or [f"class_{id}" for id, _ in classes]
+    return Palette((*(Label(id, name, color) for (id, color), name in zip(classes, names, strict=True)), *unlabelled))
 
 
-def make_palette(config: PaletteConfig, log: Callable[[str], None] = print) -> Path:
-    """`segcn palette`: survey the masks, log the table and any warnings, and write the palette where none is."""
-    palette = ready(config.ready) if config.ready else None
-    target = _target(config)
-    if config.dataset_name:
-        found = survey(mask_files(config.dataset_name, log), log)
-        if palette is None:
-            warnings, palette = _doubts(found), _proposal(found, _split_names(config.names))
-        else:
-            warnings = check_survey(found, palette)
-        for line in palette_table_text(palette, found, swatches=sys.stdout.isatty()):
-            log(line)
-        for warning in warnings:
-            log(f"Warning: {warning}")
-    assert palette is not None  # without masks `_target` asks for a ready one
-    try:
-        palette.save(target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error}") from None
-    return target
-
-
-def palette_table_text(palette: Palette, found: Survey, swatches: bool = False) -> list[str]:
-    """Id, name, color, share of pixels and number of files of the labels that occur."""
-    labels = [label for label in palette.labels if found.pixels[value_of(label, found)]]
-    if not found.colored and IGNORE in found.pixels and IGNORE not in palette.ids:
-        labels.append(Label(IGNORE, "(unlabelled)", (0, 0, 0), ignore=True))
-    width = max(len(label.name) for label in labels)
-    lines = [f"{'id':>4}  {'name':{width}}  {'color':{10 if swatches else 7}}  {'pixels':>7}  {'files':>7}"]
-    for label in labels[:LINES]:
-        red, green, blue = label.color
-        swatch = f"\x1b[48;2;{red};{green};{blue}m  \x1b[0m " if swatches else ""
-        share = found.pixels[value_of(label, found)] / found.pixels.total()
-        name = f"{label.id:4}  {label.name:{width}}  {swatch}#{code_of(label.color):06x}"
-        ignored = "  ignored" if label.ignore else ""
-        lines.append(f"{name}  {share:7.2%}  {found.files[value_of(label, found)]:7,}{ignored}")
-    absent = len(palette.labels) - sum(label in palette.labels for label in labels)
-    lines += [f"      and {len(labels) - LINES} more"] if len(labels) > LINES else []
-    lines += [f"      and {absent} that occur in no mask"] if absent else []
-    return lines
+def _own_colors(found: Survey) -> dict[int, Color] | None:
+    """The colors of the files' own palettes, where these agree on all values and tell them apart."""
+    values_of: dict[Color, set[int]] = {}
+    colors_of: dict[int, set[Color]] = {}
+    for value, color in found.own:
+        values_of.setdefault(color, set()).add(value)
+        colors_of.setdefault(value, set()).add(color)
+    moved = [(color, sorted(values)[:2]) for color, values in values_of.items() if len(values) > 1]
+    if moved and any(len(colors) > 1 for colors in colors_of.values()):
+        color, (first, second) = moved[0]
+        raise UserError(
+            f"{found.own[first, color]}: its palette gives the color #{code_of(color):06x} to value {first}, that of"
+            f" {found.own[second, color]} to value {second}: an image editor seems to have renumbered each file."
+            " Save the masks as RGB, which are read by their colors; or, if their values are right, as grey (mode L)"
+        )
+    if len(found.own) != len(found.pixels) or len(values_of) != len(colors_of):
+        return None
+    table = np.array(list(values_of))
+    apart = np.abs(table[:, None] - table).max(-1) + 255 * np.eye(len(table), dtype=int)  # [N, N]
+    return dict(found.own.keys()) if apart.min() >= TELL_APART else None
 
 
 @cache
@@ -364,85 +346,18 @@ def spread_colors() -> tuple[Color, ...]:
     return tuple((int(red), int(green), int(blue)) for red, green, blue in rgb[chosen[1:]])
 
 
-def _proposal(found: Survey, names: Sequence[str] | None) -> Palette:
-    if found.colored:
-        if len(found.pixels) > IGNORE:
-            raise UserError(
-                f"expected at most 255 classes, found {len(found.pixels)} colors in all masks: were they smoothed, or"
-                f" resized with another filter than NEAREST? The most frequent: {found.told(found.pixels)}"
-            )
-        codes = sorted(found.pixels, key=lambda code: (-found.pixels[code], code))
-        classes = [(k, color_of(code)) for k, code in enumerate(codes)]
-        unlabelled = []
-    else:
-        refuse_no_ids(found)
-        colors = _palette_colors(found) or _new_colors(found)
-        classes = [(value, colors[value]) for value in sorted(found.pixels) if value != IGNORE]
-        unlabelled = [Label(IGNORE, "unlabelled", colors[IGNORE], ignore=True)] if IGNORE in colors else []
-    if names is not None and len(names) != len(classes):
-        ids = ", ".join(f"{id} #{code_of(color):06x}" for id, color in classes[:10])
-        more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
-        raise UserError(f"--names: expected {len(classes)} names for the classes {ids}{more}, found {len(names)}")
-    named = names or [f"class_{id}" for id, _ in classes]
-    return Palette((*(Label(id, name, color) for (id, color), name in zip(classes, named, strict=True)), *unlabelled))
-
-
-def _palette_colors(found: Survey) -> dict[int, Color] | None:
-    """The colors of the files' own palettes, where these agree on all values and tell them apart."""
-    values_of: dict[Color, set[int]] = {}
-    colors_of: dict[int, set[Color]] = {}
-    for value, color in found.own:
-        values_of.setdefault(color, set()).add(value)
-        colors_of.setdefault(value, set()).add(color)
-    moved = [(color, sorted(values)[:2]) for color, values in values_of.items() if len(values) > 1]
-    if moved and any(len(colors) > 1 for colors in colors_of.values()):
-        color, (first, second) = moved[0]
-        raise UserError(
-            f"{found.own[first, color]}: its palette gives the color #{code_of(color):06x} to value {first}, that of"
-            f" {found.own[second, color]} to value {second}: an image editor seems to have numbered each file anew."
-            " Save the masks as RGB, which are read by their colors; or, if their values are right, as grey (mode L)"
-        )
-    if len(found.own) != len(found.pixels) or len(values_of) != len(colors_of):
-        return None
-    table = np.array(list(values_of))
-    apart = np.abs(table[:, None] - table).max(-1) + 255 * np.eye(len(table), dtype=int)  # [N, N]
-    return dict(found.own.keys()) if apart.min() >= TELL_APART else None
-
-
-def _new_colors(found: Survey) -> dict[int, Color]:
-    """Spread colors, none of them in the files' own palettes, where it would stand for another value."""
-    taken = {color for _, color in found.own}
-    colors = (color for color in spread_colors() if color not in taken)
-    return {value: (0, 0, 0) if value == IGNORE else next(colors) for value in sorted(found.pixels)}
-
-
-def _doubts(found: Survey) -> list[str]:
-    rare = [value for value, pixels in found.pixels.items() if pixels < found.pixels.total() / 1000]
-    if not found.colored or len(rare) < 10 or 2 * len(rare) < len(found.pixels):
-        return []
-    return [
-        f"{len(rare)} of {len(found.pixels)} colors cover less than 0.1% of the pixels each:"
-        " are the edges of the masks smoothed?"
-    ]
-
-
-def _target(config: PaletteConfig) -> Path:
-    """Where the palette goes; UserError for settings that do not go together, or where a file is."""
-    if config.ready and config.names:
-        raise UserError("--names: the classes of a ready palette have their names; give one of --ready and --names")
-    if not config.dataset_name and not (config.ready and config.output):
-        raise UserError(
-            "segcn palette needs masks: segcn palette DATASET; or --ready NAME --output PALETTE.json to write a ready"
-            f" palette, of {', '.join(READY)}"
-        )
-    dataset = Path(config.dataset_name)
-    target = Path(config.output or (dataset.parent if dataset.is_file() else dataset) / "palette.json")
-    if os.path.lexists(target):
-        raise UserError(
-            f"{target} is there already and is never overwritten: remove it, or name another file with --output"
-        )
-    return target
-
-
-def _split_names(names: str | None) -> list[str] | None:
-    return [name.strip() for name in names.split(",")] if names else None
+def palette_table_text(palette: Palette, found: Survey, swatches: bool = False) -> list[str]:
+    """Id, name, color, share of pixels and number of files of the labels that occur."""
+    labels = [label for label in palette.labels if found.pixels[found.value_of(label)]]
+    absent = len(palette.labels) - len(labels)
+    if not found.colored and IGNORE in found.pixels and IGNORE not in palette.ids:
+        labels.append(Label(IGNORE, "(unlabelled)", (0, 0, 0), ignore=True))
+    width = max(len(label.name) for label in labels)
+    lines = [f"{'id':>4}  {'name':{width}}  {'color':{10 if swatches else 7}}  {'pixels':>7}  {'files':>7}"]
+    for label in labels[:SHOWN]:
+        swatch = "\x1b[48;2;{};{};{}m  \x1b[0m ".format(*label.color) if swatches else ""
+        share = found.pixels[found.value_of(label)] / found.pixels.total()
+        name = f"{label.id:4}  {label.name:{width}}  {swatch}#{code_of(label.color):06x}"
+        lines.append(f"{name}  {share:7.2%}  {found.files[found.value_of(label)]:7,}{'  ignored' * label.ignore}")
+    lines += [f"      and {len(labels) - SHOWN} more"] if len(labels) > SHOWN else []
+    return lines + ([f"      and {absent} that occur in no mask"] if absent else [])

@@ -20,6 +20,7 @@ IMAGES = ("images", "image", "imgs", "img", "photos", "leftImg8bit")
 MASKS = ("masks", "mask", "labels", "label", "annotations", "conditioning_images", "conditioning_image", "gtFine")
 SPLITS = {name: name for name in ("train", "test", "validation", "val")} | {"training": "train", "testing": "test"}
 SHARD = re.compile(r"(?P<split>\w[\w.]*?)-\d+-of-\d+(?:-\w+)?")  # as the hub names parquet files
+TABLES = (".csv", ".jsonl", ".json")
 EXPECTED = (
     "images/ and masks/, metadata.csv or metadata.jsonl, parquet files, what save_to_disk wrote, or folders train/,"
     " test/, validation/ of these"
@@ -38,12 +39,9 @@ class Source:
 def find_sources(config: ImportConfig) -> dict[str, Source]:
     """Every split by name, or "" for one that has none; UserError where nothing is found, or what is wrong with it."""
     path = Path(config.source)
-    if isfile(path):
-        found = _of_file(path, config)
-    elif path.is_dir():
-        found = _of_folder(path, config, nested=False)
-    else:
+    if not path.is_dir() and not isfile(path):
         raise UserError(f"{path}: no such folder or file; expected {EXPECTED}")
+    found = _of_folder(path, config, nested=False) if path.is_dir() else {"": _of_file(path, config)}
     for name, source in found.items():
         if not re.fullmatch(r"(\w[\w.-]*)?", name):
             raise UserError(f"{path}: expected a split's name of letters and digits, found {name!r}")
@@ -71,39 +69,36 @@ def held_out(found: dict[str, Source], count: int) -> dict[str, Source]:
     }
 
 
-def _of_file(path: Path, config: ImportConfig) -> dict[str, Source]:
-    if path.suffix.lower() in (".csv", ".jsonl", ".json"):
-        return {"": _listed(path.parent, file_rows(path, config))}
+def _of_file(path: Path, config: ImportConfig) -> Source:
+    if path.suffix.lower() in TABLES:
+        return _listed(path.parent, file_rows(path, config))
     if path.suffix.lower() == ".parquet":
-        return {"": _of_parquet(path.parent, [path], config)}
+        return _of_parquet(path.parent, [path], config)
     raise UserError(f"{path}: expected a folder, or a .csv, .jsonl, .json or .parquet file, found {path.suffix!r}")
 
 
 def _of_folder(folder: Path, config: ImportConfig, nested: bool) -> dict[str, Source]:
+    """The splits in a folder by what is in it; nested: it is a split itself."""
     if isfile(folder / "dataset_dict.json") or isfile(folder / "state.json"):
         return _of_saved(folder, config)
     tables = [folder / name for name in METADATA if isfile(folder / name)]
     if len(tables) > 1:
         raise UserError(f"{folder}: expected one metadata file, found {' and '.join(METADATA)}; name the one you mean")
     if tables:
-        return _of_file(tables[0], config)
-    images, masks = _named(folder, IMAGES), _named(folder, MASKS)
+        return {"": _of_file(tables[0], config)}
+    images, masks = _only_folder(folder, IMAGES), _only_folder(folder, MASKS)
     if images and masks:
         return _of_pairs(folder, images, masks, config)
-    splits = {} if nested else _split_folders(folder)
-    if splits:
-        return {name: _only(below, config) for name, below in splits.items()}
+    if not nested and (splits := _split_folders(folder)):
+        found = {name: _of_folder(below, config, nested=True) for name, below in splits.items()}
+        for name, sources in found.items():
+            if len(sources) > 1:
+                raise UserError(f"{splits[name]}: expected one split, found {', '.join(sources)}")
+        return {name: next(iter(sources.values())) for name, sources in found.items()}
     shards = sorted(path for part in (folder, folder / "data") for path in part.glob("*.parquet") if isfile(path))
     if shards:
         return _of_shards(folder, shards, config)
     raise UserError(f"{folder}: expected {EXPECTED}; found {_some(sorted(os.listdir(folder))) or 'nothing'}")
-
-
-def _only(folder: Path, config: ImportConfig) -> Source:
-    found = _of_folder(folder, config, nested=True)
-    if len(found) > 1:
-        raise UserError(f"{folder}: expected one split, found {', '.join(found)}")
-    return next(iter(found.values()))
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
@@ -117,7 +112,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _named(folder: Path, names: Sequence[str]) -> Path | None:
+def _only_folder(folder: Path, names: Sequence[str]) -> Path | None:
     found = [folder / name for name in names if (folder / name).is_dir()]
     if len(found) > 1:
         raise UserError(f"{folder}: expected one of these folders, found {' and '.join(path.name for path in found)}")
@@ -138,20 +133,21 @@ def _of_pairs(folder: Path, images: Path, masks: Path, config: ImportConfig) -> 
 
 
 def _pairs(images: Path, masks: Path, captions: Path, config: ImportConfig) -> list[Row]:
-    """Rows of the images with the same name, folders below included."""
+    """Rows of the images with the same name, folders below included; each line of a text file is a caption."""
     photos, labels = _by_stem(images, config.image_suffix), _by_stem(masks, config.mask_suffix)
-    alone, rest = sorted(set(photos) - set(labels)), sorted(set(labels) - set(photos))
-    if alone or rest:
-        raise UserError(_unpaired(images, masks, alone, rest))
+    _refuse_unpaired(images, masks, sorted(set(photos) - set(labels)), sorted(set(labels) - set(photos)))
     rows, problems = [], []
     for stem in sorted(photos):
-        notes = (captions / photos[stem].relative_to(images).with_suffix(".txt"), photos[stem].with_suffix(".txt"))
+        photo, lines = photos[stem], None
+        notes = (captions / photo.relative_to(images).with_suffix(".txt"), photo.with_suffix(".txt"))
+        note = next((note for note in notes if isfile(note)), None)
         try:
-            told = next((_lines(note) for note in notes if isfile(note)), None)
-            rows.append(Row(str(photos[stem]), photos[stem].absolute(), labels[stem].absolute(),
-                            captions_of(told, config)))  # fmt: skip
+            lines = note.read_text(encoding="utf-8-sig").splitlines() if note else None
+            rows.append(Row(str(photo), photo.absolute(), labels[stem].absolute(), captions_of(lines, config)))
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{note}: expected UTF-8 text: {error}")
         except UserError as error:
-            problems.append(f"{photos[stem]}: {error} (looked for {notes[0]} and {notes[1]})")
+            problems.append(f"{photo}: {error} (looked for {notes[0]} and {notes[1]})")
     refuse_failed(problems, len(photos), "pairs")
     return rows
 
@@ -170,31 +166,22 @@ def _by_stem(folder: Path, suffix: str) -> dict[str, Path]:
     twins = sorted(stem for stem, paths in found.items() if len(paths) > 1)
     if twins:
         first = " and ".join(sorted(path.name for path in found[twins[0]]))
-        more = f"; {len(twins) - 1} more names stand twice" if len(twins) > 1 else ""
+        more = f"; {len(twins) - 1} more names occur twice" if len(twins) > 1 else ""
         raise UserError(f"{folder}: expected one file of each name, found {first}{more}")
     return {stem: paths[0] for stem, paths in found.items()}
 
 
-def _unpaired(images: Path, masks: Path, alone: list[str], rest: list[str]) -> str:
-    parts = []
-    if alone:
-        parts.append(f"{len(alone)} images in {images} have no mask: {_some(alone)}")
-    if rest:
-        parts.append(f"{len(rest)} masks in {masks} have no image: {_some(rest)}")
-    endings = {name.removeprefix(stem) for stem in alone[:1] for name in rest if name.startswith(stem)}
+def _refuse_unpaired(images: Path, masks: Path, photos: list[str], labels: list[str]) -> None:
+    """UserError for images without a mask and masks without an image; guesses the ending of the masks' names."""
+    parts = [f"{len(photos)} images in {images} have no mask: {_some(photos)}"] if photos else []
+    parts += [f"{len(labels)} masks in {masks} have no image: {_some(labels)}"] if labels else []
+    endings = {name.removeprefix(stem) for stem in photos[:1] for name in labels if name.startswith(stem)}
     guess = f" (here --mask_suffix={min(endings, key=len)}?)" if endings else ""
-    return (
-        f"{'; '.join(parts)}. An image and its mask have the same name but for the extension; where masks, or"
-        f" images, have an ending of their own, name it by --mask_suffix or --image_suffix{guess}"
-    )
-
-
-def _lines(note: Path) -> list[str]:
-    """Each line of a text file that is not blank is a caption."""
-    try:
-        return note.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{note}: expected UTF-8 text: {error}") from None
+    if parts:
+        raise UserError(
+            f"{'; '.join(parts)}. An image and its mask have the same name but for the extension; where masks, or"
+            f" images, have an ending of their own, name it by --mask_suffix or --image_suffix{guess}"
+        )
 
 
 def _of_shards(folder: Path, shards: Iterable[Path], config: ImportConfig) -> dict[str, Source]:
@@ -210,6 +197,7 @@ def _of_shards(folder: Path, shards: Iterable[Path], config: ImportConfig) -> di
 
 
 def _of_parquet(folder: Path, paths: list[Path], config: ImportConfig) -> Source:
+    """Parquet files read in a stream, since images may be inside: larger than memory."""
     import pyarrow
     from datasets import load_dataset
     from pyarrow.parquet import read_metadata
