@@ -1,8 +1,91 @@
-"""Promise: what lies out of frame leaves the loss, and nothing else does."""
+"""Promise: the loss is the published one, weighted as asked and replaceable; nothing non-finite reaches the weights."""
 
+import json
+from types import SimpleNamespace
+
+import pytest
 import torch
+from diffusers import ControlNetModel, DDPMScheduler
+from diffusers.training_utils import compute_snr
+from safetensors import safe_open
+from torch.utils.data import default_collate
 
-from segcn.train.loss import diffusion_loss, valid_cells
+from segcn.generate.config import SampleConfig
+from segcn.generate.pipeline import load_pipeline
+from segcn.models.base import encode_moments, encode_text, sample_latents
+from segcn.models.controlnet import make_controlnet
+from segcn.train import loop, setup
+from segcn.train.batches import Plan
+from segcn.train.checkpoint import averaged, make_ema
+from segcn.train.config import TrainConfig
+from segcn.train.log import read_log
+from segcn.train.loop import step_losses, train
+from segcn.train.loss import FiniteCheck, diffusion_loss, min_snr_weights, valid_cells
+from segcn.train.setup import make_scheduler, prepare
+from segcn.utils.args import make
+from segcn.utils.errors import UserError
+
+
+def fake_base(prediction_type):
+    schedule = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type)
+    return SimpleNamespace(scheduler=schedule, folder="base")
+
+
+@pytest.mark.parametrize("cache", ["latents", "none"])
+def test_a_training_step_written_out_is_the_packages_bit_for_bit(quick, tmp_path, cache):
+    run = prepare(
+        quick(tmp_path / "run", train_batch_size=4, cache=cache, augment="affine,degrees=30", logging_steps=1)
+    )
+    keys = next(iter(Plan(rows=12, seed=0, start=0, stop=1, accumulate=1, batch=4)))  # (visit, row) of step 1
+    batch, base, controlnet = default_collate([run.examples[key] for key in keys]), run.base, run.controlnet
+
+    moments = batch["moments"] if cache == "latents" else encode_moments(base.vae, batch["image"])  # [B,2C,h,w]
+    latents = sample_latents(base.vae_config, moments, batch["posterior"])  # [B,C,h,w]
+    noise, timestep, control = batch["noise"], batch["timestep"], batch["control"]  # control [B,3,H,W] in [0,1]
+    noisy = base.scheduler.add_noise(latents, noise, timestep)
+    text = batch["text"] if cache == "latents" else encode_text(base, batch["caption"])  # [B,L,D]
+    down, middle = controlnet(noisy, timestep, text, controlnet_cond=control, return_dict=False)
+    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    prediction = base.unet(noisy, timestep, text, **residuals).sample
+    error = (prediction - noise).square().mean(1)  # [B,h,w]
+    valid = batch["cells"]  # bool [B,h,w]: cells whose pixels are all in frame
+    losses = (error * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+    losses.mean().backward()
+
+    assert not valid.all() and not base.predicts_v
+    norm = torch.nn.utils.get_total_norm([p.grad for p in controlnet.parameters()])
+    assert torch.equal(losses, step_losses(run, batch))
+    first = read_log(train(run.config) / "log.jsonl")[0]
+    assert first["loss"] == losses.mean().item() and first["gradient_norm"] == pytest.approx(norm.item())
+
+
+def twice_the_loss(prediction, target, valid, weights=None):
+    return 2 * diffusion_loss(prediction, target, valid, weights)
+
+
+def darker(image, mask, seed):
+    return image // 2, mask
+
+
+def small_controlnet(unet):
+    made.append(make_controlnet(unet))
+    return made[-1]
+
+
+made = []
+
+
+def test_loss_augmentation_and_controlnet_can_be_functions_of_ones_own(quick, tmp_path):
+    plain = train(quick(tmp_path / "plain", max_train_steps=1))
+    custom = train(quick(tmp_path / "custom", max_train_steps=1), loss=twice_the_loss, make_controlnet=small_controlnet)
+    losses = [read_log(folder / "log.jsonl")[0]["loss"] for folder in (plain, custom)]
+    assert losses[1] == 2 * losses[0] and len(made) == 1
+    with pytest.raises(UserError, match=r"loss: was '\w{16}', is None"):
+        train(quick(tmp_path / "custom", max_train_steps=2), make_controlnet=small_controlnet)
+    runs = [prepare(quick(tmp_path / name, cache_draws=1), augment=given) for name, given in
+            (("light", None), ("dark", darker))]  # fmt: skip
+    light, dark = (run.examples[0, 0]["moments"] for run in runs)
+    assert not torch.equal(light, dark) and runs[0].examples.cache.folder != runs[1].examples.cache.folder
 
 
 def test_the_loss_is_the_mean_over_cells_in_frame():
@@ -12,16 +95,154 @@ def test_the_loss_is_the_mean_over_cells_in_frame():
     expected = (prediction[0, :, :3] - target[0, :, :3]).square().mean()
     loss = diffusion_loss(prediction, target, valid)
     assert torch.allclose(loss[0], expected) and loss[1] == 0
-
-
-def test_cells_out_of_frame_cannot_move_the_loss():
-    prediction, target = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
-    valid = torch.rand(1, 8, 8) > 0.5
     other = torch.where(valid[:, None], prediction, 1e6)
-    assert torch.equal(diffusion_loss(prediction, target, valid), diffusion_loss(other, target, valid))
+    assert torch.equal(loss, diffusion_loss(other, target, valid))
 
 
 def test_a_cell_counts_only_if_all_its_pixels_are_in_frame():
     valid = torch.ones(1, 16, 16, dtype=torch.bool)
     valid[0, 7, 8] = False
     assert valid_cells(valid, 8).tolist() == [[[True, False], [True, True]]]
+
+
+@pytest.mark.parametrize("predicts_v", [False, True])
+def test_min_snr_makes_the_loss_one_of_clean_images_with_a_weight_of_at_most_gamma(predicts_v):
+    snr = compute_snr(fake_base("epsilon").scheduler, torch.tensor([0, 300, 600, 999]))
+    weight_of_clean = snr + 1 if predicts_v else snr  # what an error of the clean image weighs in the plain loss
+    weights = min_snr_weights(snr, 5.0, predicts_v) * weight_of_clean
+    assert torch.allclose(weights, snr.clamp(max=5.0))
+
+
+def test_cells_weigh_as_asked_and_only_in_frame():
+    error, valid = torch.ones(1, 4, 2, 2), torch.tensor([[[True, True], [True, False]]])
+    weights = torch.tensor([[[3.0, 0.0], [0.5, 9.0]]])
+    assert diffusion_loss(error, 0 * error, valid, weights).item() == pytest.approx(3.5 / 3)
+    same = torch.ones(1, 2, 2)
+    assert torch.equal(diffusion_loss(error, 0 * error, valid, same), diffusion_loss(error, 0 * error, valid))
+
+
+def test_zero_terminal_snr_ends_in_pure_noise_and_needs_a_base_that_predicts_v():
+    config = TrainConfig(rescale_betas_zero_snr=True)
+    scheduler = make_scheduler(config, fake_base("v_prediction"))
+    assert scheduler.alphas_cumprod[-1].item() < 1e-6
+    with pytest.raises(UserError, match="predicts v"):
+        make_scheduler(config, fake_base("epsilon"))
+
+
+def test_the_prediction_type_can_be_named_where_a_base_says_it_wrong():
+    asked = TrainConfig(prediction_type="v_prediction")
+    assert make_scheduler(asked, fake_base("epsilon")).config.prediction_type == "v_prediction"
+    assert make_scheduler(TrainConfig(), fake_base("epsilon")).config.prediction_type == "epsilon"
+
+
+def test_the_average_follows_the_weights_and_leaves_them_as_they_were():
+    layer = torch.nn.Linear(2, 2, bias=False)
+    ema = make_ema(layer, decay=0.5)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        ema.step(layer.parameters())  # the first step takes the weights over
+        layer.weight.fill_(2.0)
+        for _ in range(5):
+            ema.step(layer.parameters())
+    with averaged(layer, ema) as shown:
+        assert (shown.weight > 1.5).all() and (shown.weight < 2.0).all()
+    assert (layer.weight == 2.0).all()
+
+
+def test_fused_and_plain_adam_agree():
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(8, 8)
+        config = TrainConfig(fused_adam=fused, learning_rate=1e-2)
+        optimizer = setup.make_optimizer(config, layer, SimpleNamespace(num_processes=1))
+        for step in range(5):
+            layer(torch.arange(8.0) + step).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(layer.weight)
+    assert torch.allclose(*results, atol=1e-6)
+
+
+@pytest.fixture
+def check(tmp_path):
+    def made(scaler=None):
+        accelerator = SimpleNamespace(scaler=scaler, gather=lambda tensor: tensor, is_main_process=True)
+        return FiniteCheck(accelerator, tmp_path)
+
+    return made
+
+
+def test_a_loss_that_is_not_finite_is_told_with_step_and_rows(check, tmp_path):
+    finite = check()
+    finite.add(torch.tensor([4, 7]), torch.tensor([0.1, float("nan")]))
+    with pytest.raises(UserError, match=r"step 12: .*the loss of row 7 .*nothing was updated"):
+        finite.check(torch.tensor(float("nan")), 12)
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert report["step"] == 12 and report["rows_with_bad_loss"] == [7] and report["rows"] == [4, 7]
+
+
+def test_a_gradient_that_is_not_finite_is_told_with_its_rows(check):
+    finite = check()
+    finite.add(torch.tensor([4]), torch.tensor([0.1]))
+    finite.check(torch.tensor(1.0), 1)  # this one is fine, and its row is forgotten
+    finite.add(torch.tensor([5]), torch.tensor([0.1]))
+    with pytest.raises(UserError, match=r"the gradient of rows \[5\]"):
+        finite.check(torch.tensor(float("inf")), 2)
+
+
+def test_an_overflow_is_left_to_the_gradient_scaler_and_a_bad_loss_is_not(check):
+    finite = check(scaler=SimpleNamespace(get_scale=lambda: 2.0**16))
+    finite.add(torch.tensor([4]), torch.tensor([0.1]))
+    finite.check(torch.tensor(float("inf")), 1)
+    finite.add(torch.tensor([4]), torch.tensor([float("inf")]))
+    with pytest.raises(UserError, match="the loss of row 4"):
+        finite.check(torch.tensor(float("inf")), 2)
+
+
+def test_a_run_with_a_bad_loss_stops_before_its_update(quick, tmp_path, monkeypatch):
+    config, seen = quick(tmp_path / "out", max_train_steps=4, checkpointing_steps=2), {}
+
+    def spoiled(run, batch):
+        if run.step == 3:
+            seen.update(run=run, before=[weight.detach().clone() for weight in run.controlnet.parameters()])
+        return step_losses(run, batch) * (float("nan") if run.step == 3 else 1.0)
+
+    monkeypatch.setattr(loop, "step_losses", spoiled)
+    with pytest.raises(UserError, match="step 4"):
+        train(config)
+    assert all(map(torch.equal, seen["before"], seen["run"].controlnet.parameters()))
+    monkeypatch.undo()
+    folder = train(config)  # resumes from the last checkpoint
+    assert ControlNetModel.from_pretrained(folder) and (folder / "checkpoint-4").is_dir()
+
+
+def test_an_averaged_run_that_was_cut_ends_with_the_same_bytes(quick, tmp_path):
+    settings = {"use_ema": True, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "snr_gamma": 5.0}
+    straight = train(quick(tmp_path / "straight", max_train_steps=4, **settings))
+    train(quick(tmp_path / "cut", max_train_steps=2, **settings))
+    cut = train(quick(tmp_path / "cut", max_train_steps=4, **settings))
+    for name in ("diffusion_pytorch_model.safetensors", "checkpoint-4/controlnet/diffusion_pytorch_model.safetensors",
+                 "checkpoint-4/controlnet_ema/diffusion_pytorch_model.safetensors"):  # fmt: skip
+        assert (straight / name).read_bytes() == (cut / name).read_bytes(), name
+    final = (straight / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert final == (straight / "checkpoint-4/controlnet_ema/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_another_learning_rate_acts_when_a_run_goes_on_with_it(quick, tmp_path):
+    train(quick(tmp_path / "out", max_train_steps=2, learning_rate=1e-3))
+    train(quick(tmp_path / "out", max_train_steps=4, learning_rate=1e-5, adam_weight_decay=0.5, allow_changes=True))
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
+    moments = json.loads(safe_open(tmp_path / "out/checkpoint-4/optimizer.safetensors", "pt").metadata()["json"])
+    group = moments["param_groups"][0]
+    assert (group["lr"], group["weight_decay"]) == (pytest.approx(1e-5), 0.5)
+
+
+def test_a_run_that_predicts_v_generates_so(quick, random_base, tmp_path):
+    own = DDPMScheduler.from_pretrained(random_base, subfolder="scheduler").config.prediction_type
+    other = "epsilon" if own == "v_prediction" else "v_prediction"
+    folder = train(quick(tmp_path / "out", max_train_steps=1, prediction_type=other))
+    settings = make(SampleConfig, "tiny", pretrained_model_name_or_path=str(random_base),
+                    controlnet_model_name_or_path=str(folder))  # fmt: skip
+    assert load_pipeline(settings).base.predicts_v == (other == "v_prediction")

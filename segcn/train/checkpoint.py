@@ -56,7 +56,13 @@ WAIT = timedelta(hours=3)  # of the other processes, while one validates
 
 
 def claim(
-    output_dir: Path, config: TrainConfig, split: Split, base: Base, accelerator, log: Log, functions: dict[str, str]
+    output_dir: Path,
+    config: TrainConfig,
+    split: Split,
+    base: Base,
+    accelerator,
+    log: Log,
+    functions: dict[str, str | None],
 ) -> None:
     """Lock the run folder and write the resolved config, or compare it with the one that is there.
 

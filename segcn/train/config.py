@@ -201,15 +201,10 @@ a Slurm script that requeues itself, are in
         return found
 
 
-OBSOLETE = {
-    "enable_xformers_memory_efficient_attention": "PyTorch's own attention is used: as fast, nothing to install",
-    "set_grads_to_none": "gradients are always set to None",
-    "dataset_config_name": "a data set is a folder: give its path as --dataset_name",
-    "image_column": "the column is called file_name",
-    "conditioning_image_column": "the column is called conditioning_image_file_name",
-    "caption_column": "the column is called text",
-    "image_interpolation_mode": "images are resized bilinear with antialias, masks NEAREST",
-}
+OBSOLETE = (
+    "enable_xformers_memory_efficient_attention", "set_grads_to_none", "dataset_config_name", "image_column",
+    "conditioning_image_column", "caption_column", "image_interpolation_mode",
+)  # fmt: skip
 MEMORY_PRESETS = {  # GB: images of 512 px in a micro-batch, and what is switched on besides half precision
     8: (1, {"use_8bit_adam": True, "gradient_checkpointing": True}),
     12: (1, {"gradient_checkpointing": True}),

@@ -78,11 +78,13 @@ def write_card(output_dir: Path, config: TrainConfig, split: Split, step: int, m
         prompt=(config.validation_prompt or ["a text"])[0].replace('"', "'"),
         sheet=sheet and sheet.relative_to(output_dir).as_posix(),
         classes=palette_table(split.palette),
-        sections={
-            "Data": data_rows(config, split),
-            "Training": training_rows(config, step, machine),
-            "Figures": figure_rows(output_dir),
-        },
+        data_set=split.folder.absolute().parent.name if split.folder.name == "train" else split.folder.absolute().name,
+        split=split,
+        config=config,
+        step=step,
+        machine=machine,
+        versions=f"diffusers {diffusers.__version__}, torch {torch.__version__}",
+        figures=figures(output_dir),
     )
     data = ModelCardData(license=license_of(folder), library_name="diffusers", base_model=base)
     card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"), tags=list(TAGS))
@@ -106,52 +108,19 @@ def newest_sheet(output_dir: Path) -> Path | None:
     return sheets[max(sheets)] if sheets else None
 
 
-def data_rows(config: TrainConfig, split: Split) -> list[tuple[str, str]]:
-    """What it was trained on."""
-    folder = split.folder.absolute()
-    return [
-        ("data set", folder.parent.name if folder.name == "train" else folder.name),
-        ("rows", f"{len(split):,}"),
-        ("fingerprint", f"`{split.fingerprint}`"),
-        ("resolution", f"{config.resolution} x {config.resolution}, --fit {config.fit}"),
-        ("augmentation", f"`{config.augment}`"),
-        *_given(config, "class_balance", "proportion_empty_prompts", "proportion_empty_controls"),
-    ]
-
-
-def training_rows(config: TrainConfig, step: int, machine: str) -> list[tuple[str, str]]:
-    """How it was trained."""
-    return [
-        ("steps", f"{step:,}"),
-        ("batch", f"{config.train_batch_size} rows x {config.gradient_accumulation_steps} micro-batches a process"),
-        ("learning rate", f"{config.learning_rate:g}, {config.lr_scheduler}, warm-up {config.lr_warmup_steps} steps"),
-        ("seed", str(config.seed)),
-        ("machine", machine),
-        ("versions", f"diffusers {diffusers.__version__}, torch {torch.__version__}"),
-        *_given(config, "snr_gamma", "class_weighting", "use_ema", "scale_lr", "use_8bit_adam"),
-    ]
-
-
-def figure_rows(output_dir: Path) -> list[tuple[str, str]]:
+def figures(output_dir: Path) -> list[tuple[str, str]]:
     """The last loss, and how well the images obey the masks, as far as it was measured."""
-    entries = read_log(output_dir / LOG)
+
+    def numbers(scores: dict) -> list[tuple[str, str]]:  # those one level deeper too
+        deeper = {key: value.items() for key, value in scores.items() if isinstance(value, dict)}
+        flat = [*scores.items(), *((f"{key} {name}", value) for key, inner in deeper.items() for name, value in inner)]
+        return [(key, f"{value:.4g}") for key, value in flat if isinstance(value, int | float)]
+
+    entries, best = read_log(output_dir / LOG), read_best(output_dir) or {}
     rows = [("last logged loss", f"{entry['loss']:.4g}") for entry in entries if "loss" in entry][-1:]
     for entry in [entry for entry in entries if isinstance(entry.get("faithfulness"), dict)][-1:]:
-        rows += [(f"{key}, step {entry['step']}", text) for key, text in _numbers(entry["faithfulness"])]
-    best = read_best(output_dir) or {}
-    return rows + [(f"best {key}, {best.get('checkpoint')}", text) for key, text in _numbers(best) if key != "step"]
-
-
-def _given(config: TrainConfig, *names: str) -> list[tuple[str, str]]:
-    """The settings among these that are on."""
-    return [(name, str(getattr(config, name))) for name in names if getattr(config, name)]
-
-
-def _numbers(scores: dict) -> list[tuple[str, str]]:
-    """Name and text of every number in it, those one level deeper too."""
-    deeper = {key: value.items() for key, value in scores.items() if isinstance(value, dict)}
-    flat = [*scores.items(), *((f"{key} {name}", value) for key, inner in deeper.items() for name, value in inner)]
-    return [(key, f"{value:.4g}") for key, value in flat if isinstance(value, int | float)]
+        rows += [(f"{key}, step {entry['step']}", text) for key, text in numbers(entry["faithfulness"])]
+    return rows + [(f"best {key}, {best.get('checkpoint')}", text) for key, text in numbers(best) if key != "step"]
 
 
 def upload(run: Run) -> str:

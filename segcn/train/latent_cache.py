@@ -83,16 +83,14 @@ class Layout:
         least, most = BLOCK_ROWS
         return max(1, min(max(least, self.rows // 64), most, BLOCK_BYTES // self.entry.itemsize))
 
-    def draws(self, folder: Path, draws: int) -> Iterator[tuple[Path, int, range]]:
+    def draws(self, folder: Path, draws: int) -> list[tuple[Path, int, range]]:
         """The file, the draw and the rows of each block."""
-        for draw in range(draws):
-            for rows in _blocks(self.rows, self.block):
-                yield folder / f"draw{draw:04}-row{rows.start:08}.npy", draw, rows
+        pairs = [(draw, rows) for draw in range(draws) for rows in _blocks(self.rows, self.block)]
+        return [(folder / f"draw{draw:04}-row{rows.start:08}.npy", draw, rows) for draw, rows in pairs]
 
-    def text(self, folder: Path, captions: int) -> Iterator[tuple[Path, range]]:
+    def text(self, folder: Path, captions: int) -> list[tuple[Path, range]]:
         """The file and the captions of each block."""
-        for block in _blocks(captions, CAPTIONS):
-            yield folder / f"text{block.start:08}.npy", block
+        return [(folder / f"text{block.start:08}.npy", block) for block in _blocks(captions, CAPTIONS)]
 
     def files(self, folder: Path, draws: int, captions: int) -> tuple[list[tuple], list[tuple]]:
         """The path, number of entries and type of each file of draws, and of each file of embeddings."""
@@ -152,7 +150,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(damaged(path, "JSON", error)) from None
+        raise damaged(path, "JSON", error) from None
 
 
 def open_block(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
@@ -163,18 +161,18 @@ def open_block(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
         if (array.dtype, array.shape) != (expected.dtype, (count, *expected.shape[1:])):
             raise ValueError(f"{array.dtype} {array.shape}")
     except Exception as error:  # the header of a damaged file may raise anything
-        raise UserError(damaged(path, f"{count} entries", error)) from None
+        raise damaged(path, f"{count} entries", error) from None
     return array
 
 
-def damaged(path: Path, expected: str, error: Exception) -> str:
-    """The message for a file of the cache that cannot be used."""
+def damaged(path: Path, expected: str, error: Exception) -> UserError:
+    """What to raise for a file of the cache that cannot be used."""
     if not path.exists():
-        return (
+        return UserError(
             f"{path}: expected a file of the latent cache, found none; all processes must see the same --cache_dir."
             " Rerun the same command to write it."
         )
-    return (
+    return UserError(
         f"{path}: expected {expected}, found a damaged file of the latent cache ({error}); remove it, rm {path},"
         " and rerun the same command: it is written again."
     )
@@ -188,9 +186,14 @@ def cache_root(config: TrainConfig) -> Path:
 def cache_key(dataset: PairedDataset, encoders: str) -> str:
     """16 hexadecimal digits that change with data, augmentation, seed, resolution, fit or encoders, not with K."""
     settings = [dataclasses.asdict(dataset.augment), dataset.seed, dataset.resolution, dataset.fit]
-    settings += [inspect.getsource(dataset.function)] if dataset.function else []
-    parts = [VERSION, dataset.split.fingerprint, len(dataset), *settings, encoders]
+    own = [source_digest(dataset.function)] if dataset.function else []
+    parts = [VERSION, dataset.split.fingerprint, len(dataset), *settings, encoders, *own]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def source_digest(function: Callable) -> str:
+    """16 hexadecimal digits that change with the source of a function."""
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
 
 
 def encoders_fingerprint(base: Base) -> str:
@@ -303,7 +306,7 @@ def build(
         open_block(*file)  # one that is damaged is named before hours of encoding
     missing = len(files) - len(existing)
     log(f"Encoding {missing} missing files of the latent cache." if missing else f"Reusing the latent cache {folder}.")
-    _check_bad_rows(read_bad_rows(folder, layout, draws), bad_limit, folder, layout.rows)
+    check_bad_rows(read_bad_rows(folder, layout, draws), bad_limit, layout.rows, folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for leftover in folder.glob(".*"):  # of a killed build, an hour old, so that nobody can be writing it
@@ -317,15 +320,14 @@ def build(
     _write_draws(_share(layout.draws(folder, draws), process), layout, dataset, base, log, bad_limit)
     accelerator.wait_for_everyone()
     cache = LatentCache(folder, draws)
-    _check_bad_rows(cache.bad, bad_limit, folder, layout.rows)
+    check_bad_rows(cache.bad, bad_limit, layout.rows, folder)
     for row, why in sorted(cache.bad.items()):
         log(f"Bad row {row}, the next good one is used instead: {why}")
     return cache
 
 
-def _share(files: Iterable[tuple], process: Process) -> list[tuple]:
+def _share(files: list[tuple], process: Process) -> list[tuple]:
     """Of (path, ...) those of this process that are missing; which are its own does not depend on what exists."""
-    files = list(files)
     return [files[place] for place in process.share(len(files)) if not files[place][0].exists()]
 
 
@@ -368,8 +370,7 @@ def _write_draws(files: list[tuple], layout: Layout, dataset: PairedDataset, bas
                 found = list(enumerate(islice(samples, len(chunk))))
                 found_bad |= {rows[first + place]: str(e) for place, e in found if isinstance(e, UserError)}
                 bad |= found_bad
-                if len(bad) > bad_limit:
-                    raise UserError(too_many_bad(bad, bad_limit))
+                check_bad_rows(bad, bad_limit, len(dataset) + 1)
                 good = [(place, sample) for place, sample in found if isinstance(sample, Sample)]
                 if good:
                     images = torch.stack([sample.image for _, sample in good])
@@ -422,24 +423,19 @@ def _bad_rows_path(path: Path) -> Path:
     return path.with_suffix(".bad.json")
 
 
-def too_many_bad(bad: dict[int, str], limit: int) -> str:
-    """The message for more bad rows than the limit."""
+def check_bad_rows(bad: dict[int, str], limit: int, rows: int, built: Path | None = None) -> None:
+    """UserError where more rows are bad than the limit, or all of them; built: a cache that was built without them."""
+    if len(bad) <= limit and len(bad) < rows:
+        return
     listed = "\n  ".join(bad.values())
     if limit:
-        return f"--on_bad_sample skip:{limit}: expected at most {limit} bad rows, found {len(bad)}:\n  {listed}"
-    return (
-        f"{listed}\nThe file was good when it was checked. Fix it; or use the next good row instead, for N rows at"
-        " most, by --on_bad_sample skip:N"
-    )
-
-
-def _check_bad_rows(bad: dict[int, str], limit: int, folder: Path, rows: int) -> None:
-    """UserError where the marks of an existing cache are more than this run allows, or no row is good."""
-    if bad and not limit:
-        listed = "\n  ".join(bad.values())
         raise UserError(
-            f"{folder}: expected every row, found {len(bad)} that could not be read when it was built:\n  {listed}\n"
-            f"Train without them by --on_bad_sample skip:{len(bad)}; or fix the files and rm -r {folder}"
+            f"--on_bad_sample skip:{limit}: expected at most {limit} bad rows, found {len(bad)}:\n  {listed}"
         )
-    if len(bad) > limit or len(bad) == rows:
-        raise UserError(too_many_bad(bad, limit))
+    skip = f"--on_bad_sample skip:{len(bad)} trains without such rows"
+    if built:
+        raise UserError(
+            f"{built}: expected every row, found {len(bad)} that could not be read when it was built:\n  {listed}\n"
+            f"{skip}; or fix the files and rm -r {built}"
+        )
+    raise UserError(f"{listed}\nThe file was good when it was checked. Fix it; or {skip}.")

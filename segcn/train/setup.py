@@ -1,12 +1,10 @@
 """From settings to everything before step 0: checked data, frozen base, latent cache, ControlNet and its optimizer."""
 
 import dataclasses
-import hashlib
-import inspect
 import json
 import logging
-import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -35,7 +33,7 @@ from segcn.train import latent_cache
 from segcn.train.batches import Examples, make_examples
 from segcn.train.checkpoint import WAIT, averaged, claim, make_ema
 from segcn.train.config import MEMORY_PRESETS, OBSOLETE, TrainConfig, total_steps
-from segcn.train.latent_cache import cache_root, parse_limit
+from segcn.train.latent_cache import cache_root, parse_limit, source_digest
 from segcn.train.log import Log
 from segcn.train.loss import FiniteCheck, diffusion_loss
 from segcn.train.validation import HeldOutScorer, held_out_rows
@@ -100,9 +98,10 @@ def prepare(
     output_dir = Path(config.output_dir)
     accelerator = make_accelerator(config, output_dir)
     log = Log(accelerator, output_dir, config.logging_steps)
-    defaults = TrainConfig()
-    without = [name for name in OBSOLETE if getattr(config, name) != getattr(defaults, name)]
-    for line in [*(f"--{name} has no effect: {OBSOLETE[name]}." for name in without), *fitted]:
+    for known in dataclasses.fields(config):
+        if known.name in OBSOLETE and getattr(config, known.name) != known.default:
+            log.say(f"--{known.name} has no effect: {known.metadata['help']}.")
+    for line in fitted:
         log.say(line)
     split = read_split(config.dataset, "train").first(config.max_train_samples)
     held_out = held_out_rows(config, split)
@@ -115,13 +114,12 @@ def prepare(
     config = dataclasses.replace(config, max_train_steps=total_steps(config, shown, accelerator.num_processes))
     if config.resolution % base.latent_factor:
         raise UserError(f"--resolution: expected a multiple of {base.latent_factor}, found {config.resolution}")
-    custom = {} if augment is None else {"function": augment}
-    dataset = PairedDataset(
-        split, config.resolution, AugmentConfig.parse(config.augment), config.seed, config.fit, **custom
-    )
+    augmentation = AugmentConfig.parse(config.augment)
+    dataset = PairedDataset(split, config.resolution, augmentation, config.seed, config.fit, function=augment)
     config = latent_cache.settle_draws(config, dataset, base, accelerator, log)
     functions = {"loss": loss, "augment_function": augment, "make_controlnet": new_controlnet}
-    claim(output_dir, config, split, base, accelerator, log, {k: source_digest(f) for k, f in functions.items() if f})
+    digests = {name: function and source_digest(function) for name, function in functions.items()}
+    claim(output_dir, config, split, base, accelerator, log, digests)
     if config.report_to != "none":
         values = json.loads(to_json(config)).items()
         shown_values = {key: value for key, value in values if isinstance(value, int | float | str)}
@@ -136,11 +134,6 @@ def prepare(
     ema = make_ema(accelerator.unwrap_model(controlnet), config.ema_decay) if config.use_ema else None
     made = (controlnet, optimizer, schedule, examples, loss or diffusion_loss)
     return Run(config, accelerator, output_dir, split, base, *made, log, repeats, ema, cache_seconds, held_out)
-
-
-def source_digest(function: Callable) -> str:
-    """16 hexadecimal digits that change with the source of a function."""
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -342,19 +335,14 @@ def check_schedule(text: str) -> tuple[str, str | None]:
 
     These rules multiply the rate by 1 before step 10, by 0.1 before step 20 and by 0.01 from there on.
     """
-    stepped, (name, _, rules) = SchedulerType.PIECEWISE_CONSTANT.value, text.partition(":")
-    names = [kind.value for kind in SchedulerType]
-    if name not in names or (rules and name != stepped):
-        raise UserError(f"--lr_scheduler: expected one of {', '.join(names)}, found {text!r}")
-    if name == stepped:
-        *pairs, last = rules.split(",")
-        try:
-            numbers = [(float(factor), int(step)) for factor, step in (pair.split(":") for pair in pairs)]
-            rising = [step for _, step in numbers]
-            fine = math.isfinite(float(last)) and bool(rising) and rising == sorted(set(rising))
-        except ValueError:
-            fine = False
-        if not fine:
-            form = f"{stepped}:1:1000,0.1:2000,0.01 (1x before step 1000, 0.1x before step 2000, 0.01x from there on)"
-            raise UserError(f"--lr_scheduler: expected factors and steps in rising order, as in {form}, found {text!r}")
+    name, _, rules = text.partition(":")
+    names, stepped = [kind.value for kind in SchedulerType], SchedulerType.PIECEWISE_CONSTANT.value
+    steps = [int(step) for step in re.findall(r":(\d+)", rules)]
+    formed = re.fullmatch(r"([\d.e-]+:\d+,)+[\d.e-]+", rules) and steps == sorted(set(steps))
+    if name not in names or (bool(rules) and name != stepped) or (name == stepped and not formed):
+        raise UserError(
+            f"--lr_scheduler: expected one of {', '.join(names)}, the last with factors and steps in rising order, as"
+            f" in {stepped}:1:1000,0.1:2000,0.01 (1x before step 1000, 0.1x before step 2000, 0.01x from there on);"
+            f" found {text!r}"
+        )
     return name, rules or None
