@@ -77,7 +77,9 @@ def test_by_default_the_run_ends_with_file_and_row_and_leaves_no_thread(rows, ba
     assert not [thread for thread in set(threading.enumerate()) - before if "ThreadPool" in thread.name]
     record = rows.split[5]
     spoiled = record.image if fault == "unreadable" else record.mask
-    assert "metadata.csv, line 7 (row 5)" in str(caught.value) and str(spoiled) in str(caught.value)
+    assert "metadata.csv, line 7 (row 5)" in str(caught.value) and f"{spoiled.parent.name}/{spoiled.name}" in str(
+        caught.value
+    )
     assert said in str(caught.value) and ("--on_bad_sample skip:1 trains" in str(caught.value)) == cached
 
 
@@ -119,7 +121,7 @@ def test_the_marks_of_a_cache_stay_and_a_strict_run_refuses_them(rows, base, tmp
     assert list(latent_cache.build(folder, rows, base, 1, ALONE, print, bad_limit=1).bad) == [3]
     spoiled = rows.split[3].image
     with pytest.raises(
-        UserError, match=rf"1 that could not be read(?s:.*row 3\): {spoiled}.*)skip:1 .* or .*rm -r {folder}"
+        UserError, match=rf"1 that could not be read(?s:.*row 3\).*{spoiled}.*)skip:1 .* or .*rm -r {folder}"
     ):
         latent_cache.build(folder, rows, base, 1, ALONE, print)
 
