@@ -16,7 +16,8 @@ class Progress:
     def __init__(self, what: str, total: int, log: Callable[[str], None] = print, every: float = 10.0):
         self.what, self.total, self.log, self.every = what, total, log, every
         self.began = self.logged = time.monotonic()
-        notebook = "ipykernel" in sys.modules and "IPython" in sys.modules  # its output area shows tqdm's text bar
+        ipython = sys.modules.get("IPython")
+        notebook = ipython is not None and ipython.get_ipython() is not None  # it shows tqdm's text bar, too
         shown = log is print and total > 0 and (notebook or sys.stdout.isatty())
         self.bar = tqdm(desc=what, total=total, leave=False, delay=1, file=sys.stdout) if shown else None
 
