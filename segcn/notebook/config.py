@@ -42,5 +42,6 @@ class RunConfig:
     inception_weights: str = flag("", "file for FID and KID as published; none: torch.hub's, if there")
     clip: str = flag("", "folder of a CLIPModel, for CLIPScore; none: without")
     seed: int | None = flag(None, "seed of training and generation; none: 0")
+    replace: bool = flag(False, "delete data sets of other settings, which are otherwise kept under another name")
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
     only: str = flag("", "some of the notebooks, such as 03,04")

@@ -1,10 +1,9 @@
-"""What notebook 00 shows of latent diffusion: each part of the embedded base taken by itself, as images."""
+"""What notebook 00 shows of latent diffusion: each part of the embedded base by itself, as images."""
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +24,10 @@ SEED = 4343  # of images that are in no training
 RESOLUTION = 128  # px
 
 
-class Stopped(Exception):
-    """A training was stopped on purpose."""
-
-
 def landscapes(count: int) -> tuple[torch.Tensor, list[str]]:
     """Images float32 [N, 3, 128, 128] in [-1, 1] that the base never saw, and their captions."""
-    pictures = [draw(SEED, row, RESOLUTION) for row in range(count)]
-    return to_pixels(torch.from_numpy(np.stack([one.image for one in pictures]))), [one.caption for one in pictures]
+    scenes = [draw(SEED, row, RESOLUTION) for row in range(count)]
+    return to_pixels(torch.from_numpy(np.stack([one.image for one in scenes]))), [one.caption for one in scenes]
 
 
 def to_latents(base: Base, image: torch.Tensor) -> torch.Tensor:
@@ -44,16 +39,12 @@ def to_latents(base: Base, image: torch.Tensor) -> torch.Tensor:
 def channels(image: torch.Tensor, latents: torch.Tensor) -> Figure:
     """An image [3, H, W] and each channel of its latents [C, h, w] in grey, black at -3 and white at 3."""
     grey = ((latents + 3) / 6 * 255).clamp(0, 255).byte().numpy()
-    tiles = [enlarged(np.repeat(channel[..., None], 3, axis=-1), RESOLUTION) for channel in grey]
-    notes = ["image", *(f"channel {number}" for number in range(len(tiles)))]
-    pictures = [to_uint8(image), *tiles]
-    lines = [slice(at, at + 7) for at in range(0, len(pictures), 7)]
-    return grid([pictures[line] for line in lines], below=[notes[line] for line in lines], width=1.2)
-
-
-def enlarged(picture: np.ndarray, side: int) -> np.ndarray:
-    """An image, uint8 [h, w, 3], with its pixels as squares, uint8 [side, side, 3]."""
-    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST))
+    size, tiles = (RESOLUTION, RESOLUTION), [to_uint8(image)]
+    for channel in grey:
+        tiles.append(np.asarray(Image.fromarray(channel).convert("RGB").resize(size, Image.Resampling.NEAREST)))
+    notes = ["image", *(f"channel {number}" for number in range(len(grey)))]
+    lines = [slice(at, at + 7) for at in range(0, len(tiles), 7)]
+    return grid([tiles[line] for line in lines], below=[notes[line] for line in lines], width=1.2)
 
 
 def psnr(image: torch.Tensor, seen: torch.Tensor) -> list[float]:
@@ -64,13 +55,11 @@ def psnr(image: torch.Tensor, seen: torch.Tensor) -> list[float]:
 
 def lost(image: torch.Tensor, *versions: torch.Tensor, names: Sequence[str] = ("reconstruction",)) -> Figure:
     """Images, what autoencoders make of them with the PSNR beneath, and the last one's error five times as strong."""
-    rows, notes = [], []
-    for row, picture in enumerate(image):
-        error = ((versions[-1][row] - picture).abs() * 5 - 1).clamp(-1, 1)
-        rows.append([to_uint8(one) for one in (picture, *(version[row] for version in versions), error)])
-        values = [psnr(picture[None], version[row : row + 1])[0] for version in versions]
-        notes.append(["", *(f"{value:.1f} dB" for value in values), ""])
-    return grid(rows, ["image", *names, "error x 5"], below=notes)
+    error = ((versions[-1] - image).abs() * 5 - 1).clamp(-1, 1)
+    rows = zip(*(to_uint8(part) for part in (image, *versions, error)), strict=True)
+    values = zip(*(psnr(image, version) for version in versions), strict=True)
+    notes = [["", *(f"{value:.1f} dB" for value in line), ""] for line in values]
+    return grid([list(row) for row in rows], ["image", *names, "error x 5"], below=notes)
 
 
 def tokens(base: Base, caption: str) -> list[str]:
@@ -136,8 +125,8 @@ def denoising(base: Base, caption: str, settings: SampleConfig) -> Figure:
 
 def generated(base: Base, captions: Sequence[str], settings: SampleConfig) -> np.ndarray:
     """Captions alone to images, uint8 [N, 128, 128, 3], all from the same noise."""
-    painter = Pipeline(base, None, palette(), "")
-    return generate(painter, None, list(captions), [0] * len(captions), settings, (RESOLUTION, RESOLUTION))
+    pipeline = Pipeline(base, None, palette(), "")
+    return generate(pipeline, None, list(captions), [0] * len(captions), settings, (RESOLUTION, RESOLUTION))
 
 
 def guided(base: Base, captions: Sequence[str], settings: SampleConfig, scales: Sequence[float]) -> Figure:
@@ -153,24 +142,24 @@ def small_recipe(steps: int) -> BaseRecipe:
 
 
 def empty_folder(folder: Path) -> Path:
-    """The scratch folder without what an earlier run of the lesson left there."""
+    """The folder without what an earlier run of the lesson left there."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
-def build_until(words: str, work: Path, out: Path, recipe: BaseRecipe, log: Callable[[str], None] = print) -> None:
-    """Build a base until it says a line that starts with `words`, as if the power failed then."""
+def build_until(words: str, work: Path, out: Path, recipe: BaseRecipe) -> None:
+    """Build a base until it prints a line that starts with `words`, as if the power failed then."""
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if line.startswith(words):
-            raise Stopped
-        log(line.replace(f"{work}/", ""))
+            raise InterruptedError(words)
+        print(line.replace(f"{work}/", ""))
 
     try:
-        build_base(work, out, recipe, say)
-    except Stopped:
-        log(f"(stopped before: {words} ...)")
+        build_base(work, out, recipe, log)
+    except InterruptedError:
+        print(f"(stopped before: {words} ...)")
 
 
 def scratch_and_shipped(scratch: Path, base: Base, image: torch.Tensor) -> Figure:
@@ -182,15 +171,11 @@ def scratch_and_shipped(scratch: Path, base: Base, image: torch.Tensor) -> Figur
 def beside(small: BaseRecipe, whole: BaseRecipe) -> str:
     """Where two recipes differ, a line each."""
     lines = [f"{'':22}{'here':>16}{'embedded base':>18}"]
-    pairs: list[tuple[str, Any, Any]]
     pairs = [("images: ", small, whole), ("vae: ", small.vae, whole.vae), ("unet: ", small.unet, whole.unet)]
-    for part, one, other in pairs:
-        for name, value in dataclasses.asdict(one).items():
-            target = getattr(other, name)
-            if value != target and not isinstance(value, dict):
-                lines.append(f"{part + name:22}{_told(value):>16}{_told(target):>18}")
+    for part, *both in pairs:
+        for name in (field.name for field in dataclasses.fields(both[0])):
+            values = [getattr(one, name) for one in both]
+            if values[0] != values[1] and isinstance(values[0], int | float | tuple):
+                texts = [" ".join(map(str, v)) if isinstance(v, tuple) else f"{v:,}" for v in values]
+                lines.append(f"{part + name:22}{texts[0]:>16}{texts[1]:>18}")
     return "\n".join(lines)
-
-
-def _told(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:,}"

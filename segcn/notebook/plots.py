@@ -1,4 +1,4 @@
-"""A training as it goes: the curves of its log, its validation images, and one figure of both while it runs."""
+"""What notebooks 02 to 07 draw: augmentation, a training while it runs, everything in one image, and a sweep."""
 
 import contextlib
 import re
@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from segcn.data.captions import mirrored, says_a_side
 from segcn.data.config import FITS
@@ -48,44 +47,32 @@ from segcn.utils.args import arguments_of, make
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_whole
 
-# --- curves: A training as it goes: the curves of its log, its validation images, and one figure of both while it runs.
-
-MARK = "#c2451e"  # of the step of convergence
-
-
-def loss_curve(entries: list[dict]) -> Figure:
-    """The loss of a log.jsonl over the steps, as logged and smoothed."""
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    draw_loss(figure.add_subplot(), entries)
-    return figure
+MARK = "#c2451e"  # color of the step of convergence
+FAINT = 0.3  # strength of the mask's colors over an image
 
 
-def draw_loss(axes: Axes, entries: list[dict]) -> None:
-    """The loss, as logged and smoothed, from 0 up."""
+def loss_curve(entries: list[dict], axes: Axes | None = None) -> Figure:
+    """The loss of a log.jsonl over the steps, as logged and smoothed, from 0 up."""
+    axes = axes or Figure(figsize=(7, 2.6), layout="constrained").add_subplot()
     entries = [entry for entry in entries if "loss" in entry]
     axes.set(title="training loss", xlabel="step")
     if not entries:
-        return _nothing(axes, "no step yet")
+        return _only_text(axes, "no step yet")
     steps, losses = ([entry[name] for entry in entries] for name in ("step", "loss"))
     axes.plot(steps, losses, color="#b9cbe0", linewidth=1, marker="." if len(steps) < 5 else "", label="logged")
     axes.plot(steps, smooth(losses), color=ACCENT, linewidth=1.8, label="smoothed")
     axes.set_ylim(0, 1.3 * max(losses))
     axes.legend(ncols=2, loc="upper right")
+    return axes.figure
 
 
-def faithfulness_curve(entries: list[dict]) -> Figure:
-    """How well the images obey their masks over the steps, as a share of what real images reach."""
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    draw_faithfulness(figure.add_subplot(), entries)
-    return figure
-
-
-def draw_faithfulness(axes: Axes, entries: list[dict]) -> None:
-    """The share of the ceiling, the step at which the ControlNet began to obey, and the best step."""
+def faithfulness_curve(entries: list[dict], axes: Axes | None = None) -> Figure:
+    """How well images obey their masks over the steps, as a share of the ceiling; where that begins and is best."""
+    axes = axes or Figure(figsize=(7, 3), layout="constrained").add_subplot()
     axes.set(title="faithfulness on held-out masks, share of the ceiling", xlabel="step")
     steps, values = fractions(entries)
     if not steps:
-        return _nothing(axes, "not measured (--faithfulness_rows)")
+        return _only_text(axes, "not measured (--faithfulness_rows)")
     axes.axhline(1, color="#888888", linewidth=1, linestyle=":")
     axes.plot(steps, values, color=ACCENT, linewidth=1.8, marker="o", markersize=4)
     best, began = int(np.argmax(values)), convergence_step(steps, values)
@@ -99,6 +86,7 @@ def draw_faithfulness(axes: Axes, entries: list[dict]) -> None:
         axes.annotate(f"begins to obey\nat step {began}", (began, 0.04), (5, 0), color=MARK, **note)
     axes.set_ylim(0, max(1.1, 1.15 * max(values)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    return axes.figure
 
 
 def class_faithfulness(entries: list[dict], palette: Palette) -> Figure:
@@ -107,21 +95,20 @@ def class_faithfulness(entries: list[dict], palette: Palette) -> Figure:
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axes = figure.add_subplot()
     if not found or not real:
-        _nothing(axes, "not measured (--faithfulness_rows)")
-        return figure
-    best = max(found, key=lambda step: found[step]["of_ceiling"])
+        return _only_text(axes, "not measured (--faithfulness_rows)")
+    start, best = min(found), max(found, key=lambda step: found[step]["of_ceiling"])
     labels = [label for label in palette.labels if found[best]["per_class"].get(label.name) is not None]
     figure.set_figheight(1 + 0.26 * len(labels))
     started, reached, ceiling = (
-        [told["per_class"].get(label.name) or 0 for label in labels]
-        for told in (found[min(found)], found[best], real[-1])
+        [scores["per_class"].get(label.name) or 0 for label in labels]
+        for scores in (found[start], found[best], real[-1])
     )
-    colors, places = [np.array(label.color) / 255 for label in labels], np.arange(len(labels))
-    bars = axes.barh(places, reached, 0.72, color=colors, edgecolor="#888888", linewidth=0.5)
-    axes.plot(started, places, "o", color="white", markeredgecolor="#222222", markersize=5, label=f"step {min(found)}")
+    places, colors = np.arange(len(labels)), [np.array(label.color) / 255 for label in labels]
+    axes.barh(places, reached, 0.72, color=colors, edgecolor="#888888", linewidth=0.5)
+    axes.plot(started, places, "o", color="white", markeredgecolor="#222222", markersize=5, label=f"step {start}")
     axes.plot(ceiling, places, "|", color="#222222", markersize=13, markeredgewidth=2, label="real images")
-    for bar, value in zip(bars, reached, strict=True):
-        axes.text(1.09, bar.get_y() + 0.36, f"{value:.2f}", va="center", ha="right", fontsize=8)
+    for place, value in zip(places, reached, strict=True):
+        axes.text(1.09, place, f"{value:.2f}", va="center", ha="right", fontsize=8)
     name_classes(axes, [label.name for label in labels])
     axes.set(xlim=(0, 1.1), title=f"IoU of each class at step {best}")
     axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
@@ -135,9 +122,8 @@ def best_line(folder: str | Path) -> str:
         return "no checkpoint was scored: the newest one is the best guess"
     weights = [Path(folder) / best["checkpoint"] / name for name in ("controlnet_ema", "controlnet")]
     where = next(path for path in weights if path.is_dir())  # scored with the average, where there is one
-    return (
-        f"step {best['step']} is the best: {best['of_ceiling']:.0%} of the ceiling (mIoU {best['miou']:.3f}); {where}"
-    )
+    share, miou = best["of_ceiling"], best["miou"]
+    return f"step {best['step']} is the best: {share:.0%} of the ceiling (mIoU {miou:.3f}); {where}"
 
 
 def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
@@ -150,9 +136,9 @@ def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
 
 
 def train_and_show(config: TrainConfig, num_processes: int = 1, every: float = 5.0) -> None:
-    """Train in processes of its own; print what they say and keep one figure of the loss and newest sheet current.
+    """Train in other processes; print what they say and keep one figure of the loss and newest images current.
 
-    every: least seconds between two images. UserError if training fails.
+    every: least seconds between two figures. UserError if training fails.
     """
     from IPython.display import display
 
@@ -167,65 +153,22 @@ def train_and_show(config: TrainConfig, num_processes: int = 1, every: float = 5
     handle.update(progress(folder))
 
 
-def worth_printing(line: str, every: int = 50) -> bool:
-    """Whether a line of a training's output is kept: of the step lines, each 50th step and the last."""
+def print_seldom(line: str, every: int = 50) -> None:
+    """Print a line of a training's output; of the step lines only each 50th step and the last."""
     found = re.search(r"\bstep (\d+)/(\d+)", line)
-    if found:
-        return int(found[1]) % every == 0 or found[1] == found[2]
-    return bool(line.strip()) and "%|" not in line and "Warning" not in line
-
-
-def command_text(config: TrainConfig, num_processes: int = 1) -> str:
-    """The command that `watch` starts, ready for a shell; settings that are the preset's own are left out."""
-    words = training_command(config, num_processes)
-    start = words[: words.index("segcn.train") + 1]
-    usual = _options(arguments_of(make(TrainConfig, config.preset)))
-    lines = [option for option in _options(arguments_of(config)) if option not in usual]
-    return " \\\n  ".join([shlex.join(start), f"--preset {config.preset}", *lines])
-
-
-def print_seldom(line: str) -> None:
-    """Print a line of a training's output if `worth_printing` says so."""
-    if worth_printing(line):
+    if found and int(found[1]) % every and found[1] != found[2]:
+        return
+    if line.strip() and "%|" not in line and "Warning" not in line:
         print(line, flush=True)
 
 
-def validation_sheets(folder: str | Path) -> list[Path]:
-    """validation/step-N.png of a run folder, oldest first."""
-    return sorted((Path(folder) / "validation").glob("step-*.png"))
-
-
-def validation_over_time(folder: str | Path, most: int = 6) -> Figure:
-    """The masks, and below them the images of `most` steps of a training, the last one among them."""
-    sheets = validation_sheets(folder)
-    if not sheets:
-        figure = Figure(figsize=(7, 1))
-        _nothing(figure.add_subplot(), "nothing painted (--faithfulness_rows, --validation_image)")
-        return figure
-    chosen = [sheets[place] for place in np.unique(np.linspace(0, len(sheets) - 1, most).round().astype(int))]
-    rows = [read_sheet(path) for path in chosen]
-    names = ["mask", *(f"step {_step(path)}" for path in chosen)]
-    return grid([rows[0][0], *(row[1] for row in rows)], left=names)
-
-
-def progress(folder: Path) -> Figure:
-    """The curves so far, and under them the newest validation sheet."""
-    entries, sheets = read_log(folder / LOG), validation_sheets(folder)
-    picture = np.asarray(Image.open(sheets[-1])) if sheets else None
-    height = 9 * picture.shape[0] / picture.shape[1] + 0.3 if picture is not None else 0
-    figure = Figure(figsize=(9, 2.6 + height), layout="constrained")
-    curves, *below = figure.subfigures(
-        1 + bool(sheets), 1, height_ratios=[2.6, height][: 1 + bool(sheets)], squeeze=False
-    )[:, 0]
-    loss, faithfulness = curves.subplots(1, 2)
-    draw_loss(loss, entries)
-    draw_faithfulness(faithfulness, entries)
-    if sheets:
-        axes = below[0].add_subplot()
-        axes.imshow(picture, interpolation="antialiased")
-        axes.set_title(f"step {_step(sheets[-1])}: masks, and what is painted from them")
-        axes.axis("off")
-    return figure
+def command_text(config: TrainConfig, num_processes: int = 1) -> str:
+    """The command that `train_and_show` starts, ready for a shell, without the settings of the preset itself."""
+    words = training_command(config, num_processes)
+    start = words[: words.index("segcn.train") + 1]
+    usual, options = (_options(arguments_of(one)) for one in (make(TrainConfig, config.preset), config))
+    lines = [option for option in options if option not in usual]
+    return " \\\n  ".join([shlex.join(start), f"--preset {config.preset}", *lines])
 
 
 def _options(words: list[str]) -> list[str]:
@@ -234,44 +177,74 @@ def _options(words: list[str]) -> list[str]:
     return [shlex.join(words[start:end]) for start, end in zip(starts, [*starts[1:], len(words)], strict=True)]
 
 
-def _step(sheet: Path) -> int:
-    return int(sheet.stem.removeprefix("step-"))
+def validation_sheets(folder: str | Path) -> dict[int, Path]:
+    """The validation/step-N.png of a run folder by their step, oldest first."""
+    sheets = sorted((Path(folder) / "validation").glob("step-*.png"))
+    return {int(path.stem.removeprefix("step-")): path for path in sheets}
 
 
-def _nothing(axes: Axes, text: str) -> None:
-    """Axes with a word in place of a curve."""
+def validation_over_time(folder: str | Path, most: int = 6) -> Figure:
+    """The masks, and below them the images of `most` steps of a training, the last one among them."""
+    sheets = validation_sheets(folder)
+    if not sheets:
+        text = "no images yet (--faithfulness_rows, --validation_image)"
+        return _only_text(Figure(figsize=(7, 1)).add_subplot(), text)
+    steps = [list(sheets)[place] for place in np.unique(np.linspace(0, len(sheets) - 1, most).round().astype(int))]
+    rows = [read_sheet(sheets[step]) for step in steps]
+    return grid([rows[0][0], *(row[1] for row in rows)], left=["mask", *(f"step {step}" for step in steps)])
+
+
+def progress(folder: Path) -> Figure:
+    """The curves so far, and under them the newest validation images."""
+    entries, sheets = read_log(folder / LOG), validation_sheets(folder)
+    picture = np.asarray(Image.open(list(sheets.values())[-1])) if sheets else np.zeros((0, 1, 3))
+    heights = [2.6, 9 * picture.shape[0] / picture.shape[1] + 0.3][: 1 + bool(sheets)]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    curves, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    loss, obeyed = curves.subplots(1, 2)
+    loss_curve(entries, loss)
+    faithfulness_curve(entries, obeyed)
+    for part in below:
+        axes = part.add_subplot()
+        axes.imshow(picture, interpolation="antialiased")
+        axes.set_title(f"step {max(sheets)}: masks, and the images generated from them")
+        axes.axis("off")
+    return figure
+
+
+def _only_text(axes: Axes, text: str) -> Figure:
+    """A text in place of a curve."""
     axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes, color="#888888")
     axes.set(xticks=[], yticks=[], xlabel="")
-
-
-# --- proof: Images that prove paired augmentation: draws, landings, borders, fits and captions, and what the network sees.
-
-FAINT = 0.3  # strength of the mask's colors over an image
-MARKS = 3  # points across an image, and down
+    return axes.figure
 
 
 def augmented(pairs: PairedDataset, row: int, draws: int = 10, columns: int = 5) -> Figure:
     """One row as the first epochs see it, the mask's colors and borders over the image; out of frame is hatched."""
-    samples = [pairs.sample(row, epoch) for epoch in range(draws)]
-    pictures = [_overlaid(sample, pairs.split.palette) for sample in samples]
-    return sheet(pictures, [_say(sample.draw) for sample in samples], columns, width=1.8)
+    samples, notes = [pairs.sample(row, epoch) for epoch in range(draws)], []
+    for draw in (sample.draw for sample in samples):
+        notes.append(
+            f"turn {round(draw.angle):+d}°, scale {draw.scale:.2f}\n"
+            f"shift {round(100 * draw.translate_x):+d}%, {round(100 * draw.translate_y):+d}%\n"
+            f"shear {round(draw.shear_x):+d}°, {round(draw.shear_y):+d}°{', flipped' if draw.flip else ''}"
+        )
+    return sheet([_overlaid(sample, pairs.split.palette) for sample in samples], notes, columns, width=1.8)
 
 
 def network_view(sample: Sample, factor: int) -> Figure:
-    """What a training step is given: image, control, and the latent cells that count in the loss."""
-    valid = sample.valid.numpy()
+    """What a training step gets: image, control, and the latent cells that count in the loss."""
     control = (sample.control.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     cells = valid_cells(sample.valid[None], factor)[0].numpy()
-    shown = [to_uint8(sample.image), control, checkerboard(to_uint8(sample.image), control), _cells(cells, valid)]
-    size, side = valid.shape[0], cells.shape[0]
+    tones = (
+        np.where(cells, 240, 110).astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
+    )  # white counts, grey does not
+    tones[::factor] = tones[:, ::factor] = 90
+    image, shown_cells = to_uint8(sample.image), np.repeat(tones[..., None], 3, axis=2)
+    notes = [f"{part.min():.2f} to {part.max():.2f}, {' x '.join(map(str, part.shape))}"
+             for part in (sample.image, sample.control)]  # fmt: skip
+    notes += ["edges run on: aligned", f"{cells.sum()} of {cells.shape[0]} x {cells.shape[1]} cells"]
     heads = ["image", "control", "checkerboard", "cells in the loss"]
-    notes = [
-        f"{_range(sample.image)}, 3 x {size} x {size}",
-        f"{_range(sample.control)}, 3 x {size} x {size}",
-        "edges run on: aligned",
-        f"{cells.sum()} of {side} x {side} cells",
-    ]
-    return grid([shown], heads, below=[notes], width=2.2)
+    return grid([[image, control, checkerboard(image, control), shown_cells]], heads, below=[notes], width=2.2)
 
 
 def least_in_frame(pairs: PairedDataset, row: int, epochs: int = 16) -> Sample:
@@ -279,21 +252,42 @@ def least_in_frame(pairs: PairedDataset, row: int, epochs: int = 16) -> Sample:
     return min((pairs.sample(row, epoch) for epoch in range(epochs)), key=lambda sample: sample.valid.sum().item())
 
 
-def landings(pairs: PairedDataset, row: int, draw: Draw) -> Figure:
+def landings(pairs: PairedDataset, row: int, draw: Draw, across: int = 3) -> Figure:
     """Points on the borders of the mask, numbered, and where `to_output` says that the draw puts them."""
     image, mask = read_pair(pairs.split, row)
     size, side = mask.shape, pairs.resolution
     moved, moved_mask, valid = apply(*_tensors(image, mask), draw, side)
-    points = _landmarks(mask, MARKS)
+    points = _landmarks(mask, across)
     figure = Figure(figsize=(8.2, 4.2 * max(1, min(1.6, size[0] / size[1]))))
-    left, right = figure.subplots(1, 2)
-    left.imshow(outlined(image, mask), interpolation="antialiased")
-    shown = _outlined(moved.permute(1, 2, 0).numpy(), moved_mask[0].numpy(), valid[0].numpy())
-    right.imshow(shown, interpolation="antialiased")
-    _mark(left, points, size[::-1], f"on disk, {size[1]} x {size[0]}")
-    _mark(right, to_output(points, draw, size, side), (side, side), f"where they land, {side} x {side}")
+    drawn = _outlined(moved.permute(1, 2, 0).numpy(), moved_mask[0].numpy(), valid[0].numpy())
+    sides = [(outlined(image, mask), points, size, "on disk"),
+             (drawn, to_output(points, draw, size, side), (side, side), "where they land")]  # fmt: skip
+    for axes, (shown, places, (height, width), title) in zip(figure.subplots(1, 2), sides, strict=True):
+        axes.imshow(shown, interpolation="antialiased")
+        axes.set_title(f"{title}, {width} x {height}")
+        axes.axis("off")
+        for number, (x, y) in enumerate(places, 1):
+            if 0 <= x < width and 0 <= y < height:
+                axes.plot(x, y, "+", color="white", markersize=13, markeredgewidth=4)
+                axes.plot(x, y, "+", color="black", markersize=12, markeredgewidth=1.8)
+                frame = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+                axes.annotate(str(number), (x, y), (5, 5), textcoords="offset points", weight="bold", bbox=frame)
     figure.tight_layout()
     return figure
+
+
+def _landmarks(mask: np.ndarray, across: int) -> np.ndarray:
+    """In each of across x across fields the border pixel nearest to its middle, or else the middle: (x, y) [N, 2]."""
+    border = np.zeros(mask.shape, bool)
+    border[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    border[1:] |= mask[1:] != mask[:-1]
+    sides, points = np.array(mask.shape) / across, []
+    for field in np.ndindex(across, across):
+        middle = (np.array(field) + 0.5) * sides
+        near = np.argwhere(border)
+        near = near[(np.abs(near - middle) < sides / 2).all(1)]
+        points.append((near[np.abs(near - middle).sum(1).argmin()] if len(near) else middle)[::-1])
+    return np.array(points, np.float64)
 
 
 def misplaced(draw: Draw, size: tuple[int, int], resolution: int) -> tuple[float, float]:
@@ -346,10 +340,7 @@ def fits(pairs: PairedDataset, row: int) -> Figure:
 
 
 def mirrored_caption(pairs: PairedDataset, row: int) -> Figure:
-    """An image with a caption that says a side, flipped with the caption kept (wrong) and with it rewritten.
-
-    A caption that says no side is told the class that lies most to one.
-    """
+    """An image with a caption that says a side, flipped with the caption kept (wrong) and with it rewritten."""
     image, mask = read_pair(pairs.split, row, pairs.resolution, pairs.fit)
     caption = sided_caption(pairs.split[row].caption, mask, pairs.split.palette)
     shown, turned = (
@@ -397,63 +388,6 @@ def _tensors(image: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.T
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), torch.from_numpy(mask)[None]
 
 
-def _landmarks(mask: np.ndarray, across: int) -> np.ndarray:
-    """In each of across x across fields the border pixel nearest to its middle, or else the middle: (x, y) [N, 2]."""
-    border = np.zeros(mask.shape, bool)
-    border[:, 1:] |= mask[:, 1:] != mask[:, :-1]
-    border[1:] |= mask[1:] != mask[:-1]
-    sides = np.array(mask.shape) / across
-    points = []
-    for field in np.ndindex(across, across):
-        middle = (np.array(field) + 0.5) * sides
-        near = np.argwhere(border)
-        near = near[(np.abs(near - middle) < sides / 2).all(1)]
-        nearest = near[np.abs(near - middle).sum(1).argmin()] if len(near) else middle
-        points.append(nearest[::-1])
-    return np.array(points, np.float64)
-
-
-def _mark(axes, points: np.ndarray, size: Sequence[int], title: str) -> None:
-    """A numbered cross at each point that lies in the image."""
-    for number, (x, y) in enumerate(points, 1):
-        if 0 <= x < size[0] and 0 <= y < size[1]:
-            axes.plot(x, y, "+", color="white", markersize=13, markeredgewidth=4)
-            axes.plot(x, y, "+", color="black", markersize=12, markeredgewidth=1.8)
-            frame = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-            axes.annotate(str(number), (x, y), (5, 5), textcoords="offset points", weight="bold", bbox=frame)
-    axes.set_title(title)
-    axes.axis("off")
-
-
-def _cells(cells: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Latent cells, enlarged to pixels: white counts, grey does not."""
-    factor = valid.shape[0] // cells.shape[0]
-    tones = np.where(cells, 240, 110).astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
-    tones[::factor] = tones[:, ::factor] = 90
-    return np.repeat(tones[..., None], 3, axis=2)
-
-
-def _range(tensor: torch.Tensor) -> str:
-    return f"{tensor.min().item():.2f} to {tensor.max().item():.2f}"
-
-
-def _say(draw: Draw) -> str:
-    """The draw in three short lines."""
-    return (
-        f"turn {round(draw.angle):+d}°, scale {draw.scale:.2f}\n"
-        f"shift {round(100 * draw.translate_x):+d}%, {round(100 * draw.translate_y):+d}%\n"
-        f"shear {round(draw.shear_x):+d}°, {round(draw.shear_y):+d}°{', flipped' if draw.flip else ''}"
-    )
-
-
-# --- story: What came out: faithfulness per class, the best and worst images, and one image that tells it all.
-
-SIDE, GAP, MARGIN = 192, 8, 20  # px
-TEXT_WIDTH, HEAD = 270, 56  # px, of a column of captions and of the line of heads
-HEADS = ("mask", "real image", "with the mask", "without the mask", "another caption")
-INK = "#222222"
-
-
 def write_story(
     path: Path,
     real: Split,
@@ -462,67 +396,27 @@ def write_story(
     recaptioned: np.ndarray,
     captions: Sequence[str],
     fit="crop",
-) -> Path:
-    """Write rows of mask, real image and three generated ones, captions left and right of them, as one PNG.
+) -> Figure:
+    """Draw rows of mask, real image and three generated ones, with both captions, and write them as one PNG.
 
     recaptioned: uint8 [N, H, W, 3], image k generated from mask k and captions[k]; N rows are shown, all images made
     square as in training.
     """
-    columns, side = len(HEADS), None if fit == "crop" else recaptioned.shape[1]
-    width = 2 * (MARGIN + TEXT_WIDTH) + columns * SIDE + (columns - 1) * GAP
-    sheet = Image.new("RGB", (width, HEAD + len(recaptioned) * (SIDE + GAP) + MARGIN), "white")
-    pen, left = ImageDraw.Draw(sheet), MARGIN + TEXT_WIDTH
-    pen.text((MARGIN, HEAD / 2), "caption", INK, _font(17, bold=True), anchor="lm")
-    for column, head in enumerate(HEADS):
-        pen.text((left + column * (SIDE + GAP) + SIDE / 2, HEAD / 2), head, INK, _font(17, bold=True), anchor="mm")
+    rows, side = [], recaptioned.shape[1]
     for row, other in enumerate(recaptioned):
         image, mask = read_pair(real, row, side, fit)
-        others = [read_pair(split, row, side, fit)[0] for split in (generated, floor)]
-        pictures = [enlarged(colorize(mask, real.palette), smooth=False)]
-        pictures += [enlarged(shown) for shown in (image, *others, other)]
-        top = HEAD + row * (SIDE + GAP)
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture, (left + column * (SIDE + GAP), top))
-        _write(pen, real[row].caption, MARGIN, top + SIDE / 2)
-        _write(pen, captions[row], width - MARGIN - TEXT_WIDTH + 16, top + SIDE / 2)
-    write_whole(path, lambda file: sheet.save(file, format="PNG", optimize=True))
-    return path
-
-
-def enlarged(picture: np.ndarray, smooth: bool = True) -> Image.Image:
-    """The centred square of an image, uint8 [H, W, 3], at the story's size; without `smooth` pixels stay squares."""
-    image = Image.fromarray(picture)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
-
-
-def _write(pen: ImageDraw.ImageDraw, caption: str, left: float, middle: float, most: int = 8) -> None:
-    """A caption in lines of the text column's width, centred on a height."""
-    font, lines = _font(22), [""]
-    for word in caption.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer, font) <= TEXT_WIDTH - 24 or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    lines = lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " …"]
-    pen.multiline_text((left, middle), "\n".join(lines), INK, font, anchor="lm", spacing=7)
-
-
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """matplotlib's own DejaVu Sans, which is there on every system."""
-    face = font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
-    return ImageFont.truetype(font_manager.findfont(face), size)
-
-
-# --- sweep: A sweep over guidance and control strength: its points, what each painted, and one image of all of them.
+        others = (read_pair(split, row, side, fit)[0] for split in (generated, floor))
+        rows.append([colorize(mask, real.palette), image, *others, other])
+    heads = ["mask", "real image", "with the mask", "without the mask", "another caption"]
+    below = [["", real[row].caption, "", "", text] for row, text in enumerate(captions)]
+    figure = grid(rows, heads, below=below, width=1.8)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=160, bbox_inches="tight"))
+    return figure
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of notebook 04, and the folder that it paints into."""
+    """One setting of notebook 04 in a sweep, and the folder of its images."""
 
     guidance_scale: float
     controlnet_conditioning_scale: float
@@ -534,47 +428,43 @@ class Point:
         weights = {name: getattr(self, name) for name in ("guidance_scale", "controlnet_conditioning_scale")}
         return weights | {"output_dir": str(self.folder)}
 
-    def painted(self, limit: int) -> Split:
-        """The first images that it painted."""
+    def generated(self, limit: int) -> Split:
+        """Its first images."""
         return read_split(self.folder / "generated").first(limit)
 
 
 def points(guidance_scales: str, controlnet_conditioning_scales: str, folder: Path) -> list[Point]:
     """Every pair of two lists such as "1,1.5,4", the guidance first; UserError for what is no number above 0."""
     lists = {"guidance_scales": guidance_scales, "controlnet_conditioning_scales": controlnet_conditioning_scales}
-    guidances, strengths = (_numbers(name, text) for name, text in lists.items())
-    return [Point(one, other, folder / f"guidance-{one:g}-mask-{other:g}") for one in guidances for other in strengths]
+    numbers = []
+    for name, text in lists.items():
+        try:
+            numbers.append([float(part) for part in text.split(",")])
+        except ValueError:
+            numbers.append([0.0])
+        if min(numbers[-1]) <= 0:
+            raise UserError(f"{name}: expected numbers above 0 as in 1,1.5,4, found {text!r}")
+    guidances, weights = numbers
+    return [Point(one, other, folder / f"guidance-{one:g}-mask-{other:g}") for one in guidances for other in weights]
 
 
 def scores(swept: Sequence[Point], segmenter: Segmenter, limit: int) -> list[float]:
-    """mIoU of each point's images against the masks that they were painted from."""
-    return [faithfulness(point.painted(limit), segmenter)["miou"] for point in swept]
+    """mIoU of each point's images and their masks."""
+    return [faithfulness(point.generated(limit), segmenter)["miou"] for point in swept]
 
 
 def sweep_figure(swept: Sequence[Point], found: Sequence[float], row: int = 0) -> Figure:
     """The same row at every point, guidance downward and the weight of the mask to the right, each with its mIoU."""
     columns = len({point.controlnet_conditioning_scale for point in swept})
-    cells = [read_pair(point.painted(row + 1), row)[0] for point in swept]
+    lines = [slice(at, at + columns) for at in range(0, len(swept), columns)]
+    cells = [read_pair(point.generated(row + 1), row)[0] for point in swept]
     texts = [f"mIoU {value:.3f}" + (", the highest" if value == max(found) else "") for value in found]
-    lines = range(0, len(swept), columns)
     heads = [f"mask weight {point.controlnet_conditioning_scale:g}" for point in swept[:columns]]
-    left = [f"guidance {swept[at].guidance_scale:g}" for at in lines]
-    return grid(
-        [cells[at : at + columns] for at in lines], heads, left, [texts[at : at + columns] for at in lines], 1.9
-    )
+    left = [f"guidance {point.guidance_scale:g}" for point in swept[::columns]]
+    return grid([cells[line] for line in lines], heads, left, [texts[line] for line in lines], 1.9)
 
 
 def wanted(real: Split, resolution: int, fit: str) -> Figure:
-    """Mask and real image of the first row, the one that `image` shows."""
+    """Mask and real image of the first row, the one that `sweep_figure` shows."""
     image, mask = read_pair(real, 0, resolution, fit)
     return grid([[side_by_side(colorize(mask, real.palette), image)]], below=[[real[0].caption]], width=3.8)
-
-
-def _numbers(name: str, text: str) -> list[float]:
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) <= 0:
-        raise UserError(f"{name}: expected numbers above 0 as in 1,1.5,4, found {text!r}")
-    return found

@@ -1,4 +1,4 @@
-"""`segcn run`: execute notebooks 01 to 05 in order with papermill, and say what came out."""
+"""`segcn run`: execute notebooks 01 to 05 in order with papermill, and print the results."""
 
 import json
 import re
@@ -25,19 +25,18 @@ PATHS = ("pretrained_model_name_or_path", "dataset_name", "output_dir", "control
          "inception_weights")  # fmt: skip
 
 
-class SpokenEngine(NBClientEngine):
-    """papermill's engine, which also says which cell it is at."""
+class AnnouncingEngine(NBClientEngine):
+    """papermill's engine, which also prints which cell it is at."""
 
     @classmethod
     def execute_managed_notebook(cls, manager, kernel_name, **settings):
-        """Announce each code cell by the heading above it, then execute as ever."""
-        total = sum(cell.cell_type == "code" for cell in manager.nb.cells)
-        started, start = [], manager.cell_start
+        """Print the heading above each code cell, then execute it as usual."""
+        cells, start = manager.nb.cells, manager.cell_start
+        numbers = {id(cell): number for number, cell in enumerate((c for c in cells if c.cell_type == "code"), 1)}
 
         def cell_start(cell, cell_index=None, **more):
-            if cell.cell_type == "code":
-                started.append(cell)
-                print(f"  cell {len(started)}/{total}  {heading(manager.nb.cells, cell_index)}", flush=True)
+            if id(cell) in numbers:
+                print(f"  cell {numbers[id(cell)]}/{len(numbers)}  {heading(cells, cell_index)}", flush=True)
             return start(cell, cell_index, **more)
 
         manager.cell_start = cell_start
@@ -45,26 +44,30 @@ class SpokenEngine(NBClientEngine):
         return super().execute_managed_notebook(manager, kernel_name, **settings)
 
 
-papermill_engines.register("spoken", SpokenEngine)
+papermill_engines.register("announcing", AnnouncingEngine)
 
 
 def run(config: RunConfig) -> Path:
-    """Execute the chosen notebooks and return the run folder; UserError names the notebook and cell that failed."""
+    """Execute the chosen notebooks and return the run folder; UserError names the notebook that failed."""
+    chosen, began = choose(config.only), time.monotonic()
     config = from_here(config)
     out = Path(config.output_dir)
-    chosen = choose(config.only)
-    began = time.monotonic()
     for number, notebook in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {notebook.stem}  ({clock(time.monotonic() - began)})", flush=True)
         execute(notebook, out, parameters_for(notebook, config))
-    summarise(out, time.monotonic() - began)
+    if (out / "metrics.json").is_file():
+        print("\n" + table(json.loads((out / "metrics.json").read_text())))
+    print(f"\nDone in {clock(time.monotonic() - began)}. Open:")
+    for path in (out / name for name in ("story.png", "metrics.json", "controlnet", "generated", "notebooks")):
+        if path.exists():
+            print(f"  {path}")
     return out
 
 
 def from_here(config: RunConfig) -> RunConfig:
     """The config with absolute paths: those of a command line count from the folder it is given in."""
-    paths = {name: getattr(config, name) for name in PATHS}
-    absolute: dict[str, Any] = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path}
+    paths: dict[str, Any] = {name: getattr(config, name) for name in PATHS}
+    absolute = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path}
     return replace(config, **{"output_dir": str(OUTPUTS / config.preset)} | absolute)
 
 
@@ -92,14 +95,9 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     executed = folder / notebook.name
     try:
         papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            parameters,
-            engine_name="spoken",
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            cwd=str(NOTEBOOKS),
-        )
+            str(notebook), str(executed), parameters, engine_name="announcing", progress_bar=False,
+            stdout_file=sys.stdout, cwd=str(NOTEBOOKS),
+        )  # fmt: skip
     except PapermillExecutionError as error:
         reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue))
         if error.ename == UserError.__name__:
@@ -118,14 +116,3 @@ def heading(cells: list, index: int) -> str:
             lines = [line.strip("# ").strip() for line in cell.source.splitlines() if line.strip()]
             return lines[0][:70] if lines else ""
     return "parameters"
-
-
-def summarise(out: Path, seconds: float) -> None:
-    """Print the metrics and the paths to open."""
-    metrics = out / "metrics.json"
-    if metrics.is_file():
-        print("\n" + table(json.loads(metrics.read_text())))
-    print(f"\nDone in {clock(seconds)}. Open:")
-    for path in (out / "story.png", metrics, out / "controlnet", out / "generated", out / "notebooks"):
-        if path.exists():
-            print(f"  {path}")

@@ -1,11 +1,11 @@
-"""The mask painter: a canvas in the browser whose value is the raw class ids."""
+"""The panel of notebook 04: paint a mask, write a prompt, see images, keep some. Under voila it is an app."""
 
 import dataclasses
 import io
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,14 +28,26 @@ from segcn.generate.pipeline import SCHEDULERS, Pipeline
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
 
-# --- mask_painter: The mask painter: a canvas in the browser whose value is the raw class ids.
-
 HERE = Path(__file__).parent
 UNLABELLED = ("unlabelled", "unlabeled")
+WIDE, HALF = w.Layout(width="400px"), w.Layout(width="196px")
+SEEDS = 2**31  # new seeds are drawn below it
+LISTED_ROWS = 500  # masks in the dropdown
+HISTORY = 100  # presses that can be gone back to
+ALONE, BESIDE = 360, 214  # px of an image's width
+AT_ONCE = 4  # captions, or masks, beside each other
+SETTLING = 0.2  # s before a press reads the controls: JupyterLab's press can overtake a change made just before it
+DEFAULTS = make(SampleConfig, "tiny")
+SHOWN = {  # control -> setting, or start and end
+    "steps": "num_inference_steps", "guidance": "guidance_scale", "strength": "controlnet_conditioning_scale",
+    "negative_prompt": "negative_prompt", "scheduler": "scheduler", "seed": "seed",
+}  # fmt: skip
+WINDOWS = {"guidance_window": ("guidance_start", "guidance_end"),
+           "window": ("control_guidance_start", "control_guidance_end")}  # fmt: skip
 
 
 class MaskPainter(anywidget.AnyWidget):
-    """Brush, fill, eraser, undo and the classes of a palette over a mask; `mask` is what stands on it now."""
+    """A canvas in the browser with brush, fill, eraser, undo and the classes of a palette; `mask` is what it shows."""
 
     _esm = HERE / "painter.js"
     _css = HERE / "painter.css"
@@ -47,7 +59,7 @@ class MaskPainter(anywidget.AnyWidget):
 
     def __init__(self, palette: Palette):
         super().__init__(labels=legend(palette), eraser=erased(palette)[0])
-        self.on_msg(self._painted)
+        self.on_msg(self._receive)
 
     @property
     def mask(self) -> np.ndarray:
@@ -57,12 +69,12 @@ class MaskPainter(anywidget.AnyWidget):
         return np.frombuffer(self.ids, np.uint8).reshape(self.height, self.width).copy()
 
     def load(self, mask: np.ndarray) -> None:
-        """Show class ids, uint8 [H, W]; what stood there is one undo away if it has their size."""
+        """Show class ids, uint8 [H, W]; the mask before is one undo away if it has their size."""
         with self.hold_sync():
             self.height, self.width = mask.shape
             self.ids = mask.tobytes()
 
-    def _painted(self, _, content: dict, buffers: list) -> None:
+    def _receive(self, _, content: dict, buffers: list) -> None:
         """A change made in the browser; nothing is sent back, since more may have been painted by now."""
         expected = ("painted", self.height, self.width)
         if (content.get("kind"), content.get("height"), content.get("width")) != expected:
@@ -86,11 +98,11 @@ def erased(palette: Palette) -> tuple[int, str]:
     return IGNORE, next((label.name for label in palette.labels if label.ignore), UNLABELLED[0])
 
 
-# --- panel_settings: The panel's sampling settings as fields.
-
-WIDTH = "400px"
-STYLE = {"description_width": "104px"}
-SEEDS = 2**31  # new seeds are drawn below it
+def button(text: str, press: Callable[[], None], width: str = "84px", **more) -> w.Button:
+    """A button that calls `press`."""
+    made = w.Button(description=text, layout=w.Layout(width=width), **more)
+    made.on_click(lambda _: press())
+    return made
 
 
 class PanelSettings(w.VBox):
@@ -98,58 +110,46 @@ class PanelSettings(w.VBox):
 
     def __init__(self, defaults: SampleConfig):
         self.defaults = defaults
-        plain = {"layout": w.Layout(width=WIDTH), "style": STYLE}
+        plain = {"layout": WIDE, "style": {"description_width": "104px"}}
         line = plain | {"continuous_update": False}  # sent when left, so before the button that is pressed next
-        half = line | {"layout": w.Layout(width="196px")}  # fields: a slider forgets a number typed without Enter
+        half = line | {"layout": HALF}  # fields: a slider forgets a number typed without Enter
         share = line | {"min": 0, "max": 1, "step": 0.05, "readout_format": ".0%"}
         self.prompt = w.Textarea(description="prompt", rows=3, **line)
         self.negative_prompt = w.Text(description="not wanted", placeholder="negative prompt", **line)
         self.steps = w.BoundedIntText(min=1, max=1000, description="steps", **half)
+        self.number = w.BoundedIntText(1, min=1, max=16, description="images", **half)
         self.guidance = w.BoundedFloatText(min=1, max=100, step=0.5, description="guidance", **half)
         self.strength = w.BoundedFloatText(min=0, max=100, step=0.1, description="mask weight", **half)
-        self.number = w.BoundedIntText(1, min=1, max=16, description="images", **half)
         self.guidance_window = w.FloatRangeSlider(description="text acts", **share)
         self.window = w.FloatRangeSlider(description="mask acts", **share)
         self.scheduler = w.Dropdown(options=list(SCHEDULERS), description="scheduler", **plain)
-        self.seed = w.BoundedIntText(max=2 * SEEDS, description="seed", layout=w.Layout(width="246px"), style=STYLE)
+        seed = plain | {"layout": w.Layout(width="246px")}
+        self.seed = w.BoundedIntText(max=2 * SEEDS, description="seed", **seed)
         self.lock = w.ToggleButton(layout=w.Layout(width="150px"), tooltip="a new seed a press, or this one")
         self.lock.observe(lambda _: self._name_lock(), "value")
         self._name_lock()
         self.show(defaults)
         pairs = (self.steps, self.number), (self.guidance, self.strength)
-        texts, rows = [self.prompt, self.negative_prompt], [w.HBox(pair) for pair in pairs]
-        windows, seed = [self.guidance_window, self.window], w.HBox([self.seed, self.lock])
-        super().__init__([*texts, *rows, *windows, self.scheduler, seed])
+        windows = [self.guidance_window, self.window]
+        texts, last = [self.prompt, self.negative_prompt], w.HBox([self.seed, self.lock])
+        super().__init__([*texts, *map(w.HBox, pairs), *windows, self.scheduler, last])
 
     def settings(self) -> SampleConfig:
-        """The settings as the controls stand; UserError where the mask would act in no step."""
+        """The settings that the controls show; UserError where the mask would act in no step."""
         start, end = self.window.value
         if start == end:
             raise UserError(f"mask acts: expected some of the steps, found {start:.0%} to {end:.0%}; widen it")
-        return dataclasses.replace(
-            self.defaults,
-            num_inference_steps=self.steps.value,
-            guidance_scale=self.guidance.value,
-            guidance_start=self.guidance_window.value[0],
-            guidance_end=self.guidance_window.value[1],
-            controlnet_conditioning_scale=self.strength.value,
-            control_guidance_start=start,
-            control_guidance_end=end,
-            negative_prompt=self.negative_prompt.value,
-            scheduler=self.scheduler.value,
-            seed=self.seed.value,
-        )
+        values = {setting: getattr(self, control).value for control, setting in SHOWN.items()}
+        for control, names in WINDOWS.items():
+            values |= dict(zip(names, getattr(self, control).value, strict=True))
+        return dataclasses.replace(self.defaults, **values)
 
     def show(self, settings: SampleConfig) -> None:
         """Put other settings into the controls."""
-        self.steps.value = settings.num_inference_steps
-        self.guidance.value = settings.guidance_scale
-        self.guidance_window.value = settings.guidance_start, settings.guidance_end
-        self.strength.value = settings.controlnet_conditioning_scale
-        self.window.value = settings.control_guidance_start, settings.control_guidance_end
-        self.negative_prompt.value = settings.negative_prompt
-        self.scheduler.value = settings.scheduler
-        self.seed.value = settings.seed
+        for control, setting in SHOWN.items():
+            getattr(self, control).value = getattr(settings, setting)
+        for control, (start, end) in WINDOWS.items():
+            getattr(self, control).value = getattr(settings, start), getattr(settings, end)
 
     def renew_seed(self) -> None:
         """A new seed, unless it is locked."""
@@ -161,36 +161,22 @@ class PanelSettings(w.VBox):
         self.lock.icon = "lock" if self.lock.value else "unlock"
 
 
-# --- mask_picker: Where a mask to paint on comes from: a row of the data set, a file by its path, or one that is uploaded.
-
-LISTED_ROWS = 500  # masks in the dropdown
-PICKER_STYLE = {"description_width": "60px"}
-
-
 class MaskPicker(w.VBox):
-    """Calls `use(mask, caption)` with what is chosen, uint8 [H, W] and None for a file, or `fail(error)`."""
+    """Calls `use(mask, caption)` with a mask of the data set or of a file (caption None), or `fail(error)`."""
 
-    def __init__(
-        self,
-        split: Split,
-        settings: SampleConfig,
-        use: Callable[[np.ndarray, str | None], None],
-        fail: Callable[[Exception], None],
-    ):
+    def __init__(self, split: Split, settings: SampleConfig, use: Callable, fail: Callable[[Exception], None]):
         self.split, self.shape, self.use, self.fail = split, (settings.resolution, settings.fit), use, fail
         captions = [record.caption[:60] for record in split.records[:LISTED_ROWS]]
         options = [(f"{row}: {caption}", row) for row, caption in enumerate(captions)]
-        self.row = w.Dropdown(options=options, description="mask", layout=w.Layout(width="392px"), style=PICKER_STYLE)
-        self.again = w.Button(description="Reload", tooltip="this row's mask as it is in the data set", layout=narrow())
-        self.path = w.Text(
-            description="or file", placeholder="a mask's path: class ids or palette colors", continuous_update=False,
-            layout=w.Layout(width="392px"), style=PICKER_STYLE,
-        )  # fmt: skip
-        self.upload = w.FileUpload(description="Upload", layout=narrow())
+        line = {"layout": w.Layout(width="392px"), "style": {"description_width": "60px"}}
+        self.row = w.Dropdown(options=options, description="mask", **line)
+        hint = "a mask's path: class ids or palette colors"
+        self.path = w.Text(description="or file", placeholder=hint, continuous_update=False, **line)
+        self.again = button("Reload", self.pick, "112px", tooltip="this row's mask as it is in the data set")
+        self.upload = w.FileUpload(description="Upload", layout=w.Layout(width="112px"))
         self.row.observe(lambda _: self.pick(), "value")
-        self.again.on_click(lambda _: self.pick())
-        self.path.observe(lambda _: self.read_file(), "value")
-        self.upload.observe(lambda _: self.receive(), "value")
+        self.path.observe(lambda _: self._read_file(), "value")
+        self.upload.observe(lambda _: self._read_upload(), "value")
         super().__init__([w.HBox([self.row, self.again]), w.HBox([self.path, self.upload])])
 
     def pick(self) -> None:
@@ -200,17 +186,14 @@ class MaskPicker(w.VBox):
 
     def following(self, count: int) -> list[np.ndarray]:
         """The masks of the rows after the chosen one, at the end from the first on, as many as there are."""
-        count = min(count, len(self.split) - 1)
-        rows = [(self.row.value + 1 + k) % len(self.split) for k in range(count)]
-        return [self._read(self.split[row].mask) for row in rows]
+        rows = [(self.row.value + 1 + k) % len(self.split) for k in range(min(count, len(self.split) - 1))]
+        return [read_control_mask(self.split[row].mask, self.split.palette, *self.shape) for row in rows]
 
-    def read_file(self) -> None:
-        """Use the mask file whose path was typed."""
+    def _read_file(self) -> None:
         if self.path.value.strip():
             self._use(Path(self.path.value.strip()).expanduser())
 
-    def receive(self) -> None:
-        """Use the mask file that was uploaded."""
+    def _read_upload(self) -> None:
         for file in self.upload.value[:1]:
             with TemporaryDirectory() as folder:
                 path = Path(folder) / "mask"
@@ -219,46 +202,26 @@ class MaskPicker(w.VBox):
             self.upload.value = ()
 
     def _use(self, path: Path, caption: str | None = None, name: str | None = None) -> None:
+        """name: of the user's own file, where `path` is a temporary copy of it."""
         try:
-            self.use(self._read(path), caption)
+            self.use(read_control_mask(path, self.split.palette, *self.shape), caption)
         except (UserError, OSError) as error:
             self.fail(UserError(str(error).replace(str(path), name)) if name else error)
 
-    def _read(self, path: Path) -> np.ndarray:
-        return read_control_mask(path, self.split.palette, *self.shape)
-
-
-def narrow() -> w.Layout:
-    """The width of a short field."""
-    return w.Layout(width="112px")
-
-
-# --- gallery: The painted images: a grid of those of one press, and the way back to those of earlier ones.
-
-HISTORY = 100  # presses that can be gone back to
-VIEWS = ("image", "outlines", "classes", "mask")
-ALONE, BESIDE = 360, 214  # px of an image's width
-
 
 class Card(w.VBox):
-    """One image with its caption and seed; Save and Use again call back with it."""
+    """One image with its caption and seed; `save(card)` and `reuse(image)` are what its buttons do."""
 
-    def __init__(
-        self,
-        picture: GeneratedImage,
-        side: int,
-        save: Callable[["Card"], None],
-        reuse: Callable[[GeneratedImage], None],
-    ):
-        self.picture, self.seen = picture, ""
+    def __init__(self, made: GeneratedImage, side: int, save: Callable, reuse: Callable):
+        self.picture, self.seen = made, ""
         self.image = w.Image(layout=w.Layout(width=f"{side}px"))
-        self.save_button = w.Button(description="Save", layout=w.Layout(width="auto", flex="1"))
-        self.reuse_button = w.Button(description="Use again", layout=w.Layout(width="auto", flex="1"))
-        self.save_button.on_click(lambda _: save(self))
-        self.reuse_button.on_click(lambda _: reuse(picture))
-        caption, seed = w.Label(picture.caption), w.Label(f"seed {picture.settings.seed}")
+        self.save_button = button("Save", lambda: save(self), "auto")
+        self.reuse_button = button("Use again", lambda: reuse(made), "auto")
+        caption, seed = w.Label(made.caption), w.Label(f"seed {made.settings.seed}")
         caption.add_class("segcn-wrapped")
         seed.add_class("segcn-quiet")
+        for each in (self.save_button, self.reuse_button):
+            each.layout.flex = "1"
         buttons = w.HBox([self.save_button, self.reuse_button])
         super().__init__([self.image, caption, seed, buttons], layout=w.Layout(width=f"{side + 14}px"))
         self.add_class("segcn-card")
@@ -268,44 +231,34 @@ class Card(w.VBox):
         if view == self.seen:
             return
         image, mask, self.seen = self.picture.image, self.picture.mask, view
-        if view == "outlines":
-            image = visualize.outlined(image, mask)
-        elif view == "classes":
-            image = visualize.overlay(image, mask, palette)
-        elif view == "mask":
-            image = colorize(mask, palette)
-        self.image.value = png(image)
+        shown = {"image": lambda: image, "outlines": lambda: visualize.outlined(image, mask),
+                 "classes": lambda: visualize.overlay(image, mask, palette),
+                 "mask": lambda: colorize(mask, palette)}[view]()  # fmt: skip
+        file = io.BytesIO()
+        Image.fromarray(shown).save(file, format="PNG")
+        self.image.value = file.getvalue()
 
 
 class Gallery(w.VBox):
-    """The cards of one press; `save(image)` returns the row it became, `reuse(image)` brings its order back."""
+    """The cards of one press, and the way back to earlier ones.
 
-    def __init__(
-        self,
-        palette: Palette,
-        save: Callable[[GeneratedImage], int],
-        reuse: Callable[[GeneratedImage], None],
-        tell: Callable[[str], None],
-    ):
-        self.palette, self.save, self.reuse, self.tell = palette, save, reuse, tell
+    `save(image)` returns the row it became, `reuse(image)` brings its order back, `say(text)` shows a message.
+    """
+
+    def __init__(self, palette: Palette, save: Callable, reuse: Callable, say: Callable[[str], None]):
+        self.palette, self.save, self.reuse, self.say = palette, save, reuse, say
         self.entries: list[list[Card]] = []
         self.shown, self.fresh, self.side = -1, True, ALONE
-        self.view = w.ToggleButtons(options=VIEWS, style={"button_width": "84px"})
-        self.back, self.forward = w.Button(description="Back"), w.Button(description="Forward")
-        self.place = w.Label()
-        self.save_all = w.Button(description="Save all")
-        for button in (self.back, self.forward, self.save_all):
-            button.layout.width = "84px"
-        self.view.observe(lambda _: self._look(), "value")
-        self.back.on_click(lambda _: self.turn_to(self.shown - 1))
-        self.forward.on_click(lambda _: self.turn_to(self.shown + 1))
-        self.save_all.on_click(lambda _: self._keep_all())
+        views = ("image", "outlines", "classes", "mask")
+        self.view, self.place = w.ToggleButtons(options=views, style={"button_width": "84px"}), w.Label()
+        self.view.observe(lambda _: self.turn_to(self.shown), "value")
+        self.back = button("Back", lambda: self.turn_to(self.shown - 1))
+        self.forward = button("Forward", lambda: self.turn_to(self.shown + 1))
+        self.save_all = button("Save all", lambda: [self.keep(card) for card in self.cards])
         self.grid = w.Box(layout=w.Layout(flex_flow="row wrap", grid_gap="10px"))
         self.grid.add_class("segcn-grid")
-        bar = w.HBox(
-            [self.view, self.back, self.forward, self.place, self.save_all],
-            layout=w.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 8px"),
-        )
+        line = w.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 8px")
+        bar = w.HBox([self.view, self.back, self.forward, self.place, self.save_all], layout=line)
         super().__init__([bar, self.grid])
         self.turn_to(-1)
 
@@ -318,24 +271,24 @@ class Gallery(w.VBox):
         """The next `count` images are those of a new press."""
         self.fresh, self.side = True, ALONE if count == 1 else BESIDE
 
-    def add(self, picture: GeneratedImage) -> None:
-        """Show an image as soon as it is painted; to someone who looks at an earlier press it waits in the history."""
-        card = Card(picture, self.side, self.keep, self.reuse)
+    def add(self, made: GeneratedImage) -> None:
+        """Show an image as soon as it is there; to someone who looks at an earlier press it waits in the history."""
         watched = self.fresh or self.shown == len(self.entries) - 1
         if self.fresh:
             self.entries = [*self.entries[1 - HISTORY :], []]
             self.fresh = False
-        self.entries[-1].append(card)
+        self.entries[-1].append(Card(made, self.side, self.keep, self.reuse))
         self.turn_to(len(self.entries) - 1 if watched else self.shown)
 
     def turn_to(self, number: int) -> None:
-        """Show the images of a press, counted from 0; one that is not there changes nothing."""
+        """Show the images of a press, counted from 0, in the chosen view; one that is not there changes nothing."""
         self.shown = number if 0 <= number < len(self.entries) else self.shown
-        self._look()
+        for card in self.cards:
+            card.look(self.view.value, self.palette)
         self.grid.children = self.cards
         self.back.disabled, self.forward.disabled = self.shown <= 0, self.shown >= len(self.entries) - 1
         self.save_all.disabled = not self.cards
-        self.place.value = f"{self.shown + 1} of {len(self.entries)}" if self.entries else "nothing painted yet"
+        self.place.value = f"{self.shown + 1} of {len(self.entries)}" if self.entries else "no images yet"
 
     def keep(self, card: Card) -> None:
         """Save a card's image, once: a second press may be on its way."""
@@ -344,115 +297,74 @@ class Gallery(w.VBox):
         try:
             row = self.save(card.picture)
         except (UserError, OSError) as error:
-            self.tell(f"Error: {error}")
-            return
+            return self.say(f"Error: {error}")
         card.save_button.description, card.save_button.disabled = f"Row {row}", True
-
-    def _keep_all(self) -> None:
-        for card in self.cards:
-            self.keep(card)
-
-    def _look(self) -> None:
-        for card in self.cards:
-            card.look(self.view.value, self.palette)
-
-
-def png(picture: np.ndarray) -> bytes:
-    """An image, uint8 [H, W, 3], as PNG."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG")
-    return file.getvalue()
-
-
-# --- widgets: The panel of notebook 04: paint a mask, write a prompt, see images, keep some. Under voila it is an app.
-
-DEFAULTS = make(SampleConfig, "tiny")
-SETTLING = 0.2  # s before a press reads the controls: JupyterLab's press can overtake a change made just before it
-AT_ONCE = 4  # captions, or masks, beside each other
 
 
 class Panel(w.VBox):
-    """Mask painter on the left, settings and buttons on the right, images below; it paints in a thread of its own."""
+    """Mask painter and settings over a split's masks, images below; what is saved goes to the data set `save_dir`."""
 
-    def __init__(self, painter: Pipeline, split: Split, save_dir: str | Path, defaults: SampleConfig):
-        self.painter, self.split, self.save_dir = painter, split, Path(save_dir)
+    def __init__(self, pipeline: Pipeline, split: Split, save_dir: str | Path, defaults: SampleConfig = DEFAULTS):
+        self.pipeline, self.split, self.save_dir = pipeline, split, Path(save_dir)
         self.worker: threading.Thread | None = None
         self.stopped = threading.Event()
         self.canvas, self.controls = MaskPainter(split.palette), PanelSettings(defaults)
-        self.status, self.progress = w.Label(), w.IntProgress(layout=w.Layout(width="400px", height="12px"))
+        self.status, self.progress = w.Label(layout=WIDE), w.IntProgress(layout=w.Layout(width="400px", height="12px"))
         self.status.add_class("segcn-wrapped")
         self.status.add_class("segcn-status")
-        self.status.layout.width = "400px"
-        self.gallery = Gallery(split.palette, self.save, self.reuse, self.tell)
-        self.picker = MaskPicker(split, defaults, self.use, self.fail)
+        self.gallery = Gallery(split.palette, self.save, self.reuse, self.say)
+        self.picker = MaskPicker(split, defaults, self.use, lambda error: self.say(f"Error: {error}"))
         self.picker.pick()
-        left = w.VBox([self.picker, self.canvas])
-        right = w.VBox([self.controls, *self._buttons(), self.progress, self.status])
-        across = w.Layout(flex_flow="row wrap", grid_gap="8px 28px", align_items="flex-start")
-        super().__init__([w.Box([left, right], layout=across), self.gallery])
-        self.add_class("segcn-panel")
-        self.tell("Paint on the mask, write a prompt, press Generate.")
-
-    def _buttons(self) -> list[w.HBox]:
-        self.generate_button = w.Button(description="Generate", button_style="primary")
-        self.stop_button = w.Button(description="Stop", disabled=True)
-        self.captions_button = w.Button(description="Same mask, four captions")
-        self.masks_button = w.Button(description="Same caption, four masks")
-        self.generate_button.on_click(lambda _: self.generate())
-        self.stop_button.on_click(lambda _: self.stopped.set())
-        self.captions_button.on_click(lambda _: self.four_captions())
-        self.masks_button.on_click(lambda _: self.four_masks())
+        self.generate_button = button("Generate", self.generate, "196px", button_style="primary")
+        self.stop_button = button("Stop", self.stopped.set, "196px", disabled=True)
+        self.captions_button = button("Same mask, four captions", self.four_captions, "196px")
+        self.masks_button = button("Same caption, four masks", self.four_masks, "196px")
         pairs = (self.generate_button, self.stop_button), (self.captions_button, self.masks_button)
-        for pair in pairs:
-            for button in pair:
-                button.layout.width = "196px"
-        return [w.HBox(pair) for pair in pairs]
+        right = w.VBox([self.controls, *map(w.HBox, pairs), self.progress, self.status])
+        across = w.Layout(flex_flow="row wrap", grid_gap="8px 28px", align_items="flex-start")
+        super().__init__([w.Box([w.VBox([self.picker, self.canvas]), right], layout=across), self.gallery])
+        self.add_class("segcn-panel")
+        self.say("Paint on the mask, write a prompt, press Generate.")
 
     def use(self, mask: np.ndarray, caption: str | None = None) -> None:
         """Put a mask, uint8 [H, W], on the canvas, and a caption into the prompt."""
         self.canvas.load(mask)
         if caption is not None:
             self.controls.prompt.value = caption
-        self.tell(f"A mask of {mask.shape[1]} x {mask.shape[0]} pixels.")
+        self.say(f"A mask of {mask.shape[1]} x {mask.shape[0]} pixels.")
 
-    def reuse(self, picture: GeneratedImage) -> None:
-        """Bring back what an image was painted from; Generate paints it again."""
-        self.use(picture.mask, picture.caption)
-        self.controls.show(picture.settings)
+    def reuse(self, made: GeneratedImage) -> None:
+        """Bring back what an image was made from; Generate makes it again."""
+        self.use(made.mask, made.caption)
+        self.controls.show(made.settings)
         self.controls.lock.value = True
 
-    def tell(self, text: str) -> None:
-        """Say something in the panel; never read as HTML."""
+    def say(self, text: str) -> None:
+        """Show a message in the panel; never read as HTML."""
         self.status.value = text
 
-    def fail(self, error: Exception) -> None:
-        """Say what went wrong."""
-        self.tell(f"Error: {error}")
-
     def generate(self) -> None:
-        """Paint the mask and the prompt as they stand, image k with the k-th seed from the one that is shown on."""
-
-        def orders(mask: np.ndarray, prompt: str, settings: SampleConfig) -> list[Order]:
-            seeds = range(settings.seed, settings.seed + self.controls.number.value)
-            return [(mask, prompt, dataclasses.replace(settings, seed=seed)) for seed in seeds]
-
-        self._start(orders)
+        """Use mask and prompt as shown, image k with the k-th seed from the one that is shown on."""
+        self._start(lambda mask, prompt, settings: [
+            (mask, prompt, dataclasses.replace(settings, seed=settings.seed + k))
+            for k in range(self.controls.number.value)
+        ])  # fmt: skip
 
     def four_captions(self) -> None:
-        """Paint the mask with the prompt and three others, all from the same noise."""
+        """Use the mask with the prompt and three others, all with the same noise."""
         others = [record.caption for record in self.split.records]
         self._start(lambda mask, prompt, settings: [
             (mask, text, settings) for text in variations(prompt, others, AT_ONCE)
         ])  # fmt: skip
 
     def four_masks(self) -> None:
-        """Paint the prompt on the mask and on those of the three rows that follow, all from the same noise."""
+        """Use the prompt with the mask and those of the three rows that follow, all with the same noise."""
         self._start(lambda mask, prompt, settings: [
             (each, prompt, settings) for each in (mask, *self.picker.following(AT_ONCE - 1))
         ])  # fmt: skip
 
     def _start(self, orders: Callable[[np.ndarray, str, SampleConfig], list[Order]]) -> None:
-        """Paint in a thread; the kernel stays free, so Stop is heard."""
+        """Generate in a thread: the kernel stays free and can react to Stop."""
         if self.worker is not None and self.worker.is_alive():
             return
         self.stopped.clear()
@@ -464,46 +376,40 @@ class Panel(w.VBox):
         try:
             time.sleep(SETTLING)
             self.controls.renew_seed()
-            wanted = orders(self.canvas.mask, self.controls.prompt.value, self.controls.settings())
-            self._paint(wanted)
-        except Exception as error:  # whatever it is, the panel goes on
-            self.fail(error)
+            self._generate(orders(self.canvas.mask, self.controls.prompt.value, self.controls.settings()))
+        except Exception as error:  # whatever it is, the panel stays usable
+            self.say(f"Error: {error}")
         finally:
             self._busy(False)
 
-    def _paint(self, wanted: list[Order]) -> None:
-        done, steps, began = 0, wanted[0][2].num_inference_steps, time.monotonic()
-        self.progress.value, self.progress.max, step = 0, steps * len(wanted), 0
+    def _generate(self, wanted: Sequence[Order]) -> None:
+        done, step, steps, began = 0, 0, wanted[0][2].num_inference_steps, time.monotonic()
+        self.progress.value, self.progress.max = 0, steps * len(wanted)
         self.gallery.begin(len(wanted))
-        self.tell("Painting ...")
+        self.say("Generating ...")
 
         def on_step(number: int) -> bool:
             nonlocal step
             step = number
             self.progress.value = done * steps + step
-            self.tell(f"Painting {done + 1} of {len(wanted)}: step {step} of {steps}")
+            self.say(f"Generating {done + 1} of {len(wanted)}: step {step} of {steps}")
             return self.stopped.is_set()
 
-        for picture in generate_each(self.painter, wanted, on_step):
-            self.gallery.add(picture)
+        for made in generate_each(self.pipeline, wanted, on_step):
+            self.gallery.add(made)
             done += 1
         if self.stopped.is_set():
-            self.tell(f"Stopped in step {step} of {steps}; {done} of {len(wanted)} painted.")
+            self.say(f"Stopped in step {step} of {steps}; {done} of {len(wanted)} generated.")
         else:
-            self.tell(f"Painted {done} of {len(wanted)} in {time.monotonic() - began:.1f} s.")
+            self.say(f"Generated {done} of {len(wanted)} in {time.monotonic() - began:.1f} s.")
 
     def _busy(self, busy: bool) -> None:
-        for button in (self.generate_button, self.captions_button, self.masks_button):
-            button.disabled = busy
+        for each in (self.generate_button, self.captions_button, self.masks_button):
+            each.disabled = busy
         self.stop_button.disabled = not busy
 
-    def save(self, picture: GeneratedImage) -> int:
+    def save(self, made: GeneratedImage) -> int:
         """Append an image, with mask, caption and settings, to the data set in `save_dir`; returns its row."""
-        row = picture.save(self.save_dir, self.split.palette)
-        self.tell(f"Saved as row {row} of {self.save_dir}.")
+        row = made.save(self.save_dir, self.split.palette)
+        self.say(f"Saved as row {row} of {self.save_dir}.")
         return row
-
-
-def panel(painter: Pipeline, split: Split, save_dir: str | Path, defaults: SampleConfig = DEFAULTS) -> Panel:
-    """The panel over a split's masks, its controls as in `defaults`; what is saved goes to the data set `save_dir`."""
-    return Panel(painter, split, save_dir, defaults)
