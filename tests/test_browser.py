@@ -92,7 +92,7 @@ class Person:
         expect(self.status).to_contain_text(re.compile(text), timeout=within)
 
     def images(self):
-        """The width of every painted image that the browser has decoded."""
+        """The width of every generated image that the browser has decoded."""
         found = self.panel.locator(".segcn-grid img")
         return [image.evaluate("image => image.decode().then(() => image.naturalWidth)") for image in found.all()]
 
@@ -111,7 +111,7 @@ def test_a_person_paints_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, 
     person.write(PROMPT)
     person.paint((0.3, 0.7), (0.6, 0.7))
     person.press("Generate")  # at once: the stroke must not come later
-    person.sees(r"Painted 1 of 1")
+    person.sees(r"Generated 1 of 1")
     assert person.images() == [128]
     person.shoot("painted")
 
@@ -120,14 +120,14 @@ def test_a_person_paints_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, 
     person.sees(r"step [1-9]\d* of 1000")
     person.paint((0.3, 0.2), (0.6, 0.2))  # while the kernel is at work
     person.press("Stop")
-    person.sees(r"Stopped in step \d+ of 1000; 0 of 1 painted")
+    person.sees(r"Stopped in step \d+ of 1000; 0 of 1 generated")
     assert person.images() == [128]  # the first one is still there
 
     person.press("Save")
     person.sees(f"Saved as row {before} of ")
     person.set("steps", 2)
     person.press("Same mask, four captions")
-    person.sees("Painted 4 of 4")
+    person.sees("Generated 4 of 4")
     assert person.images() == [128] * 4
     person.press("outlines")
     person.press("Save all")

@@ -11,7 +11,7 @@ from segcn.utils.errors import UserError
 
 @pytest.fixture
 def points(tmp_path, landscapes):
-    """Four points; each has painted other rows of the landscapes."""
+    """Four points; each shows other rows of the landscapes."""
     real, found = read_split(landscapes, "train"), plots.points("1,2", "0.5,1", tmp_path)
     for place, point in enumerate(found):
         folder = point.folder / "generated"
@@ -47,7 +47,7 @@ def test_one_picture_shows_the_same_row_of_each_point_and_names_the_highest(poin
     figure = plots.sweep_figure(points, [0.25, 0.5, 0.75, 0.125], row=1)
     shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
     for image, point in zip(shown, points, strict=True):
-        assert np.array_equal(image, read_pair(point.painted(2), 1)[0])
+        assert np.array_equal(image, read_pair(point.generated(2), 1)[0])
     words = " ".join(text.get_text().replace("\n", " ") for text in figure.texts)
     assert "mIoU 0.750, the highest" in words and words.count("highest") == 1
     assert all(word in words for word in ("guidance 1", "guidance 2", "mask weight 0.5", "mask weight 1", "0.125"))

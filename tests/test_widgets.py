@@ -35,27 +35,27 @@ def split(landscapes):
 
 
 @pytest.fixture(scope="module")
-def painter(random_base, split):
+def pipeline(random_base, split):
     base = load_base(random_base)
     return Pipeline(base, make_controlnet(base.unet).eval(), split.palette, "fresh")
 
 
 @pytest.fixture
-def panel(painter, split, tmp_path):
-    return widgets.panel(painter, split, tmp_path / "painted", SETTINGS)
+def panel(pipeline, split, tmp_path):
+    return widgets.Panel(pipeline, split, tmp_path / "painted", SETTINGS)
 
 
 @pytest.fixture
 def quick_panel(panel, monkeypatch):
     """A panel whose images are the seed's grey and take no time; each step of the painting is announced."""
 
-    def paint(painter, masks, captions, rows, settings, on_step):
+    def fake_generate(pipeline, masks, captions, rows, settings, on_step):
         for step in range(settings.num_inference_steps):
             if on_step(step + 1):
                 break
         return np.full((*masks.shape, 3), settings.seed % 256, np.uint8)
 
-    monkeypatch.setattr(infer, "generate", paint)
+    monkeypatch.setattr(infer, "generate", fake_generate)
     return panel
 
 
@@ -220,7 +220,7 @@ def test_generate_paints_off_the_main_thread_and_save_appends_what_was_painted(p
     panel.controls.prompt.value = "a winter landscape"
     panel.controls.window.value = 0.0, 0.5
     panel.generate_button.click()
-    await_status(panel, "Painting")
+    await_status(panel, "Generating")
     panel.picker.row.value = 0  # what is saved belongs to what was painted, not to what is shown by now
     assert panel.generate_button.disabled and not panel.stop_button.disabled
     wait(panel)
@@ -238,14 +238,14 @@ def test_generate_paints_off_the_main_thread_and_save_appends_what_was_painted(p
     assert told["seeds"] == [[panel.controls.seed.value, 0]] and told["controlnet"] == "fresh"
 
 
-def test_the_saved_settings_paint_the_same_image_again(painter, split, tmp_path):
+def test_the_saved_settings_paint_the_same_image_again(pipeline, split, tmp_path):
     mask = row_mask(split, 0)
-    image = next(infer.generate_each(painter, [(mask, "a lake", dataclasses.replace(SETTINGS, seed=7))]))
+    image = next(infer.generate_each(pipeline, [(mask, "a lake", dataclasses.replace(SETTINGS, seed=7))]))
     image.save(tmp_path, split.palette)
     row = read_split(tmp_path)[0]
     told = read_settings(row.image)
     order = read_mask(row.mask, split.palette), *told["prompt"], SampleConfig(**told["settings"])
-    again, other = infer.generate_each(painter, [order, (*order[:2], dataclasses.replace(order[2], seed=8))])
+    again, other = infer.generate_each(pipeline, [order, (*order[:2], dataclasses.replace(order[2], seed=8))])
     assert (again.image == image.image).all() and (other.image != image.image).any()
 
 
@@ -301,11 +301,11 @@ def test_the_settings_are_those_of_the_controls(quick_panel):
     assert "mask acts" in quick_panel.status.value and len(quick_panel.gallery.entries) == 1
 
 
-def test_settings_far_from_the_usual_are_kept(painter, split, tmp_path):
+def test_settings_far_from_the_usual_are_kept(pipeline, split, tmp_path):
     far = dataclasses.replace(
         SETTINGS, num_inference_steps=250, guidance_scale=30.0, controlnet_conditioning_scale=3.0, seed=5
     )
-    assert widgets.panel(painter, split, tmp_path, far).controls.settings() == far
+    assert widgets.Panel(pipeline, split, tmp_path, far).controls.settings() == far
 
 
 def test_the_history_leads_back_and_an_old_picture_can_be_painted_again(quick_panel, split):
@@ -376,7 +376,7 @@ def test_an_error_is_shown_and_the_panel_goes_on(quick_panel, monkeypatch):
     assert quick_panel.status.value == "Error: no room for <b>this</b>" and not quick_panel.gallery.cards
     monkeypatch.setattr(infer, "generate", works)
     press(quick_panel, quick_panel.generate_button)
-    assert quick_panel.status.value.startswith("Painted 1 of 1")
+    assert quick_panel.status.value.startswith("Generated 1 of 1")
     quick_panel.controls.prompt.value = ""
     press(quick_panel, quick_panel.generate_button)
     quick_panel.gallery.save_all.click()
@@ -384,7 +384,7 @@ def test_an_error_is_shown_and_the_panel_goes_on(quick_panel, monkeypatch):
 
 
 def test_stop_drops_the_picture_at_work_and_keeps_those_before(panel, monkeypatch):
-    def slow(painter, masks, captions, rows, settings, on_step):
+    def slow(pipeline, masks, captions, rows, settings, on_step):
         first = settings.seed == panel.controls.seed.value
         while not on_step(1) and not first:
             time.sleep(0.01)
@@ -393,10 +393,10 @@ def test_stop_drops_the_picture_at_work_and_keeps_those_before(panel, monkeypatc
     monkeypatch.setattr(infer, "generate", slow)
     panel.controls.number.value = 3
     panel.generate_button.click()
-    await_status(panel, "Painting 2 of 3")
+    await_status(panel, "Generating 2 of 3")
     panel.stop_button.click()
     wait(panel)
-    assert panel.status.value == "Stopped in step 1 of 2; 1 of 3 painted."
+    assert panel.status.value == "Stopped in step 1 of 2; 1 of 3 generated."
     assert len(panel.gallery.cards) == 1 and panel.stop_button.disabled and not panel.generate_button.disabled
 
 
@@ -404,7 +404,7 @@ def test_stop_drops_the_picture_at_work_and_keeps_those_before(panel, monkeypatc
 def test_on_the_embedded_base_a_picture_is_there_within_three_seconds(landscapes, tmp_path):
     split = read_split(landscapes, "test")
     settings = make(SampleConfig, "tiny", resolution=128, controlnet_model_name_or_path=str(BASE / "controlnet"))
-    panel = widgets.panel(load_pipeline(settings, split.palette), split, tmp_path, settings)
+    panel = widgets.Panel(load_pipeline(settings, split.palette), split, tmp_path, settings)
     times = []
     for _ in range(3):
         began = time.monotonic()

@@ -84,7 +84,7 @@ def choose(only: str) -> list[Path]:
 def parameters_for(notebook: Path, config: RunConfig) -> dict:
     """The settings that were given and that this notebook has in its parameters cell."""
     known = papermill.inspect_notebook(str(notebook))
-    given = {name: value for name, value in vars(config).items() if value not in (None, "") and name != "only"}
+    given = {name: value for name, value in vars(config).items() if value not in (None, "", False) and name != "only"}
     return {name: value for name, value in given.items() if name in known}
 
 
