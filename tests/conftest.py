@@ -43,11 +43,11 @@ def landscapes(tmp_path_factory):
 def random_base(tmp_path_factory):
     """A base in Stable Diffusion's layout with random weights: its images are noise, its code path is real."""
     from segcn.samples.base_model.recipe import SMOKE, build_tokenizer, export_base
-    from segcn.samples.base_model.training import Denoiser, build_vae, standardise_latents
+    from segcn.samples.base_model.training import Denoiser, build_vae, standardize_latents
 
     vae = build_vae(SMOKE.vae).eval()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
-    standardise_latents(vae, torch.from_numpy(pixels))
+    standardize_latents(vae, torch.from_numpy(pixels))
     tokenizer = build_tokenizer(["a winter landscape at dusk with a lake"] * 3)
     denoiser = Denoiser(SMOKE.unet, SMOKE.vae.latent_channels, tokenizer)
     return export_base(tmp_path_factory.mktemp("models") / "base", SMOKE, vae, tokenizer, denoiser)

@@ -13,7 +13,7 @@ from PIL import Image
 from segcn.data.masks import write_mask
 from segcn.models.base import base_fingerprint
 from segcn.samples.base_model.recipe import SMOKE, build_base
-from segcn.samples.base_model.training import VaeRecipe, build_vae, standardise_latents
+from segcn.samples.base_model.training import VaeRecipe, build_vae, standardize_latents
 from segcn.samples.landscapes.scene import palette
 from segcn.utils.errors import UserError
 from segcn.utils.paths import BASE
@@ -75,7 +75,7 @@ def test_standardising_leaves_the_pictures_alone():
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         before = vae.decode(vae.encode(image).latent_dist.mean).sample
-        standardise_latents(vae, torch.from_numpy(pixels))
+        standardize_latents(vae, torch.from_numpy(pixels))
         latents = vae.encode(image).latent_dist.mean
         assert torch.allclose(vae.decode(latents).sample, before, atol=1e-3)
     assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(12), atol=1e-3)

