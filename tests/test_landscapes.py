@@ -1,4 +1,4 @@
-"""The painted landscapes: deterministic, exactly labelled, truthfully captioned, safely written."""
+"""The landscapes: deterministic, exactly labelled, truthfully captioned, safely written."""
 
 import csv
 
@@ -8,19 +8,15 @@ from PIL import Image
 
 from segcn.data.captions import SEASONS, TIMES
 from segcn.data.metadata import check_split, read_split
-from segcn.samples.landscapes.scene import PALETTE, SMALLEST, draw, write_landscapes
-from segcn.samples.landscapes.shapes import rasterise, rectangle
+from segcn.samples.landscapes.scene import LANDSCAPE_CLASSES, SMALLEST, draw, write_landscapes
+from segcn.samples.landscapes.shapes import rasterize, rectangle
 from segcn.samples.writer import split_seed
 from segcn.utils.errors import UserError
 
 NAMED = {
-    "cloud": ("clouds",),
-    "mountain": ("mountains",),
-    "water": ("a lake", "a river"),
-    "road": ("a road",),
-    "tree": ("tree",),
-    "house": ("house",),
-}
+    "cloud": ("clouds",), "mountain": ("mountains",), "water": ("a lake", "a river"), "road": ("a road",),
+    "tree": ("tree",), "house": ("house",),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,31 +28,25 @@ def tree_bytes(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_same_arguments_same_landscape(landscapes):
+def test_an_image_is_a_function_of_seed_and_index(landscapes):
     again = draw(0, 7)
     assert np.array_equal(again.image, landscapes[7].image) and np.array_equal(again.mask, landscapes[7].mask)
     assert again.caption == landscapes[7].caption
-
-
-def test_every_index_and_seed_paints_another_picture(landscapes):
     assert len({landscape.image.tobytes() for landscape in landscapes}) == 60
     assert not np.array_equal(draw(1, 0).image, landscapes[0].image)
 
 
-def test_shapes_and_types_at_another_resolution():
+def test_another_resolution_has_the_same_content():
     landscape = draw(0, 3, resolution=64)
     assert landscape.image.shape == (64, 64, 3) and landscape.image.dtype == np.uint8
     assert landscape.mask.shape == (64, 64) and landscape.mask.dtype == np.uint8
     assert landscape.caption == draw(0, 3).caption
 
 
-def test_masks_hold_the_nine_classes_and_nothing_else(landscapes):
+def test_masks_hold_the_nine_classes_and_captions_name_what_they_hold(landscapes):
     found = set(np.unique([landscape.mask for landscape in landscapes]).tolist())
-    assert found == {entry[0] for entry in PALETTE} == set(range(9))
-
-
-def test_caption_names_what_the_mask_holds(landscapes):
-    ids = {name: label for label, name, _ in PALETTE}
+    assert found == {entry[0] for entry in LANDSCAPE_CLASSES} == set(range(9))
+    ids = {name: label for label, name, _ in LANDSCAPE_CLASSES}
     for landscape in landscapes:
         assert f"{landscape.season} landscape {TIMES[landscape.time]}" in landscape.caption
         for name, words in NAMED.items():
@@ -65,28 +55,25 @@ def test_caption_names_what_the_mask_holds(landscapes):
             assert shown == 0 or shown >= SMALLEST
 
 
-def test_every_season_and_time_occurs(landscapes):
+def test_seasons_times_and_layouts_differ(landscapes):
+    """A random other mask agrees with a mask on few pixels, so that agreement means something."""
     assert {landscape.season for landscape in landscapes} == set(SEASONS)
     assert {landscape.time for landscape in landscapes} == set(TIMES)
-
-
-def test_layouts_differ(landscapes):
-    """A random other mask agrees with a mask on few pixels, so that agreement means something."""
     masks = np.stack([landscape.mask for landscape in landscapes])
     assert (masks == np.roll(masks, 1, axis=0)).mean() < 0.75
     assert np.std([(mask == 4).any(axis=1).argmax() for mask in masks]) > 8
 
 
-def test_label_is_the_class_at_the_pixel_centre():
-    box, cover, centre = rasterise([rectangle(0.0, 0.0, 2.4 / 8, 1.0)], 8)
+def test_label_is_the_class_at_the_pixel_center():
+    box, cover, center = rasterize([rectangle(0.0, 0.0, 2.4 / 8, 1.0)], 8)
     columns = np.zeros(8, bool)
-    columns[box[1]] = centre[0]
+    columns[box[1]] = center[0]
     assert columns.tolist() == [True, True] + [False] * 6
     assert cover[0, 2, 0] == pytest.approx(1 / 3, abs=0.01)
 
 
 def test_written_folder_reads_back(tmp_path):
-    out = write_landscapes(tmp_path / "set", 3, resolution=64, seed=5, workers=1)
+    out = write_landscapes(tmp_path / "set", 3, resolution=64, seed=5)
     split = read_split(str(out))
     check_split(split)
     landscape = draw(5, 1, 64)
@@ -98,21 +85,18 @@ def test_written_folder_reads_back(tmp_path):
         assert next(csv.reader(file)) == ["file_name", "conditioning_image_file_name", "text"]
 
 
-def test_written_twice_is_reused(tmp_path, capsys):
-    write_landscapes(tmp_path, 2, resolution=32, workers=1)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    assert "already stands here" not in capsys.readouterr().out
-    write_landscapes(tmp_path, 2, resolution=32, workers=1)
-    assert "already stands here" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-
-
-def test_unfinished_set_is_painted_again(tmp_path):
-    write_landscapes(tmp_path, 2, resolution=32, workers=1)
-    before = tree_bytes(tmp_path)
+def test_a_finished_set_is_reused_an_unfinished_one_completed_and_another_one_refused(tmp_path, capsys):
+    write_landscapes(tmp_path, 2, resolution=32)
+    content, times = tree_bytes(tmp_path), {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert "already holds this set" not in capsys.readouterr().out
+    write_landscapes(tmp_path, 2, resolution=32)
+    assert "already holds this set" in capsys.readouterr().out
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     (tmp_path / "masks/000001.png").unlink()
-    write_landscapes(tmp_path, 2, resolution=32, workers=1)
-    assert tree_bytes(tmp_path) == before
+    write_landscapes(tmp_path, 2, resolution=32)
+    assert tree_bytes(tmp_path) == content
+    with pytest.raises(UserError, match="another set"):
+        write_landscapes(tmp_path, 2, resolution=32, seed=1)
 
 
 def test_other_content_is_refused_and_left_alone(tmp_path):
@@ -122,20 +106,14 @@ def test_other_content_is_refused_and_left_alone(tmp_path):
     assert tree_bytes(tmp_path) == {"thesis.txt": b"mine"}
 
 
-def test_another_set_is_refused(tmp_path):
-    write_landscapes(tmp_path, 2, resolution=32, workers=1)
-    with pytest.raises(UserError, match="another set"):
-        write_landscapes(tmp_path, 2, resolution=32, seed=1)
-
-
 @pytest.mark.parametrize("settings", [{"count": 0}, {"resolution": 8}, {"seed": -1}, {"test": 0}])
 def test_senseless_settings_are_refused(tmp_path, settings):
     with pytest.raises(UserError):
         write_landscapes(tmp_path, **{"count": 1, **settings})
 
 
-def test_train_and_test_share_no_picture(tmp_path):
-    out = write_landscapes(tmp_path, 6, resolution=32, test=4, workers=1)
+def test_train_and_test_share_no_image(tmp_path):
+    out = write_landscapes(tmp_path, 6, resolution=32, test=4)
     train, test = ({path.read_bytes() for path in out.glob(f"{name}/images/*.png")} for name in ("train", "test"))
     assert (len(train), len(test)) == (6, 4) and not train & test
     assert (out / "palette.json").is_file() and len(read_split(str(out), "test")) == 4

@@ -1,4 +1,4 @@
-"""Promise: one command measures the embedded base on images that it never saw, and goes on where it was stopped."""
+"""Promise: one command measures the embedded base on images that it never saw, and resumes."""
 
 import dataclasses
 import json
@@ -12,10 +12,10 @@ from segcn.data.captions import SEASONS, TIMES
 from segcn.data.metadata import read_split
 from segcn.samples import measure as measuring
 from segcn.samples.config import MeasureConfig
-from segcn.samples.earth import PICTURES, describe_tile
+from segcn.samples.earth import STYLES, describe_tile
 from segcn.samples.landscapes.scene import describe
 from segcn.samples.measure import measure, open_generator, report, targets
-from segcn.samples.recognizer import OF_EARTH, OF_LANDSCAPES, RecognizerRecipe, recognized, said, train_recognizer
+from segcn.samples.recognizer import OF_EARTH, OF_LANDSCAPES, RecognizerRecipe, recognized, train_recognizer, words_of
 from segcn.utils.errors import UserError
 
 TOY = MeasureConfig(
@@ -66,14 +66,14 @@ def test_a_target_is_met_or_named_as_missed(measured):
     assert len(list(targets(metrics))) == 13
 
 
-def test_the_picture_has_a_mask_and_four_captions_a_row(measured):
+def test_the_grid_has_a_mask_and_four_captions_a_row(measured):
     image = Image.open(measured[0].folder / "grid.png").convert("RGB")
     assert image.height / image.width == pytest.approx(2 / 3, abs=0.1)
     assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 1000
 
 
 @pytest.mark.slow
-def test_it_goes_on_with_more_images(measured, landscapes):
+def test_it_resumes_with_more_images(measured, landscapes):
     config, _, _ = measured
     painted = config.folder / "with_mask" / "images" / "000000.png"
     stood, told = painted.stat().st_mtime_ns, []
@@ -83,10 +83,10 @@ def test_it_goes_on_with_more_images(measured, landscapes):
     assert any("reused" in line for line in told) and not any("recognizer step" in line for line in told)
 
 
-def test_a_caption_says_its_season_time_and_style():
+def test_captions_hold_season_time_and_style():
     for season, hour in ((season, hour) for season in range(4) for hour in range(4)):
-        assert said(describe(SEASONS[season], list(TIMES)[hour], ["a lake"]), OF_LANDSCAPES) == [season, hour]
-    assert [said(describe_tile(name, np.eye(8)[2]), OF_EARTH) for name in PICTURES] == [[0], [1], [2]]
+        assert words_of(describe(SEASONS[season], list(TIMES)[hour], ["a lake"]), OF_LANDSCAPES) == [season, hour]
+    assert [words_of(describe_tile(name, np.eye(8)[2]), OF_EARTH) for name in STYLES] == [[0], [1], [2]]
 
 
 def test_the_recognizer_learns(landscapes, tmp_path):

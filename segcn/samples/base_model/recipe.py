@@ -1,4 +1,4 @@
-"""The recipe of the embedded base model: images, autoencoder, tokenizer, denoiser; and a random one as large as SD 1.5."""
+"""The recipe of the embedded base model, step by step, and a random base of Stable Diffusion 1.5's size for timings."""
 
 import json
 import multiprocessing

@@ -129,7 +129,7 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def build_vae(recipe: VaeRecipe) -> AutoencoderKL:
-    """An untrained AutoencoderKL of 8x compression: Stable Diffusion's own (arXiv:2112.10752), narrow enough for a CPU."""
+    """An untrained AutoencoderKL of 8x compression: Stable Diffusion's (arXiv:2112.10752), narrow enough for a CPU."""
     torch.manual_seed(recipe.seed)
     depth = len(recipe.channels)
     vae = AutoencoderKL(
