@@ -1,4 +1,4 @@
-"""Learn from (image, segmentation mask, caption) to paint new images that obey a mask and a text."""
+"""Learn from (image, segmentation mask, caption) to generate images that follow a mask and a text."""
 
 import logging
 
