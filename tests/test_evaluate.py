@@ -21,8 +21,10 @@ from segcn.evaluate.evaluator import DRAWS, LEAST_CROP, METRICS, Observer, evalu
 from segcn.evaluate.report import as_html, extremes, strip
 from segcn.evaluate.run import evaluate_folders
 from segcn.evaluate.tables import compare, lookup, table
+from segcn.models.base import one_core
 from segcn.models.features import INCEPTION, INCEPTION_WEIGHTS, open_extractor
 from segcn.models.segmenter import SegmenterConfig, load_segmenter, train_segmenter
+from segcn.utils import rng
 from segcn.utils.errors import UserError
 from segcn.utils.io import Process
 
@@ -250,6 +252,46 @@ def test_two_processes_of_torchrun_write_the_bytes_of_one(folder, tmp_path, blur
         subprocess.run(line, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     for name in (METRICS, DRAWS, "report.html"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_reported_miou_and_interval_are_what_a_notebook_computes_by_hand(blurred):
+    observer, split = blurred.observer, blurred.splits["synthetic"]
+    matrices = []
+    for sample in observer.pairs(split):
+        with torch.no_grad(), one_core():
+            predicted = observer.segmenter(sample.image[None]).argmax(1)[0]
+        known = sample.mask != 255
+        pairs = 3 * sample.mask[known].long() + predicted[known]  # row: class of the mask, column: predicted
+        matrices.append(torch.bincount(pairs, minlength=9).view(3, 3).double())
+    matrices, count = torch.stack(matrices), len(split)  # [N, K, K]
+
+    def miou(confusion):  # [..., K, K] -> [...]
+        both, in_mask, predicted = confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-1), confusion.sum(-2)
+        return torch.where(in_mask > 0, both / (in_mask + predicted - both), torch.nan).nanmean(-1)
+
+    draws = []
+    for first in range(0, 1000, 100):  # 1000 times as many images, drawn with replacement
+        rows = torch.randint(count, (100, count), generator=rng.generator("bootstrap", "rows", count, first))
+        draws.append(miou(matrices[rows].sum(1)))
+    interval = torch.cat(draws).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    expected = at(blurred.metrics, "faithfulness", "synthetic", "miou")
+    assert (miou(matrices.sum(0)).item(), interval) == expected
+
+
+def test_metrics_of_your_own_are_reported_with_their_intervals(blurred, real, tmp_path):
+    def accuracy(predicted, mask):
+        return (predicted == mask)[mask != IGNORE].mean()
+
+    splits = {name: blurred.splits[name] for name in ("synthetic", "floor")}
+    found = evaluate(real, observer=blurred.observer, **splits, log=quiet, metrics={"<accuracy>": accuracy})
+    counts = blurred.seen["synthetic"]["pixels"].double().sum(1)
+    value, (low, high) = at(found.metrics, "custom", "synthetic", "<accuracy>")
+    assert value == pytest.approx((counts[:, 2] / counts[:, 0]).mean().item()) and low < value < high
+    assert f"<accuracy>, with mask: {value:.3f} [{low:.3f}, {high:.3f}]" in table(found.metrics)
+    page = told_by(as_html(found))
+    assert "&lt;accuracy&gt;" in page and f"[{low:.3f}, {high:.3f}]" in page
+    found.write(tmp_path)
+    assert "<accuracy>, with mask" in compare(tmp_path, tmp_path)
 
 
 def test_the_table_names_the_extractor_and_holds_the_numbers_with_their_intervals(blurred):

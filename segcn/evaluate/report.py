@@ -1,11 +1,12 @@
-"""Figures of an evaluation: classes, confidence, confusion, crops, copies, and the best and worst images."""
+"""The figures of an evaluation, and report.html: one page for somebody who was not there."""
 
 from collections.abc import Iterator
-from html import escape
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,12 +17,10 @@ from segcn.data.visualize import ACCENT, grid, heat_map, legend, name_classes, s
 from segcn.evaluate.bootstrap import LEVEL
 from segcn.evaluate.evaluator import LEAST_CROP, ROWS, Evaluation
 from segcn.evaluate.metrics import COMPARED, NEIGHBORS
-from segcn.evaluate.tables import lookup, number, within
+from segcn.evaluate.tables import DISTANCES, lookup, number, within
 from segcn.models.base import one_core
-from segcn.utils.html import as_table, head, plot
+from segcn.utils.html import plot, render
 from segcn.utils.io import write_text
-
-# --- evaluate_charts: Figures of an evaluation: classes, confidence, confusion, crops, copies, and the best and worst images.
 
 MOST = 20  # classes shown at most: those with the lowest IoU
 SHARE = 0.01  # of the pixels, which a class covers in an image that is shown for it
@@ -30,7 +29,7 @@ EACH = 2  # best and worst images of a class
 
 
 def class_scores(metrics: dict) -> Figure:
-    """IoU and boundary F-score of each class with its interval, for every set of images that was measured."""
+    """IoU and boundary F-score of each class with its interval, for every set of images."""
     measured, labels = metrics["faithfulness"], worst_classes(metrics)
     names = [name for name in ROWS if name in measured]
     figure = Figure(figsize=(9, 1.1 + 0.17 * len(labels) * len(names)))
@@ -44,7 +43,9 @@ def class_scores(metrics: dict) -> Figure:
         axes.set(title=title, xlim=(-0.02, 1.02))
         axes.grid(axis="x", color="#e4e4e4")
     name_classes(left, labels)
-    _legend_above(figure, left)
+    handles = left.get_legend_handles_labels()
+    figure.legend(*handles, loc="upper left", bbox_to_anchor=(0.02, 1), ncols=len(handles[0]))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
     return figure
 
 
@@ -57,13 +58,13 @@ def worst_classes(metrics: dict) -> list[str]:
 
 
 def reliability(metrics: dict) -> Figure:
-    """How often the segmenter is right where it is so sure: on the dotted line its confidence can be believed."""
+    """Accuracy over the segmenter's confidence: on the dotted line its confidence can be believed."""
     figure = Figure(figsize=(4.6, 4))
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle=":")
-    for name, told in metrics["reliability"].items():
-        label = f"{ROWS[name]}, off by {told['expected_calibration_error']:.3f}"
-        points = told["confidence"], told["accuracy"]
+    for name, curve in metrics["reliability"].items():
+        label = f"{ROWS[name]}, off by {curve['expected_calibration_error']:.3f}"
+        points = curve["confidence"], curve["accuracy"]
         axes.plot(*points, color=TONES[name], linewidth=1.6, marker="o", markersize=3.5, label=label)
     axes.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel="confidence of the segmenter", ylabel="share of such pixels right")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
@@ -71,7 +72,7 @@ def reliability(metrics: dict) -> Figure:
 
 
 def confusion_table(metrics: dict, palette: Palette) -> Figure:
-    """Of the pixels of each wanted class, the share that was found as each class."""
+    """Of the pixels of each class in the masks, the share that was predicted as each class."""
     confused = np.array(metrics["confusion"]["synthetic"], float)
     shown = set(worst_classes(metrics))
     labels = [label for label in palette.labels if label.name in shown]
@@ -81,7 +82,7 @@ def confusion_table(metrics: dict, palette: Palette) -> Figure:
     figure = Figure(figsize=(side + 0.4, side))
     axes = figure.add_subplot()
     heat_map(axes, shares, [label.name for label in labels], least=0.005)
-    axes.set(ylabel="wanted by the mask", xlabel=f"found, {ROWS['synthetic']}")
+    axes.set(ylabel="class in the mask", xlabel=f"predicted class, {ROWS['synthetic']}")
     return figure
 
 
@@ -103,7 +104,7 @@ def crop_bars(metrics: dict) -> Figure:
 
 
 def nearest_distances(metrics: dict) -> Figure:
-    """How far generated images, and real ones never trained on, are from their nearest training image."""
+    """Distances of generated images, and of real ones never trained on, to their nearest training image."""
     copies = metrics["copies"]
     sets = {
         "with mask": (copies["distances"], ACCENT),
@@ -125,7 +126,7 @@ def nearest_distances(metrics: dict) -> Figure:
 
 
 def closest_pairs(evaluation: Evaluation) -> Figure:
-    """The generated images that are nearest to a training image, and below each the latter."""
+    """The generated images that are closest to a training image, and below each that training image."""
     closest = evaluation.metrics["copies"]["closest"]
     pairs = [(_image(evaluation, "synthetic", one["row"])[0], _image(evaluation, "train", one["training_row"])[0])
              for one in closest]  # fmt: skip
@@ -135,7 +136,7 @@ def closest_pairs(evaluation: Evaluation) -> Figure:
 
 
 def class_extremes(evaluation: Evaluation) -> Figure:
-    """Of each class the two generated images where it is found best and worst: image, wanted and found classes."""
+    """Of each class the two generated images with its best and worst IoU: image, mask and prediction."""
     palette = evaluation.splits["real"].palette
     ids = {label.name: label.id for label in palette.labels}
     rows, below, left = [], [], []
@@ -147,32 +148,32 @@ def class_extremes(evaluation: Evaluation) -> Figure:
             rows.append([strip(evaluation, cell[0]) if cell else None for cell in cells])
             below.append(["row {}, IoU {:.2f}".format(*cell) if cell else "" for cell in cells])
             left.append(name)
-    heads = [f"{word}: image, wanted, found" for word in ("best", "second best", "second worst", "worst")]
+    heads = [f"{word}: image, mask, predicted" for word in ("best", "second best", "second worst", "worst")]
     return grid(rows, heads, left, below, width=2.9)
 
 
 def extremes(evaluation: Evaluation, label: int) -> list[tuple[int, float]]:
-    """(row, IoU) of the two images where a class is found best and the two where it is found worst, best first."""
-    wanted, found, both = evaluation.seen["synthetic"]["pixels"][:, label].double().unbind(1)
+    """(row, IoU) of the two images with the best IoU of a class and the two with the worst, best first."""
+    in_mask, predicted, both = evaluation.seen["synthetic"]["pixels"][:, label].double().unbind(1)
     least = max(LEAST_CROP, SHARE * evaluation.metrics["distance"]["resolution"] ** 2)
-    usual = wanted[wanted > 0].median()  # nan where no mask wants it: then no row does
-    rows = torch.where(wanted >= usual.clamp(max=least))[0]
-    scores = (both / (wanted + found - both))[rows]
+    usual = in_mask[in_mask > 0].median()  # nan where no mask holds it: then no row is chosen
+    rows = torch.where(in_mask >= usual.clamp(max=least))[0]
+    scores = (both / (in_mask + predicted - both))[rows]
     order = torch.argsort(-scores, stable=True).tolist()
     chosen = order if len(order) <= 2 * EACH else [*order[:EACH], *order[-EACH:]]
     return [(int(rows[place]), float(scores[place])) for place in chosen]
 
 
 def strip(evaluation: Evaluation, row: int) -> np.ndarray:
-    """A generated image, the wanted classes and those that the segmenter found, uint8 [R, 3 R + 6, 3]."""
-    palette, (picture, image, mask) = evaluation.splits["real"].palette, _image(evaluation, "synthetic", row)
-    with torch.no_grad(), one_core():
-        found = evaluation.observer.predict(image[None])[0].numpy()
-    return side_by_side(picture, colorize(mask, palette), colorize(found, palette))
+    """A generated image, its mask and what the segmenter predicts, uint8 [R, 3 R + 6, 3]."""
+    palette, (pixels, image, mask) = evaluation.splits["real"].palette, _image(evaluation, "synthetic", row)
+    with one_core():
+        predicted = evaluation.observer.predict(image[None])[0].numpy()
+    return side_by_side(pixels, colorize(mask, palette), colorize(predicted, palette))
 
 
 def _image(evaluation: Evaluation, name: str, row: int) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
-    """A row as it was seen: uint8 [R, R, 3], the same in [-1, 1], and its class ids."""
+    """A row as the segmenter sees it: uint8 [R, R, 3], the same in [-1, 1], and its class ids."""
     sample = evaluation.observer.pairs(evaluation.splits[name]).sample(row, 0)
     return to_uint8(sample.image), sample.image, sample.mask.numpy()
 
@@ -186,22 +187,16 @@ def _dots(axes: Axes, values: list, ends: list, places: np.ndarray, tone: str, n
             axes.plot(ends[k], [places[k]] * 2, color=tone, linewidth=1.4)
 
 
-def _legend_above(figure: Figure, axes: Axes) -> None:
-    handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="upper left", bbox_to_anchor=(0.02, 1), ncols=len(handles[0]))
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
-
-
-# --- evaluate_page: An evaluation as one HTML page for somebody who was not there: what was asked, what was found, what it means.
+# The page
 
 REPORT = "report.html"
 ABOUT = {
     "real": "held-out real images: what the segmenter reaches at best",
     "reconstructions": "the same through the base model's autoencoder and back",
-    "synthetic": "painted from the masks: the images that are judged here",
-    "floor": "painted from the captions alone, held against masks that they were not shown",
+    "synthetic": "generated from the masks: the images that are evaluated here",
+    "floor": "generated from the captions alone, compared with masks that they were not shown",
 }
-SPREAD = {
+SPREAD_ABOUT = {
     "precision": "share of the generated images that lie among real ones",
     "recall": "share of the real images that lie among generated ones",
     "density": "how densely real images lie around a generated one; 1: as around a real one",
@@ -210,7 +205,7 @@ SPREAD = {
 
 
 def write_report(evaluation: Evaluation, folder: str | Path) -> Path:
-    """Write report.html, whole or not at all; its path."""
+    """Write report.html, completely or not at all, and return its path."""
     path = Path(folder) / REPORT
     write_text(path, as_html(evaluation))
     return path
@@ -218,162 +213,69 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> Path:
 
 def as_html(evaluation: Evaluation) -> str:
     """One page that needs no other file; whatever comes from the data sets is escaped."""
-    metrics = evaluation.metrics
-    parts = [
-        summary_html,
-        faithfulness_html,
-        extremes_html,
-        confidence_html,
-        distances_html,
-        text_html,
-        copies_html,
-        color_html,
-        settings_html,
-    ]
-    body = [line for part in parts for line in part(evaluation)]
-    title = f"Evaluation of {Path(metrics['sets']['synthetic']['folder']).name}"
-    return "\n".join([*head(title), *body, "</html>\n"])
+    metrics, palette = evaluation.metrics, evaluation.splits["real"].palette
+
+    def cell(*place: str, digits: int = 0) -> Markup:
+        value, _, interval = within(metrics, *place, digits=digits).partition(" ")
+        return Markup('{}<br><span class="grey nowrap">{}</span>').format(value, interval)
+
+    plots = {
+        "class_scores": plot(class_scores(metrics), "IoU and boundary F-score of each class"),
+        "confusion": plot(confusion_table(metrics, palette), "which classes are taken for which"),
+        "legend": plot(legend(palette), "the colors of the classes"),
+        "class_extremes": plot(class_extremes(evaluation), "best and worst images of each class"),
+        "reliability": plot(reliability(metrics), "confidence against accuracy"),
+        "crops": "",
+    }
+    if any(value is not None for value in metrics["crops"]["kernel_distance"].values()):
+        plots["crops"] = plot(crop_bars(metrics), "kernel distance of each class")
+    if metrics["copies"]:
+        plots["distances"] = plot(nearest_distances(metrics), "distances to the nearest training image")
+        plots["closest_pairs"] = plot(closest_pairs(evaluation), "the closest pairs")
+    extractor = metrics["distance"]["extractor"]
+    names = zip(metrics["distance"]["names"], DISTANCES, strict=True)
+    distances = [(f"{name} ({extractor})", cell("distance", key, digits=4), "0: the same") for name, key in names]
+    distances += [(key, cell("distance", key), about) for key, about in SPREAD_ABOUT.items()]
+    settings = metrics["settings"] | {f"segmenter: {key}": value for key, value in metrics["segmenter"].items()}
+    settings |= {"neighbors (precision to coverage)": NEIGHBORS, "images compared in pairs, at most": COMPARED}
+    return render(
+        "evaluate/templates/report.html",
+        title=f"Evaluation of {Path(metrics['sets']['synthetic']['folder']).name}",
+        metrics=metrics,
+        level=f"{LEVEL:.0%}",
+        sentences=list(summary(metrics)),
+        segmenter=metrics["segmenter"].get("name", "the segmenter of this package"),
+        scored={name: title for name, title in ROWS.items() if name in metrics["faithfulness"]},
+        about=ABOUT,
+        cell=cell,
+        within=partial(within, metrics),
+        plots=plots,
+        distances=distances,
+        text=[(ROWS[name], *(cell("text", name, key) for key in each)) for name, each in metrics["text"].items()],
+        custom=[(ROWS[name], *(cell("custom", name, key) for key in each)) for name, each in metrics["custom"].items()],
+        colors=[(title, cell("color", key, digits=3)) for key, title in
+                (("L", "dL"), ("a", "da"), ("b", "db"), ("delta_e", "delta E"))],
+        settings=[(key, str(value)) for key, value in settings.items() if value is not None],
+    )  # fmt: skip
 
 
-def summary_html(evaluation: Evaluation) -> Iterator[str]:
-    """The answer in a few sentences, and what to mind."""
-    metrics = evaluation.metrics
-    count, folder = metrics["sets"]["synthetic"]["images"], metrics["sets"]["synthetic"]["folder"]
-    real = metrics["sets"]["real"]
-    yield f'<p class="grey">{count} generated images in {escape(folder)}, held against {real["images"]} real ones in '
-    yield f"{escape(real['folder'])}. Brackets hold {LEVEL:.0%} bootstrap intervals: how far a number would move with "
-    yield "other images of the same kind.</p>"
-    yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in sentences(metrics))}</ul>"
-    yield from (f'<p class="warning">{escape(warning)}</p>' for warning in metrics["warnings"])
-
-
-def sentences(metrics: dict) -> Iterator[str]:
-    """What was found, in words."""
+def summary(metrics: dict) -> Iterator[str]:
+    """The findings in a few sentences."""
     share = within(metrics, "shares_of_ceiling", "synthetic", "miou")
     found, ceiling = (number(metrics["faithfulness"][name]["miou"]) for name in ("synthetic", "real"))
     floor = metrics["shares_of_ceiling"].get("floor")
-    yield f"Masks are obeyed to {share} of what real images reach (mIoU {found} of {ceiling})" + (
-        f"; images painted without the mask reach {number(floor['miou'])}." if floor else "."
-    )
+    without = f"; images generated without the mask reach {number(floor['miou'])}" if floor else ""
+    yield f"Masks are followed to {share} of what real images reach (mIoU {found} of {ceiling}){without}."
     apart = (metrics["intervals"]["distance"]["kernel_distance"] or [0])[0] > 0
-    verdict = "they can be told from real images" if apart else "no difference from real images is seen"
+    verdict = "they differ from real images" if apart else "no difference from real images is seen"
     title = f"{metrics['distance']['names'][1]} ({metrics['distance']['extractor']})"
     yield f"{title}: {within(metrics, 'distance', 'kernel_distance', digits=3)}, {verdict} by these features."
     if metrics["copies"]:
         low, high = metrics["intervals"]["copies"]["nearer_than_real"]
-        verdict = "nearer (look at the pairs below)" if low > 0.5 else "not nearer"
-        yield f"They are {verdict} to training images than real test images are: {low:.2f} to {high:.2f}; 0.5: same."
+        verdict = "closer to training images than real test images are: look at the pairs below" if low > 0.5 else (
+            "no closer to training images than real test images are")  # fmt: skip
+        yield f"Memorization test: {low:.2f} to {high:.2f} (0.5 = none); they are {verdict}."
     for name in metrics["text"].get("synthetic", {}):
         real = number(metrics["text"]["real"][name])
         yield f"{name}: {within(metrics, 'text', 'synthetic', name)}; of real images {real}."
-    yield f"Mean color off by delta E {within(metrics, 'color', 'delta_e', digits=2)}; 2 can be seen."
-
-
-def faithfulness_html(evaluation: Evaluation) -> Iterator[str]:
-    """How well a segmenter finds the wanted classes, by set and class."""
-    metrics = evaluation.metrics
-    yield "<h2>Does it obey the mask?</h2>"
-    yield "<p>A segmenter that never saw these images looks for the classes of each mask. mIoU: pixels wanted and "
-    yield "found, over those wanted or found, the mean over the classes. Boundary F: how well the outlines agree. "
-    yield f"Judged by: {escape(str(metrics['segmenter'].get('name', 'the segmenter of this package')))}.</p>"
-    heads = ["", "images", "mIoU", "of the ceiling", "boundary F", "of the ceiling", "pixels right"]
-    yield as_table(heads, (_faithfulness_row(metrics, name) for name in ROWS if name in metrics["faithfulness"]))
-    yield plot(class_scores(metrics), "IoU and boundary F-score of each class")
-    yield plot(confusion_table(metrics, evaluation.splits["real"].palette), "which classes are taken for which")
-
-
-def _faithfulness_row(metrics: dict, name: str) -> tuple:
-    told = [cell(metrics, "faithfulness", name, key) for key in ("miou", "boundary_f", "accuracy")]
-    shares = [
-        cell(metrics, "shares_of_ceiling", name, key) if name != "real" else "1" for key in ("miou", "boundary_f")
-    ]
-    title = f'<b>{ROWS[name]}</b><br><span class="grey">{ABOUT[name]}</span>'
-    return title, metrics["faithfulness"][name]["images"], told[0], shares[0], told[1], shares[1], told[2]
-
-
-def extremes_html(evaluation: Evaluation) -> Iterator[str]:
-    """The best and the worst images of each class."""
-    yield "<h2>Best and worst of each class</h2>"
-    yield "<p>Of the images where a class covers at least 1 % of the mask, or as much as it usually does where that is "
-    yield "less. A low score is a bad image, or a segmenter that errs: look.</p>"
-    yield plot(legend(evaluation.splits["real"].palette), "the colors of the classes")
-    yield plot(class_extremes(evaluation), "best and worst images of each class")
-
-
-def confidence_html(evaluation: Evaluation) -> Iterator[str]:
-    """Whether the segmenter's confidence can be believed."""
-    yield "<h2>Can the segmenter's confidence be believed?</h2>"
-    yield "<p>Filtering by confidence asks for a curve on the dotted line, on generated images too. Behind each name: "
-    yield "the expected calibration error (Guo et al. 2017).</p>"
-    yield plot(reliability(evaluation.metrics), "confidence against accuracy")
-
-
-def distances_html(evaluation: Evaluation) -> Iterator[str]:
-    """How far the generated images are from the real ones."""
-    metrics, found = evaluation.metrics, evaluation.metrics["distance"]
-    extractor = escape(found["extractor"])
-    yield "<h2>How far from real images?</h2>"
-    yield f"<p>Between the {found['features']} features of each image: {extractor}. Numbers of other extractors, image "
-    yield "counts or sizes do not compare.</p>"
-    names = zip(found["names"], ("frechet_distance", "kernel_distance"), strict=True)
-    rows = [(f"{name} ({extractor})", cell(metrics, "distance", key, digits=4), "0: the same") for name, key in names]
-    rows += [(key, cell(metrics, "distance", key), about) for key, about in SPREAD.items()]
-    yield as_table(["", "", ""], rows)
-    if any(value is not None for value in metrics["crops"]["kernel_distance"].values()):
-        yield plot(crop_bars(metrics), "kernel distance of each class")
-
-
-def text_html(evaluation: Evaluation) -> Iterator[str]:
-    """What captions ask for."""
-    metrics = evaluation.metrics
-    yield "<h2>Does it show what the caption says?</h2>"
-    if not metrics["text"]:
-        yield "<p>Not measured: give a folder of CLIP's weights by --clip.</p>"
-        return
-    titles = list(metrics["text"]["synthetic"])
-    rows = ((ROWS[name], *(cell(metrics, "text", name, title) for title in titles)) for name in metrics["text"])
-    yield as_table(["", *map(escape, titles)], rows)
-
-
-def copies_html(evaluation: Evaluation) -> Iterator[str]:
-    """Whether training images come back."""
-    metrics = evaluation.metrics
-    yield "<h2>Are they copies of training images?</h2>"
-    if not metrics["copies"]:
-        yield "<p>Not measured: the real data set has no train split beside the one it is compared with.</p>"
-        return
-    yield "<p>A generated image is nearer to a training image than a real test image is, with a chance of "
-    yield f"<b>{within(metrics, 'copies', 'nearer_than_real')}</b> (0.5: as new as these; near 1: copies; Meehan et "
-    yield f"al. 2020), among {metrics['copies']['training_images']} training images.</p>"
-    yield plot(nearest_distances(metrics), "distances to the nearest training image")
-    yield plot(closest_pairs(evaluation), "the closest pairs")
-
-
-def color_html(evaluation: Evaluation) -> Iterator[str]:
-    """Whether the generated images are lighter, redder or yellower."""
-    metrics = evaluation.metrics
-    masks = "of the same masks" if metrics["color"]["same_masks"] else "of all masks"
-    yield "<h2>Are colors and brightness right?</h2>"
-    yield f"<p>Mean color (CIE 1976 L*a*b*) of the generated images less that of the real ones {masks}.</p>"
-    about = {"L": "lighter", "a": "redder", "b": "yellower", "delta_e": "altogether (delta E; 2 can be seen)"}
-    rows = ((title, cell(metrics, "color", key, digits=3)) for key, title in about.items())
-    yield as_table(["", ""], rows)
-
-
-def settings_html(evaluation: Evaluation) -> Iterator[str]:
-    """Everything that the numbers depend on."""
-    metrics = evaluation.metrics
-    told = metrics["settings"] | {f"segmenter: {key}": value for key, value in metrics["segmenter"].items()}
-    told |= {"neighbors (precision to coverage)": NEIGHBORS, "images compared in pairs, at most": COMPARED}
-    yield "<h2>Settings</h2>"
-    rows = (
-        (name, escape(one["folder"]), str(one["images"]), one["fingerprint"]) for name, one in metrics["sets"].items()
-    )
-    yield as_table(["set", "folder", "images", "fingerprint"], rows)
-    yield as_table(["", ""], ((escape(key), escape(str(value))) for key, value in told.items() if value is not None))
-
-
-def cell(metrics: dict, *place: str, digits: int = 0) -> str:
-    """A number, and its interval in grey below it."""
-    value, _, interval = within(metrics, *place, digits=digits).partition(" ")
-    return f'{value}<br><span class="grey nowrap">{interval}</span>'
+    yield f"Mean color shift: delta E {within(metrics, 'color', 'delta_e', digits=2)}; 2 is visible."
