@@ -85,46 +85,41 @@ def test_a_clean_set_has_no_finding(folder, splits):
     assert checkup.captions["train"]["different"] == 4
 
 
-def test_missing_truncated_and_undecodable_files(folder):
-    (folder / "images/0.png").unlink()
-    photo(1).save(folder / "images/1.png", format="BMP")
-    (folder / "images/1.png").write_bytes((folder / "images/1.png").read_bytes()[:-50])
-    (folder / "masks/2.png").write_bytes(b"nothing")
-    assert found(folder) == [
-        ("missing", 0, "images/0.png"),
-        ("truncated", 1, "images/1.png"),
-        ("undecodable", 2, "masks/2.png"),
-    ]
-
-
-def test_sizes_and_rotations(folder):
-    write_mask(folder / "masks/0.png", np.zeros((8, 8), np.uint8), PALETTE)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    photo(1).save(folder / "images/1.png", exif=exif)  # upright it is 40 x 32, its mask is not turned
-    exif[0x0112] = 3
-    photo(2).save(folder / "images/2.png", exif=exif)
-    assert found(folder) == [
-        ("size", 0, "masks/0.png"),
-        ("rotation", 1, "masks/1.png"),
-        ("exif", 1, "images/1.png"),
-        ("exif", 2, "images/2.png"),
-    ]
-
-
-def test_masks_in_a_lossy_format_and_with_undeclared_labels(folder):
-    Image.fromarray(np.zeros(SIZE, np.uint8)).save(folder / "masks/0.png", format="JPEG")
+def test_every_fault_of_a_file_is_found_whatever_else_is_wrong(tmp_path):
+    folder = make_split(tmp_path / "pairs", 10)
+    PALETTE.save(folder / "palette.json")
+    images, masks = ([folder / f"{kind}/{row}.png" for row in range(10)] for kind in ("images", "masks"))
+    images[0].unlink()
+    photo(1).save(images[1], format="BMP")
+    images[1].write_bytes(images[1].read_bytes()[:-50])
+    masks[2].write_bytes(b"nothing")
+    photo(3, (400, 320)).save(images[3])  # above the limit
+    write_mask(masks[4], np.zeros((8, 8), np.uint8), PALETTE)
+    for row, orientation in ((5, 6), (6, 3)):  # 6: upright it is 40 x 32, its mask is not turned
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        photo(row).save(images[row], exif=exif)
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(masks[7], format="JPEG")
     mask = np.zeros(SIZE, np.uint8)
     mask[:2, :5], mask[4] = 9, 200
-    Image.fromarray(mask).save(folder / "masks/1.png")
-    findings = check(folder).findings
-    assert [(item.kind, item.row) for item in findings] == [("lossy_mask", 0), ("labels", 1)]
-    assert "value 200 (32 pixels), value 9 (10 pixels)" in findings[1].message
-
-
-def test_a_picture_above_the_limit_is_refused_by_its_header(folder):
-    photo(0, (400, 320)).save(folder / "images/0.png")
-    assert ("too_large", 0, "images/0.png") in found(folder, max_pixels=10_000)
+    Image.fromarray(mask).save(masks[8])
+    rows = (folder / "metadata.csv").read_text().replace("images/9.png", "x" * 300)  # no file can have this name
+    (folder / "metadata.csv").write_text(rows)
+    findings = check(folder, max_pixels=10_000).findings
+    assert [(item.kind, item.row, item.file) for item in findings] == [
+        ("missing", 0, "images/0.png"),
+        ("missing", 9, "x" * 300),
+        ("truncated", 1, "images/1.png"),
+        ("undecodable", 2, "masks/2.png"),
+        ("too_large", 3, "images/3.png"),
+        ("size", 4, "masks/4.png"),
+        ("rotation", 5, "masks/5.png"),
+        ("lossy_mask", 7, "masks/7.png"),
+        ("labels", 8, "masks/8.png"),
+        ("exif", 5, "images/5.png"),
+        ("exif", 6, "images/6.png"),
+    ]
+    assert "value 200 (32 pixels), value 9 (10 pixels)" in findings[8].message
 
 
 def test_captions_that_are_empty_or_no_words_or_too_long(folder):
@@ -154,15 +149,9 @@ def test_jsonl_rows_of_other_types_are_collected(folder):
     assert kinds == {("caption", 1), ("metadata", 2), ("metadata", 4), ("metadata", 5)}
 
 
-def test_a_file_name_that_no_file_can_have_is_missing(folder):
-    rows = (folder / "metadata.csv").read_text().replace("images/1.png", "x" * 300)
-    (folder / "metadata.csv").write_text(rows)
-    assert found(folder) == [("missing", 1, "x" * 300)]
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"])
-def test_no_broken_file_stops_the_check_up(folder, form):
+def test_no_broken_file_stops_the_doctor(folder, form):
     generator = np.random.default_rng(0)
     path, mask = folder / "images/0.png", folder / "masks/0.png"
     photo(0).save(path, format=form)
@@ -199,7 +188,7 @@ def test_a_class_that_never_occurs_and_another_palette(splits):
     assert "lake" in findings[1].message
 
 
-def test_nearest_counts_the_bits_that_differ():
+def test_nearest_counts_the_bits_that_differ_and_a_bit_is_a_step_that_brightens():
     generator = np.random.default_rng(0)
     hashes, others = (generator.integers(0, 1 << 63, n, np.uint64) for n in (50, 3000))
     others[1234] = hashes[7] ^ np.uint64(0b1011)
@@ -207,9 +196,6 @@ def test_nearest_counts_the_bits_that_differ():
     assert (best[7], bits[7]) == (1234, 3)
     assert bits[8] == min(bin(int(hashes[8]) ^ int(other)).count("1") for other in others) > NEAR
     assert nearest(hashes, others[:0])[1].min() > 64
-
-
-def test_the_hash_has_a_bit_for_each_step_that_brightens():
     thumb = np.zeros((2, 8, 9), np.uint8)
     thumb[1, 0, 1:] = 1
     assert [int(value).bit_count() for value in dhash(thumb)] == [0, 1]
@@ -260,23 +246,18 @@ def test_quarantine_of_splits_lies_above_them(splits, tmp_path):
         quarantine(checkup, splits / "train/good.csv")
 
 
-def test_the_page_escapes_what_comes_from_the_data_set(folder):
+def test_the_page_shows_broken_rows_and_escapes_what_comes_from_the_data_set(folder):
     set_caption(folder, 0, "<script>alert(1)</script> " * 20)
-    rows = (folder / "metadata.csv").read_text().replace("images/1.png", "images/<b>&1.png")
-    (folder / "metadata.csv").write_text(rows)
-    checkup = check(folder)
-    page = as_html(checkup, DoctorConfig())
-    assert "<script>" not in page and "<b>&1" not in page
-    assert "&lt;script&gt;" in page and "&lt;b&gt;&amp;1.png" in page
-
-
-def test_the_page_shows_undeclared_labels_and_broken_rows(folder):
-    Image.fromarray(np.full(SIZE, 9, np.uint8)).save(folder / "masks/0.png")
+    Image.fromarray(np.full(SIZE, 9, np.uint8)).save(folder / "masks/0.png")  # an undeclared label
     (folder / "masks/1.png").write_bytes(b"nothing")
     write_mask(folder / "masks/2.png", np.zeros((8, 8), np.uint8), PALETTE)
-    checkup = check(folder)
-    page = as_html(checkup, DoctorConfig())
-    assert page.count("data:image/png;base64,") == 5  # image and mask, but of the broken mask
+    rows = (folder / "metadata.csv").read_text().replace("images/3.png", "images/<b>&3.png")
+    (folder / "metadata.csv").write_text(rows)
+    page = as_html(check(folder), DoctorConfig())
+    assert "<script>" not in page and "<b>&3" not in page
+    assert "&lt;script&gt;" in page and "&lt;b&gt;&amp;3.png" in page
+    images = 2 * 2 + 1 + 2 + 1  # image and mask: of row 0 twice, as its caption is too long; what can be read of others
+    assert page.count("data:image/png;base64,") == images
     assert "http" not in page  # it needs no other file
 
 

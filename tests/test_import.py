@@ -128,8 +128,10 @@ def saved(numbers, features=True, text="number {}"):
 
 def test_pairs_of_files_by_name_with_their_classes_as_captions(source, tmp_path, monkeypatch):
     lines = run(source, tmp_path / "out", caption="a scene with {classes}")
-    told = assert_pairs(tmp_path / "out", range(3))
-    assert told == [
+    captions = assert_pairs(tmp_path / "out", range(3))
+    ids = np.array([[2, 2, 2, 0, 0, 1, 255, 255, 255, 255]], np.uint8)
+    assert classes_of(ids, PALETTE) == "house, sky and tree" and classes_of(ids[:, :3], PALETTE) == "house"
+    assert captions == [
         ("a scene with sky and tree",),
         ("a scene with sky, tree and house",),
         ("a scene with sky and tree",),
@@ -141,12 +143,6 @@ def test_pairs_of_files_by_name_with_their_classes_as_captions(source, tmp_path,
     assert rows.column_names == ["image", "conditioning_image", "text"]
     assert np.array_equal(np.asarray(rows[1]["image"]), photo(1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "source"]
-
-
-def test_classes_are_named_from_the_largest_down():
-    ids = np.array([[2, 2, 2, 0, 0, 1, 255, 255, 255, 255]], np.uint8)
-    assert classes_of(ids, PALETTE) == "house, sky and tree"
-    assert classes_of(ids[:, :3], PALETTE) == "house"
 
 
 def test_text_files_are_captions_and_each_line_is_one(source, tmp_path, monkeypatch):
@@ -206,19 +202,17 @@ def test_an_old_metadata_file_with_paths_of_every_kind(source, tmp_path, monkeyp
     columns = {"image_column": "photo", "conditioning_image_column": "seg", "caption_column": "says"}
     assert "expected a column file_name or" in refused(table, tmp_path / "out")
     lines = run(table, tmp_path / "out", files=files, **columns)
+    assert "SEGCN_ALLOW_SYMLINKS" not in os.environ
     monkeypatch.setenv("SEGCN_ALLOW_SYMLINKS", "1")
     assert assert_pairs(tmp_path / "out", range(3)) == [("absolute, and above",), ("two lines",), ("a link",)]
     assert opened(tmp_path / "out", monkeypatch)["train"][1]["text"] == "two lines"
     links = [path.is_symlink() for path in (tmp_path / "out").rglob("*.png")]
     assert links == [files == "symlink"] * 6
     assert lines[-1].endswith("--allow_symlinks") == (files == "symlink")
-
-
-def test_links_are_not_allowed_any_longer_than_the_check(source, tmp_path):
-    run(source, tmp_path / "out", caption="a", files="symlink")
-    assert "SEGCN_ALLOW_SYMLINKS" not in os.environ
-    with pytest.raises(UserError, match="allow_symlinks"):
-        read_split(tmp_path / "out")
+    monkeypatch.delenv("SEGCN_ALLOW_SYMLINKS")  # links are not allowed any longer than the check
+    if files == "symlink":
+        with pytest.raises(UserError, match="allow_symlinks"):
+            read_split(tmp_path / "out")
 
 
 def test_rewrite_writes_metadata_and_palette_and_nothing_else(source, tmp_path):
@@ -232,9 +226,6 @@ def test_rewrite_writes_metadata_and_palette_and_nothing_else(source, tmp_path):
     assert "images/p1.png,masks/p1.png,number 1" in (source / "metadata.csv").read_text()
     assert "metadata.csv is there already" in refused(table, source, files="rewrite")
     assert "expected a file below" in refused(table, source / "masks", files="rewrite")
-
-
-def test_rewrite_of_splits_and_of_another_palette(tmp_path):
     for name, first in (("train", 0), ("test", 3)):
         make_files(tmp_path / "data" / name, 2, first)
     run(tmp_path / "data", tmp_path / "data", files="rewrite", caption="a")
@@ -276,81 +267,64 @@ def test_a_wrong_row_is_named_by_its_line_before_anything_is_written(source, tmp
     write_table(source / "metadata.csv", header, [*rows_of([0], "images/p{}.png"), row])
     message = refused(source, tmp_path / "out")
     assert all(word in message for word in ["metadata.csv", *words]), message
+    write_table(source / "metadata.csv", header, [*rows_of([0], "images/p{}.png"), row, *rows_of([7, 8], "no/{}.png")])
+    assert "2 more of 4 rows fail" in refused(source, tmp_path / "out")
 
 
-def test_the_message_counts_the_rows_that_fail_too(source, tmp_path):
-    header = ("file_name", "conditioning_image_file_name", "text")
-    write_table(source / "metadata.csv", header, rows_of(range(5), "nowhere/{}.png"))
-    assert "line 2" in refused(source, tmp_path / "out") and "4 more of 5" in refused(source, tmp_path / "out")
-
-
-@pytest.mark.parametrize("features", [True, False])
-def test_a_saved_dataset(tmp_path, monkeypatch, features):
-    saved(range(3), features).save_to_disk(tmp_path / "saved")
-    run(tmp_path / "saved", tmp_path / "out")
-    assert assert_pairs(tmp_path / "out", range(3)) == [("number 0",), ("number 1",), ("number 2",)]
-    assert (tmp_path / "out/images/000002.png").read_bytes() == png(photo(2))
-    assert opened(tmp_path / "out", monkeypatch)["train"].num_rows == 3
-    assert "use --files copy" in refused(tmp_path / "saved", tmp_path / "links", files="symlink")
-    assert "use --files copy" in refused(tmp_path / "saved", tmp_path, files="rewrite")
-
-
-def test_a_saved_dataset_of_splits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["saved", "parquet", "parquet in data"])
+def test_saved_datasets_and_parquet_files_with_images_inside(tmp_path, monkeypatch, kind):
     from datasets import DatasetDict
 
-    splits = DatasetDict(train=saved([0, 1]), validation=saved([2]), test=saved([3]))
-    splits.save_to_disk(tmp_path / "saved")
-    PALETTE.save(tmp_path / "saved/palette.json")
-    run(tmp_path / "saved", tmp_path / "out")
+    source = tmp_path / "source"
+    whole, splits = saved(range(3)), DatasetDict(train=saved([0, 1]), validation=saved([2], False), test=saved([3]))
+    if kind == "saved":
+        splits.save_to_disk(source)
+        whole.save_to_disk(tmp_path / "whole")
+    else:
+        below = source / ("data" if "data" in kind else "")
+        below.mkdir(parents=True)
+        saved([0]).to_parquet(below / "train-00000-of-00002.parquet")
+        saved([1]).to_parquet(below / "train-00001-of-00002.parquet")
+        for name in ("validation", "test"):
+            splits[name].to_parquet(below / f"{name}-00000-of-00001.parquet")
+        whole.to_parquet(tmp_path / "whole")
+        (tmp_path / "whole").rename(tmp_path / "whole.parquet")
+    PALETTE.save(source / "palette.json")
+    run(source, tmp_path / "out")
     for split, numbers in (("train", [0, 1]), ("validation", [2]), ("test", [3])):
-        assert_pairs(tmp_path / "out", numbers, split)
-    assert {name: len(rows) for name, rows in opened(tmp_path / "out", monkeypatch).items()} == {
-        "train": 2, "validation": 1, "test": 1,
-    }  # fmt: skip
+        assert assert_pairs(tmp_path / "out", numbers, split) == [(f"number {k}",) for k in numbers]
+    assert (tmp_path / "out/test/images/000000.png").read_bytes() == png(photo(3))
+    rows = {name: len(rows) for name, rows in opened(tmp_path / "out", monkeypatch).items()}
+    assert rows == {"train": 2, "validation": 1, "test": 1}
+    source = next(tmp_path.glob("whole*"))
+    run(source, tmp_path / "one")
+    assert assert_pairs(tmp_path / "one", range(3)) == [("number 0",), ("number 1",), ("number 2",)]
+    assert "use --files copy" in refused(source, tmp_path / "links", files="symlink")
+    assert "use --files copy" in refused(source, tmp_path, files="rewrite")
 
 
-@pytest.mark.parametrize("folder", ["", "data"])
-def test_parquet_files_by_the_split_in_their_names(tmp_path, folder):
-    (tmp_path / "hub" / folder).mkdir(parents=True)
-    for name, numbers in (
-        ("train-00000-of-00002", [0]),
-        ("train-00001-of-00002", [1, 2]),
-        ("test-00000-of-00001", [3]),
-    ):
-        saved(numbers, features=name.startswith("train")).to_parquet(tmp_path / "hub" / folder / f"{name}.parquet")
-    run(tmp_path / "hub", tmp_path / "out")
-    assert assert_pairs(tmp_path / "out", [0, 1, 2]) == [("number 0",), ("number 1",), ("number 2",)]
-    assert_pairs(tmp_path / "out", [3], "test")
-
-
-def test_one_parquet_file_with_raw_bytes_lists_and_columns_of_its_own(tmp_path, monkeypatch):
+def test_a_parquet_file_with_raw_bytes_lists_columns_of_its_own_and_cells_that_are_no_image(tmp_path, monkeypatch):
     import pyarrow
     from pyarrow.parquet import write_table as write_parquet
 
-    jpeg = io.BytesIO()
+    jpeg, table = io.BytesIO(), tmp_path / "rows.parquet"
     Image.fromarray(photo(0)).save(jpeg, "JPEG")
     columns = {"a": [jpeg.getvalue()] * 2, "b": [png(mask(0))] * 2, "c": [["one", "two"], ["three"]], "n": [1, 2]}
-    write_parquet(pyarrow.table(columns), tmp_path / "rows.parquet")
+    write_parquet(pyarrow.table(columns), table)
     names = {"image_column": "a", "conditioning_image_column": "b", "caption_column": "c"}
-    run(tmp_path / "rows.parquet", tmp_path / "out", **names)
+    run(table, tmp_path / "out", **names)
     record = read_split(tmp_path / "out")[0]
     assert record.captions == ("one", "two") and record.image.read_bytes() == jpeg.getvalue()
     assert record.image_name == "images/000000.jpg"
     assert opened(tmp_path / "out", monkeypatch)["train"]["text"] == [["one", "two"], ["three"]]
-    message = refused(tmp_path / "rows.parquet", tmp_path / "more", **names | {"image_column": "n"})
+    message = refused(table, tmp_path / "more", **names | {"image_column": "n"})
     assert "rows.parquet: cannot be read as images in n and b" in message
-    assert "expected a column file_name or" in refused(tmp_path / "rows.parquet", tmp_path / "more")
-
-
-def test_a_parquet_row_without_a_picture_or_with_a_url_is_named(tmp_path):
-    import pyarrow
-    from pyarrow.parquet import write_table as write_parquet
-
+    assert "expected a column file_name or" in refused(table, tmp_path / "more")
+    Image.fromarray(photo(0)).save(tmp_path / "x.png")
     for cell, words in ((None, "expected a file, found"), ("https://a.org/p.png", "never downloaded")):
         columns = {"image": ["x.png", cell], "conditioning_image": [png(mask(0))] * 2, "text": ["a", "b"]}
-        Image.fromarray(photo(0)).save(tmp_path / "x.png")
-        write_parquet(pyarrow.table(columns), tmp_path / "rows.parquet")
-        message = refused(tmp_path / "rows.parquet", tmp_path / "out")
+        write_parquet(pyarrow.table(columns), table)
+        message = refused(table, tmp_path / "more")
         assert "rows.parquet, row 1: column image" in message and words in message
 
 
@@ -390,15 +364,19 @@ def test_where_it_may_not_write(source, tmp_path):
     assert_pairs(tmp_path / "empty", range(3))
 
 
-def test_a_palette_by_name_file_or_beside_the_source(source, tmp_path):
+def test_a_palette_by_name_file_or_beside_the_source_and_errors_that_name_the_masks_of_the_user(source, tmp_path):
     assert "voc" in refused(source, tmp_path / "out", caption="a", palette="nowhere.json")
-    assert "--palette" in refused(source, tmp_path / "out", caption="a", palette="binary")  # there is no id 2
+    message = refused(source, tmp_path / "out", caption="a", palette="binary")  # there is no id 2
+    assert "--palette" in message and f"e.g. {source / 'masks/p1.png'}" in message and "partial" not in message
     other = Palette((*PALETTE.labels, Label(9, "lake", (0, 0, 255))))
     other.save(tmp_path / "other.json")
     run(source, tmp_path / "named", caption="a", palette=str(tmp_path / "other.json"))
     assert read_split(tmp_path / "named").palette == other
     assert f"palette: {source / 'palette.json'}" in run(source, tmp_path / "found", caption="a")
     assert read_split(tmp_path / "found").palette == PALETTE
+    (source / "masks/p1.png").write_bytes(b"nothing")
+    message = refused(source, tmp_path / "out", caption="{classes}")
+    assert f"{source / 'masks/p1.png'}: the mask cannot be read" in message and "partial" not in message
 
 
 def test_what_cannot_be_trained_on_is_written_and_named(source, tmp_path):
@@ -467,20 +445,16 @@ def test_rows_may_be_held_out_the_same_at_each_call_and_every_pair_stays_one(tmp
     found = []
     for name in ("one", "two"):
         run(source, tmp_path / name, caption="a", test=3)
-        splits = {split: read_split(tmp_path / name, split) for split in ("train", "test")}
-        shown = {split: [[np.array_equal(read_image(row.image), photo(k)) for k in range(9)].index(True)
-                         for row in rows.records] for split, rows in splits.items()}  # fmt: skip
-        for split, rows in splits.items():
-            masks = [read_mask(row.mask, rows.palette) for row in rows.records]
-            assert all(np.array_equal(seen, mask(k)) for seen, k in zip(masks, shown[split], strict=True))
-        found.append(shown)
+        found.append({})
+        for split in ("train", "test"):
+            rows = read_split(tmp_path / name, split).records
+            shown = [[np.array_equal(read_image(row.image), photo(k)) for k in range(9)].index(True) for row in rows]
+            assert_pairs(tmp_path / name, shown, split)
+            found[-1][split] = shown
     assert found[0] == found[1] and len(found[0]["test"]) == 3
     assert sorted(found[0]["train"] + found[0]["test"]) == list(range(9))
-
-
-@pytest.mark.parametrize("count", [-1, 3, 4])
-def test_no_more_rows_than_there_are_can_be_held_out(source, tmp_path, count):
-    with pytest.raises(UserError, match=f"--test {count}: expected fewer than the 3 rows"):
-        run(source, tmp_path / "out", caption="a", test=count)
+    for count in (-1, 9, 10):  # no more rows than there are
+        with pytest.raises(UserError, match=f"--test {count}: expected fewer than the 9 rows"):
+            run(source, tmp_path / "out", caption="a", test=count)
     with pytest.raises(UserError, match="use --files copy or symlink"):
         run(source, tmp_path, caption="a", test=1, files="rewrite")

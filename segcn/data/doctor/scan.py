@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, repeat
 from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
@@ -153,22 +153,24 @@ def _scan_files(
 
     Only of images that look the same in a grid of sampled pixels are all pixels compared, which decodes them again.
     """
-    photos = list(dict.fromkeys(images))
-    progress, facts = Progress("files decoded", len(photos) + len(masks), log), []
+    photos, of_images, of_masks = list(dict.fromkeys(images)), {}, {}
+    progress = Progress("files decoded", len(photos) + len(masks), log)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = [pool.submit(image_facts, path, max_pixels) for path in photos]
-        work += [pool.submit(mask_facts, path, palette, max_pixels) for path, palette in masks.items()]
-        for each in work:
-            facts.append(each.result())
-            progress(len(facts))
-    of_images = dict(zip(photos, facts[: len(photos)], strict=True))
+        image_work = pool.map(image_facts, photos, repeat(max_pixels))
+        mask_work = pool.map(mask_facts, masks, masks.values(), repeat(max_pixels))
+        for path, image in zip(photos, image_work, strict=True):
+            of_images[path] = image
+            progress(len(of_images))
+        for path, mask in zip(masks, mask_work, strict=True):
+            of_masks[path] = mask
+            progress(len(of_images) + len(of_masks))
     alike = defaultdict(list)
     for path, found in of_images.items():
         if found.fault is None:
             alike[found.identity].append(path)
     for path in (path for paths in alike.values() if len(paths) > 1 for path in paths):
         of_images[path] = replace(of_images[path], all_pixels=zlib.crc32(read_image(path).data))
-    return of_images, dict(zip(masks, facts[len(photos) :], strict=True))
+    return of_images, of_masks
 
 
 def image_facts(path: Path, max_pixels: int) -> ImageFacts:

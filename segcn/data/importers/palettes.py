@@ -147,7 +147,9 @@ def survey(paths: Iterable[Path], log: Callable[[str], None] = print) -> Survey:
     unique = list(dict.fromkeys(paths))
     if not unique:
         raise UserError("expected masks, found none")
-    progress, found, first = Progress("masks read", len(unique), log), {}, {}  # by whether they are colored
+    progress = Progress("masks read", len(unique), log)
+    found: dict[bool, Survey] = {}  # by whether they are colored
+    first: dict[bool, Path] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, (path, (colored, pixels, own)) in enumerate(zip(unique, pool.map(_values_of, unique), strict=True)):
             counted = found.setdefault(colored, Survey(colored))
