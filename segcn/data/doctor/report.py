@@ -8,7 +8,6 @@ from os.path import relpath
 from pathlib import Path
 
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from segcn.data.config import DoctorConfig
@@ -26,7 +25,6 @@ from segcn.utils.io import write_text
 from segcn.utils.paths import OUTPUTS
 
 LINES = 20  # of the summary at most
-LISTED = 200  # findings of a kind on the page at most
 SIDE = 160  # pixels of an image on the page
 
 
@@ -152,47 +150,31 @@ def as_json(checkup: Checkup, config: DoctorConfig) -> dict:
 
 def as_html(checkup: Checkup, config: DoctorConfig) -> str:
     """One page that needs no other file; whatever comes from the data set is escaped."""
-    splits = []
-    for name, split in checkup.facts.splits.items():
-        colors = [tuple(split.palette.table[entry["id"]].tolist()) for entry in checkup.classes[name]]
-        splits.append({
-            "name": name,
-            "classes": list(zip(checkup.classes[name], colors, strict=True)),
-            "sizes": [(count, "{} x {}".format(*size)) for size, count in checkup.sizes[name].most_common(20)],
-            "lengths": _lengths(checkup.captions[name]),
-            "words": checkup.captions[name]["in_captions"],
-        })  # fmt: skip
+    cases: dict[tuple, Case] = {case.key: case for case in checkup.facts.cases}
+
+    def images(finding: Finding) -> Iterator[str]:
+        """Those of the row, and of the row that it is a copy of."""
+        for case in (cases[key] for key in ((finding.split, finding.row), finding.other) if key in cases):
+            for image in _images_of(case, checkup.facts.splits[case.split].palette, config.max_pixels):
+                yield img(_thumbnail(image))
+
+    def caption(finding: Finding) -> str:
+        case = cases.get((finding.split, finding.row))
+        return case.record.caption if case else ""
+
     return render(
         "data/doctor/templates/doctor.html",
-        title=f"Check-up of {checkup.facts.dataset.absolute().name}",
-        errors=len(checkup.errors),
-        verdict=verdict(checkup),
+        title=f"Data set report: {checkup.facts.dataset.absolute().name}",
+        checkup=checkup,
+        kinds=KINDS,
         read=summary(checkup)[0],
-        fingerprint=checkup.fingerprint,
-        splits=splits,
-        kinds=list(_page_of_kinds(checkup, config)),
+        verdict=verdict(checkup),
+        lengths=_lengths,
+        where=where,
+        images=images,
+        caption=caption,
+        examples=config.examples,
     )
-
-
-def _page_of_kinds(checkup: Checkup, config: DoctorConfig) -> Iterator[dict]:
-    """What the page shows of each kind of fault: the first findings with their images, others in a list."""
-    cases = {case.key: case for case in checkup.facts.cases}
-    for kind, found in checkup.by_kind.items():
-        severity, title, fix = KINDS[kind]
-        examples = []
-        for finding in found[: config.examples]:
-            shown = [cases[key] for key in ((finding.split, finding.row), finding.other) if key in cases]
-            images = [
-                img(_thumbnail(image))
-                for case in shown
-                for image in _images_of(case, checkup.facts.splits[case.split].palette, config.max_pixels)
-            ]
-            caption = shown[0].record.caption[:300] if shown else ""
-            examples.append({"where": where(finding), "message": finding.message, "caption": caption,
-                             "images": Markup("").join(images)})  # fmt: skip
-        others = [(where(finding), finding.message) for finding in found[config.examples : LISTED]]
-        yield {"name": kind, "severity": severity, "title": title, "fix": fix, "count": len(found),
-               "examples": examples, "others": others, "more": max(0, len(found) - LISTED)}  # fmt: skip
 
 
 def _images_of(case: Case, palette: Palette, max_pixels: int) -> list[np.ndarray]:

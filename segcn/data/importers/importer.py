@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,14 +43,10 @@ def import_dataset(config: ImportConfig, log: Callable[[str], None] = print) -> 
     A new data set appears whole, by one rename: whatever stops the import before leaves none.
     """
     out = _target(config)
-    given = _given_palette(config)
+    if config.palette and config.palette not in READY and not Path(config.palette).is_file():
+        raise UserError(f"--palette: expected a palette.json, or one of {', '.join(READY)}; found {config.palette!r}")
     sources = find_sources(config)
-    palette = given or _found_palette(sources, log)
-    if palette is None and "{classes}" in (config.caption or ""):
-        raise UserError(
-            f"{config.source}: no palette.json here or in the folder above, so the classes in --caption have no names;"
-            " write one by segcn palette MASKS --names sky,grass,... --output FILE, and give it by --palette FILE"
-        )
+    palette = _choose_palette(config, sources, log)
     if config.files == "rewrite":
         for path in (out / name / metadata for name in dict.fromkeys(("", *sources)) for metadata in METADATA):
             if os.path.lexists(path):
@@ -183,14 +179,10 @@ def _rewritten(source: Source, folder: Path) -> list[Placed]:
 # --- Its palette, captions and metadata
 
 
-def _given_palette(config: ImportConfig) -> Palette | None:
-    """The palette of --palette; for rewrite that of the target, which must be the same where both are there."""
-    given = None
+def _choose_palette(config: ImportConfig, sources: dict[str, Source], log: Callable[[str], None]) -> Palette | None:
+    """That of --palette, else the one that lies with the source, else none; for rewrite never another than OUT's."""
+    given, paths = None, []
     if config.palette:
-        if config.palette not in READY and not Path(config.palette).is_file():
-            raise UserError(
-                f"--palette: expected a palette.json, or one of {', '.join(READY)}; found {config.palette!r}"
-            )
         given = ready(config.palette) if config.palette in READY else Palette.load(config.palette)
     own = Path(config.out) / "palette.json"
     if config.files == "rewrite" and own.is_file():
@@ -199,23 +191,23 @@ def _given_palette(config: ImportConfig) -> Palette | None:
                 f"--palette: {own} is another one and is never overwritten: move it away, or leave the flag out"
             )
         return Palette.load(own)
-    return given
-
-
-def _found_palette(sources: dict[str, Source], log: Callable[[str], None]) -> Palette | None:
-    """The one that lies with the source; UserError where splits have different ones."""
-    found: dict[Palette, Path] = {}
+    if given:
+        return given
     for source in sources.values():
-        try:
-            path = find_palette(source.folder)
-        except UserError:
-            continue
-        found.setdefault(Palette.load(path), path)
+        with suppress(UserError):  # none there
+            paths.append(find_palette(source.folder))
+    found = {Palette.load(path): path for path in reversed(paths)}
     if len(found) > 1:
         raise UserError(f"{' and '.join(map(str, found.values()))} differ: choose one by --palette FILE")
-    for path in found.values():
+    for palette, path in found.items():
         log(f"palette: {path}")
-    return next(iter(found), None)
+        return palette
+    if "{classes}" in (config.caption or ""):
+        raise UserError(
+            f"{config.source}: no palette.json here or in the folder above, so the classes in --caption have no names;"
+            " write one by segcn palette MASKS --names sky,grass,... --output FILE, and give it by --palette FILE"
+        )
+    return None
 
 
 def _write(
@@ -232,7 +224,9 @@ def _write(
                 log(f"Warning: {warning}")
         except UserError as error:
             raise UserError(str(error).replace("--ready", "--palette")) from None
-    captioned = {name: list(_captioned(folder / name, rows[name], palette, config.caption or "")) for name in rows}
+    captioned = {
+        name: [_captioned(folder / name, row, palette, config.caption or "") for row in rows[name]] for name in rows
+    }
     if not (folder / "palette.json").exists():
         palette.save(folder / "palette.json")
     for name in sorted(rows, key=lambda name: name == "train"):
@@ -250,18 +244,15 @@ def _naming_sources(message: str, folder: Path, rows: dict[str, list[Placed]]) -
     return message
 
 
-def _captioned(
-    folder: Path, rows: Iterable[Placed], palette: Palette, caption: str
-) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Rows with --caption where they have none of their own."""
-    for row in rows:
-        captions = row.source.captions or (caption,)
-        if not row.source.captions and "{classes}" in caption:
-            try:
-                captions = (caption.replace("{classes}", classes_of(read_mask(folder / row.mask, palette), palette)),)
-            except UserError as error:
-                raise UserError(f"{row.source.where}: --caption needs the classes of its mask: {error}") from None
-        yield row.image, row.mask, captions
+def _captioned(folder: Path, row: Placed, palette: Palette, caption: str) -> tuple[str, str, tuple[str, ...]]:
+    """A row with --caption where it has none of its own."""
+    captions = row.source.captions or (caption,)
+    if not row.source.captions and "{classes}" in caption:
+        try:
+            captions = (caption.replace("{classes}", classes_of(read_mask(folder / row.mask, palette), palette)),)
+        except UserError as error:
+            raise UserError(f"{row.source.where}: --caption needs the classes of its mask: {error}") from None
+    return row.image, row.mask, captions
 
 
 def _check_written(config: ImportConfig, splits: Iterable[str], out: Path, log: Callable[[str], None]) -> None:

@@ -211,28 +211,21 @@ def _refuse_no_ids(found: Survey) -> None:
 
 def check(found: Survey, palette: Palette) -> list[str]:
     """Warnings of what the values alone cannot tell; UserError where masks do not fit the palette."""
-    undeclared = _undeclared(found, palette)
-    if undeclared or _renumbered(found, palette):
-        wrong = f"found {found.listed(undeclared)}" if undeclared else _renumbered(found, palette)
-        fitting = [name for name in READY if _fits(found, ready(name))]
+    if misfit := _misfit(found, palette):
+        fitting = [name for name in READY if not _misfit(found, ready(name))]
         fix = f"these ready palettes fit: {', '.join(fitting)}" if fitting else "no ready palette fits"
-        raise UserError(f"the masks do not fit this palette: {wrong}; {fix}; without --ready one is proposed")
+        raise UserError(f"the masks do not fit this palette: {misfit}; {fix}; without --ready one is proposed")
     if not found.colored:
         _refuse_no_ids(found)
     return list(_twin_warnings(found, palette))
 
 
-def _fits(found: Survey, palette: Palette) -> bool:
-    return not _undeclared(found, palette) and not _renumbered(found, palette)
-
-
-def _undeclared(found: Survey, palette: Palette) -> list[int]:
+def _misfit(found: Survey, palette: Palette) -> str:
+    """Values that the palette lacks, or whose colors in the masks' own palettes are those of other ids; else ""."""
     declared = {found.value_of(label) for label in palette.labels} | (set() if found.colored else {IGNORE})
-    return [value for value in found.pixels if value not in declared]
-
-
-def _renumbered(found: Survey, palette: Palette) -> str:
-    """Why the masks' own palettes say that their values are numbered in another way; "" where they do not."""
+    undeclared = [value for value in found.pixels if value not in declared]
+    if undeclared:
+        return f"found {found.listed(undeclared)}"
     ids_of: dict[Color, set[int]] = {}
     for label in palette.labels:
         ids_of.setdefault(label.color, set()).add(label.id)
@@ -246,7 +239,7 @@ def _renumbered(found: Survey, palette: Palette) -> str:
 def _twin_warnings(found: Survey, palette: Palette) -> Iterator[str]:
     """Masks whose values fit both ways to number the classes: only a look at one of them shows which it is."""
     name = next((name for name in READY if ready(name) == palette), None)
-    if found.colored or name not in TWINS or not _fits(found, ready(TWINS[name])):
+    if found.colored or name not in TWINS or _misfit(found, ready(TWINS[name])):
         return
     here, there = ({label.id: label.name for label in ready(each).labels} for each in (name, TWINS[name]))
     if found.own and all(color == tuple(palette.table[value]) for value, color in found.own):
