@@ -1,4 +1,4 @@
-"""Paired augmentation: drawn once for a (seed, epoch, row), applied to image and mask alike; and where it puts each pixel.
+"""Paired augmentation: drawn once for a (seed, epoch, row), applied to image and mask alike; where it puts each pixel.
 
 Points are (x, y) in pixels; the center of pixel k lies at k, so that an image of width W ends at -0.5 and W - 0.5.
 """
