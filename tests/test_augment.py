@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from segcn.data import transforms
 from segcn.data.captions import cannot_be_mirrored, mirrored, says_a_side
 from segcn.data.config import FITS
 from segcn.data.palette import IGNORE
@@ -19,6 +18,7 @@ from segcn.data.transforms import (
     AugmentConfig,
     Draw,
     apply,
+    boxes,
     center_square,
     draw,
     matrix,
@@ -412,15 +412,38 @@ def test_mirrored_twice_is_the_same(caption):
     assert not cannot_be_mirrored(caption) or says_a_side(caption)
 
 
-def test_the_help_of_segcn_train_tells_the_fields_and_their_defaults():
+def test_the_help_of_segcn_train_lists_the_fields_and_their_defaults():
     listed = dict(re.findall(r"(\w+)=(\S+)", TrainConfig.EPILOG.split("cover:\n")[1].split("\n\n")[0]))
-    told = {name: value.split("|") if "|" in value else float(value) for name, value in listed.items()}
-    defaults = dataclasses.asdict(AugmentConfig())
-    assert told == defaults | {name: list(words) for name, words in transforms.WORDS.items()}
-    assert all(told[name][0] == defaults[name] for name in transforms.WORDS)
+    fields = {field.name: field for field in dataclasses.fields(AugmentConfig)}
+    assert list(listed) == list(fields)
+    for name, value in listed.items():
+        choices = fields[name].metadata.get("choices")
+        assert value.split("|") == list(choices) if choices else float(value) == fields[name].default
 
 
 def test_rewritten_captions_are_flipped_where_every_word_is_known():
     config = AugmentConfig.parse("affine,sided_captions=rewrite,hflip=1")
     assert draw(config, 0, 0, 0, "a house on the left").flip and draw(config, 0, 0, 0, "a bright lake").flip
     assert not draw(config, 0, 0, 0, "leftovers on the left").flip and not draw(config, 0, 0, 0, "a LeFt turn").flip
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ten_lines_of_torchvision_give_the_same_bytes(seed):
+    """The method written out, as a reader would: cut and resize, color, flip, affine, valid pixels."""
+    (image, mask), size = random_pair(seed, 40, 56), 32
+    drawn = draw(dataclasses.replace(WILD, hflip=0.5), seed, 0, 0)
+    expected = apply(image, mask, drawn, size)
+
+    source, _ = boxes(drawn, image.shape[-2:], size)
+    image = F.resized_crop(image, *source, [size, size], InterpolationMode.BILINEAR, antialias=True)
+    mask = F.resized_crop(mask, *source, [size, size], InterpolationMode.NEAREST_EXACT)
+    image = F.adjust_contrast(F.adjust_brightness(image, drawn.brightness), drawn.contrast)
+    image = F.adjust_saturation(image, drawn.saturation)
+    if drawn.flip:
+        image, mask = image.flip(-1), mask.flip(-1)
+    image = F.affine(F.pad(image, [1], padding_mode="edge"), *drawn.affine(size), InterpolationMode.BILINEAR)
+    valid = F.affine(torch.ones_like(mask), *drawn.affine(size), InterpolationMode.NEAREST).bool()
+    mask = F.affine(mask, *drawn.affine(size), InterpolationMode.NEAREST, fill=IGNORE)
+    image = image[..., 1:-1, 1:-1] * valid
+
+    assert all(map(torch.equal, (image, mask, valid), expected))

@@ -16,43 +16,42 @@ from torchvision.transforms.v2 import functional as F
 from segcn.data.captions import cannot_be_mirrored, says_a_side
 from segcn.data.palette import IGNORE
 from segcn.utils import rng
+from segcn.utils.args import check_values, flag
 from segcn.utils.errors import UserError
-
-BOUNDS = {  # of each number; above these a draw means nothing
-    "degrees": (0, 180), "translate": (0, 1), "scale_min": (0.01, 100), "scale_max": (0.01, 100), "shear": (0, 80),
-    "hflip": (0, 1), "crop_min": (0.01, 1), "crop_shift": (0, 1), "brightness": (0, 1), "contrast": (0, 1),
-    "saturation": (0, 1), "hue": (0, 0.5),
-}  # fmt: skip
-WORDS = {"fill": ("ignore", "cover"), "sided_captions": ("skip", "rewrite")}
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How far each parameter may be drawn from the one that changes nothing."""
+    """How far each parameter may be drawn from the one that changes nothing; UserError for what is out of range."""
 
-    degrees: float = 10.0  # rotation in [-degrees, degrees]
-    translate: float = 0.1  # shift along either axis, a fraction of the side
-    scale_min: float = 0.9
-    scale_max: float = 1.2
-    shear: float = 5.0  # degrees along either axis
-    hflip: float = 0.5  # probability; what becomes of captions that say left or right: sided_captions
-    crop_min: float = 1.0  # smallest side of the crop, a fraction of the largest one
-    crop_shift: float = 1.0  # how much of the room around the crop it may move in; 0 keeps it centered
-    brightness: float = 0.1  # factors in [1 - x, 1 + x]
-    contrast: float = 0.1
-    saturation: float = 0.1
-    hue: float = 0.0  # a fraction of the color circle, at most 0.5
-    fill: str = "ignore"  # what leaves the frame: ignore takes it out of the loss; cover scales up until nothing does
-    sided_captions: str = "skip"  # captions that say left or right: skip never flips them; rewrite swaps the words
+    degrees: float = flag(10.0, "rotation in [-degrees, degrees]", low=0, high=180)
+    translate: float = flag(0.1, "shift along either axis, a fraction of the side", low=0, high=1)
+    scale_min: float = flag(0.9, "smallest scale", low=0.01, high=100)
+    scale_max: float = flag(1.2, "largest scale", low=0.01, high=100)
+    shear: float = flag(5.0, "degrees along either axis", low=0, high=80)
+    hflip: float = flag(
+        0.5, "probability; what becomes of captions that say left or right: sided_captions", low=0, high=1
+    )
+    crop_min: float = flag(1.0, "smallest side of the crop, a fraction of the largest one", low=0.01, high=1)
+    crop_shift: float = flag(1.0, "share of the room around the crop that it may move in; 0: centered", low=0, high=1)
+    brightness: float = flag(0.1, "factors in [1 - x, 1 + x]", low=0, high=1)
+    contrast: float = flag(0.1, "factors in [1 - x, 1 + x]", low=0, high=1)
+    saturation: float = flag(0.1, "factors in [1 - x, 1 + x]", low=0, high=1)
+    hue: float = flag(0.0, "a fraction of the color circle", low=0, high=0.5)
+    fill: str = flag(
+        "ignore",
+        "what leaves the frame: ignore takes it out of the loss; cover scales up until nothing does",
+        ("ignore", "cover"),
+    )
+    sided_captions: str = flag(
+        "skip", "captions that say left or right: skip never flips them; rewrite swaps the words", ("skip", "rewrite")
+    )
 
     def __post_init__(self):
-        for name, (low, high) in BOUNDS.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"augmentation: {name}: expected {low} to {high}, found {value}")
-        for name, words in WORDS.items():
-            if getattr(self, name) not in words:
-                raise UserError(f"augmentation: {name}: expected {' or '.join(words)}, found {getattr(self, name)!r}")
+        try:
+            check_values(self)
+        except UserError as error:
+            raise UserError(f"augmentation: {str(error).removeprefix('--')}") from None
         if self.scale_min > self.scale_max:
             raise UserError(f"augmentation: expected scale_min <= scale_max, found {self.scale_min}, {self.scale_max}")
 
@@ -75,7 +74,7 @@ class AugmentConfig:
                 if not equals or name not in defaults:
                     raise UserError(f"unknown {change!r}; expected a field and its value, as name=value")
                 try:
-                    changed[name] = value if name in WORDS else float(value)
+                    changed[name] = value if isinstance(defaults[name], str) else float(value)
                 except ValueError:
                     raise UserError(f"{name}: expected a number, found {value!r}") from None
             return replace(AUGMENTS[start], **changed)
@@ -88,8 +87,7 @@ class AugmentConfig:
     @property
     def still(self) -> bool:
         """Whether every epoch draws the same."""
-        words: dict[str, Any] = {name: known[0] for name, known in WORDS.items()}
-        return replace(self, **words) == AugmentConfig.none()
+        return replace(self, fill="ignore", sided_captions="skip") == AugmentConfig.none()
 
 
 AUGMENTS = {"affine": AugmentConfig(), "none": AugmentConfig.none()}
