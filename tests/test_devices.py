@@ -1,7 +1,6 @@
-"""Promise: a CPU keeps the memory that it frees, and weights lie as convolutions want them."""
+"""Promise: a CPU keeps the memory that it frees, and weights have the memory format that convolutions are fast in."""
 
 import ctypes
-import json
 import os
 import platform
 import resource
@@ -10,7 +9,6 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from segcn.bench.old import bench_step, time_steps
 from segcn.models.base import MMAP_MAX, TRIM_THRESHOLD, keep_freed_memory, lay_out
 
 PAGE = resource.getpagesize()
@@ -58,15 +56,3 @@ def test_only_narrow_networks_lie_in_channels_last_on_a_cpu(width, channels_last
     weight = lay_out(unet, "cpu").down_blocks[0].resnets[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert weight.is_contiguous() != channels_last
-
-
-def test_a_step_is_timed(random_base, capsys):
-    time_steps(random_base, "given back", "channels_last", 64, 1, 1)
-    assert json.loads(capsys.readouterr().out) > 0
-
-
-@pytest.mark.slow
-def test_kept_memory_and_channels_last_are_the_faster_on_the_embedded_base():
-    said = []
-    bench_step(rounds=3, log=said.append)
-    assert "memory kept      , channels_last" in said[-1] and float(said[-1].split("x the pace")[0].split()[-1]) > 1.1

@@ -1,4 +1,6 @@
-"""Which device computes, and how networks and memory are laid out for it."""
+"""Frozen base models in Stable Diffusion's layout: load, encode, decode; devices and half precision.
+
+This is the only file that knows the scale of the latents."""
 
 import contextlib
 import ctypes
@@ -7,24 +9,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from segcn.utils.errors import UserError
 
-# --- devices: Which device computes, and how networks and memory are laid out for it.
+WIDE = 320  # channels of the first block of Stable Diffusion's U-Net
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # parameters of mallopt(3)
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CPU_FLAGS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+LAYOUT = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
-if TYPE_CHECKING:
-    from diffusers import ModelMixin
-WIDE = 320  # channels of the first block: Stable Diffusion's
-MMAP_MAX, TRIM_THRESHOLD = -4, -1  # the names of mallopt(3)
+
+# Devices
 
 
 def pick_device(name: str | None = None) -> str:
@@ -35,8 +39,8 @@ def pick_device(name: str | None = None) -> str:
 def keep_freed_memory(device: str | torch.device = "cpu") -> bool:
     """Let a process that computes on the CPU keep the memory that it frees; whether its C library (glibc) can.
 
-    Otherwise each step gives its tensors' pages back to the system and has them cleared anew, which takes up to a third
-    of a CPU's time; `segcn bench step` measures it. https://man7.org/linux/man-pages/man3/mallopt.3.html
+    Otherwise each step returns the memory of its tensors to the system, which clears it before the next step: up to a
+    third of the time on a CPU. https://man7.org/linux/man-pages/man3/mallopt.3.html
     """
     if torch.device(device).type != "cpu":
         return False
@@ -53,19 +57,18 @@ def give_freed_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def lay_out(network: "ModelMixin", device: str | torch.device) -> "ModelMixin":
-    """Move a network of diffusers to a device, its weights in the order in which convolutions are fastest there.
+def lay_out(network: ModelMixin, device: str | torch.device) -> ModelMixin:
+    """Move a network of diffusers to a device, in the memory format in which convolutions are fastest there.
 
-    That is channels_last, but for wide networks on CPUs (`segcn bench step` measures it).
+    That is channels_last, except for wide networks on CPUs.
     """
     wide_on_cpu = torch.device(device).type == "cpu" and network.config.block_out_channels[0] >= WIDE
-    layout = torch.contiguous_format if wide_on_cpu else torch.channels_last
-    return network.to(device, memory_format=layout)
+    return network.to(device, memory_format=torch.contiguous_format if wide_on_cpu else torch.channels_last)
 
 
 @contextlib.contextmanager
 def one_core() -> Iterator[int]:
-    """Compute on one core for as long as the block lasts, as sums depend on how they are split; the cores there are."""
+    """Compute on one core inside the block, as sums depend on how they are split; yields the number of cores."""
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -74,14 +77,22 @@ def one_core() -> Iterator[int]:
         torch.set_num_threads(cores)
 
 
-# --- frozen: Frozen weights held in half precision and computed with in the precision of what comes in.
+# Half precision
 #
-# A frozen convolution or linear layer needs nothing but its weight for the gradient of its input. Held in bfloat16 or
-# float16, the weight is widened when it is used, once forwards and once backwards, so that no wide copy stays alive
-# between the two. Normalisations stay as they are.
+# For the gradient of its input, a frozen convolution or linear layer needs nothing but its weight. Stored in bfloat16
+# or float16, the weight is converted to the input's precision when it is used, once in the forward and once in the
+# backward pass, so that no wide copy is kept between them. Normalizations stay in float32.
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CPU_FLAGS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+def precisions(frozen: str | None, mixed: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """In what the frozen weights are stored and in what they compute, for --frozen_precision and --mixed_precision.
+
+    They compute in --mixed_precision where the device is fast in it, and in float32 where it is not or where the
+    weights are stored so.
+    """
+    stored, computed = DTYPES[frozen or mixed], DTYPES[mixed]
+    exact = stored == torch.float32 or not computes_fast(computed, device)
+    return stored, torch.float32 if exact else computed
 
 
 def computes_fast(dtype: torch.dtype, device: torch.device) -> bool:
@@ -96,19 +107,8 @@ def computes_fast(dtype: torch.dtype, device: torch.device) -> bool:
     return any(has.get(flag) for flag in CPU_FLAGS[dtype])
 
 
-def precisions(frozen: str | None, mixed: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-    """What holds the frozen weights and what they compute in, for --frozen_precision and --mixed_precision.
-
-    Computed is in --mixed_precision where the device is fast in it, and in float32 where it is not or where the
-    weights are held so.
-    """
-    held, computed = DTYPES[frozen or mixed], DTYPES[mixed]
-    exact = held == torch.float32 or not computes_fast(computed, device)
-    return held, torch.float32 if exact else computed
-
-
 def hold(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Hold the convolutions and linear layers of a frozen network in `dtype`; returns the network."""
+    """Store the convolutions and linear layers of a frozen network in `dtype`; returns the network."""
     for layer in network.modules():
         if type(layer) in HELD:
             layer.__class__ = HELD[type(layer)]
@@ -117,54 +117,41 @@ def hold(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class HeldLinear(nn.Linear):
-    """A frozen linear layer that widens its weight when it is used."""
+    """A frozen linear layer whose weight is converted when it is used."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Linear.apply(x, self.weight, self.bias)
+        return _Convert.apply(x, self.weight, self.bias, None)
 
 
 class HeldConv2d(nn.Conv2d):
-    """A frozen convolution that widens its weight when it is used."""
+    """A frozen convolution whose weight is converted when it is used."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Convolution.apply(x, self.weight, self.bias, (self.stride, self.padding, self.dilation, self.groups))
+        return _Convert.apply(x, self.weight, self.bias, (self.stride, self.padding, self.dilation, self.groups))
 
 
 HELD = {nn.Linear: HeldLinear, nn.Conv2d: HeldConv2d}
 
 
-def _as(x: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor | None:
-    return None if parameter is None else parameter.to(x.dtype)
+class _Convert(torch.autograd.Function):
+    """A convolution of that geometry or, without one, a linear layer; only its input gets a gradient."""
 
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(weight)
-        return F.linear(x, _as(x, weight), _as(x, bias))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient @ _as(gradient, ctx.saved_tensors[0]), None, None
-
-
-class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, geometry):
         ctx.save_for_backward(weight)
         ctx.size, ctx.geometry = x.shape, geometry
-        return F.conv2d(x, _as(x, weight), _as(x, bias), *geometry)
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return F.conv2d(x, weight, bias, *geometry) if geometry else F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        weight = _as(gradient, ctx.saved_tensors[0])
-        return torch.nn.grad.conv2d_input(ctx.size, weight, gradient, *ctx.geometry), None, None, None
+        weight = ctx.saved_tensors[0].to(gradient.dtype)
+        if ctx.geometry is None:
+            return gradient @ weight, None, None, None
+        return nn.grad.conv2d_input(ctx.size, weight, gradient, *ctx.geometry), None, None, None
 
 
-# --- models: Base models and ControlNets: load, encode, decode, make. The only place that knows the latent scale.
-
-SILU_GAIN = 1.68  # 1 / the root mean square of SiLU of a standard normal
-LAYOUT = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# The base model
 
 
 @dataclass
@@ -172,13 +159,13 @@ class Base:
     """A frozen Stable Diffusion: its five parts and where they came from."""
 
     folder: str
-    vae: AutoencoderKL | None  # None once the caches stand and memory is wanted
+    vae: AutoencoderKL | None  # None once the caches are complete and memory is needed
     vae_config: dict[str, Any]
     text_encoder: CLIPTextModel | None
     tokenizer: CLIPTokenizer
     unet: UNet2DConditionModel
     scheduler: DDPMScheduler
-    dtype: torch.dtype  # what it computes in; what holds its weights may be narrower, see frozen.py
+    dtype: torch.dtype  # in which it computes; its weights may be stored in a narrower one, see `hold`
 
     @cached_property
     def fingerprint(self) -> str:
@@ -194,7 +181,7 @@ class Base:
 
     @property
     def latent_factor(self) -> int:
-        """Pixels a side of one latent cell."""
+        """The width of a latent cell in pixels, 8 in Stable Diffusion."""
         return _factor(self.vae_config)
 
 
@@ -208,45 +195,52 @@ def load_base(
 ) -> Base:
     """Load a base in Stable Diffusion 1.x/2.x layout, frozen; the safety checker is never loaded.
 
-    held: what holds the weights of its U-Net; none: `dtype`, as the rest. hub: revision and variant, of a base by name.
-    Raises UserError if a part of the layout is missing.
+    held: in what the weights of its U-Net are stored; none: `dtype`, as the rest. hub: revision and variant, of a base
+    by name. UserError if a part of the layout is missing.
     """
     _check_layout(folder)
     hub = {key: value for key, value in hub.items() if value is not None}
-    tokenizer_hub = {key: value for key, value in hub.items() if key != "variant"}
+    unvaried = {key: value for key, value in hub.items() if key != "variant"}
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **hub)
     if held not in (None, dtype):
         hold(unet, held)
-    _leave_file(unet)  # before the other parts are loaded: this is where the most memory is taken
+    # Copy the weights out of the memory-mapped file, which counts as ours while one is left there; before the other
+    # parts are loaded, as this is where the most memory is taken.
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.clone()
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **hub)
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **hub)
-    parts = Base(
-        folder=str(folder),
-        vae=vae,
-        vae_config=dict(vae.config),
-        text_encoder=text_encoder,
-        tokenizer=load_tokenizer(folder, tokenizer_name, tokenizer_hub),
-        unet=unet,
-        scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **tokenizer_hub),
-        dtype=dtype,
-    )
     for part in (vae, text_encoder, unet):
         part.requires_grad_(False).eval().to(device)
-    for part in (vae, unet):
-        lay_out(part, device)
-    return parts
+    return Base(
+        folder=str(folder),
+        vae=lay_out(vae, device),
+        vae_config=dict(vae.config),
+        text_encoder=text_encoder,
+        tokenizer=load_tokenizer(folder, tokenizer_name, unvaried),
+        unet=lay_out(unet, device),
+        scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **unvaried),
+        dtype=dtype,
+    )
 
 
-def _leave_file(part: torch.nn.Module) -> None:
-    """Copy weights out of the file that they are mapped from: while one is left there, all of it counts as ours."""
-    for parameter in part.parameters():
-        parameter.data = parameter.data.clone()
+def _check_layout(folder: str | Path) -> None:
+    """A local folder must have every part; a name on the hub is left to diffusers."""
+    folder = Path(folder)
+    missing = [part for part in LAYOUT if not (folder / part).is_dir()]
+    looks_local = folder.exists() or folder.is_absolute() or str(folder).startswith(".")
+    if missing and looks_local:
+        found = "no such folder" if not folder.exists() else f"no {missing[0]}/ in it"
+        raise UserError(
+            f"--pretrained_model_name_or_path {folder}: expected a Stable Diffusion folder with "
+            f"{', '.join(part + '/' for part in LAYOUT)}, found {found}"
+        )
 
 
 def latent_factor(folder: str | Path) -> int:
-    """Pixels a side of one latent cell of a base whose weights need not be loaded for it."""
+    """The width of a latent cell in pixels, of a base whose weights need not be loaded for it."""
     _check_layout(folder)
     return _factor(AutoencoderKL.load_config(folder, subfolder="vae"))
 
@@ -271,7 +265,7 @@ def base_fingerprint(folder: str | Path) -> str:
 
 
 def _sampled(path: Path, blocks: int = 64, block: int = 2**16) -> bytes:
-    """A file's size and, of a file over 4 MiB, evenly spaced blocks of 64 KiB: gigabytes are told apart at once."""
+    """A whole file or, over 4 MiB, its size and evenly spaced blocks of 64 KiB: enough to distinguish gigabytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= blocks * block:
@@ -328,16 +322,3 @@ def encode_text(base: Base, captions: list[str]) -> torch.Tensor:
     )
     with torch.no_grad():
         return base.text_encoder(tokens.input_ids.to(base.text_encoder.device))[0]
-
-
-def _check_layout(folder: str | Path) -> None:
-    """A local folder must have every part; a hub name is diffusers' to resolve."""
-    folder = Path(folder)
-    missing = [part for part in LAYOUT if not (folder / part).is_dir()]
-    looks_local = folder.exists() or folder.is_absolute() or str(folder).startswith(".")
-    if missing and looks_local:
-        found = "no such folder" if not folder.exists() else f"no {missing[0]}/ in it"
-        raise UserError(
-            f"--pretrained_model_name_or_path {folder}: expected a Stable Diffusion folder with "
-            f"{', '.join(part + '/' for part in LAYOUT)}, found {found}"
-        )

@@ -1,4 +1,4 @@
-"""Base models and ControlNets: load, encode, decode, make. The only place that knows the latent scale."""
+"""ControlNets: make one from a U-Net, and load one."""
 
 import math
 from pathlib import Path
@@ -7,32 +7,34 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 
-from segcn.models.base import SILU_GAIN, WIDE, lay_out
+from segcn.models.base import WIDE, lay_out
 from segcn.utils.errors import UserError
+
+SILU_GAIN = 1.68  # 1 / the root mean square of SiLU of a standard normal
 
 
 def make_controlnet(unet: UNet2DConditionModel, latent_factor: int = 8) -> ControlNetModel:
     """A ControlNet that starts as a copy of the U-Net's encoder (Zhang et al. 2023, arXiv:2302.05543).
 
-    UserError unless latent_factor, the pixels a side of a latent cell, is 8.
+    UserError unless latent_factor, the width of a latent cell in pixels, is 8.
     """
     if latent_factor != 8:
         raise UserError(
             "--pretrained_model_name_or_path: expected an autoencoder that compresses 8x, as a ControlNet in diffusers"
             f" does, found {latent_factor}x"
         )
-    narrow = unet.config.block_out_channels[0] < WIDE  # an embedding as small as its U-Net
+    narrow = unet.config.block_out_channels[0] < WIDE
     embedding = (16, 32, 64, 96) if narrow else (16, 32, 96, 256)
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=embedding)
-    carry_masks(controlnet.controlnet_cond_embedding)
+    keep_control_spread(controlnet.controlnet_cond_embedding)
     return lay_out(controlnet, unet.device)
 
 
-def carry_masks(embedding: ControlNetConditioningEmbedding) -> None:
-    """Initialise all but the last convolution to keep a signal's spread (He et al. 2015, arXiv:1502.01852, for SiLU).
+def keep_control_spread(embedding: ControlNetConditioningEmbedding) -> None:
+    """Initialize the control embedding so that the spread of its signal is kept (He et al. 2015, arXiv:1502.01852).
 
-    PyTorch's own initialisation fades what tells two masks apart to less than a thousandth, and a training is deaf to
-    masks until it has undone that. The last convolution stays zero: the ControlNet still begins as the U-Net's encoder.
+    With PyTorch's own initialization the differences between two masks shrink to less than a thousandth, and it takes
+    a training long to undo that. The last convolution stays zero: the ControlNet still begins as the U-Net's encoder.
     """
     for convolution in (embedding.conv_in, *embedding.blocks):
         torch.nn.init.normal_(convolution.weight, std=SILU_GAIN / math.sqrt(convolution.weight[0].numel()))

@@ -1,4 +1,4 @@
-"""Does an image show what its caption says? CLIP's answer, where its weights are at hand."""
+"""Features that images are compared by (Inception's or the segmenter's), and scores of captions by CLIP."""
 
 import hashlib
 import os
@@ -16,7 +16,9 @@ from segcn.models.base import pick_device, weights_digest
 from segcn.models.segmenter import AnySegmenter
 from segcn.utils.errors import UserError
 
-# --- text_scores: Does an image show what its caption says? CLIP's answer, where its weights are at hand.
+INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_HASH = Path(INCEPTION_WEIGHTS).stem.rpartition("-")[2]  # the beginning of the SHA-256 of those of 2015
+INCEPTION = "Inception v3, 2015-12-05"
 
 
 class Reader(NamedTuple):
@@ -50,21 +52,14 @@ def clip_reader(folder: str | Path, device: str | None = None) -> Reader:
         words = tokenizer(caption, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
         pixels = processor(Image.fromarray(to_uint8(image[0])), return_tensors="pt")["pixel_values"].to(model.device)
         both = model.get_text_features(**words), model.get_image_features(pixels)
-        text, seen = (getattr(one, "pooler_output", one) for one in both)  # transformers 5 returns more than the vector
-        return [max(0.0, 100 * torch.cosine_similarity(text, seen).item())]
+        text, view = (getattr(one, "pooler_output", one) for one in both)  # transformers 5 returns more than the vector
+        return [max(0.0, 100 * torch.cosine_similarity(text, view).item())]
 
     return Reader((f"CLIPScore ({Path(folder).absolute().name})",), weights_digest(model), read)
 
 
-# --- features: What images are compared by: the features of a named network, and where Inception's weights are found.
-
-INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_HASH = Path(INCEPTION_WEIGHTS).stem.rpartition("-")[2]  # how the SHA-256 of those of 2015 begins
-INCEPTION = "Inception v3, 2015-12-05"
-
-
 class Extractor(NamedTuple):
-    """image [B, 3, H, W] in [-1, 1] -> features [B, D]; `name` stands beside each number that comes of them."""
+    """image [B, 3, H, W] in [-1, 1] -> features [B, D]; `name` is reported with each number computed from them."""
 
     name: str
     key: str  # changes with any weight
@@ -72,14 +67,14 @@ class Extractor(NamedTuple):
 
     @property
     def names(self) -> tuple[str, str]:
-        """What the Fréchet and the kernel distance are called between these features."""
+        """The names of the Fréchet and the kernel distance between these features."""
         return ("FID", "KID") if self.name == INCEPTION else ("Fréchet distance", "kernel distance")
 
 
 def open_extractor(segmenter: AnySegmenter, inception: str | Path | None = None) -> Extractor:
-    """Inception where its weights are given or at hand, else the segmenter's own features.
+    """Inception where its weights are given or found, else the segmenter's own features.
 
-    These know this data set but compare with no published number. UserError where a file that is given is missing.
+    These fit this data set, but compare with no published number. UserError where a file that is given is missing.
     """
     weights, device = find_inception(inception), next(segmenter.parameters()).device
     if weights:
