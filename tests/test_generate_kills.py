@@ -175,6 +175,6 @@ def test_a_stopped_command_says_what_becomes_of_its_images_and_goes_on(config, l
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in process.communicate(timeout=60)[1] and process.returncode == 1
+    assert "rerun the same command to resume" in process.communicate(timeout=60)[1] and process.returncode == 1
     for path in (tmp_path / "out").glob("images/*/*.png"):
         assert path.read_bytes().endswith(b"IEND\xaeB`\x82")

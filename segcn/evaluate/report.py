@@ -19,7 +19,7 @@ from segcn.evaluate.evaluator import LEAST_CROP, ROWS, Evaluation
 from segcn.evaluate.metrics import COMPARED, NEIGHBORS
 from segcn.evaluate.tables import DISTANCES, lookup, number, within
 from segcn.models.base import one_core
-from segcn.utils.html import plot, render
+from segcn.utils.html import figure_img, render
 from segcn.utils.io import write_text
 
 MOST = 20  # classes shown at most: those with the lowest IoU
@@ -220,18 +220,18 @@ def as_html(evaluation: Evaluation) -> str:
         return Markup('{}<br><span class="grey nowrap">{}</span>').format(value, interval)
 
     plots = {
-        "class_scores": plot(class_scores(metrics), "IoU and boundary F-score of each class"),
-        "confusion": plot(confusion_table(metrics, palette), "which classes are taken for which"),
-        "legend": plot(legend(palette), "the colors of the classes"),
-        "class_extremes": plot(class_extremes(evaluation), "best and worst images of each class"),
-        "reliability": plot(reliability(metrics), "confidence against accuracy"),
+        "class_scores": figure_img(class_scores(metrics), "IoU and boundary F-score of each class"),
+        "confusion": figure_img(confusion_table(metrics, palette), "which classes are taken for which"),
+        "legend": figure_img(legend(palette), "the colors of the classes"),
+        "class_extremes": figure_img(class_extremes(evaluation), "best and worst images of each class"),
+        "reliability": figure_img(reliability(metrics), "confidence against accuracy"),
         "crops": "",
     }
     if any(value is not None for value in metrics["crops"]["kernel_distance"].values()):
-        plots["crops"] = plot(crop_bars(metrics), "kernel distance of each class")
+        plots["crops"] = figure_img(crop_bars(metrics), "kernel distance of each class")
     if metrics["copies"]:
-        plots["distances"] = plot(nearest_distances(metrics), "distances to the nearest training image")
-        plots["closest_pairs"] = plot(closest_pairs(evaluation), "the closest pairs")
+        plots["distances"] = figure_img(nearest_distances(metrics), "distances to the nearest training image")
+        plots["closest_pairs"] = figure_img(closest_pairs(evaluation), "the closest pairs")
     extractor = metrics["distance"]["extractor"]
     names = zip(metrics["distance"]["names"], DISTANCES, strict=True)
     distances = [(f"{name} ({extractor})", cell("distance", key, digits=4), "0: the same") for name, key in names]
