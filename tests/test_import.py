@@ -115,14 +115,14 @@ def write_table(path, header, rows):
 def saved(numbers, features=True, text="number {}"):
     """A `datasets` object with the images inside."""
     from datasets import Dataset, Features, Value
-    from datasets import Image as Picture
+    from datasets import Image as Stored
 
     columns = {
         "image": [{"bytes": png(photo(k)), "path": None} for k in numbers],
         "conditioning_image": [{"bytes": png(mask(k)), "path": None} for k in numbers],
         "text": [text.format(k) for k in numbers],
     }
-    kinds = Features({"image": Picture(), "conditioning_image": Picture(), "text": Value("string")})
+    kinds = Features({"image": Stored(), "conditioning_image": Stored(), "text": Value("string")})
     return Dataset.from_dict(columns, features=kinds if features else None)
 
 
@@ -145,13 +145,16 @@ def test_pairs_of_files_by_name_with_their_classes_as_captions(source, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "source"]
 
 
-def test_text_files_are_captions_and_each_line_is_one(source, tmp_path, monkeypatch):
+def test_each_line_of_a_text_file_is_a_caption_and_many_rows_are_spread_over_folders(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("segcn.data.importers.importer.MANY", 2)
     (source / "captions").mkdir()
     (source / "captions/p0.txt").write_text("first\n\n  second \n")
     (source / "images/p1.txt").write_text("one")
     assert "expected a caption, found none; --caption" in refused(source, tmp_path / "out")
     run(source, tmp_path / "out", caption="an image")
     assert assert_pairs(tmp_path / "out", range(3)) == [("first", "second"), ("one",), ("an image",)]
+    names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*/*.png"))
+    assert names[:3] == ["images/00/000000.png", "images/00/000001.png", "images/01/000002.png"]
     assert opened(tmp_path / "out", monkeypatch)["train"].num_rows == 3
 
 
@@ -248,6 +251,11 @@ def test_jsonl_keeps_lists_of_captions_and_rows_of_one_pair_become_one(source, t
     (source / "prompt.json").write_text(json.dumps(rows[1:2]))
     run(source / "prompt.json", tmp_path / "array")
     assert assert_pairs(tmp_path / "array", [1]) == [("c",)]
+    (source / "metadata.jsonl").write_bytes(b'{}\n\n["a"]\n{"image": "\xe9"}')
+    assert "line 1: expected a column file_name or" in refused(source, tmp_path / "more")
+    (source / "metadata.jsonl").write_bytes(json.dumps(rows[0]).encode() + b'\n\n["a"]\n{"image": "\xe9"}')
+    message = refused(source, tmp_path / "more")
+    assert "line 3: expected an object of columns, found ['a']; 1 more of 3 rows fail" in message
 
 
 @pytest.mark.parametrize(
@@ -341,15 +349,6 @@ def test_folders_of_splits_each_of_a_kind_of_its_own(tmp_path):
     assert assert_pairs(tmp_path / "out", [3], "validation") == [("number 3",)]
 
 
-def test_more_than_ten_thousand_rows_are_spread_over_folders(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("segcn.data.importers.importer.MANY", 2)
-    run(source, tmp_path / "out", caption="a")
-    assert_pairs(tmp_path / "out", range(3))
-    names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*/*.png"))
-    assert names[:3] == ["images/00/000000.png", "images/00/000001.png", "images/01/000002.png"]
-    assert opened(tmp_path / "out", monkeypatch)["train"].num_rows == 3
-
-
 def test_where_it_may_not_write(source, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
@@ -417,8 +416,8 @@ def test_a_killed_import_leaves_a_folder_that_is_no_data_set_and_the_next_one_sa
     left = next(tmp_path.glob("out.partial-*"))
     with pytest.raises(UserError, match="found none"):
         read_split(left)
-    told = "\n".join(run(source, tmp_path / "out", caption="a"))
-    assert f"{left} was left by an import that was killed" in told and left.is_dir()
+    lines = "\n".join(run(source, tmp_path / "out", caption="a"))
+    assert f"{left} was left by an import that was killed" in lines and left.is_dir()
     assert_pairs(tmp_path / "out", range(3))
 
 

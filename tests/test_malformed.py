@@ -106,10 +106,10 @@ def test_the_doctor_finds_it_too_in_that_row_alone(tmp_path, name, tokenizer, mo
 
 
 def test_no_file_outside_the_folder_is_opened(tmp_path):
-    """The folders of the corpus, read and examined while an audit hook hears of every file that is opened."""
+    """The folders of the corpus, read and examined while an audit hook notes every file that is opened."""
     words = [sys.executable, "-c", WATCHED, str(Path(__file__).parent), str(tmp_path)]
-    told = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True).stdout.splitlines()
-    outside = dict(map(json.loads, told))
+    lines = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True).stdout.splitlines()
+    outside = dict(map(json.loads, lines))
     assert list(outside) == list(CORPUS)
     assert {name: paths for name, paths in outside.items() if paths} == {}
 

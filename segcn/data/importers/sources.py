@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os.path import isfile
@@ -60,13 +60,10 @@ def held_out(found: dict[str, Source], count: int) -> dict[str, Source]:
         raise UserError(f"--test {count}: expected fewer than the {whole.count} rows that there are, and 1 at least")
     chosen = set(rng.permutation(whole.count, "held out", 0)[:count])
 
-    def rows(test: bool) -> Iterator[Row]:
-        return (row for k, row in enumerate(whole.rows()) if (k in chosen) == test)
+    def part(size: int, test: bool) -> Source:
+        return Source(whole.folder, size, lambda: (row for k, row in enumerate(whole.rows()) if (k in chosen) == test))
 
-    return {
-        "train": Source(whole.folder, whole.count - count, partial(rows, False)),
-        "test": Source(whole.folder, count, partial(rows, True)),
-    }
+    return {"train": part(whole.count - count, False), "test": part(count, True)}
 
 
 def _of_file(path: Path, config: ImportConfig) -> Source:
@@ -124,12 +121,9 @@ def _of_pairs(folder: Path, images: Path, masks: Path, config: ImportConfig) -> 
     splits, others = _split_folders(images), _split_folders(masks)
     if splits and set(splits) != set(others):
         raise UserError(f"{folder}: the splits in {images.name} are {_some(splits)}, in {masks.name} {_some(others)}")
-    if not splits:
-        return {"": _listed(folder, _pairs(images, masks, folder / "captions", config))}
-    return {
-        name: _listed(folder, _pairs(below, others[name], folder / "captions" / below.name, config))
-        for name, below in splits.items()
-    }
+    places = {name: (below, others[name], folder / "captions" / below.name) for name, below in splits.items()}
+    places = places or {"": (images, masks, folder / "captions")}
+    return {name: _listed(folder, _pairs(*place, config)) for name, place in places.items()}
 
 
 def _pairs(images: Path, masks: Path, captions: Path, config: ImportConfig) -> list[Row]:
