@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from os.path import relpath
 from pathlib import Path
 
@@ -14,10 +14,9 @@ from segcn.data.config import DoctorConfig
 from segcn.data.doctor.findings import KINDS, Checkup, Finding, examine
 from segcn.data.doctor.scan import Case
 from segcn.data.files import open_image, read_image
-from segcn.data.masks import colorize, read_mask
+from segcn.data.masks import read_stored_mask
 from segcn.data.metadata import COLUMNS, Split, write_csv
-from segcn.data.palette import IGNORE, Label, Palette
-from segcn.data.visualize import overlay
+from segcn.data.palette import Palette
 from segcn.utils.args import to_json
 from segcn.utils.errors import UserError
 from segcn.utils.html import img, render
@@ -178,15 +177,9 @@ def as_html(checkup: Checkup, config: DoctorConfig) -> str:
 
 
 def _images_of(case: Case, palette: Palette, max_pixels: int) -> list[np.ndarray]:
-    """Of a row the image and the mask over it, as far as they can be read, uint8 [H, W, 3].
-
-    Ids that the palette lacks are shown in magenta.
-    """
-    taken = {label.color for label in palette.labels}
-    spare = (color for blue in range(255, -1, -1) for g in (0, 1) if (color := (255, g, blue)) not in taken)
-    missing = sorted(set(range(IGNORE)) - set(palette.ids))
-    extra = tuple(Label(id, f"undeclared {id}", color) for id, color in zip(missing, spare, strict=False))
-    lenient = replace(palette, labels=palette.labels + extra)
+    """Of a row the image and the mask over it, as far as they can be read, uint8 [H, W, 3]; undeclared ids: magenta."""
+    colors = palette.table.copy()
+    colors[palette.class_of_id < 0] = (255, 0, 255)
 
     def read(path: Path, how: Callable[[Path], np.ndarray]) -> np.ndarray | None:
         try:
@@ -195,17 +188,16 @@ def _images_of(case: Case, palette: Palette, max_pixels: int) -> list[np.ndarray
         except Exception:  # decoders of broken files raise anything; a finding says it already
             return None
 
+    def mask_in_colors(path: Path) -> np.ndarray:
+        stored = read_stored_mask(path)
+        return read_image(path) if stored.colored or stored.values.dtype != np.uint8 else colors[stored.values]
+
     if not case.readable:
         return []
-    image = read(case.record.image, read_image)
-    mask = read(case.record.mask, lambda path: read_mask(path, lenient))
-    if mask is None:
-        shown = read(case.record.mask, read_image)
-    elif image is not None and image.shape[:2] == mask.shape:
-        shown = overlay(image, mask, lenient, 0.6)
-    else:
-        shown = colorize(mask, lenient)
-    return [each for each in (image, shown) if each is not None]
+    image, mask = read(case.record.image, read_image), read(case.record.mask, mask_in_colors)
+    if image is not None and mask is not None and image.shape == mask.shape:
+        mask = (0.4 * image + 0.6 * mask).round().astype(np.uint8)
+    return [each for each in (image, mask) if each is not None]
 
 
 def _thumbnail(pixels: np.ndarray) -> np.ndarray:
