@@ -14,13 +14,13 @@ from diffusers import ControlNetModel
 
 from segcn.bench import train
 from segcn.bench.config import VARIANTS, BenchTrainConfig
+from segcn.bench.timing import run_timed
 from segcn.bench.train import (
     Scorer,
     bench_train,
     caching_limit,
     command,
     ratios,
-    run_timed,
     shared_start,
     step_tflop,
     variant_words,
@@ -64,11 +64,11 @@ writer.close()
 @pytest.fixture
 def bench(tmp_path, landscapes, random_base, monkeypatch):
     """A function from settings to a config whose peer takes 20 s a step by its clock and 200 MiB, ours 10 s."""
-    for side, pace, megabytes in (("peer", 20, 200), ("ours", 10, 1)):
+    for side, pace, megabytes in (("baseline", 20, 200), ("ours", 10, 1)):
         (tmp_path / f"{side}.py").write_text(STAND_IN.format(side=side, pace=pace, megabytes=megabytes))
     monkeypatch.setattr(train, "OURS", [sys.executable, str(tmp_path / "ours.py")])
     given = {
-        "peer": str(tmp_path / "peer.py"),
+        "peer": str(tmp_path / "baseline.py"),
         "pretrained_model_name_or_path": str(random_base),
         "dataset_name": str(landscapes),
         "output_dir": str(tmp_path / "bench"),
@@ -89,7 +89,7 @@ def test_sides_run_in_turns_give_ratios_and_finished_runs_are_kept(bench):
     said = []
     config = bench(rounds=2)
     entries = bench_train(config, said.append)
-    assert journal(config) == ["peer", "ours", "ours", "peer"]
+    assert journal(config) == ["baseline", "ours", "ours", "baseline"]
     assert ratios(entries, "same", "samples_per_second") == pytest.approx([2, 2])
     assert all(ratio < 0.6 for ratio in ratios(entries, "same", "peak_gib"))
     assert json.loads((config.folder / "train.json").read_text()) == entries
@@ -98,7 +98,7 @@ def test_sides_run_in_turns_give_ratios_and_finished_runs_are_kept(bench):
     assert (config.folder / "train.txt").read_text().strip() in said[-1]
     assert not list((config.folder / "runs").glob("*/"))
     assert bench_train(bench(rounds=3), said.append)[:4] == entries
-    assert journal(config) == ["peer", "ours", "ours", "peer", "peer", "ours"]
+    assert journal(config) == ["baseline", "ours", "ours", "baseline", "baseline", "ours"]
 
 
 def test_start_up_and_saving_are_told_from_steady_steps(bench, tmp_path):
@@ -115,10 +115,10 @@ def test_both_sides_get_the_same_flags(bench):
     lines = [command(config, side, Path("/x"), 5, 5, variant_words(config, "bf16", side)) for side in train.SIDES]
     peer, ours = ([word for word in line if word.startswith("--")] for line in lines)
     assert [name for name in ours if name not in peer] == ["--logging_steps", "--augment"] and set(peer) <= set(ours)
-    assert variant_words(config, "memory", "peer") == variant_words(config, "ours", "peer")
+    assert variant_words(config, "memory", "baseline") == variant_words(config, "ours", "baseline")
     alone = bench(peer="")
     other, own = (
-        command(alone, side, Path("/x"), 5, 5, variant_words(alone, "same", side)) for side in ("peer", "ours")
+        command(alone, side, Path("/x"), 5, 5, variant_words(alone, "same", side)) for side in ("baseline", "ours")
     )
     assert [word for word in " ".join(other).split("--") if word not in " ".join(own).split("--")] == ["cache none "]
 
@@ -156,11 +156,11 @@ def test_mistakes_are_named(bench, tmp_path):
         bench_train(bench(dataset_name="nowhere"))
     with pytest.raises(UserError, match="--faithful_steps 2: expected at least --checkpointing_steps, 50"):
         bench_train(bench(until_faithful=True, faithful_steps=2))
-    (tmp_path / "peer.py").write_text("raise ImportError('this needs diffusers 9')")
-    with pytest.raises(UserError, match=r"same-peer-1: exit code 1: ImportError: this needs diffusers 9"):
+    (tmp_path / "baseline.py").write_text("raise ImportError('this needs diffusers 9')")
+    with pytest.raises(UserError, match=r"same-baseline-1: exit code 1: ImportError: this needs diffusers 9"):
         bench_train(bench(), len)
-    (tmp_path / "peer.py").write_text("")
-    with pytest.raises(UserError, match=r"found none of step 1; see .*same-peer-1.log"):
+    (tmp_path / "baseline.py").write_text("")
+    with pytest.raises(UserError, match=r"found none of step 1; see .*same-baseline-1.log"):
         bench_train(bench(), len)
 
 
@@ -172,7 +172,7 @@ class StandInScorer(Scorer):
     def __init__(self, config, log):
         self.ceiling, self.log = 0.06, log
 
-    def faithfulness_of(self, controlnet):
+    def miou_of(self, controlnet):
         self.painted.append(controlnet.parent.parent.name)
         return 0.004 * int(controlnet.parent.name.split("-")[1])
 
@@ -191,8 +191,8 @@ def test_the_time_until_masks_are_obeyed_is_taken_from_checkpoints_scored_later(
         "segcn at its defaults",
     ]
     assert [entry["reached"] for entry in entries] == [8, 8, 8] and len(StandInScorer.painted) == 3 * 4
-    assert [160 < entry["stood"]["8"] < 180 for entry in entries] == [True, True, False]
-    assert 80 < entries[2]["stood"]["8"] < 100
+    assert [160 < entry["written"]["8"] < 180 for entry in entries] == [True, True, False]
+    assert 80 < entries[2]["written"]["8"] < 100
     assert "the quickest of the others / segcn: " in said[-1]
     assert bench_train(config, said.append) == entries
     assert len(journal(config)) == 3 and len(StandInScorer.painted) == 3 * 4

@@ -284,7 +284,7 @@ def test_the_benchmark_shows_the_newest_results(tmp_path, random_base):
     entries = [
         shared | {"variant": variant, "side": side, "round": 1, "began": began, "settings": settings, "peak_gib": 2.0,
                   "samples_per_second": pace, "samples_per_second_with_start": 1.0, "seconds_per_step": 8 / pace}
-        for variant in ("ours", "same") for began, side, pace in ((1, "peer", 5.0), (2, "ours", 9.2))
+        for variant in ("ours", "same") for began, side, pace in ((1, "baseline", 5.0), (2, "ours", 9.2))
     ]  # fmt: skip
     older = [entry | {"machine": "another", "began": 0, "samples_per_second": 77.0} for entry in entries]
     (tmp_path / "bench").mkdir()

@@ -82,7 +82,7 @@ class BenchTrainConfig:
     @property
     def names(self) -> dict[str, str]:
         """What each side is called."""
-        return {"peer": "diffusers" if self.peer else "segcn --cache none", "ours": "segcn"}
+        return {"baseline": "diffusers" if self.peer else "segcn --cache none", "ours": "segcn"}
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,6 @@ class BenchGenerateConfig(SampleConfig):
         [], "several settings of segcn: num_inference_steps=8,guidance_end=0.6 guidance_scale=1 ..."
     )
     without_plain: bool = flag(False, "compare only the variants")
-    memory_masks: int = flag(
-        1000, "masks for segcn generate, a tenth of them first, to measure its memory; 0: none", low=0
-    )
     segmenter: str | None = flag(None, "trained segmenter folder; none: trained on the train rows")
     inception_weights: str | None = flag(None, "weights-inception-2015-12-05-6726825d.pth, for KID as published")
 
