@@ -256,7 +256,7 @@ def test_the_large_base_is_written_in_the_layout_that_is_read(tmp_path, monkeypa
     assert base.scheduler.config.prediction_type == "epsilon"
     with pytest.raises(UserError, match="exists: choose another folder"):
         recipe.build_sd15(tmp_path / "large")
-    monkeypatch.setattr(recipe, "SIZE", 1e18)
+    monkeypatch.setattr(recipe, "SIZE_OF_SD15", 1e18)
     with pytest.raises(UserError, match="of free disk space"):
         recipe.build_sd15(tmp_path / "other")
 
