@@ -63,7 +63,7 @@ def test_a_wrong_flag_is_refused_with_what_is_expected(text):
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("unreadable", "cannot be read"), ("other size", "expected its image's size"), ("undeclared", "200")],
+    [("unreadable", "cannot be read"), ("other size", "found 64 x 40"), ("undeclared", "200")],
 )
 @pytest.mark.parametrize("cached", [True, False])
 def test_by_default_the_run_ends_with_file_and_row_and_leaves_no_thread(rows, base, tmp_path, fault, said, cached):
