@@ -77,7 +77,7 @@ COMMANDS = {
         "segcn.bench.config:BenchGenerateConfig", "segcn.cli:bench_generation"),
     "train": Command(
         "train a ControlNet; the same as accelerate launch -m segcn.train",
-        "segcn.train.config:TrainConfig", "segcn.cli:train"),
+        "segcn.train.config:TrainConfig", "segcn.train.loop:train"),
     "infer": Command(
         "one mask and one or more prompts to a PNG that records its settings",
         "segcn.generate.config:InferConfig", "segcn.generate.infer:infer", (), NOTHING),
@@ -244,13 +244,6 @@ def bench_generation(config: Any) -> None:
 
     quiet()
     bench_generate(config)
-
-
-def train(config: Any) -> None:
-    """`segcn train`."""
-    from segcn.train import loop
-
-    loop.train(config)
 
 
 def evaluate(config: Any) -> str | None:

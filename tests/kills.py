@@ -31,14 +31,14 @@ def die_at(last: int) -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGKILL)
             signal.pause()  # some kernels come back from the call before the process ends
 
-    def hear(event: str, arguments: tuple) -> None:
+    def on_event(event: str, arguments: tuple) -> None:
         writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
         if writes or event in CHANGES:
             strike()
 
     fsync = os.fsync
     os.fsync = lambda file: (strike(), fsync(file))
-    sys.addaudithook(hear)
+    sys.addaudithook(on_event)
     return strike
 
 
@@ -61,8 +61,8 @@ def mount_small_disk(folder: Path, size: int) -> bool:
     libc, user, group = ctypes.CDLL(None), os.getuid(), os.getgid()
     if libc.unshare(NEW_USER | NEW_MOUNTS):
         return False
-    for name, told in {"setgroups": "deny", "uid_map": f"0 {user} 1", "gid_map": f"0 {group} 1"}.items():
-        Path("/proc/self", name).write_text(told)
+    for name, text in {"setgroups": "deny", "uid_map": f"0 {user} 1", "gid_map": f"0 {group} 1"}.items():
+        Path("/proc/self", name).write_text(text)
     return not libc.mount(b"", bytes(folder), b"tmpfs", 0, f"size={size}".encode())
 
 

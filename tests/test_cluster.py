@@ -1,4 +1,4 @@
-"""Promise: the files for clusters launch one process a GPU, and a Slurm job that runs out of time goes on by itself."""
+"""Promise: the files for clusters launch one process a GPU, and a Slurm job that runs out of time resumes by itself."""
 
 import os
 import re
@@ -121,7 +121,7 @@ def test_a_job_starts_one_launcher_a_node_with_the_command_as_given(job, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_real_training_of_two_processes_is_stopped_requeued_and_goes_on(job, quick, tmp_path):
+def test_a_real_training_of_two_processes_is_stopped_requeued_and_resumed(job, quick, tmp_path):
     words = [*arguments_of(quick(tmp_path / "run", checkpointing_steps=100000)), "--mixed_precision", "no"]
     process = job(*words, "--max_train_steps", "100000", nodes=1, gpus=2)
     while not process.stdout.readline().startswith("step 2/"):

@@ -17,13 +17,13 @@ from PIL import Image
 
 from segcn.data.masks import colorize, read_mask
 from segcn.data.metadata import read_split
-from segcn.train.export import MARK, export, license_of, write_card
+from segcn.train.export import CARD_MARK, export, license_of, write_model_card
 from segcn.train.loop import train
 from segcn.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def told(quick, tmp_path_factory):
+def config(quick, tmp_path_factory):
     """The settings of a run of two steps with a validation image and every private thing that settings can hold."""
     folder = tmp_path_factory.mktemp("private")
     split = read_split(quick("x").dataset_name, "test")
@@ -40,17 +40,17 @@ def told(quick, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(told):
+def run(config):
     """The folder of that run."""
-    return train(told)
+    return train(config)
 
 
-def test_the_card_tells_what_the_run_is(run, told):
+def test_the_card_says_what_the_run_is(run, config):
     card = ModelCard.load(run / "README.md")
-    assert card.data.license == license_of(told.pretrained_model_name_or_path)
+    assert card.data.license == license_of(config.pretrained_model_name_or_path)
     assert (card.data.library_name, card.data.base_model) == ("diffusers", "base")
     assert {"controlnet", "stable-diffusion", "diffusers-training", "segcn"} <= set(card.data.tags)
-    split = read_split(told.dataset_name, "train")
+    split = read_split(config.dataset_name, "train")
     for label in split.palette.labels:
         assert f"| {label.id} | {label.name} | `#{bytes(label.color).hex()}` |" in card.text
     loss = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
@@ -60,7 +60,7 @@ def test_the_card_tells_what_the_run_is(run, told):
     assert "(validation/step-000002.png)" in card.text
 
 
-def test_the_code_on_the_card_paints(run, told, random_base, landscapes, tmp_path, monkeypatch):
+def test_the_code_on_the_card_generates(run, config, random_base, landscapes, tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)[1]
     assert len(code.split("\n")) <= 8
     (tmp_path / "someone").mkdir()
@@ -75,28 +75,28 @@ def test_the_code_on_the_card_paints(run, told, random_base, landscapes, tmp_pat
     assert found["image"].size == (64, 64)
 
 
-def test_neither_paths_nor_tokens_leave_the_machine(run, told, published_files):
-    private = [str(run.parent), told.dataset_name, str(told.pretrained_model_name_or_path), "hf_secret"]
+def test_neither_paths_nor_tokens_leave_the_machine(run, config, published_files):
+    private = [str(run.parent), config.dataset_name, str(config.pretrained_model_name_or_path), "hf_secret"]
     texts = {name: (run / name).read_text() for name in published_files if not name.endswith((".png", ".safetensors"))}
     assert {"README.md", "config.json", "palette.json"} == set(texts)
     assert [(name, word) for name, text in texts.items() for word in private if word in text] == []
 
 
-def test_a_readme_of_the_users_own_is_left_alone(run, told, tmp_path):
-    split = read_split(told.dataset_name, "train")
-    assert write_card(tmp_path, told, split, 2, "CPU") and write_card(tmp_path, told, split, 3, "CPU")
+def test_a_readme_of_the_users_own_is_left_alone(run, config, tmp_path):
+    split = read_split(config.dataset_name, "train")
+    assert write_model_card(tmp_path, config, split, 2, "CPU") and write_model_card(tmp_path, config, split, 3, "CPU")
     assert "| steps | 3 |" in (tmp_path / "README.md").read_text()
-    mine = (tmp_path / "README.md").read_text().replace(MARK, "")
+    mine = (tmp_path / "README.md").read_text().replace(CARD_MARK, "")
     (tmp_path / "README.md").write_text(mine)
-    assert not write_card(tmp_path, told, split, 4, "CPU") and (tmp_path / "README.md").read_text() == mine
+    assert not write_model_card(tmp_path, config, split, 4, "CPU") and (tmp_path / "README.md").read_text() == mine
 
 
-def test_the_card_shows_how_well_the_pictures_obey(told, tmp_path):
+def test_the_card_shows_how_well_the_images_follow_their_masks(config, tmp_path):
     score = {"miou": 0.5, "of_ceiling": 0.61, "per_class": {"sky": 0.912, "sun": None}}
     lines = [{"step": 1, "loss": 0.25}, {"step": 2, "faithfulness": score}, {"step": 2, "loss": 0.125}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "best.json").write_text(json.dumps({"step": 2, "checkpoint": "checkpoint-2", "miou": 0.5}))
-    write_card(tmp_path, told, read_split(told.dataset_name, "train"), 2, "CPU")
+    write_model_card(tmp_path, config, read_split(config.dataset_name, "train"), 2, "CPU")
     text = (tmp_path / "README.md").read_text()
     for row in ("miou, step 2 | 0.5", "per_class sky, step 2 | 0.912", "best miou, checkpoint-2 | 0.5", "loss | 0.125"):
         assert row in text
@@ -131,10 +131,10 @@ class FakeHub:
 
 
 @pytest.fixture
-def published_files(run, told, tmp_path, monkeypatch):
-    """What the finished run uploads when it is told to."""
+def published_files(run, config, tmp_path, monkeypatch):
+    """What the finished run uploads with --push_to_hub."""
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
-    train(dataclasses.replace(told, push_to_hub=True))
+    train(dataclasses.replace(config, push_to_hub=True))
     assert FakeHub.calls[:2] == [("token", "hf_secret"), ("create_repo", "someone/lakes")]
     return FakeHub.calls[2][2]
 
@@ -144,11 +144,11 @@ def test_the_upload_is_weights_card_palette_and_the_newest_sheet(published_files
     assert published_files == [*expected, "validation/step-000002.png"]
 
 
-def test_a_hub_that_does_not_answer_leaves_the_finished_controlnet(run, told, tmp_path):
+def test_a_hub_that_does_not_answer_leaves_the_finished_controlnet(run, config, tmp_path):
     out = tmp_path / "lakes"
     shutil.copytree(run, out)
     (out / "config.json").unlink()
-    offline = dataclasses.replace(told, output_dir=str(out), push_to_hub=True)
+    offline = dataclasses.replace(config, output_dir=str(out), push_to_hub=True)
     with pytest.raises(UserError, match=f"someone/lakes: OfflineModeIsEnabled.*\n.*is in {out}. .*same command"):
         train(offline)
     assert ControlNetModel.from_pretrained(out).config.conditioning_channels == 3

@@ -88,7 +88,7 @@ def test_two_runs_that_build_at_once_leave_one_whole_cache(rows, base, whole, tm
 
 
 @pytest.mark.parametrize(("step", "points"), [("fsync", range(0, FILES, 3)), ("replace", range(FILES))])
-def test_a_build_that_is_killed_at_any_point_goes_on_with_what_stands(
+def test_a_build_that_is_killed_at_any_point_resumes_with_what_exists(
     rows, base, whole, tmp_path, monkeypatch, step, points
 ):
     """Killed while each of its files is written, one after another."""
@@ -150,7 +150,7 @@ def test_a_cache_is_used_again_and_more_draws_are_added_to_it(rows, base, whole,
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.9])
-def test_a_damaged_file_is_named_with_what_mends_it(rows, base, whole, tmp_path, kept):
+def test_a_damaged_file_is_named_with_what_fixes_it(rows, base, whole, tmp_path, kept):
     shutil.copytree(whole, tmp_path / "cache")
     paths = sorted((tmp_path / "cache").glob("*.npy"))
     assert len(paths) == FILES - 2
@@ -190,26 +190,18 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_aside(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_read_ahead_keeps_its_order(rows):
-    keys = [(draw, row) for draw in range(5) for row in range(len(rows))]
-    found = list(latent_cache.read_ahead(rows, iter(keys)))
-    assert len(found) == len(keys) > 3 * latent_cache.BATCH
-    for (draw, row), sample in zip(keys, found, strict=True):
-        assert sample.draw == rows.draw(row, draw)
-
-
 def test_the_key_changes_with_weights_precision_and_tokenizer_of_the_base(random_base, base):
-    told = {latent_cache.encoders_fingerprint(base), latent_cache.encoders_fingerprint(load_base(random_base))}
-    assert len(told) == 1
-    told.add(latent_cache.encoders_fingerprint(load_base(random_base, dtype=torch.bfloat16)))
+    keys = {latent_cache.encoders_fingerprint(base), latent_cache.encoders_fingerprint(load_base(random_base))}
+    assert len(keys) == 1
+    keys.add(latent_cache.encoders_fingerprint(load_base(random_base, dtype=torch.bfloat16)))
     other = load_base(random_base)
     with torch.no_grad():
         next(other.vae.parameters())[0] += 1
-    told.add(latent_cache.encoders_fingerprint(other))
+    keys.add(latent_cache.encoders_fingerprint(other))
     other = load_base(random_base)
     other.tokenizer.add_tokens(["lighthouse"])
-    told.add(latent_cache.encoders_fingerprint(other))
-    assert len(told) == 4
+    keys.add(latent_cache.encoders_fingerprint(other))
+    assert len(keys) == 4
 
 
 def test_cached_examples_are_memory_mapped_and_the_same_from_two_workers(rows, whole):
@@ -242,7 +234,7 @@ def test_controls_are_dropped_by_visit_and_row_alike_with_and_without_cache(rows
     assert torch.equal(half[kept]["cells"], none[kept]["cells"])
 
 
-def test_cached_moments_are_those_of_the_picture_of_that_draw(rows, base, whole):
+def test_cached_moments_are_those_of_the_image_of_that_draw(rows, base, whole):
     cache = latent_cache.LatentCache(whole, 2)
     for draw, row in [(0, 0), (0, 9), (1, 11), (1, 7)]:
         moments = encode_moments(base.vae, rows.sample(row, draw).image[None])[0].numpy()
@@ -296,13 +288,13 @@ def test_draws_that_were_asked_for_are_kept_or_refused():
 
 
 def test_the_bytes_counted_are_the_bytes_written(rows, base, whole):
-    layout, captions = latent_cache.layout_of(rows, base), latent_cache.captions_of(rows)
+    layout, captions = latent_cache.layout_of(rows, base), latent_cache.cached_captions(rows)
     counted = 2 * layout.draw_bytes + layout.text_bytes(len(captions))
     header = 256  # of a file, at most
     assert counted < latent_cache.existing_bytes(whole) <= counted + header * (FILES - 2)
 
 
-def test_a_run_that_goes_on_keeps_its_draws(quick, rows, base, tmp_path):
+def test_a_resumed_run_keeps_its_draws(quick, rows, base, tmp_path):
     said = []
 
     def settled(**changes):

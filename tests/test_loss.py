@@ -21,7 +21,7 @@ from segcn.train.config import TrainConfig
 from segcn.train.log import read_log
 from segcn.train.loop import step_losses, train
 from segcn.train.loss import FiniteCheck, diffusion_loss, min_snr_weights, valid_cells
-from segcn.train.setup import make_scheduler, prepare
+from segcn.train.setup import make_noise_schedule, prepare
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
 
@@ -122,16 +122,16 @@ def test_cells_weigh_as_asked_and_only_in_frame():
 
 def test_zero_terminal_snr_ends_in_pure_noise_and_needs_a_base_that_predicts_v():
     config = TrainConfig(rescale_betas_zero_snr=True)
-    scheduler = make_scheduler(config, fake_base("v_prediction"))
+    scheduler = make_noise_schedule(config, fake_base("v_prediction"))
     assert scheduler.alphas_cumprod[-1].item() < 1e-6
     with pytest.raises(UserError, match="predicts v"):
-        make_scheduler(config, fake_base("epsilon"))
+        make_noise_schedule(config, fake_base("epsilon"))
 
 
 def test_the_prediction_type_can_be_named_where_a_base_says_it_wrong():
     asked = TrainConfig(prediction_type="v_prediction")
-    assert make_scheduler(asked, fake_base("epsilon")).config.prediction_type == "v_prediction"
-    assert make_scheduler(TrainConfig(), fake_base("epsilon")).config.prediction_type == "epsilon"
+    assert make_noise_schedule(asked, fake_base("epsilon")).config.prediction_type == "v_prediction"
+    assert make_noise_schedule(TrainConfig(), fake_base("epsilon")).config.prediction_type == "epsilon"
 
 
 def test_the_average_follows_the_weights_and_leaves_them_as_they_were():
@@ -172,7 +172,7 @@ def check(tmp_path):
     return made
 
 
-def test_a_loss_that_is_not_finite_is_told_with_step_and_rows(check, tmp_path):
+def test_a_loss_that_is_not_finite_is_reported_with_step_and_rows(check, tmp_path):
     finite = check()
     finite.add(torch.tensor([4, 7]), torch.tensor([0.1, float("nan")]))
     with pytest.raises(UserError, match=r"step 12: .*the loss of row 7 .*nothing was updated"):
@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_is_told_with_step_and_rows(check, tmp_path):
     assert report["step"] == 12 and report["rows_with_bad_loss"] == [7] and report["rows"] == [4, 7]
 
 
-def test_a_gradient_that_is_not_finite_is_told_with_its_rows(check):
+def test_a_gradient_that_is_not_finite_is_reported_with_its_rows(check):
     finite = check()
     finite.add(torch.tensor([4]), torch.tensor([0.1]))
     finite.check(torch.tensor(1.0), 1)  # this one is fine, and its row is forgotten

@@ -19,7 +19,7 @@ from segcn.models.segmenter import SegmenterConfig, train_segmenter
 from segcn.samples import measure
 from segcn.samples.landscapes.scene import SAMPLE_ROWS
 from segcn.train.config import TrainConfig
-from segcn.train.latent_cache import Layout
+from segcn.train.latent_cache import CacheLayout
 from segcn.utils.paths import ROOT
 
 PAGES = ("README.md", "data/README.md", "data/base/README.md")
@@ -205,7 +205,7 @@ def holds_a_secret(path):
 
 
 def test_a_draw_of_the_cache_has_the_size_that_the_page_tells():
-    layout = Layout(50_000, (4, 64, 64), 512, (77, 768))
+    layout = CacheLayout(50_000, (4, 64, 64), 512, (77, 768))
     told = f"{layout.entry.itemsize / 1e6:.2f} MB a row at 512 pixels, {layout.draw_bytes / 1e9:.0f} GB in all"
     assert told in (ROOT / "data" / "README.md").read_text()
     assert "(`--cache_budget_gb`, 20 by default)" in (ROOT / "data" / "README.md").read_text()

@@ -25,12 +25,16 @@ def test_preflight_measures_two_steps_proposes_a_batch_and_writes_no_run(quick, 
     config = quick(tmp_path / "out", preflight=True, max_train_steps=5000, train_batch_size=4, memory_preset=8)
     before = files_of(config.cache_dir)
     assert train(config) is None
-    told = capsys.readouterr().out
-    assert "Preflight: 2 steps of 4 x 1 rows, 64 px" in told
+    printed = capsys.readouterr().out
+    assert "Preflight: 2 steps of 4 x 1 rows, 64 px" in printed
     for part in ("frozen U-Net", "its gradients", "optimizer state", "activations and the rest", "peak"):
-        assert part in told
-    assert " of 8.0\n" in told and "s a step: 5000 steps take" in told and "images a second into the cache" in told
-    assert "Proposed: --train_batch_size 4 --gradient_accumulation_steps 1" in told
+        assert part in printed
+    assert (
+        " of 8.0\n" in printed
+        and "s a step: 5000 steps take" in printed
+        and "images a second into the cache" in printed
+    )
+    assert "Proposed: --train_batch_size 4 --gradient_accumulation_steps 1" in printed
     assert not (tmp_path / "out").exists() and files_of(config.cache_dir) == before
 
 
@@ -44,9 +48,9 @@ def test_memory_that_runs_out_is_said_with_what_to_do(quick, tmp_path, capsys, m
 
     monkeypatch.setattr(memory, "two_steps", two_steps)
     train(quick(tmp_path / "out", preflight=True, train_batch_size=4))
-    told = capsys.readouterr().out
-    assert "Memory runs out at --train_batch_size 4" in told
-    assert "Proposed: --train_batch_size 1 --gradient_accumulation_steps 4" in told
+    printed = capsys.readouterr().out
+    assert "Memory runs out at --train_batch_size 4" in printed
+    assert "Proposed: --train_batch_size 1 --gradient_accumulation_steps 4" in printed
 
     def nothing_fits(run, learn, size):
         raise torch.OutOfMemoryError("CUDA out of memory")

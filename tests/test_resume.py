@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from diffusers import ControlNetModel
 from kills import forked, train_quietly, warm_context
+from runs import log_of, weights
 
 from segcn.train import checkpoint
 from segcn.train import loop as training
@@ -34,15 +35,6 @@ def straight(quick, tmp_path_factory):
 @pytest.fixture(scope="module")
 def warm():
     return warm_context()
-
-
-def weights(folder):
-    return (Path(folder) / "diffusion_pytorch_model.safetensors").read_bytes()
-
-
-def log_of(folder):
-    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds_per_step"} for line in lines]
 
 
 def names(folder):
@@ -141,27 +133,6 @@ def test_damage_to_any_file_of_a_checkpoint_is_named_and_passed_over(straight, t
         )
 
 
-def test_a_damaged_checkpoint_neither_stops_the_run_nor_outlives_the_good_ones(quick, straight, tmp_path, capsys):
-    out = tmp_path / "out"
-    shutil.copytree(straight, out)
-    (out / "checkpoint-6" / "state.json").write_text("{}")
-    train(quick(out, **ODD, checkpointing_steps=4, checkpoints_total_limit=1))
-    printed = capsys.readouterr().out
-    assert "Skipping" in printed and "Resuming from" in printed
-    assert_same(out, straight)
-    (aside,) = names(out) - {"checkpoint-6"}
-    assert aside.startswith("checkpoint-6.set-aside-") and aside in printed
-
-
-def test_none_whole_is_an_error(quick, straight, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(straight, out)
-    for folder in checkpoint.steps(out).values():
-        (folder / "state.json").unlink()
-    with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
-        train(quick(out, **ODD))
-
-
 def test_from_an_older_checkpoint_the_later_ones_are_set_aside_by_name(quick, straight, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(straight, out)
@@ -194,17 +165,24 @@ def command(monkeypatch, config, **flags):
     runpy.run_module("segcn.train", run_name="__main__")
 
 
-def test_as_in_the_old_script_only_the_newest_two_are_kept(quick, tmp_path, monkeypatch):
-    command(monkeypatch, quick(tmp_path, checkpointing_steps=2, checkpoints_total_limit=2))
-    assert names(tmp_path) == {"checkpoint-4", "checkpoint-6"}
-
-
-def test_as_in_the_old_script_a_limit_given_later_removes_several(quick, tmp_path, monkeypatch):
+def test_as_in_the_old_script_only_the_newest_are_kept_also_where_the_limit_comes_later(quick, tmp_path, monkeypatch):
     command(monkeypatch, quick(tmp_path, checkpointing_steps=2, preset="sd15"))
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
     later = quick(tmp_path, checkpointing_steps=2, preset="sd15", max_train_steps=8)
     command(monkeypatch, later, resume_from_checkpoint="checkpoint-6", checkpoints_total_limit=2)
     assert names(tmp_path) == {"checkpoint-6", "checkpoint-8"}
+
+
+def test_a_damaged_checkpoint_is_skipped_by_name_and_set_aside(quick, straight, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    (out / "checkpoint-6" / "state.json").write_text("{}")
+    train(quick(out, **ODD, checkpointing_steps=4, checkpoints_total_limit=1))
+    printed = capsys.readouterr().out
+    assert "Skipping" in printed and "Resuming from" in printed
+    assert_same(out, straight)
+    (aside,) = names(out) - {"checkpoint-6"}
+    assert aside.startswith("checkpoint-6.set-aside-") and aside in printed
 
 
 def holder(folder, ready, child=None):
@@ -214,7 +192,7 @@ def holder(folder, ready, child=None):
         os.fork()  # as a process that reads data
     ready.touch()
     time.sleep(60)
-    os._exit(0)  # a fork must not go on as the test
+    os._exit(0)  # a fork must not continue as the test
 
 
 def test_a_second_run_in_the_same_folder_is_refused_by_name_until_the_first_is_killed(warm, quick, straight, tmp_path):

@@ -1,4 +1,4 @@
-"""Promise: each of diffusers' schedules counts optimizer steps, and training goes on from a published ControlNet."""
+"""Promise: each of diffusers' schedules counts optimizer steps, and training starts from a published ControlNet."""
 
 import dataclasses
 import json
@@ -55,11 +55,11 @@ def test_a_schedule_counts_optimizer_steps(name, processes, accumulation, monkey
 
 
 def test_a_training_that_accumulates_follows_its_schedule(quick, tmp_path):
-    told = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "learning_rate": 1e-3, "gradient_accumulation_steps": 2}
-    run = train(quick(tmp_path / "run", **told, max_train_steps=4))
+    given = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "learning_rate": 1e-3, "gradient_accumulation_steps": 2}
+    run = train(quick(tmp_path / "run", **given, max_train_steps=4))
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     rates = [entry["learning_rate"] for entry in entries if "learning_rate" in entry]
-    assert rates == pytest.approx([0.5e-3, 1e-3, 0.5e-3, 0])  # as they stand after each step
+    assert rates == pytest.approx([0.5e-3, 1e-3, 0.5e-3, 0])  # as they are after each step
 
 
 def test_the_schedule_of_a_run_is_not_accelerates_which_steps_once_a_process(quick, tmp_path):
@@ -91,7 +91,7 @@ def published(random_base, tmp_path_factory):
     return tmp_path_factory.getbasetemp() / "published0"
 
 
-def test_training_goes_on_from_a_published_controlnet(quick, published, tmp_path):
+def test_training_starts_from_a_published_controlnet(quick, published, tmp_path):
     run = prepare(quick(tmp_path / "run", controlnet_model_name_or_path=str(published)))
     there, here = ControlNetModel.from_pretrained(published).state_dict(), run.controlnet.state_dict()
     assert there.keys() == here.keys() and all(torch.equal(there[key], here[key]) for key in there)
@@ -118,14 +118,14 @@ def test_a_folder_without_a_controlnet_is_named(quick, tmp_path):
         train(dataclasses.replace(quick(tmp_path / "run"), controlnet_model_name_or_path=str(tmp_path / "nowhere")))
 
 
-def test_a_new_controlnet_hears_masks_that_pytorchs_initialisation_fades_and_begins_silent(random_base):
+def test_a_new_controlnet_passes_on_masks_that_pytorchs_initialization_fades_and_begins_at_zero(random_base):
     unet = load_base(random_base).unet
     masks = torch.rand(8, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)  # of large areas
     ours, theirs = make_controlnet(unet), ControlNetModel.from_unet(unet)
-    heard = []
+    passed = []
     for controlnet in (ours, theirs):
         embedding = controlnet.controlnet_cond_embedding
-        embedding.conv_out.register_forward_pre_hook(lambda _, features: heard.append(features[0].std(0).mean()))
+        embedding.conv_out.register_forward_pre_hook(lambda _, features: passed.append(features[0].std(0).mean()))
         assert (embedding(masks) == 0).all()
     apart = masks.std(0).mean()  # how far masks differ
-    assert heard[0] > 0.3 * apart and heard[1] < 1e-3 * apart
+    assert passed[0] > 0.3 * apart and passed[1] < 1e-3 * apart

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from runs import log_of, weights
 
 from segcn.data.masks import read_mask
 from segcn.data.metadata import read_split
@@ -37,40 +38,42 @@ def two_denoising_steps():
 
 
 @pytest.fixture(scope="module")
-def judged(quick, landscapes, tmp_path_factory):
+def scored_config(quick, landscapes, tmp_path_factory):
     """A function from settings to the config of a run of six steps, scored at every second by a small segmenter."""
     folder = tmp_path_factory.mktemp("segmenter") / "trained"
     settings = segmenter.SegmenterConfig(steps=20, batch_size=4, width=8, resolution=64)
     segmenter.train_segmenter(read_split(landscapes, "train"), settings, folder, lambda line: None)
-    watching = {"faithfulness_rows": 3, "validation_steps": 2, "segmenter": str(folder)}
-    return lambda out, **given: quick(out, **watching | given)
+    scoring = {"faithfulness_rows": 3, "validation_steps": 2, "segmenter": str(folder)}
+    return lambda out, **given: quick(out, **scoring | given)
 
 
 @pytest.fixture(scope="module")
-def watched(judged, tmp_path_factory):
+def scored_run(scored_config, tmp_path_factory):
     """A scored run and the state of the global random numbers after it."""
     torch.manual_seed(5)
-    return train(judged(tmp_path_factory.mktemp("runs") / "watched", report_to="tensorboard")), torch.get_rng_state()
+    return train(
+        scored_config(tmp_path_factory.mktemp("runs") / "scored_run", report_to="tensorboard")
+    ), torch.get_rng_state()
 
 
 class Scripted:
-    """Runs whose scores are LEARNING's, with nothing painted; `run` is the one that looks, `meanwhile` what happens."""
+    """Runs scored as LEARNING says, without generating; `run` is the one that validates, `meanwhile` what happens."""
 
     def __init__(self, patched, config):
         self.config, self.look, self.meanwhile = config, validation.validate_now, lambda run: None
         patched.setattr(validation, "validate_now", self.looked)
-        patched.setattr(validation, "generate_rows", self.painted)
+        patched.setattr(validation, "generate_rows", self.generated)
         patched.setattr(validation, "score_rows", self.score)
 
     def looked(self, run):
         self.run = run
         return self.look(run)
 
-    def painted(self, judge_, *rest):
+    def generated(self, scorer, *rest):
         self.meanwhile(self.run)
-        return np.zeros((*judge_.masks.shape, 3), np.uint8)
+        return np.zeros((*scorer.masks.shape, 3), np.uint8)
 
-    def score(self, judge_, painted):
+    def score(self, scorer, generated):
         share = LEARNING[self.run.step]
         return {"miou": share / 2, "of_ceiling": share, "per_class": {"sky": share, "cloud": None}}
 
@@ -79,9 +82,9 @@ class Scripted:
 
 
 @pytest.fixture(scope="module")
-def scripted(judged):
+def scripted(scored_config):
     with pytest.MonkeyPatch.context() as patched:
-        yield Scripted(patched, judged)
+        yield Scripted(patched, scored_config)
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +93,6 @@ def learned(scripted, tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         folder = scripted.train(tmp_path_factory.mktemp("runs") / "learned")
     return folder, printed.getvalue()
-
-
-def told(folder):
-    """The log without what depends on the clock."""
-    entries = read_log(folder / "log.jsonl")
-    for entry in entries:
-        entry.pop("seconds_per_step", None)
-        entry.get("faithfulness", {}).pop("seconds", None)
-    return entries
-
-
-def weights(folder):
-    return (folder / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -126,10 +116,10 @@ def test_the_jump_of_a_curve_is_found(curve, step):
     assert convergence_step(range(0, 100 * len(curve), 100), curve) == step
 
 
-def test_a_run_tells_how_well_held_out_masks_are_obeyed(watched, landscapes):
+def test_a_run_logs_how_well_held_out_masks_are_obeyed(scored_run, landscapes):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder, _ = watched
+    folder, _ = scored_run
     entries = read_log(folder / "log.jsonl")
     assert fractions(entries)[0] == [0, 2, 4, 6]
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5, 6]
@@ -143,27 +133,27 @@ def test_a_run_tells_how_well_held_out_masks_are_obeyed(watched, landscapes):
     assert "faithfulness/sky" in events.Tags()["scalars"] and "validation" in events.Tags()["images"]
 
 
-def test_the_sheet_of_a_scored_run_shows_its_first_rows(watched, landscapes):
+def test_the_sheet_of_a_scored_run_shows_its_first_rows(scored_run, landscapes):
     split = read_split(landscapes, "test")
-    masks, painted = read_sheet(watched[0] / "validation" / "step-000004.png")
+    masks, generated = read_sheet(scored_run[0] / "validation" / "step-000004.png")
     for row, mask in enumerate(masks):
         assert (mask == split.palette.table[read_mask(split[row].mask, split.palette)]).all()
-    assert len(painted) == 3 and all(image.std() > 0 for image in painted)
+    assert len(generated) == 3 and all(image.std() > 0 for image in generated)
 
 
-def test_a_scored_run_ends_with_the_weights_of_one_that_is_not(watched, quick, tmp_path):
-    folder, state = watched
+def test_a_scored_run_ends_with_the_weights_of_one_that_is_not(scored_run, quick, tmp_path):
+    folder, state = scored_run
     torch.manual_seed(5)
     assert weights(train(quick(tmp_path / "blind"))) == weights(folder)
     assert torch.equal(torch.get_rng_state(), state)
-    losses = [[entry["loss"] for entry in told(run) if "loss" in entry] for run in (folder, tmp_path / "blind")]
+    losses = [[entry["loss"] for entry in log_of(run) if "loss" in entry] for run in (folder, tmp_path / "blind")]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.usefixtures("fresh_precision")
-def test_half_precision_paints_and_scores(judged, tmp_path):
-    out = train(judged(tmp_path / "out", mixed_precision="bf16", max_train_steps=1, use_ema=True))
-    assert list(validation_scores(told(out))) == [0, 1]
+def test_half_precision_generates_and_scores(scored_config, tmp_path):
+    out = train(scored_config(tmp_path / "out", mixed_precision="bf16", max_train_steps=1, use_ema=True))
+    assert list(validation_scores(log_of(out))) == [0, 1]
 
 
 def test_the_best_checkpoint_is_kept_and_named(learned):
@@ -175,7 +165,7 @@ def test_the_best_checkpoint_is_kept_and_named(learned):
     assert printed.count("The ControlNet began to obey the masks at step 4.") == 1
 
 
-def test_a_scored_run_that_was_killed_tells_the_same(scripted, learned, tmp_path):
+def test_a_scored_run_that_was_killed_logs_the_same(scripted, learned, tmp_path):
     cut, (whole, _) = tmp_path / "cut", learned
     with pytest.MonkeyPatch.context() as patched:
 
@@ -188,11 +178,11 @@ def test_a_scored_run_that_was_killed_tells_the_same(scripted, learned, tmp_path
         patched.setattr(training, "save", killed)
         with pytest.raises(RuntimeError, match="killed"):
             scripted.train(cut)
-    assert 4 in validation_scores(told(cut)) and read_best(cut)["step"] == 2
+    assert 4 in validation_scores(log_of(cut)) and read_best(cut)["step"] == 2
     scripted.train(cut)
-    assert told(cut) == told(whole) and read_best(cut) == read_best(whole) and weights(cut) == weights(whole)
+    assert log_of(cut) == log_of(whole) and read_best(cut) == read_best(whole) and weights(cut) == weights(whole)
     scripted.train(cut, resume_from_checkpoint="checkpoint-4")
-    assert told(cut) == told(whole) and read_best(cut) == read_best(whole)
+    assert log_of(cut) == log_of(whole) and read_best(cut) == read_best(whole)
 
 
 def test_a_signal_ends_a_validation_that_is_made_up_for_later(scripted, learned, tmp_path):
@@ -201,33 +191,33 @@ def test_a_signal_ends_a_validation_that_is_made_up_for_later(scripted, learned,
     with pytest.raises(SystemExit):
         scripted.train(cut)
     scripted.meanwhile = lambda run: None
-    assert list(validation_scores(told(cut))) == [0, 2] and list(checkpoint.steps(cut)) == [2, 4]
+    assert list(validation_scores(log_of(cut))) == [0, 2] and list(checkpoint.steps(cut)) == [2, 4]
     scripted.train(cut)
-    assert told(cut) == told(whole) and read_best(cut) == read_best(whole)
+    assert log_of(cut) == log_of(whole) and read_best(cut) == read_best(whole)
 
 
 @pytest.mark.slow
-def test_two_processes_agree_on_the_best(judged, tmp_path):
-    config = judged(tmp_path / "out", train_batch_size=1, max_train_steps=2)
+def test_two_processes_agree_on_the_best(scored_config, tmp_path):
+    config = scored_config(tmp_path / "out", train_batch_size=1, max_train_steps=2)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "segcn.train"]
     done = subprocess.run([*launcher, *arguments_of(config)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert list(validation_scores(told(tmp_path / "out"))) == [0, 2] and read_best(tmp_path / "out")["step"] == 2
+    assert list(validation_scores(log_of(tmp_path / "out"))) == [0, 2] and read_best(tmp_path / "out")["step"] == 2
 
 
-def test_without_held_out_rows_nothing_begins(judged, landscapes, tmp_path):
+def test_without_held_out_rows_nothing_begins(scored_config, landscapes, tmp_path):
     given = {"dataset_name": str(landscapes / "train")}
     with pytest.raises(UserError, match=r"no test split in .*--max_train_samples 10,.*--faithfulness_rows 0"):
-        train(judged(tmp_path / "out", **given))
+        train(scored_config(tmp_path / "out", **given))
     assert not (tmp_path / "out").exists()
-    config, split = judged("x", **given, max_train_samples=10), read_split(landscapes, "train")
+    config, split = scored_config("x", **given, max_train_samples=10), read_split(landscapes, "train")
     trained = dataclasses.replace(split, records=split.records[:10])
     assert [record.row for record in validation.held_out_rows(config, trained).records] == [10, 11]
 
 
-def test_a_segmenter_of_another_resolution_is_refused(judged, tmp_path):
+def test_a_segmenter_of_another_resolution_is_refused(scored_config, tmp_path):
     with pytest.raises(UserError, match=r"expected one trained at 32 px.*found 64"):
-        train(judged(tmp_path / "out", resolution=32))
+        train(scored_config(tmp_path / "out", resolution=32))
     assert not (tmp_path / "out").exists()
 
 
@@ -242,7 +232,7 @@ def test_one_segmenter_serves_all_runs_on_the_same_rows(quick, landscapes, tmp_p
     assert first.masks.shape == (2, 64, 64) and first.ceiling["images"] == 2
 
 
-def test_a_sheet_keeps_its_pictures_apart_and_its_size(tmp_path):
+def test_a_sheet_keeps_its_images_apart_and_its_size(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), np.uint8)
     assert write_sheet(tmp_path / "sheet.png", images).shape == (32 + SHEET_GAP, 48 + 2 * SHEET_GAP, 3)
     assert (np.array(read_sheet(tmp_path / "sheet.png")) == images).all()

@@ -32,7 +32,7 @@ from segcn.models.controlnet import load_controlnet
 from segcn.samples.landscapes.scene import sample_landscapes
 from segcn.train import checkpoint
 from segcn.train.config import TrainConfig
-from segcn.train.validation import AT_ONCE, generate_rows, held_out_rows, open_scorer, score_rows
+from segcn.train.validation import GENERATED_AT_ONCE, generate_rows, held_out_rows, open_scorer, score_rows
 from segcn.utils.args import check_values, make
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_text
@@ -436,7 +436,7 @@ class Scorer:
         """mIoU of images that this ControlNet generates for the held-out masks."""
         controlnet = load_controlnet(folder, self.device).eval()
         pipeline = Pipeline(self.base, controlnet, self.validation.rows.palette, str(folder))
-        images = generate_rows(self.validation, pipeline, self.settings, AT_ONCE, lambda *_: False)
+        images = generate_rows(self.validation, pipeline, self.settings, GENERATED_AT_ONCE, lambda *_: False)
         return score_rows(self.validation, images)["miou"]
 
 

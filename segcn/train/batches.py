@@ -16,7 +16,7 @@ from segcn.train.loss import valid_cells
 from segcn.utils import rng
 from segcn.utils.errors import UserError
 
-DEFAULTS = {
+EXAMPLE_DEFAULTS = {
     "empty_prompts": 0.0,  # share of captions replaced by the empty one
     "empty_controls": 0.0,  # share of controls replaced by black
     "class_weights": None,  # float32 [K] by class id; None: no weights
@@ -41,7 +41,7 @@ class Examples(Dataset):
         self.dataset, self.cache = dataset, cache
         self.factor = factor  # pixels per side of a latent cell
         self.latent_shape = latent_shape  # (C,h,w)
-        self.settings = DEFAULTS | settings  # and seed, timesteps (number of)
+        self.settings = EXAMPLE_DEFAULTS | settings  # and seed, timesteps (number of)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -32,18 +32,6 @@ from segcn.train.log import LOG, Log, read_log
 from segcn.utils import io
 from segcn.utils.args import to_json
 from segcn.utils.errors import UserError
-from segcn.utils.io import (
-    CHECKPOINT,
-    LOCK,
-    aside,
-    discard,
-    lock,
-    problem,
-    release,
-    restore_replaced,
-    same_settings,
-    write_text,
-)
 from segcn.utils.paths import RUN_FILE
 
 if TYPE_CHECKING:
@@ -51,11 +39,11 @@ if TYPE_CHECKING:
 
 BEST = "best.json"
 EMA = "controlnet_ema"  # folder of the averaged weights in a checkpoint
-SHARED = 256  # numbers of an optimizer's tensor that parameters may share: quantization maps of 8-bit optimizers
+SHARED_NUMBERS = 256  # of an optimizer's tensor that parameters may share: quantization maps of 8-bit optimizers
 WAIT = timedelta(hours=3)  # of the other processes, while one validates
 
 
-def claim(
+def claim_run_folder(
     output_dir: Path,
     config: TrainConfig,
     split: Split,
@@ -78,25 +66,25 @@ def claim(
         **functions,
     }
     path = output_dir / RUN_FILE
-    allowed = {config.logging_dir, LOCK, aside(path).name}  # what a kill before the first line leaves
+    allowed = {config.logging_dir, io.LOCK, io.aside(path).name}  # what a kill before the first line leaves
     if not path.is_file() and output_dir.exists() and {entry.name for entry in output_dir.iterdir()} - allowed:
         raise UserError(f"{output_dir} is not empty and holds no run of segcn: choose another --output_dir.")
     if accelerator.is_main_process:
-        lock(output_dir, log.say)
+        io.lock(output_dir, log.say)
     defaults = dataclasses.asdict(TrainConfig())
     try:
-        same_settings(path, resolved, FREE_TO_CHANGE, config.allow_changes, log.say, defaults=defaults, write=False)
+        io.same_settings(path, resolved, FREE_TO_CHANGE, config.allow_changes, log.say, defaults=defaults, write=False)
     except UserError as error:
         raise UserError(f"{error} --allow_changes resumes with the new ones.") from None
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_text(path, json.dumps(resolved, indent=1) + "\n")
+        io.write_text(path, json.dumps(resolved, indent=1) + "\n")
         split.palette.save(output_dir / "palette.json")
 
 
 def steps(output_dir: Path) -> dict[int, Path]:
     """Every checkpoint-N folder of a run by its step, oldest first, verified or not."""
-    matches = {path: re.fullmatch(CHECKPOINT, path.name) for path in Path(output_dir).glob("checkpoint-*")}
+    matches = {path: re.fullmatch(io.CHECKPOINT, path.name) for path in Path(output_dir).glob("checkpoint-*")}
     return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
 
 
@@ -105,10 +93,10 @@ def find_latest(output_dir: Path, log: Callable[[str], None] = print) -> Path | 
 
     Raises UserError when checkpoints are there and not one of them is whole: starting over must be the user's choice.
     """
-    restore_replaced(output_dir)
+    io.restore_replaced(output_dir)
     found = steps(output_dir)
     for folder in reversed(found.values()):
-        wrong = problem(folder)
+        wrong = io.problem(folder)
         if wrong is None:
             return folder
         log(f"Skipping {folder}: {wrong}.")
@@ -125,7 +113,7 @@ def prune(output_dir: Path, limit: int | None, keep: Collection[str] = ()) -> No
     beyond = list(steps(output_dir).values())[: -max(limit, 1)] if limit is not None else []
     for folder in beyond:
         if folder.name not in keep:
-            discard(folder)
+            io.discard(folder)
 
 
 def save(run: Run, only_best: bool = False) -> None:
@@ -204,9 +192,9 @@ def wanted_checkpoint(run: Run) -> Path | None:
     wanted = run.config.resume_from_checkpoint
     if wanted == "latest":
         return find_latest(run.output_dir, run.log.say)
-    restore_replaced(run.output_dir)
+    io.restore_replaced(run.output_dir)
     folder = run.output_dir / Path(wanted).name
-    wrong = problem(folder) if folder.is_dir() else "there is no such folder"
+    wrong = io.problem(folder) if folder.is_dir() else "there is no such folder"
     if wrong:
         raise UserError(f"--resume_from_checkpoint {folder}: {wrong}.")
     return folder
@@ -239,7 +227,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
             if value.dim() == 4 and not value.is_contiguous():
                 turned.append(name)
                 value = value.permute(0, 2, 3, 1)
-            tensors[name] = value.clone() if value.numel() <= SHARED else value.contiguous()
+            tensors[name] = value.clone() if value.numel() <= SHARED_NUMBERS else value.contiguous()
         else:
             scalars[name] = value
     rest = {"scalars": scalars, "channels_last": sorted(turned), "param_groups": state["param_groups"]}
@@ -327,11 +315,11 @@ def record_best(output_dir: Path) -> list[str]:
     step = max(found, key=lambda step: found[step]["of_ceiling"])
     old, name = read_best(output_dir), existing[step].name
     new = {"step": step, "checkpoint": name, "miou": found[step]["miou"], "of_ceiling": found[step]["of_ceiling"]}
-    write_text(output_dir / BEST, json.dumps(new) + "\n")
+    io.write_text(output_dir / BEST, json.dumps(new) + "\n")
     if old and old["step"] < step and old["step"] in existing:
         folder = existing[old["step"]]
         if json.loads((folder / "state.json").read_text()).get("only_best"):
-            discard(folder)
+            io.discard(folder)
     return [name]
 
 
@@ -342,7 +330,7 @@ def read_best(output_dir: str | Path) -> dict | None:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def end_on_signals() -> Iterator[None]:
     """Around a whole training: a signal ends it with exit code 143, and its folder is free again when it ends."""
     before = handle_signals(lambda *_: sys.exit(STOPPED))
     try:
@@ -351,7 +339,7 @@ def stoppable() -> Iterator[None]:
         before = dict.fromkeys(before, signal.SIG_IGN)  # a second Ctrl-C must not cut short how the program ends
         raise
     finally:
-        release()
+        io.release()
         for number, handler in before.items():
             signal.signal(number, handler)
 

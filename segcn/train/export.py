@@ -22,7 +22,7 @@ from segcn.utils.html import render
 from segcn.utils.io import write_text
 from segcn.utils.paths import public_name
 
-MARK = "<!-- segcn writes this file when a training ends; it leaves one without this line alone. -->"
+CARD_MARK = "<!-- segcn writes this file when a training ends; it leaves one without this line alone. -->"
 TAGS = [
     "stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "controlnet", "diffusers-training",
     "segcn",
@@ -30,7 +30,7 @@ TAGS = [
 LICENSES = {"stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++"}  # by names on the hub
 
 
-def finish(run: Run) -> Path:
+def finish_training(run: Run) -> Path:
     """Write the ControlNet where `ControlNetModel.from_pretrained(output_dir)` finds it, and its model card."""
     accelerator, output_dir = run.accelerator, run.output_dir
     accelerator.wait_for_everyone()
@@ -42,7 +42,7 @@ def finish(run: Run) -> Path:
         run.log.say(f"Done: {output_dir} opens with ControlNetModel.from_pretrained.")
         kind = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "CPU"
         machine = f"{accelerator.num_processes} x {kind}, precision {accelerator.mixed_precision}"
-        if not write_card(output_dir, run.config, run.split, run.step, machine):
+        if not write_model_card(output_dir, run.config, run.split, run.step, machine):
             run.log.say(f"{output_dir}/README.md is yours: no model card is written.")
     accelerator.end_training()
     if accelerator.is_main_process and run.config.push_to_hub:
@@ -62,16 +62,16 @@ def export(controlnet: ControlNetModel, folder: Path) -> None:
     staged.rmdir()
 
 
-def write_card(output_dir: Path, config: TrainConfig, split: Split, step: int, machine: str) -> bool:
+def write_model_card(output_dir: Path, config: TrainConfig, split: Split, step: int, machine: str) -> bool:
     """Write README.md to a run folder, of paths only their last part; False where the user's own is there."""
     path = output_dir / "README.md"
-    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
     folder, name, sheet = config.pretrained_model_name_or_path, public_name(output_dir), newest_sheet(output_dir)
     base = public_name(folder)
     text = render(
         "train/templates/card.md",
-        mark=MARK,
+        mark=CARD_MARK,
         name=name,
         base=base,
         repository=config.hub_model_id or name,

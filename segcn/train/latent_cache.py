@@ -36,7 +36,7 @@ from segcn.utils.paths import OUTPUTS, RUN_FILE
 from segcn.utils.progress import Progress
 
 VERSION = 3  # of the files; another number makes other folders
-BATCH = 16  # images of 256 px, or smaller ones, encoded at once; of larger ones as many as take the same memory
+ENCODED_AT_ONCE = 16  # images of 256 px or smaller; of larger ones as many as take the same memory
 BLOCK_ROWS = 8, 256  # of one file: at least, at most
 BLOCK_BYTES = 2**26  # of one file, at most; it is put together in memory
 CAPTIONS = 256  # of one file
@@ -46,7 +46,7 @@ LAYOUT, TEXTS = "layout.json", "captions.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class CacheLayout:
     """The shapes of a cache, and so its files."""
 
     rows: int
@@ -109,7 +109,7 @@ class LatentCache:
         self.folder, self.draws = folder, draws
         found = read_json(folder / LAYOUT)
         shapes = tuple(found["latent_shape"]), found["resolution"], tuple(found["text_shape"])
-        self.layout = Layout(found["rows"], *shapes)
+        self.layout = CacheLayout(found["rows"], *shapes)
         captions = read_json(folder / TEXTS)
         self._files, self._text = self.layout.files(folder, draws, len(captions))
         for file in [*self._files, *self._text]:
@@ -204,15 +204,15 @@ def encoders_fingerprint(base: Base) -> str:
     return " ".join([base.fingerprint, *parts, vocabulary])
 
 
-def layout_of(dataset: PairedDataset, base: Base) -> Layout:
+def layout_of(dataset: PairedDataset, base: Base) -> CacheLayout:
     """The shapes of the cache of a data set under a base."""
     side = dataset.resolution // base.latent_factor
     assert base.text_encoder is not None
     text_shape = base.tokenizer.model_max_length, base.text_encoder.config.hidden_size
-    return Layout(len(dataset), (base.unet.config.in_channels, side, side), dataset.resolution, text_shape)
+    return CacheLayout(len(dataset), (base.unet.config.in_channels, side, side), dataset.resolution, text_shape)
 
 
-def captions_of(dataset: PairedDataset) -> list[str]:
+def cached_captions(dataset: PairedDataset) -> list[str]:
     """What is embedded: the empty caption, and every one that a sample may have."""
     return list(dict.fromkeys(["", *dataset.captions()]))
 
@@ -227,7 +227,7 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
         asked = json.loads(run.read_text()).get("cache_draws")
     assert config.max_train_steps is not None
     seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
-    visits, texts = seen * accelerator.num_processes / len(dataset), layout.text_bytes(len(captions_of(dataset)))
+    visits, texts = seen * accelerator.num_processes / len(dataset), layout.text_bytes(len(cached_captions(dataset)))
     found = [0]
     if accelerator.is_main_process:
         asked, budget = 1 if dataset.still else asked, config.cache_budget_gb * 1e9
@@ -299,7 +299,7 @@ def build(
     bad_limit: rows that may be unreadable: they are marked, and the next good rows are used instead. UserError where
     there are more of them, or the disk does not take the files.
     """
-    layout, captions = layout_of(dataset, base), captions_of(dataset)
+    layout, captions = layout_of(dataset, base), cached_captions(dataset)
     files = [file for kind in layout.files(folder, draws, len(captions)) for file in kind]
     existing = [file for file in files if file[0].exists()]
     for file in existing:
@@ -345,7 +345,7 @@ def write_file(path: Path, content: np.ndarray | str) -> None:
         ) from None
 
 
-def _write_text(files: list[tuple], layout: Layout, captions: list[str], base: Base) -> None:
+def _write_text(files: list[tuple], layout: CacheLayout, captions: list[str], base: Base) -> None:
     """Embed the captions of these files, 64 at a time."""
     for path, block in files:
         array = np.empty(len(block), layout.embedding)
@@ -355,12 +355,14 @@ def _write_text(files: list[tuple], layout: Layout, captions: list[str], base: B
         write_file(path, array)
 
 
-def _write_draws(files: list[tuple], layout: Layout, dataset: PairedDataset, base: Base, log, bad_limit: int) -> None:
+def _write_draws(
+    files: list[tuple], layout: CacheLayout, dataset: PairedDataset, base: Base, log, bad_limit: int
+) -> None:
     """Encode the draws of these files, while threads read what comes next."""
     keys = ((draw, row) for _, draw, rows in files for row in rows)
     progress, done = Progress("encoded", sum(len(rows) for _, _, rows in files), log), 0
     bad: dict[int, str] = {}
-    at_once = max(1, min(BATCH, BATCH * 256**2 // layout.resolution**2))
+    at_once = max(1, min(ENCODED_AT_ONCE, ENCODED_AT_ONCE * 256**2 // layout.resolution**2))
     with closing(read_ahead(dataset, keys)) as samples:  # an error must not leave its threads to the garbage collector
         for path, _, rows in files:
             array = np.zeros(len(rows), layout.entry)  # the entries of bad rows stay 0
@@ -397,7 +399,7 @@ def read_ahead(dataset: PairedDataset, keys: Iterable[tuple[int, int]]) -> Gener
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for key in keys:
             waiting.append(pool.submit(read, *key))
-            if len(waiting) > 2 * BATCH:
+            if len(waiting) > 2 * ENCODED_AT_ONCE:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -413,7 +415,7 @@ def parse_limit(text: str) -> int:
     return int(number)
 
 
-def read_bad_rows(folder: Path, layout: Layout, draws: int) -> dict[int, str]:
+def read_bad_rows(folder: Path, layout: CacheLayout, draws: int) -> dict[int, str]:
     """The rows that could not be read when the cache was built, and why."""
     paths = (_bad_rows_path(path) for path, _, _ in layout.draws(folder, draws))
     return {int(row): why for path in paths if path.is_file() for row, why in read_json(path).items()}

@@ -10,20 +10,20 @@ from torch.utils.data import DataLoader
 
 from segcn.models.base import encode_moments, encode_text, sample_latents
 from segcn.train.batches import Plan
-from segcn.train.checkpoint import catch_signals, ignore_signals, resume, save, stop_if_asked, stoppable
+from segcn.train.checkpoint import catch_signals, end_on_signals, ignore_signals, resume, save, stop_if_asked
 from segcn.train.config import TrainConfig
-from segcn.train.export import finish
+from segcn.train.export import finish_training
 from segcn.train.loss import min_snr_weights
 from segcn.train.memory import preflight
-from segcn.train.setup import Augment, Loss, Run, prepare
-from segcn.train.validation import begin_validation, validate
+from segcn.train.setup import AugmentFunction, Loss, Run, prepare
+from segcn.train.validation import begin_validation, validate_if_due
 
 
-@stoppable()
+@end_on_signals()
 def train(
     config: TrainConfig,
     loss: Loss | None = None,
-    augment: Augment | None = None,
+    augment: AugmentFunction | None = None,
     make_controlnet: Callable[[UNet2DConditionModel], ControlNetModel] | None = None,
 ) -> Path | None:
     """Train as configured and return the run folder, a ControlNet that plain diffusers opens; rerun to resume.
@@ -32,20 +32,20 @@ def train(
     paired affine. make_controlnet(unet): the ControlNet to begin with. Returns None after a --preflight.
     """
     if config.preflight:
-        return preflight(config, learn)
+        return preflight(config, micro_steps)
     run = prepare(config, loss, augment, make_controlnet)
     resume(run)
     catch_signals(run)
     begin_validation(run)
     stop_if_asked(run)
-    for stepped in learn(run):
+    for stepped in micro_steps(run):
         if stepped:
             validate_and_save(run)
         stop_if_asked(run)
-    return finish(run)
+    return finish_training(run)
 
 
-def learn(run: Run) -> Iterator[bool]:
+def micro_steps(run: Run) -> Iterator[bool]:
     """Train on each micro-batch that is left, and yield whether that completed an optimizer step."""
     config, controlnet, accelerator = run.config, run.controlnet, run.accelerator
     controlnet.train()
@@ -121,7 +121,7 @@ def micro_batches(run: Run) -> DataLoader:
 
 def validate_and_save(run: Run) -> None:
     """Validation images and checkpoints when their step has come."""
-    best = validate(run)
+    best = validate_if_due(run)
     due = run.step == run.total_steps or run.step % run.config.checkpointing_steps == 0
     if best or due:
         save(run, only_best=not due)

@@ -41,7 +41,7 @@ from segcn.train.setup import Run, fit_memory, make_accelerator, make_repeats, p
 from segcn.utils.errors import UserError
 
 GB = 10**9
-SHARE = 0.9  # of the memory may be planned with: images and fragmentation differ from step to step
+PLANNED_SHARE = 0.9  # of the memory may be planned with: images and fragmentation differ from step to step
 LEAST_ROWS = 16  # encoded for the pace of the cache
 Learn = Callable[[Run], Iterator[bool]]  # trains on each micro-batch; whether that completed a step
 
@@ -129,7 +129,7 @@ def preflight(config: TrainConfig, learn: Learn) -> None:
         reset_peak(accelerator.device)
         before = peak_bytes(accelerator.device)  # of Python and its libraries
         run = prepare(trial)
-        for line in report(run, fitted, measure_steps(run, learn, sizes, before), before):
+        for line in preflight_report(run, fitted, measure_steps(run, learn, sizes, before), before):
             run.log.say(line)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -186,7 +186,7 @@ def parts(run: Run) -> dict[str, int]:
     )
 
 
-def report(run: Run, config: TrainConfig, trials: list[Trial], before: int) -> list[str]:
+def preflight_report(run: Run, config: TrainConfig, trials: list[Trial], before: int) -> list[str]:
     """The lines to print: memory by component, pace and time of the whole run, and the proposed batch."""
     small, large = trials
     asked = small if config.train_batch_size == small.batch else large
@@ -253,7 +253,7 @@ def best_batch(
         if config.gradient_accumulation_steps == 1 and size < effective:
             waiting = gradients
         known = size == small.batch or slope is not None
-        if known and small.peak + waiting + (slope or 0) * (size - small.batch) <= SHARE * total:
+        if known and small.peak + waiting + (slope or 0) * (size - small.batch) <= PLANNED_SHARE * total:
             return size, slope
     return None, slope
 

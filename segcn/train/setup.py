@@ -31,7 +31,7 @@ from segcn.models.base import Base, computes_fast, keep_freed_memory, load_base,
 from segcn.models.controlnet import load_controlnet, make_controlnet
 from segcn.train import latent_cache
 from segcn.train.batches import Examples, make_examples
-from segcn.train.checkpoint import WAIT, averaged, claim, make_ema
+from segcn.train.checkpoint import WAIT, averaged, claim_run_folder, make_ema
 from segcn.train.config import MEMORY_PRESETS, OBSOLETE, TrainConfig, total_steps
 from segcn.train.latent_cache import cache_root, parse_limit, source_digest
 from segcn.train.log import Log
@@ -42,7 +42,7 @@ from segcn.utils.errors import UserError
 from segcn.utils.paths import RUN_FILE
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # of diffusion_loss
-Augment = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]  # image, mask, seed
+AugmentFunction = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]  # image, mask, seed
 SHARED_SIZES = ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block")  # with the U-Net
 
 
@@ -87,7 +87,7 @@ class Run:
 def prepare(
     config: TrainConfig,
     loss: Loss | None = None,
-    augment: Augment | None = None,
+    augment: AugmentFunction | None = None,
     new_controlnet: Callable | None = None,
 ) -> Run:
     """Check data and settings, load the models, build the cache; the functions are those of `train`."""
@@ -119,7 +119,7 @@ def prepare(
     config = latent_cache.settle_draws(config, dataset, base, accelerator, log)
     functions = {"loss": loss, "augment_function": augment, "make_controlnet": new_controlnet}
     digests = {name: function and source_digest(function) for name, function in functions.items()}
-    claim(output_dir, config, split, base, accelerator, log, digests)
+    claim_run_folder(output_dir, config, split, base, accelerator, log, digests)
     if config.report_to != "none":
         values = json.loads(to_json(config)).items()
         shown_values = {key: value for key, value in values if isinstance(value, int | float | str)}
@@ -243,13 +243,13 @@ def load_frozen(config: TrainConfig, accelerator: Accelerator) -> Base:
     base = load_base(name, accelerator.device, computed, tokenizer, held, **hub)
     if config.memory_preset is None:
         keep_freed_memory(accelerator.device)  # not sooner: the encoders' memory shall be given back
-    base.scheduler = make_scheduler(config, base)
+    base.scheduler = make_noise_schedule(config, base)
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     return base
 
 
-def make_scheduler(config: TrainConfig, base: Base) -> DDPMScheduler:
+def make_noise_schedule(config: TrainConfig, base: Base) -> DDPMScheduler:
     """The base's noise schedule, changed as --prediction_type and --rescale_betas_zero_snr say."""
     changes = {"prediction_type": config.prediction_type or base.scheduler.config.prediction_type}
     if config.rescale_betas_zero_snr:

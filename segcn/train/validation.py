@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from segcn.train.setup import Run
 
 LEAST_RISE = 0.15  # share of the ceiling
-AT_ONCE = 16  # images generated or scored together, at most
-SHOWN = 4  # held-out rows in the sheet of a run without --validation_image
-MOST = 0.2  # of the time of training, that validation should take
+GENERATED_AT_ONCE = 16  # images generated or scored together, at most
+SHEET_ROWS = 4  # held-out rows in the sheet of a run without --validation_image
+LARGEST_SHARE = 0.2  # of the time of training, that validation should take
 
 
 def convergence_step(steps: Sequence[int], fractions: Sequence[float]) -> int | None:
@@ -123,7 +123,7 @@ def generate_rows(
 
     at_once: images, 16 at most. `on_step` is called before each group and after each denoising step; True ends it.
     """
-    size, captions = min(at_once, AT_ONCE), [record.caption for record in scorer.rows.records]
+    size, captions = min(at_once, GENERATED_AT_ONCE), [record.caption for record in scorer.rows.records]
     images = [np.empty((0, *scorer.masks.shape[1:], 3), np.uint8)]
     for first in range(0, len(captions), size):
         if on_step(0):
@@ -137,7 +137,7 @@ def generate_rows(
 def score_rows(scorer: HeldOutScorer, generated: np.ndarray) -> dict:
     """miou, of_ceiling (its share of the real images' mIoU) and the IoU of each class, of generated rows."""
     images = to_image(torch.from_numpy(generated).permute(0, 3, 1, 2))
-    pairs = zip(images.split(AT_ONCE), torch.from_numpy(scorer.masks).split(AT_ONCE), strict=True)
+    pairs = zip(images.split(GENERATED_AT_ONCE), torch.from_numpy(scorer.masks).split(GENERATED_AT_ONCE), strict=True)
     found = measure(pairs, scorer.segmenter, scorer.rows.palette)
     miou, ceiling = found["miou"] or 0.0, scorer.ceiling["miou"]
     return {
@@ -149,7 +149,7 @@ def score_rows(scorer: HeldOutScorer, generated: np.ndarray) -> dict:
 
 def begin_validation(run: Run) -> None:
     """Score the real images, then the ControlNet as it is, where the log does not hold it already; print the cost."""
-    if not wanted(run):
+    if not validates(run):
         return
     missing = agreed(run, lambda: not already_validated(run))
     if run.step == run.total_steps and not missing:
@@ -164,7 +164,7 @@ def begin_validation(run: Run) -> None:
         fewer = f" ({asked} were asked for, no more are held out)" if real["images"] < asked else ""
         run.log.say(f"The ceiling: mIoU {real['miou'] or 0:.3f} on the {real['images']} held-out real images{fewer}.")
     if missing:
-        validate(run)
+        validate_if_due(run)
     if run.scorer is not None and not run.stop_signal:
         record_best(run.output_dir)
         every, scored = run.config.validation_steps, list(validation_scores(read_log(run.log.path)).values())
@@ -174,9 +174,9 @@ def begin_validation(run: Run) -> None:
             run.log.say(f"Faithfulness on {rows} rows every {every} steps: about {seconds:.0f} s each, {times} times.")
 
 
-def validate(run: Run) -> bool:
+def validate_if_due(run: Run) -> bool:
     """Generate and score where this step asks for it; whether the ControlNet was never better, on every process."""
-    if not wanted(run) or (run.step % run.config.validation_steps and run.step != run.total_steps):
+    if not validates(run) or (run.step % run.config.validation_steps and run.step != run.total_steps):
         return False
     return agreed(run, lambda: validate_now(run))
 
@@ -186,7 +186,7 @@ def agreed(run: Run, answer: Callable[[], bool]) -> bool:
     return broadcast_object_list([run.accelerator.is_main_process and answer()])[0]
 
 
-def wanted(run: Run) -> bool:
+def validates(run: Run) -> bool:
     """Whether anything is generated while training."""
     return bool(run.config.validation_image) or run.held_out is not None
 
@@ -243,7 +243,7 @@ def generate_sheet(
         return [], None
     if not config.validation_image:
         assert run.scorer is not None and generated is not None
-        return [palette.table[run.scorer.masks[:SHOWN]], generated[:SHOWN]], generated
+        return [palette.table[run.scorer.masks[:SHEET_ROWS]], generated[:SHEET_ROWS]], generated
     prompts = config.validation_prompt or []
     count = max(len(config.validation_image), len(prompts))  # a single mask or prompt is repeated
     masks = [read_control_mask(path, palette, config.resolution, config.fit) for path in config.validation_image]
@@ -281,9 +281,9 @@ def write_score(run: Run, score: dict) -> bool:
 def warn_if_slow(run: Run, seconds: float) -> None:
     """At the first validation after the start: whether they take more than a fifth of the time of training."""
     every, pace = run.config.validation_steps, run.log.pace(run.step)
-    if not run.log.aside and seconds > MOST * pace * every:
+    if not run.log.aside and seconds > LARGEST_SHARE * pace * every:
         run.log.say(
-            f"Validation takes {seconds:.1f} s, more than a fifth of the {pace * every:.1f} s of training before each: "
-            f"a larger --validation_steps ({math.ceil(seconds / pace / MOST)} or more) or fewer --faithfulness_rows "
-            "lowers it."
+            f"Validation takes {seconds:.1f} s, more than a fifth of the {pace * every:.1f} s of training before each:"
+            f" a larger --validation_steps ({math.ceil(seconds / pace / LARGEST_SHARE)} or more) or fewer"
+            " --faithfulness_rows lowers it."
         )
