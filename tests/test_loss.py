@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import ControlNetModel, DDPMScheduler
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import EMAModel, compute_snr
 from safetensors import safe_open
 from torch.utils.data import default_collate
 
@@ -16,7 +16,7 @@ from segcn.models.base import encode_moments, encode_text, sample_latents
 from segcn.models.controlnet import make_controlnet
 from segcn.train import loop, setup
 from segcn.train.batches import Plan
-from segcn.train.checkpoint import averaged, make_ema
+from segcn.train.checkpoint import averaged
 from segcn.train.config import TrainConfig
 from segcn.train.log import read_log
 from segcn.train.loop import step_losses, train
@@ -136,7 +136,7 @@ def test_the_prediction_type_can_be_named_where_a_base_says_it_wrong():
 
 def test_the_average_follows_the_weights_and_leaves_them_as_they_were():
     layer = torch.nn.Linear(2, 2, bias=False)
-    ema = make_ema(layer, decay=0.5)
+    ema = EMAModel(layer.parameters(), decay=0.5)
     with torch.no_grad():
         layer.weight.fill_(1.0)
         ema.step(layer.parameters())  # the first step takes the weights over

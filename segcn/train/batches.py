@@ -50,7 +50,7 @@ class Examples(Dataset):
         visit, row = key
         seed, settings = self.settings["seed"], self.settings
         empty = rng.uniform("caption drop", seed, visit, row) < settings["empty_prompts"]
-        example, mask, valid = (self._encode_later if self.cache is None else self._cached)(visit, row, empty)
+        example, mask, valid = (self._read if self.cache is None else self._cached)(visit, row, empty)
         example["cells"] = valid_cells(valid[None], self.factor)[0]
         if rng.uniform("control drop", seed, visit, row) < settings["empty_controls"]:
             example["control"] = torch.zeros_like(example["control"])
@@ -62,18 +62,15 @@ class Examples(Dataset):
             "timestep": rng.integer(settings["timesteps"], "timestep", seed, visit, row),
         }
 
-    def _encode_later(self, visit: int, row: int, empty: bool) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    def _read(self, visit: int, row: int, empty: bool) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """Image, control and caption, class ids uint8 [R,R], valid pixels bool [R,R]."""
         try:
             sample = self.dataset.sample(row, visit)
         except UserError as error:
             raise BadSample(f"{error}\nThe file was good when it was checked. Fix it, then rerun to resume.") from None
         caption = "" if empty else sample.caption
-        return (
-            {"image": sample.image, "control": sample.control, "caption": caption, "row": row},
-            sample.mask,
-            sample.valid,
-        )
+        example = {"image": sample.image, "control": sample.control, "caption": caption, "row": row}
+        return example, sample.mask, sample.valid
 
     def _cached(self, visit: int, row: int, empty: bool) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """The same, with moments in place of the image and the text's embedding in place of the caption."""
@@ -83,16 +80,13 @@ class Examples(Dataset):
         mask = torch.from_numpy(np.array(entry["mask"]))
         valid = torch.from_numpy(np.unpackbits(entry["frame"], count=side * side)).bool().view(side, side)
         caption = "" if empty else self.dataset.caption(used, visit, self.dataset.draw(used, draw).flip)
-        return (
-            {
-                "moments": torch.from_numpy(entry["moments"].astype(np.float32)),
-                "control": to_control(mask, self.dataset.split.palette) * valid,
-                "text": torch.from_numpy(cache.text_of(caption).astype(np.float32)),
-                "row": used,
-            },
-            mask,
-            valid,
-        )
+        example = {
+            "moments": torch.from_numpy(entry["moments"].astype(np.float32)),
+            "control": to_control(mask, self.dataset.split.palette) * valid,
+            "text": torch.from_numpy(cache.text_of(caption).astype(np.float32)),
+            "row": used,
+        }
+        return example, mask, valid
 
 
 class Plan:
@@ -122,7 +116,8 @@ def make_examples(config: TrainConfig, dataset: PairedDataset, base: Base, accel
     """The source of training examples; with the cache, both encoders leave memory, unless validation uses them."""
     cache = None
     if config.cache == "latents":
-        cache = latent_cache.build_for(config, dataset, base, accelerator, log.say)
+        folder, limit = latent_cache.cache_folder(config, dataset, base), latent_cache.parse_limit(config.on_bad_sample)
+        cache = latent_cache.build(folder, dataset, base, config.cache_draws, accelerator, log.say, limit)
         if not (config.validation_image or config.faithfulness_rows):
             base.vae = base.text_encoder = None
     settings = {

@@ -133,7 +133,10 @@ def save(run: Run, only_best: bool = False) -> None:
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process:
-        name, needed = f"checkpoint-{run.step}", bytes_of(run)
+        tensors = [*run.controlnet.state_dict().values()] * (1 if run.ema is None else 2)
+        tensors += [value for _, value in leaves(run.optimizer.state_dict()["state"])]
+        needed = 2**20 + sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))  # a little more
+        name = f"checkpoint-{run.step}"
         folder = io.commit(run.output_dir, name, lambda folder: write(run, state, folder), needed)
         prune(run.output_dir, run.config.checkpoints_total_limit, record_best(run.output_dir))
         run.log.say(f"Saved {folder}.")
@@ -150,13 +153,6 @@ def write(run: Run, state: dict, folder: Path) -> None:
             controlnet.save_pretrained(folder / EMA)
     save_optimizer(run.optimizer.optimizer, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
-
-
-def bytes_of(run: Run) -> int:
-    """Disk space of a checkpoint, a little more than it takes."""
-    tensors = [*run.controlnet.state_dict().values()] * (1 if run.ema is None else 2)
-    tensors += [value for _, value in leaves(run.optimizer.state_dict()["state"])]
-    return 2**20 + sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
 
 
 def resume(run: Run) -> None:
@@ -260,11 +256,6 @@ def leaves(tree: dict, path: tuple = ()):
             yield from leaves(value, (*path, key))
         else:
             yield (*path, key), value
-
-
-def make_ema(controlnet: ControlNetModel, decay: float) -> EMAModel:
-    """An exponential moving average of the weights that starts at the present ones, float32, on their device."""
-    return EMAModel(controlnet.parameters(), decay=decay, foreach=True)
 
 
 @contextmanager

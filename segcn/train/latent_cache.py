@@ -183,6 +183,11 @@ def cache_root(config: TrainConfig) -> Path:
     return Path(config.cache_dir) if config.cache_dir else OUTPUTS / "cache"
 
 
+def cache_folder(config: TrainConfig, dataset: PairedDataset, base: Base) -> Path:
+    """The folder of this data set's latent cache under this base."""
+    return cache_root(config) / cache_key(dataset, encoders_fingerprint(base))
+
+
 def cache_key(dataset: PairedDataset, encoders: str) -> str:
     """16 hexadecimal digits that change with data, augmentation, seed, resolution, fit or encoders, not with K."""
     settings = [dataclasses.asdict(dataset.augment), dataset.seed, dataset.resolution, dataset.fit]
@@ -193,7 +198,11 @@ def cache_key(dataset: PairedDataset, encoders: str) -> str:
 
 def source_digest(function: Callable) -> str:
     """16 hexadecimal digits that change with the source of a function."""
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):  # an object, such as a transform of torchvision
+        source = repr(function)
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def encoders_fingerprint(base: Base) -> str:
@@ -221,7 +230,7 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
     """The config with the number of draws resolved; a resumed run keeps the number that it began with."""
     if config.cache == "none":
         return config
-    folder, layout = _cache_folder(config, dataset, base), layout_of(dataset, base)
+    folder, layout = cache_folder(config, dataset, base), layout_of(dataset, base)
     run, asked = Path(config.output_dir) / RUN_FILE, config.cache_draws
     if run.is_file() and asked is None:
         asked = json.loads(run.read_text()).get("cache_draws")
@@ -231,8 +240,8 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
     found = [0]
     if accelerator.is_main_process:
         asked, budget = 1 if dataset.still else asked, config.cache_budget_gb * 1e9
-        space = free_bytes(folder), existing_bytes(folder)
-        found[0] = resolve_draws(asked, visits, layout.draw_bytes, texts, budget, *space)
+        there = sum(path.stat().st_size for path in folder.glob("*.npy"))
+        found[0] = resolve_draws(asked, visits, layout.draw_bytes, texts, budget, free_bytes(folder), there)
     draws = broadcast_object_list(found)[0]
     log.say(
         f"{draws} draw(s) of each row are cached in {folder}: {_gb(draws * layout.draw_bytes)}, and {_gb(texts)} of"
@@ -271,24 +280,8 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def existing_bytes(folder: Path) -> int:
-    """What the arrays of a cache take up already."""
-    return sum(path.stat().st_size for path in folder.glob("*.npy"))
-
-
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _cache_folder(config: TrainConfig, dataset: PairedDataset, base: Base) -> Path:
-    return cache_root(config) / cache_key(dataset, encoders_fingerprint(base))
-
-
-def build_for(config: TrainConfig, dataset: PairedDataset, base: Base, accelerator, log: Callable) -> LatentCache:
-    """The cache of a training's rows, with --cache_draws, in --cache_dir."""
-    assert config.cache_draws is not None
-    folder, limit = _cache_folder(config, dataset, base), parse_limit(config.on_bad_sample)
-    return build(folder, dataset, base, config.cache_draws, accelerator, log, limit)
 
 
 def build(

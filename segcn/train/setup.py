@@ -31,7 +31,7 @@ from segcn.models.base import Base, computes_fast, keep_freed_memory, load_base,
 from segcn.models.controlnet import load_controlnet, make_controlnet
 from segcn.train import latent_cache
 from segcn.train.batches import Examples, make_examples
-from segcn.train.checkpoint import WAIT, averaged, claim_run_folder, make_ema
+from segcn.train.checkpoint import WAIT, averaged, claim_run_folder
 from segcn.train.config import MEMORY_PRESETS, OBSOLETE, TrainConfig, total_steps
 from segcn.train.latent_cache import cache_root, parse_limit, source_digest
 from segcn.train.log import Log
@@ -131,7 +131,8 @@ def prepare(
     optimizer = make_optimizer(config, controlnet, accelerator)
     schedule = make_schedule(config, optimizer)
     controlnet, optimizer = accelerator.prepare(controlnet, optimizer)
-    ema = make_ema(accelerator.unwrap_model(controlnet), config.ema_decay) if config.use_ema else None
+    weights = accelerator.unwrap_model(controlnet).parameters()
+    ema = EMAModel(weights, decay=config.ema_decay, foreach=True) if config.use_ema else None
     made = (controlnet, optimizer, schedule, examples, loss or diffusion_loss)
     return Run(config, accelerator, output_dir, split, base, *made, log, repeats, ema, cache_seconds, held_out)
 

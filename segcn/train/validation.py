@@ -151,7 +151,8 @@ def begin_validation(run: Run) -> None:
     """Score the real images, then the ControlNet as it is, where the log does not hold it already; print the cost."""
     if not validates(run):
         return
-    missing = agreed(run, lambda: not already_validated(run))
+    scored = run.held_out is None or run.step in validation_scores(read_log(run.log.path))
+    missing = agreed(run, lambda: not (scored and sheet_path(run).is_file()))
     if run.step == run.total_steps and not missing:
         return
     run.log.start_clock(run.step)
@@ -189,12 +190,6 @@ def agreed(run: Run, answer: Callable[[], bool]) -> bool:
 def validates(run: Run) -> bool:
     """Whether anything is generated while training."""
     return bool(run.config.validation_image) or run.held_out is not None
-
-
-def already_validated(run: Run) -> bool:
-    """Whether this step's validation is complete in the run folder."""
-    scored = run.held_out is None or run.step in validation_scores(read_log(run.log.path))
-    return scored and sheet_path(run).is_file()
 
 
 def validate_now(run: Run) -> bool:
