@@ -84,7 +84,7 @@ def write_model_card(output_dir: Path, config: TrainConfig, split: Split, step: 
         step=step,
         machine=machine,
         versions=f"diffusers {diffusers.__version__}, torch {torch.__version__}",
-        figures=figures(output_dir),
+        figures=card_figures(output_dir),
     )
     data = ModelCardData(license=license_of(folder), library_name="diffusers", base_model=base)
     card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"), tags=list(TAGS))
@@ -108,7 +108,7 @@ def newest_sheet(output_dir: Path) -> Path | None:
     return sheets[max(sheets)] if sheets else None
 
 
-def figures(output_dir: Path) -> list[tuple[str, str]]:
+def card_figures(output_dir: Path) -> list[tuple[str, str]]:
     """The last loss, and how well the images obey the masks, as far as it was measured."""
 
     def numbers(scores: dict) -> list[tuple[str, str]]:  # those one level deeper too

@@ -35,7 +35,7 @@ from segcn.utils.io import Process, write_whole
 from segcn.utils.paths import OUTPUTS, RUN_FILE
 from segcn.utils.progress import Progress
 
-VERSION = 3  # of the files; another number makes other folders
+CACHE_VERSION = 3  # of the files; another number makes other folders
 ENCODED_AT_ONCE = 16  # images of 256 px or smaller; of larger ones as many as take the same memory
 BLOCK_ROWS = 8, 256  # of one file: at least, at most
 BLOCK_BYTES = 2**26  # of one file, at most; it is put together in memory
@@ -192,7 +192,7 @@ def cache_key(dataset: PairedDataset, encoders: str) -> str:
     """16 hexadecimal digits that change with data, augmentation, seed, resolution, fit or encoders, not with K."""
     settings = [dataclasses.asdict(dataset.augment), dataset.seed, dataset.resolution, dataset.fit]
     own = [source_digest(dataset.function)] if dataset.function else []
-    parts = [VERSION, dataset.split.fingerprint, len(dataset), *settings, encoders, *own]
+    parts = [CACHE_VERSION, dataset.split.fingerprint, len(dataset), *settings, encoders, *own]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -309,8 +309,8 @@ def build(
         write_file(folder / LAYOUT, json.dumps(dataclasses.asdict(layout)))
         write_file(folder / TEXTS, json.dumps(captions, indent=0))
     process = Process(accelerator.process_index, accelerator.num_processes)
-    _write_text(_share(layout.text(folder, len(captions)), process), layout, captions, base)
-    _write_draws(_share(layout.draws(folder, draws), process), layout, dataset, base, log, bad_limit)
+    _write_text(_missing_share(layout.text(folder, len(captions)), process), layout, captions, base)
+    _write_draws(_missing_share(layout.draws(folder, draws), process), layout, dataset, base, log, bad_limit)
     accelerator.wait_for_everyone()
     cache = LatentCache(folder, draws)
     check_bad_rows(cache.bad, bad_limit, layout.rows, folder)
@@ -319,7 +319,7 @@ def build(
     return cache
 
 
-def _share(files: list[tuple], process: Process) -> list[tuple]:
+def _missing_share(files: list[tuple], process: Process) -> list[tuple]:
     """Of (path, ...) those of this process that are missing; which are its own does not depend on what exists."""
     return [files[place] for place in process.share(len(files)) if not files[place][0].exists()]
 
