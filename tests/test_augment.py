@@ -1,5 +1,6 @@
+"""Promise: image, mask and caption are changed by the same numbers, which depend on (seed, epoch, row) alone."""
+
 import dataclasses
-import json
 import re
 
 import numpy as np
@@ -26,7 +27,6 @@ from segcn.data.transforms import (
     to_source,
 )
 from segcn.train.config import TrainConfig
-from segcn.utils.args import parse
 from segcn.utils.errors import UserError
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -89,26 +89,6 @@ def test_image_and_mask_stay_aligned_within_half_a_pixel(seed, config):
 
 
 @FEW
-@given(seed=SEEDS, size=st.sampled_from([(96, 96), (96, 120), (112, 96)]))
-def test_resized_pairs_stay_aligned_within_half_a_pixel_of_both_grids(seed, size):
-    image, mask, valid = apply(*coordinates(*size), draw(GEOMETRY, seed, 0, 0), 40)
-    half_a_pixel_of_both = 0.5 + 0.5 * 96 / 40
-    edge = slice(1, -1)  # at the frame the antialias filter is cut off and its centre shifts
-    distance = worst_distance(image[:, edge, edge], mask[:, edge, edge], valid[:, edge, edge], size[1])
-    assert distance <= half_a_pixel_of_both + 0.25 + 0.3
-
-
-@FEW
-@given(seed=SEEDS, resolution=st.sampled_from([16, 24, 40]))
-def test_no_new_class_appears(seed, resolution):
-    image, mask = random_pair(seed % 5)
-    mask = mask.clamp(max=7)
-    _, augmented, valid = apply(image, mask, draw(WILD, seed, 1, 2), resolution)
-    assert set(augmented[valid].tolist()) <= set(mask.unique().tolist())
-    assert set(augmented[~valid].tolist()) <= {IGNORE}
-
-
-@FEW
 @given(seed=SEEDS)
 def test_the_same_draw_gives_the_same_bytes_of_the_stated_shapes(seed):
     pair, drawn = random_pair(1), draw(WILD, seed, 0, 0)
@@ -148,29 +128,15 @@ def test_unlabelled_pixels_inside_the_frame_stay_valid():
     assert 0.5 < valid.float().mean() < 1
 
 
-@pytest.mark.parametrize("size", [(24, 24), (24, 40), (41, 24)])
-def test_none_is_the_plain_resized_centre(size):
+@pytest.mark.parametrize(("size", "resolution"), [((24, 24), 16), ((24, 40), 16), ((41, 24), 16), ((24, 24), 24)])
+def test_none_is_the_plain_resized_center(size, resolution):
     image, mask = random_pair(4, *size)
     drawn = draw(AUGMENTS["none"], 7, 3, 9)
-    assert drawn == Draw()
-    augmented, augmented_mask, valid = apply(image, mask, drawn, 16)
+    augmented, augmented_mask, valid = apply(image, mask, drawn, resolution)
     box = (round((size[0] - 24) / 2), round((size[1] - 24) / 2), 24, 24)
-    square = F.crop(image, *box), F.crop(mask, *box)
-    assert torch.equal(augmented, F.resize(square[0], [16, 16], antialias=True))
-    assert torch.equal(augmented_mask, F.resize(square[1], [16, 16], InterpolationMode.NEAREST_EXACT))
-    assert valid.all()
-
-
-def test_none_at_the_image_size_changes_nothing():
-    image, mask = random_pair(5, 24, 24)
-    augmented, augmented_mask, valid = apply(image, mask, Draw(), 24)
-    assert torch.equal(augmented, image) and torch.equal(augmented_mask, mask) and valid.all()
-
-
-def test_a_flip_mirrors_both():
-    image, mask = random_pair(6, 16, 16)
-    flipped, flipped_mask, _ = apply(image, mask, Draw(flip=True), 16)
-    assert torch.equal(flipped, image.flip(-1)) and torch.equal(flipped_mask, mask.flip(-1))
+    expected = F.resize(F.crop(mask, *box), [resolution] * 2, InterpolationMode.NEAREST_EXACT)
+    assert drawn == Draw() and valid.all() and torch.equal(augmented_mask, expected)
+    assert torch.equal(augmented, F.resize(F.crop(image, *box), [resolution] * 2, antialias=True))
 
 
 def test_color_leaves_the_mask_alone():
@@ -276,16 +242,6 @@ def test_the_matrix_of_a_flip_and_of_nothing():
     assert np.allclose(to_output([[0, 0]], Draw(fit="pad"), (8, 16), 16), [[0, 4]])
 
 
-@FEW
-@given(seed=SEEDS, resolution=st.sampled_from([16, 33]))
-def test_a_draw_replays_from_json(seed, resolution):
-    pair, drawn = random_pair(9), draw(dataclasses.replace(WILD, fill="cover", hue=0.1), seed, 2, 5, fit="pad")
-    again = Draw.from_dict(json.loads(json.dumps(drawn.to_dict())))
-    assert again == drawn
-    replayed = zip(apply(*pair, drawn, resolution), apply(*pair, again, resolution), strict=True)
-    assert all(torch.equal(a, b) for a, b in replayed)
-
-
 @pytest.mark.parametrize("config", [AugmentConfig(), WILD])
 def test_cover_leaves_no_pixel_out_of_frame_and_scales_only_where_it_must(config):
     covering = dataclasses.replace(config, fill="cover")
@@ -360,15 +316,6 @@ def test_what_cannot_be_read_is_named(text):
         AugmentConfig.parse(text)
     assert text.split(",")[-1].split("=")[0] in str(caught.value)
     assert "--augment" in str(caught.value) and "scale_min=0.9" in str(caught.value)
-
-
-def test_the_help_of_training_lists_every_field(capsys):
-    with pytest.raises(SystemExit):
-        parse(TrainConfig, ["--help"], "segcn.train")
-    printed = capsys.readouterr().out
-    for field in dataclasses.fields(AugmentConfig):
-        default = field.default if isinstance(field.default, str) else f"{field.default:g}"
-        assert f"{field.name}={default}" in printed
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from malformed import COLORS, HEADER, MASK, PALETTE, csv_of, encoded, file_of, j
 from PIL import Image
 
 from segcn.data.dataset import PairedDataset
-from segcn.data.masks import read_mask
-from segcn.data.metadata import check_split, read_image, read_split
+from segcn.data.files import read_image
+from segcn.data.masks import code_of, count_ids, read_mask, read_stored_mask
+from segcn.data.metadata import check_split, read_split
 from segcn.data.palette import IGNORE
 from segcn.data.transforms import AugmentConfig
 
@@ -50,16 +51,39 @@ def renamed(name):
     return change
 
 
+def packed(bits, ids):
+    """Class ids in few bits a pixel: the bytes of each row."""
+    return [np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits :].ravel()).tobytes() for row in ids]
+
+
 def low_bit(bits):
     """MASK with 1 where it is 7, in a grey PNG of few bits a pixel, which Pillow reads stretched."""
-    rows = np.where(MASK == 7, 1, MASK)
-    packed = [np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits :].ravel()).tobytes() for row in rows]
-    data = b""
+    stream = zlib.compress(b"".join(b"\0" + row for row in packed(bits, np.where(MASK == 7, 1, MASK))))
     header = struct.pack(">IIBBBBB", MASK.shape[1], MASK.shape[0], bits, 0, 0, 0, 0)
-    stream = zlib.compress(b"".join(b"\0" + row for row in packed))
-    for kind, body in ((b"IHDR", header), (b"IDAT", stream), (b"IEND", b"")):
-        data += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + data
+    chunks = ((b"IHDR", header), (b"IDAT", stream), (b"IEND", b""))
+    data = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(data)
+
+
+def white_is_zero(bits):
+    """A grey TIFF of few bits a pixel that stores MASK, with 1 where it is 7, as its brightness turned round."""
+    ids = np.where(MASK == 7, 1, MASK)
+    rows = b"".join(packed(bits, (2**bits - 1 - ids).astype(np.uint8)))
+    tags = {
+        256: MASK.shape[1],
+        257: MASK.shape[0],
+        258: bits,
+        259: 1,
+        262: 0,
+        273: 8,
+        277: 1,
+        278: len(MASK),
+        279: len(rows),
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def indexed(mode, **options):
@@ -159,6 +183,8 @@ MASKS = {
     ),
     "2-bit grey": (low_bit(2), np.where(MASK == 7, 1, MASK)),
     "4-bit grey": (low_bit(4), np.where(MASK == 7, 1, MASK)),
+    "2-bit grey TIFF, white is 0": (white_is_zero(2), np.where(MASK == 7, 1, MASK)),
+    "4-bit grey TIFF, white is 0": (white_is_zero(4), np.where(MASK == 7, 1, MASK)),
     "I;16": (encoded(MASK.astype(np.uint16), "PNG"), MASK),
     "I;16 TIFF": (encoded(MASK.astype(np.uint16), "TIFF"), MASK),
     "I;16B TIFF": (encoded(Image.frombytes("I;16B", MASK.shape[::-1], MASK.astype(">u2").tobytes()), "TIFF"), MASK),
@@ -198,10 +224,6 @@ def first_row(folder):
     return split[0], split.palette
 
 
-def test_there_are_fifty():
-    assert len(METADATA) + len(PLACES) + len(MASKS) + len(IMAGES) >= 50
-
-
 @pytest.mark.parametrize("name", METADATA)
 def test_captions_are_read_exactly(tmp_path, name):
     change, captions = METADATA[name]
@@ -218,11 +240,16 @@ def test_files_are_found(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_masks_give_their_ids(tmp_path, name):
+def test_masks_give_their_ids_and_the_same_pixels_of_each(tmp_path, name):
     data, ids = MASKS[name]
     file_of("masks/0.png", data)(malformed.sound(tmp_path / "pairs"))
     record, palette = first_row(tmp_path / "pairs")
-    assert (read_mask(record.mask, palette) == ids).all()
+    mask, stored = read_mask(record.mask, palette), read_stored_mask(record.mask)
+    assert (mask == ids).all() and np.array_equal(count_ids(mask), np.bincount(ids.ravel(), minlength=256))
+    of_value = {code_of(label.color): label.id for label in palette.labels} if stored.colored else {}
+    assert {of_value.get(value, value): count for value, count in stored.pixels.items()} == {
+        value: count for value, count in enumerate(count_ids(mask).tolist()) if count
+    }
 
 
 @pytest.mark.parametrize("name", IMAGES)
