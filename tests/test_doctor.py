@@ -284,7 +284,8 @@ def test_the_command_writes_elsewhere_and_its_exit_code_says_whether_to_train(fo
     (folder / "masks/1.png").write_bytes(b"nothing")
     assert validate("--output_dir", str(out)) == 1
     assert json.loads((out / "doctor.json").read_text())["errors"] == 1
-    assert "masks/1.png" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "masks/1.png" in printed and f"segcn validate {folder} --quarantine {folder}/good.csv" in printed
     assert validate("--output_dir", str(folder / "report")) == 2
     assert sorted(folder.rglob("*")) == before
 

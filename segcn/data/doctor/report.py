@@ -41,6 +41,10 @@ def validate(config: DoctorConfig, log: Callable[[str], None] = print) -> Checku
         log(line)
     if config.quarantine:
         log(quarantine(checkup, config.quarantine))
+    elif checkup.bad_rows:
+        folder = Path(config.dataset_name)
+        folder = folder.parent if folder.is_file() else folder
+        log(f"the good rows alone: segcn validate {config.dataset_name} --quarantine {folder / 'good.csv'}")
     log(f"report: {page}")
     return checkup
 
