@@ -1,4 +1,4 @@
-"""Promise: both ways paint the same masks in turns, what stands is kept, and claims are held to what was measured."""
+"""Promise: both sides generate from the same masks in turns, and what is finished is kept."""
 
 import json
 import math
@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 
 from segcn.bench.config import BenchGenerateConfig
-from segcn.bench.generate import (
-    Side,
-    bench_generate,
-    generate_table,
-    promises,
-    variant,
-)
-from segcn.cli import start
-from segcn.data.metadata import check_split, read_image, read_split
+from segcn.bench.generate import Side, bench_generate, generate_table, variant
+from segcn.data.files import read_image
+from segcn.data.metadata import check_split, read_split
 from segcn.evaluate.metrics import color_shift, to_lab
 from segcn.generate.config import SampleConfig
 from segcn.models.base import load_base
@@ -25,48 +19,37 @@ from segcn.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def controlnet(random_base, landscapes, tmp_path_factory):
-    """The folder of a ControlNet that is heard."""
+def bench(random_base, landscapes, tmp_path_factory):
+    """A function from settings to a config of two steps, six masks and turns of three rows.
+
+    The ControlNet has an effect, and the segmenter is hardly trained.
+    """
+    folder = tmp_path_factory.mktemp("bench")
     network = make_controlnet(load_base(random_base).unet)
     for block in network.controlnet_down_blocks:
         block.weight.data += 0.3
-    folder = tmp_path_factory.mktemp("bench") / "controlnet"
-    network.save_pretrained(folder)
-    read_split(landscapes, "test").palette.save(folder / "palette.json")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def judge(landscapes, tmp_path_factory):
-    """The folder of a hardly trained segmenter."""
+    network.save_pretrained(folder / "controlnet")
+    read_split(landscapes, "test").palette.save(folder / "controlnet" / "palette.json")
     settings = SegmenterConfig(steps=4, batch_size=4, width=16, resolution=64)
-    folder = tmp_path_factory.mktemp("bench") / "judge"
-    train_segmenter(read_split(landscapes, "train"), settings, folder, len)
-    return folder
-
-
-@pytest.fixture
-def bench(random_base, landscapes, controlnet, judge, tmp_path):
-    """A function from settings to a config of two steps, six masks and turns of three rows."""
+    train_segmenter(read_split(landscapes, "train"), settings, folder / "segmenter", len)
     given = {
         "pretrained_model_name_or_path": str(random_base),
-        "controlnet_model_name_or_path": str(controlnet),
+        "controlnet_model_name_or_path": str(folder / "controlnet"),
         "dataset_name": str(landscapes),
-        "output_dir": str(tmp_path / "out"),
-        "segmenter": str(judge),
+        "segmenter": str(folder / "segmenter"),
         "num_inference_steps": 2,
         "plain_steps": 2,
         "plain_guidance_scales": [4.0],
         "batch_size": 2,
         "rows_a_turn": 3,
     }
-    return lambda **settings: BenchGenerateConfig(**given | settings)
+    return lambda out, **settings: BenchGenerateConfig(**given | settings, output_dir=str(out))
 
 
-def test_both_ways_with_equal_settings_paint_the_same_pictures_in_turns(bench, tmp_path):
-    said = []
-    found = bench_generate(bench(scheduler="unipc", guidance_scale=4.0), said.append)
-    order = [line.split(", ")[1].split(":")[0] for line in said if line.startswith("rows ")]
+def test_with_equal_settings_both_sides_generate_the_same_images_in_turns(bench, tmp_path):
+    lines = []
+    found = bench_generate(bench(tmp_path, scheduler="unipc", guidance_scale=4.0), lines.append)
+    order = [line.split(", ")[1].split(":")[0] for line in lines if line.startswith("rows ")]
     assert order == ["diffusers", "segcn", "segcn", "diffusers"]
     plain, ours = (read_split(side["folder"]) for side in found["sides"].values())
     for one, other in zip(plain.records, ours.records, strict=True):
@@ -74,22 +57,23 @@ def test_both_ways_with_equal_settings_paint_the_same_pictures_in_turns(bench, t
         assert np.abs(first - second).max() <= 1 and first.std() > 10
     check_split(plain)
     assert len(plain) == len(ours) == found["images"] == 6
-    against = found["against"]["segcn"]
+    against, intervals = found["against"]["segcn"], found["against"]["segcn"]["intervals"]
     assert abs(against["miou_less_best"]) < 0.02 and against["times_faster"] > 0
-    assert abs(against["kernel_distance_less_best"]) < found["sides"]["segcn"]["kernel_distance"] / 10
+    low, high = intervals["kernel_distance_less_best"]  # paired: far narrower than the distance's own
+    own = found["sides"]["segcn"]["intervals"]["kernel_distance"]
+    assert low <= against["kernel_distance_less_best"] <= high and high - low < (own[1] - own[0]) / 10
     assert found["turns_in_one_run"] == found["turns"] == 2
-    assert json.loads((tmp_path / "out" / "bench_generate.json").read_text()) == found
-    assert (tmp_path / "out" / "bench_generate.txt").read_text().strip() in said[-1]
+    assert json.loads((tmp_path / "bench_generate.json").read_text()) == found
+    assert (tmp_path / "bench_generate.txt").read_text().strip() in lines[-1]
 
 
 @pytest.mark.slow
-def test_what_was_painted_is_kept_and_a_stopped_one_goes_on(bench, monkeypatch):
-    config, painted = bench(plain_guidance_scales=[4.0, 7.5]), []
-    generate = Side.generate
+def test_what_was_generated_is_kept_and_a_stopped_run_resumes(bench, tmp_path, monkeypatch):
+    config, calls, generate = bench(tmp_path, plain_guidance_scales=[4.0, 7.5]), [], Side.generate
 
     def counted(side, masks, captions, rows):
-        painted.append((side.title, rows))
-        if stop and len(painted) == 6:
+        calls.append((side.title, rows))
+        if stop and len(calls) == 6:
             raise KeyboardInterrupt
         return generate(side, masks, captions, rows)
 
@@ -97,23 +81,23 @@ def test_what_was_painted_is_kept_and_a_stopped_one_goes_on(bench, monkeypatch):
     stop = True
     with pytest.raises(KeyboardInterrupt):
         bench_generate(config, len)
-    first_turns = [title for title, rows in painted if len(rows) == 3]
-    stop, began = False, len(painted)
+    first_turns = [title for title, rows in calls if len(rows) == 3]
+    stop, began = False, len(calls)
     found = bench_generate(config, len)
-    timed = [one for one in painted[began:] if len(one[1]) == 3]
-    assert len(first_turns) - 1 + len(timed) == 3 * 2  # three ways, two turns; the sixth call was cut
+    timed = [one for one in calls[began:] if len(one[1]) == 3]
+    assert len(first_turns) - 1 + len(timed) == 3 * 2  # three sides, two turns; the sixth call was cut
     assert found["turns_in_one_run"] == 1
-    finished = len(painted)
-    assert bench_generate(config, len) == found and len(painted) == finished
+    finished = len(calls)
+    assert bench_generate(config, len) == found and len(calls) == finished
     assert "1 of 2 turns were not generated in one run" in (config.out / "bench_generate.txt").read_text()
 
 
-def test_variants_are_painted_and_compared_without_the_plain_way(bench):
+def test_variants_are_compared_without_the_baseline(bench, tmp_path):
     words = ["guidance_end=0.5", "num_inference_steps=1,scheduler=ddim"]
-    found = bench_generate(bench(without_plain=True, variants=words, split="train", limit=4), len)
+    found = bench_generate(bench(tmp_path, without_plain=True, variants=words, split="train", limit=4), len)
     assert list(found["sides"]) == [f"segcn {word}" for word in words] and not found["against"]
     assert found["sides"][f"segcn {words[1]}"]["settings"]["scheduler"] == "ddim" and found["images"] == 4
-    assert len({line.count("[") for line in generate_table(found)[1:]}) == 1
+    assert [line.startswith("segcn") for line in generate_table(found)] == [False, True, True]
 
 
 def test_a_variant_is_read_by_its_flags_types():
@@ -125,11 +109,11 @@ def test_a_variant_is_read_by_its_flags_types():
             variant(SampleConfig(), words)
 
 
-def test_what_would_fail_after_hours_fails_at_once(bench):
+def test_what_would_fail_after_hours_fails_at_once(bench, tmp_path):
     for wrong in ({"limit": 1}, {"variants": ["guidance_end=2"]}, {"plain_guidance_scales": [1.0]}):
         with pytest.raises(UserError, match="--"):
-            bench_generate(bench(**wrong), len)
-    assert not bench().out.exists()
+            bench_generate(bench(tmp_path / "out", **wrong), len)
+    assert not (tmp_path / "out").exists()
 
 
 def test_colors_are_cielab_and_a_shift_has_its_sign():
@@ -143,24 +127,3 @@ def test_colors_are_cielab_and_a_shift_has_its_sign():
     assert shift["a"] > 5 and shift["L"] > 1
     assert shift["delta_e"] == pytest.approx(math.hypot(shift["L"], shift["a"], shift["b"]))
     assert color_shift(real, real[::-1])["delta_e"] == pytest.approx(0)
-
-
-@pytest.mark.parametrize(("changes", "missed"), [
-    ({}, []),
-    ({"times_faster": 3.9}, ["images a second"]),
-    ({"miou_less_best": -0.03}, ["mIoU"]),
-    ({"kernel_distance_less_best_interval": [0.0001, 0.002]}, ["kernel distance"]),
-])  # fmt: skip
-def test_a_promise_that_is_not_kept_is_called_missed(changes, missed):
-    one = {"times_faster": 4.1, "times_faster_range": [4.0, 4.2], "miou_less_best": -0.01,
-           "kernel_distance_less_best": 0.0005, "kernel_distance_less_best_interval": [-0.001, 0.002]}  # fmt: skip
-    lines = list(promises({"against": {"segcn": one | changes}}))[1:]
-    found = [line for line in lines if "MISSED" in line]
-    assert len(lines) == 3 and len(found) == len(missed) and all(map(str.__contains__, found, missed))
-
-
-def test_the_command_says_what_it_takes(capsys):
-    with pytest.raises(SystemExit):
-        start(["bench", "generate", "--help"])
-    said = capsys.readouterr().out
-    assert "--plain_guidance_scales" in said and "--rows_a_turn" in said and "--guidance_end" in said

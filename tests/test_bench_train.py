@@ -1,4 +1,4 @@
-"""Promise: training is timed against a peer's script in turns, unchanged and by the same instrument, and goes on."""
+"""Promise: training is timed beside an unchanged baseline in turns and by the same instrument, and resumes."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ from segcn.bench import train
 from segcn.bench.config import VARIANTS, BenchTrainConfig
 from segcn.bench.timing import run_timed
 from segcn.bench.train import (
-    Scorer,
+    CheckpointScorer,
     bench_train,
+    by_round,
     caching_limit,
     command,
-    ratios,
     shared_start,
     step_tflop,
     variant_words,
@@ -63,7 +63,7 @@ writer.close()
 
 @pytest.fixture
 def bench(tmp_path, landscapes, random_base, monkeypatch):
-    """A function from settings to a config whose peer takes 20 s a step by its clock and 200 MiB, ours 10 s."""
+    """A function from settings to a config whose baseline takes 20 s a step by its clock and 200 MiB, ours 10 s."""
     for side, pace, megabytes in (("baseline", 20, 200), ("ours", 10, 1)):
         (tmp_path / f"{side}.py").write_text(STAND_IN.format(side=side, pace=pace, megabytes=megabytes))
     monkeypatch.setattr(train, "OURS", [sys.executable, str(tmp_path / "ours.py")])
@@ -86,22 +86,24 @@ def journal(config):
 
 
 def test_sides_run_in_turns_give_ratios_and_finished_runs_are_kept(bench):
-    said = []
+    lines = []
     config = bench(rounds=2)
-    entries = bench_train(config, said.append)
+    entries = bench_train(config, lines.append)
     assert journal(config) == ["baseline", "ours", "ours", "baseline"]
-    assert ratios(entries, "same", "samples_per_second") == pytest.approx([2, 2])
-    assert all(ratio < 0.6 for ratio in ratios(entries, "same", "peak_gib"))
+    assert by_round(entries, "same", "samples_per_second").ratio.tolist() == pytest.approx([2, 2])
+    assert by_round(entries, "same", "peak_gib").ratio.max() < 0.6
     assert json.loads((config.folder / "train.json").read_text()) == entries
     assert {"command", "versions", "machine", "other_load", "step_ends"} <= entries[0].keys()
-    assert any("same optimizer" in line and line.count("x") >= 3 for line in said[-1].splitlines())
-    assert (config.folder / "train.txt").read_text().strip() in said[-1]
+    assert any("same optimizer" in line and line.count("x") >= 3 for line in lines[-1].splitlines())
+    assert (config.folder / "train.txt").read_text().strip() in lines[-1]
     assert not list((config.folder / "runs").glob("*/"))
-    assert bench_train(bench(rounds=3), said.append)[:4] == entries
+    older = (config.folder / "train.json").read_text().replace('"side": "baseline"', '"side": "peer"')
+    (config.folder / "train.json").write_text(older)  # as it was called once
+    assert bench_train(bench(rounds=3), lines.append)[:4] == entries
     assert journal(config) == ["baseline", "ours", "ours", "baseline", "baseline", "ours"]
 
 
-def test_start_up_and_saving_are_told_from_steady_steps(bench, tmp_path):
+def test_start_up_and_saving_do_not_count_as_steady_steps(bench, tmp_path):
     slow_start = (tmp_path / "ours.py").read_text().replace("clock = time.time()", "clock = time.time() + 100")
     saving = slow_start.replace("    weights.write_text", "    clock += 1000; weights.write_text")
     (tmp_path / "ours.py").write_text(saving)
@@ -113,13 +115,13 @@ def test_start_up_and_saving_are_told_from_steady_steps(bench, tmp_path):
 def test_both_sides_get_the_same_flags(bench):
     config = bench(max_train_samples=7)
     lines = [command(config, side, Path("/x"), 5, 5, variant_words(config, "bf16", side)) for side in train.SIDES]
-    peer, ours = ([word for word in line if word.startswith("--")] for line in lines)
-    assert [name for name in ours if name not in peer] == ["--logging_steps", "--augment"] and set(peer) <= set(ours)
+    theirs, ours = ([word for word in line if word.startswith("--")] for line in lines)
+    assert [name for name in ours if name not in theirs] == ["--logging_steps", "--augment"] and set(theirs) <= set(
+        ours
+    )
     assert variant_words(config, "memory", "baseline") == variant_words(config, "ours", "baseline")
     alone = bench(peer="")
-    other, own = (
-        command(alone, side, Path("/x"), 5, 5, variant_words(alone, "same", side)) for side in ("baseline", "ours")
-    )
+    other, own = (command(alone, side, Path("/x"), 5, 5, variant_words(alone, "same", side)) for side in train.SIDES)
     assert [word for word in " ".join(other).split("--") if word not in " ".join(own).split("--")] == ["cache none "]
 
 
@@ -164,56 +166,56 @@ def test_mistakes_are_named(bench, tmp_path):
         bench_train(bench(), len)
 
 
-class StandInScorer(Scorer):
-    """Masks are obeyed the more the later the checkpoint, at 0.004 a step; the ceiling is 0.06."""
+class StandInScorer(CheckpointScorer):
+    """Images follow their masks by 0.004 more each step; the ceiling is 0.06."""
 
-    painted: list = []  # noqa: RUF012
+    scored: list = []  # noqa: RUF012
 
     def __init__(self, config, log):
         self.ceiling, self.log = 0.06, log
 
-    def miou_of(self, controlnet):
-        self.painted.append(controlnet.parent.parent.name)
+    def faithfulness_of(self, controlnet):
+        self.scored.append(controlnet.parent.parent.name)
         return 0.004 * int(controlnet.parent.name.split("-")[1])
 
 
-def test_the_time_until_masks_are_obeyed_is_taken_from_checkpoints_scored_later(bench, monkeypatch):
-    monkeypatch.setattr(train, "Scorer", StandInScorer)
-    said = []
+def test_the_time_until_masks_are_followed_is_that_of_checkpoints_scored_later(bench, monkeypatch):
+    monkeypatch.setattr(train, "CheckpointScorer", StandInScorer)
+    lines = []
     config = bench(
         rounds=1, until_faithful=True, faithful_steps=10, checkpointing_steps=2, peer_learning_rates=[1e-5, 1e-3]
     )
     config = dataclasses.replace(config, variants="")
-    entries = bench_train(config, said.append)
+    entries = bench_train(config, lines.append)
     assert [entry["title"] for entry in entries] == [
         "diffusers at 1e-05",
         "diffusers at 0.001",
         "segcn at its defaults",
     ]
-    assert [entry["reached"] for entry in entries] == [8, 8, 8] and len(StandInScorer.painted) == 3 * 4
-    assert [160 < entry["written"]["8"] < 180 for entry in entries] == [True, True, False]
-    assert 80 < entries[2]["written"]["8"] < 100
-    assert "the quickest of the others / segcn: " in said[-1]
-    assert bench_train(config, said.append) == entries
-    assert len(journal(config)) == 3 and len(StandInScorer.painted) == 3 * 4
+    assert [entry["reached"] for entry in entries] == [8, 8, 8] and len(StandInScorer.scored) == 3 * 4
+    assert [160 < entry["saved_at"]["8"] < 180 for entry in entries] == [True, True, False]
+    assert 80 < entries[2]["saved_at"]["8"] < 100
+    assert "the fastest baseline / segcn: " in lines[-1]
+    assert bench_train(config, lines.append) == entries
+    assert len(journal(config)) == 3 and len(StandInScorer.scored) == 3 * 4
 
 
-def test_a_checkpoint_is_scored_by_what_it_paints(bench, random_base, tmp_path, monkeypatch):
+def test_a_checkpoint_is_scored_by_what_it_generates(bench, random_base, tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "SegmenterConfig", lambda **given: SegmenterConfig(steps=2, width=8, **given))
     config = bench(faithfulness_rows=1)
     config.folder.mkdir()
-    scorer = Scorer(config, len)
+    scorer = CheckpointScorer(config, len)
     where = tmp_path / "run"
     for step in (5, 10):
         weights = where / "out" / f"checkpoint-{step}" / "controlnet"
         make_controlnet(scorer.base.unet).save_pretrained(weights)
-    scorer.ceiling, entry, kept = 9.0, {"title": "a run", "where": str(where)}, []
-    scorer.score(entry, lambda: kept.append(dict(entry)))
-    assert kept[0]["reached"] is None and list(kept[0]["scores"]) == ["5", "10"]
-    assert all(0 <= miou < 1 for miou in kept[0]["scores"].values())
+    scorer.ceiling, entry = 9.0, {"title": "a run", "where": str(where)}
+    scorer.score(entry)
+    assert entry["reached"] is None and list(entry["scores"]) == ["5", "10"]
+    assert all(0 <= miou < 1 for miou in entry["scores"].values())
     scorer.ceiling = 0.0
-    scorer.score(entry, lambda: kept.append(dict(entry)))
-    assert kept[1]["reached"] == 5
+    scorer.score(entry)
+    assert entry["reached"] == 5
 
 
 @pytest.fixture(scope="module")

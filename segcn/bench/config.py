@@ -2,22 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from segcn.generate.config import SampleConfig
 from segcn.utils.args import flag
 from segcn.utils.paths import BASE, OUTPUTS
 
-MEASURED_ON = ("peer", "pretrained_model_name_or_path", "dataset_name", "warmup_steps", "measured_steps", "resolution",
-               "train_batch_size", "max_train_samples", "seed")  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: the flags added to the baseline's command line and to ours."""
+    """A row of the table of `segcn bench train`: the flags added to the baseline's command line and to segcn's."""
 
     text: str
-    peer: tuple[str, ...] = ()
+    baseline: tuple[str, ...] = ()
     ours: tuple[str, ...] = ()
 
 
@@ -47,9 +43,7 @@ class BenchTrainConfig:
     max_train_samples: int | None = flag(None, "use only the first rows: less to cache before a short run", low=1)
     seed: int = flag(0, "seed of both")
     until_faithful: bool = flag(False, "also measure the time until images reach half of the possible mIoU")
-    peer_learning_rates: list[float] = flag(
-        [1e-5, 2e-4, 2e-3], "learning rates of the baseline for --until_faithful", above=0
-    )
+    peer_learning_rates: list[float] = flag([1e-5, 2e-4, 2e-3], "the baseline's, for --until_faithful", above=0)
     preset: str = flag("tiny", "preset of our learning rate and sampler for --until_faithful", ("tiny", "sd15"))
     faithful_steps: int = flag(400, "steps of each run of --until_faithful", low=1)
     checkpointing_steps: int = flag(50, "steps between its checkpoints, which are scored", low=1)
@@ -63,7 +57,7 @@ class BenchTrainConfig:
     def dataset(self) -> Path:
         """The data set: `bench_train` names the sample landscapes where none is given."""
         assert self.dataset_name is not None
-        return Path(self.dataset_name)
+        return Path(self.dataset_name).absolute()
 
     @property
     def chosen(self) -> list[str]:
@@ -71,17 +65,8 @@ class BenchTrainConfig:
         return [name.strip() for name in self.variants.split(",") if name.strip()]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What all runs of a table share."""
-        return {name: getattr(self, name) for name in MEASURED_ON}
-
-    @property
-    def steps(self) -> int:
-        return self.warmup_steps + self.measured_steps + 1
-
-    @property
     def names(self) -> dict[str, str]:
-        """What each side is called."""
+        """What each side is called in the table."""
         return {"baseline": "diffusers" if self.peer else "segcn --cache none", "ours": "segcn"}
 
 
@@ -89,23 +74,15 @@ class BenchTrainConfig:
 class BenchGenerateConfig(SampleConfig):
     """Generate from the same masks with segcn and by one pipeline call for each image (the baseline), in turns."""
 
-    dataset_name: str | None = flag(
-        None, "data set: its train rows train the segmenter, those of --split are generated from; none: landscapes"
-    )
+    dataset_name: str | None = flag(None, "data set: train rows train the segmenter; none: landscapes")
     split: str = flag("test", "rows to generate from; train[:64]: to choose settings, since no result uses these")
-    output_dir: str = flag(
-        str(OUTPUTS / "bench_generate"), "folder of bench_generate.json and .txt and the images; rerun to resume"
-    )
+    output_dir: str = flag(str(OUTPUTS / "bench_generate"), "folder of bench_generate.json and images; rerun to resume")
     limit: int = flag(500, "rows to generate from, at most", low=2)
     batch_size: int = flag(16, "images that segcn generates at once", low=1)
     rows_a_turn: int = flag(32, "rows of one side before the other side's turn", low=1)
-    plain_guidance_scales: list[float] = flag(
-        [1.5, 2.5, 7.5], "guidance scales of the baseline; its best one is compared", above=1
-    )
+    plain_guidance_scales: list[float] = flag([1.5, 2.5, 7.5], "of the baseline; its best one is compared", above=1)
     plain_steps: int = flag(20, "steps of the baseline, with UniPC", low=1)
-    variants: list[str] = flag(
-        [], "several settings of segcn: num_inference_steps=8,guidance_end=0.6 guidance_scale=1 ..."
-    )
+    variants: list[str] = flag([], "several settings of segcn: guidance_scale=1 guidance_end=0.6,scheduler=ddim ...")
     without_plain: bool = flag(False, "compare only the variants")
     segmenter: str | None = flag(None, "trained segmenter folder; none: trained on the train rows")
     inception_weights: str | None = flag(None, "weights-inception-2015-12-05-6726825d.pth, for KID as published")

@@ -1,7 +1,8 @@
-"""A training in a process of its own, measured from outside: when each step ended, and how much memory it used.
+"""A training in a process of its own, measured from outside: when each step ended, and how much memory it held.
 
-Both measurements work on any training that writes TensorBoard files, so diffusers' script is measured unchanged and in
-the same way as ours: every logged value carries the time at which it was written."""
+Any training that keeps TensorBoard files can be measured so, another project's script unchanged and in the same way as
+ours: every logged value carries the time at which it was written.
+"""
 
 import contextlib
 import os
@@ -18,9 +19,23 @@ import torch
 
 from segcn.utils.errors import UserError
 
-BUSY = 0.2  # cores that other programs may use before times are doubted
 LOSS = "loss"  # the tag that is written once a step, by diffusers' scripts and by ours
 PATIENCE = 30  # seconds that a process has to end before it is killed
+BUSY = 0.2  # cores that other programs may use before the times are doubted
+
+
+class OtherLoad:
+    """How many cores other programs keep busy from now on; one at a time."""
+
+    def __init__(self):
+        psutil.cpu_percent()  # the next call counts from here
+        self.began, self.own = time.monotonic(), sum(os.times()[:4])
+
+    def cores(self) -> float:
+        """The mean so far; processes that this one started count as its own once they have ended."""
+        busy = psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1)
+        own = (sum(os.times()[:4]) - self.own) / (time.monotonic() - self.began)
+        return max(0.0, busy - own)
 
 
 @dataclass(frozen=True)
@@ -30,91 +45,53 @@ class Timed:
     began: float  # in seconds since 1970
     seconds: float  # until the process ended
     step_ends: dict[int, float]  # when the loss of a step was written
-    memory: list[tuple[float, float]]  # (time, peak GiB of resident memory until then), as it grew
-    other_load: float  # cores that other programs used meanwhile
-
-    def seconds_per_step(self, first: int, last: int) -> float:
-        """Mean of the steps after `first`, up to `last`."""
-        return (self.step_ends[last] - self.step_ends[first]) / (last - first)
-
-    def peak_gib(self, until: float = float("inf")) -> float | None:
-        """The peak of resident memory up to a time."""
-        return max((gib for when, gib in self.memory if when <= until), default=None)
+    peak_gib: float  # the most resident memory of the process, looked at every tenth of a second
+    other_load: float  # cores that other programs kept busy meanwhile
 
 
-def run_timed(command: list[str], log: Path, events: Path, steps: int, every: float = 0.1) -> Timed:
+def run_timed(command: list[str], log: Path, events: Path, steps: int) -> Timed:
     """Run the command, its output going to the file `log`, and read its TensorBoard files below `events`.
 
-    It runs in a session of its own; an interruption ends all its processes. UserError if it fails, or does not write
-    the loss of each of its `steps`.
+    It runs in a session of its own; whatever interrupts the waiting ends all its processes. UserError if it fails, or
+    does not write the loss of each of its `steps`.
     """
-    # Without accelerate's own settings, so that only the flags count; nothing is downloaded.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    # Without accelerate's own settings, so that the flags alone count; nothing is downloaded.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment = kept | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    load, began, peak = OtherLoad(), time.time(), 0
     with log.open("w") as file:
-        began, busy, own = time.time(), busy_seconds(), _children_seconds()
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        memory: list[tuple[float, float]] = []
+        process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         try:
             while process.poll() is None:
-                gib = _peak_gib(process.pid)
-                if gib and (not memory or gib > memory[-1][1]):
-                    memory.append((time.time() - began, gib))
-                time.sleep(every)
+                with contextlib.suppress(psutil.Error):
+                    peak = max(peak, process.memory_info().rss)
+                time.sleep(0.1)
         finally:
-            for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, None)):
-                if process.poll() is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, number)
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(patience)
+            end(process)
     seconds = time.time() - began
     if process.returncode:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        last = lines[-1] if lines else "no output"
-        raise UserError(f"{log.stem}: exit code {process.returncode}: {last}\nAll of its output: {log}")
-    step_ends = {step: wall - began for step, wall in _read_steps(events).items()}
+        last = lines[-1] if lines else "it wrote nothing"
+        raise UserError(f"{log.stem}: exit code {process.returncode}: {last}\nIts whole output: {log}")
+    step_ends = {step: wall - began for step, wall in read_steps(events).items()}
     missing = [step for step in range(1, steps + 1) if step not in step_ends]
     if missing:
         raise UserError(f"{events}: expected the loss of steps 1 to {steps} in TensorBoard files, found none of step "
                         f"{missing[0]}; see {log}")  # fmt: skip
-    other = (busy_seconds() - busy - (_children_seconds() - own)) / seconds
-    return Timed(began, seconds, step_ends, memory, other)
+    return Timed(began, seconds, step_ends, peak / 2**30, load.cores())
 
 
-def busy_seconds() -> float:
-    """Seconds that the machine's cores have worked since it started, those lost to its host included."""
-    times = psutil.cpu_times()
-    return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+def end(process: psutil.Popen) -> None:
+    """Ask every process of its session to end, and kill what does not."""
+    for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, None)):
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
+                process.wait(patience)
 
 
-def machine() -> str:
-    """The processor, its cores, and the GPU."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
-    name = f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
-    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
-
-
-def _peak_gib(process: int) -> float | None:
-    """The peak of resident memory so far (VmHWM, which psutil does not have); where there is no /proc, of now."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
-        return int(found[1]) / 2**20 if found else None
-    with contextlib.suppress(psutil.Error):
-        return psutil.Process(process).memory_info().rss / 2**30
-    return None
-
-
-def _children_seconds() -> float:
-    """Seconds of CPU of the processes that this one started and saw end."""
-    times = os.times()
-    return times.children_user + times.children_system
-
-
-def _read_steps(folder: Path) -> dict[int, float]:
+def read_steps(folder: Path) -> dict[int, float]:
     """When the loss of each step was written, in seconds since 1970, from the TensorBoard files below a folder."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -124,3 +101,11 @@ def _read_steps(folder: Path) -> dict[int, float]:
             if any(value.tag == LOSS for value in event.summary.value):
                 found[event.step] = event.wall_time
     return dict(sorted(found.items()))
+
+
+def machine() -> str:
+    """The processor, its cores, and the GPU."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    name = f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
+    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name

@@ -1,4 +1,4 @@
-"""`segcn bench train`: training beside the baseline's, in turns: speed and memory as ratios, time until masks act."""
+"""segcn's training beside a baseline in turns: pace and memory as ratios, then the time until masks are followed."""
 
 import dataclasses
 import hashlib
@@ -6,15 +6,13 @@ import importlib.metadata
 import json
 import platform
 import shutil
-import statistics
 import sys
-from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-import pandas as pd
+import pandas
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from matplotlib.figure import Figure
@@ -41,19 +39,21 @@ from segcn.utils.paths import WEIGHTS
 OURS = [sys.executable, "-m", "segcn.train"]
 PACKAGES = ("segcn", "torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
 SIDES = ("baseline", "ours")
-MEASURES = {  # of an entry: its title in the table
+MEASURED_ON = ("peer", "pretrained_model_name_or_path", "dataset_name", "warmup_steps", "measured_steps", "resolution",
+               "train_batch_size", "max_train_samples", "seed")  # fmt: skip
+MEASURES = {  # of an entry: its head in the table
     "samples_per_second": "samples/s",
     "samples_per_second_with_start": "with start-up",
     "peak_gib": "peak GiB",
 }
-PANELS = {"samples_per_second": "samples per second, after start-up", "peak_gib": "peak of resident memory, GiB"}
-HALF = 0.5  # share of the ceiling that has to be reached
+PANELS = {"samples_per_second": "samples per second, steady", "peak_gib": "most resident memory, GiB"}
+SHARE = 0.5  # of the ceiling, which images have to reach for --until_faithful
 
 
 def bench_train(config: BenchTrainConfig, log: Callable[[str], None] = print) -> list[dict]:
     """Run what is not in output_dir/train.json yet, write it there and the table to train.txt; returns all its entries.
 
-    An interruption ends the training that runs; rerun the same command to resume after the last finished one.
+    Interrupted, it ends the training that runs; rerun the same command to resume.
     """
     check_bench(config)
     config = dataclasses.replace(config, dataset_name=config.dataset_name or str(sample_landscapes()))
@@ -61,22 +61,23 @@ def bench_train(config: BenchTrainConfig, log: Callable[[str], None] = print) ->
     if rows < (config.max_train_samples or 0):
         raise UserError(f"--max_train_samples {config.max_train_samples}: {config.dataset_name} has {rows} rows")
     config.folder.mkdir(parents=True, exist_ok=True)
-    book, entries = Book(config, log), []
-    for number in range(1, config.rounds + 1):  # another side first in every other round
-        for variant in config.chosen:
-            for side in SIDES if number % 2 else reversed(SIDES):
-                entries.append(bench_once(config, book, variant, side, number))
-    lines = [*train_table(config, entries), *train_remarks(config, entries)] if entries else []
+    results = Results(config, log)
+    pairs = [
+        run_once(config, results, variant, side, number)
+        for number in range(1, config.rounds + 1)
+        for variant in config.chosen
+        for side in (SIDES if number % 2 else reversed(SIDES))  # another one first in every other round
+    ]
+    lines = [*train_table(config, pairs), *train_remarks(config, pairs)] if pairs else []
     if config.until_faithful:
-        lines += ["", *faithful_lines(config, bench_faithful(config, book))]
+        lines += ["", *faithful_lines(config, run_until_faithful(config, results))]
     write_text(config.folder / "train.txt", "\n".join(lines) + "\n")
     log("\n".join(["", *lines, "", f"Wrote train.json and train.txt to {config.folder}."]))
-    return book.entries
+    return results.entries
 
 
 def check_bench(config: BenchTrainConfig) -> None:
     """UserError for what would fail only after hours."""
-    check_values(config)
     unknown = [name for name in config.chosen if name not in VARIANTS]
     if unknown or not (config.chosen or config.until_faithful):
         raise UserError(f"--variants {config.variants}: expected some of {', '.join(VARIANTS)}")
@@ -84,6 +85,7 @@ def check_bench(config: BenchTrainConfig) -> None:
         raise UserError(
             f"--peer {config.peer}: no such file; it is examples/controlnet/train_controlnet.py of diffusers"
         )
+    check_values(config)
     if config.until_faithful and config.faithful_steps < config.checkpointing_steps:
         raise UserError(
             f"--faithful_steps {config.faithful_steps}: expected at least --checkpointing_steps,"
@@ -92,53 +94,65 @@ def check_bench(config: BenchTrainConfig) -> None:
     latent_factor(config.pretrained_model_name_or_path)
 
 
-def bench_once(config: BenchTrainConfig, book: "Book", variant: str, side: str, number: int) -> dict:
-    """The entry of one run, from the book or run now; its weights and caches are deleted."""
-    where = config.folder / "runs" / f"{variant}-{side}-{number}"
-    words = command(config, side, where, config.steps, config.steps, variant_words(config, variant, side))
-    title = f"round {number}, {variant}, {config.names[side]}"
-    entry = book.find(words)
-    if entry is None:
-        entry, timed = book.run(words, where, config.steps, title)
-        last, batch = config.warmup_steps + config.measured_steps, config.train_batch_size
-        pace = timed.seconds_per_step(config.warmup_steps, last)
-        entry |= {
-            "variant": variant,
-            "side": side,
-            "round": number,
-            "settings": config.settings,
-            "seconds_per_step": pace,
-            "samples_per_second": batch / pace,
-            "samples_per_second_with_start": last * batch / timed.step_ends[last],
-            "first_step": timed.step_ends[1],
-            "peak_gib": timed.peak_gib(),  # the last step, which waits for a checkpoint, counts here alone
-            "peak_gib_without_saving": timed.peak_gib(until=timed.step_ends[last]),
-        }
-        book.add(entry)
-        shutil.rmtree(where)
-    peak = "-" if entry["peak_gib"] is None else f"{entry['peak_gib']:.3g}"
-    book.log(
-        f"{title}: {entry['samples_per_second']:.3g} samples/s, {peak} GiB, first step after"
-        f" {entry['first_step']:.0f} s"
-    )
-    return entry
+class Results:
+    """output_dir/train.json: every finished run; one of the same command, versions and machine is not run again."""
+
+    def __init__(self, config: BenchTrainConfig, log: Callable[[str], None]):
+        self.log, self.path = log, config.folder / "train.json"
+        self.entries = read_entries(self.path)
+        versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in PACKAGES}
+        script = hashlib.sha256(Path(config.peer).read_bytes()).hexdigest()[:16] if config.peer else None
+        versions |= {"python": platform.python_version(), "peer": script}
+        self.circumstances = {"versions": versions, "machine": machine()}
+
+    def find(self, words: list[str]) -> dict | None:
+        """The finished run of this command."""
+        wanted = self.circumstances | {"command": words}
+        return next((entry for entry in self.entries if wanted.items() <= entry.items()), None)
+
+    def run(self, words: list[str], where: Path, steps: int, title: str) -> tuple[dict, Timed]:
+        """Run a command now; returns a new entry, which `add` keeps."""
+        shutil.rmtree(where, ignore_errors=True)  # of a run that was interrupted
+        where.mkdir(parents=True)
+        self.log(f"{title}: {steps} steps, see {where}.log")
+        timed = run_timed(words, where.with_name(f"{where.name}.log"), where / "out", steps)
+        entry = self.circumstances | {"command": words, "other_load": timed.other_load, "began": timed.began}
+        entry |= {"seconds": timed.seconds, "step_ends": list(timed.step_ends.values()), "peak_gib": timed.peak_gib}
+        return entry, timed
+
+    def add(self, entry: dict) -> None:
+        """Keep an entry, in place of an earlier one of the same command."""
+        self.entries = [old for old in self.entries if old is not self.find(entry["command"])] + [entry]
+        write_text(self.path, json.dumps(self.entries, indent=1) + "\n")
+
+
+def read_entries(path: Path) -> list[dict]:
+    """The runs in a train.json; older ones have other names for the baseline and for when checkpoints were saved."""
+    entries = json.loads(path.read_text()) if path.is_file() else []
+    for entry in entries:
+        entry["side"] = "baseline" if entry["side"] == "peer" else entry["side"]
+        if "stood" in entry:
+            entry["saved_at"] = entry.pop("stood")
+    return entries
 
 
 def command(config: BenchTrainConfig, side: str, where: Path, steps: int, save_every: int, more: tuple) -> list[str]:
-    """The command line of one side, writing below the folder `where`: the same flags, and `more`."""
-    data = config.dataset.absolute()
+    """The command line of one side, writing below the folder `where`: the same flags by the same names, and `more`."""
+    data = config.dataset
     shared: dict[str, Any] = {
         "pretrained_model_name_or_path": Path(config.pretrained_model_name_or_path).absolute(),
         "dataset_name": data.parent if data.is_file() else data,
         "output_dir": where / "out",
-        "cache_dir": where / "cache",  # of this run alone: each run pays for its cache
+        "cache_dir": where / "cache",  # of this run alone: what is cached is paid for in each
         "resolution": config.resolution,
         "train_batch_size": config.train_batch_size,
         "max_train_steps": steps,
         "checkpointing_steps": save_every,
         "seed": config.seed,
         "report_to": "tensorboard",
-    } | ({"max_train_samples": config.max_train_samples} if config.max_train_samples else {})
+    }
+    if config.max_train_samples:
+        shared["max_train_samples"] = config.max_train_samples
     words = [str(word) for name, value in shared.items() for word in (f"--{name}", value)]
     if side == "baseline" and config.peer:
         return [sys.executable, str(Path(config.peer).absolute()), *words, *more]
@@ -147,9 +161,9 @@ def command(config: BenchTrainConfig, side: str, where: Path, steps: int, save_e
 
 
 def variant_words(config: BenchTrainConfig, name: str, side: str) -> tuple[str, ...]:
-    """The flags that a variant adds for a side; without diffusers' script, both sides differ in the cache alone."""
+    """What a variant adds for a side; without a script of diffusers', both differ in the cache alone."""
     variant = VARIANTS[name]
-    own = variant.peer if side == "baseline" and config.peer else variant.ours
+    own = variant.baseline if side == "baseline" and config.peer else variant.ours
     start = shared_start(config)
     return (*own, *(("--controlnet_model_name_or_path", str(start)) if start else ()))
 
@@ -167,244 +181,124 @@ def shared_start(config: BenchTrainConfig) -> Path | None:
     return folder
 
 
-class Book:
-    """output_dir/train.json: every finished run; one of the same command, versions and machine is not run again."""
+def run_once(config: BenchTrainConfig, results: Results, variant: str, side: str, number: int) -> dict:
+    """The entry of one run, an earlier one or run now; its weights and caches are not kept.
 
-    def __init__(self, config: BenchTrainConfig, log: Callable[[str], None]):
-        self.config, self.log = config, log
-        self.path = config.folder / "train.json"
-        self.entries = json.loads(self.path.read_text()) if self.path.is_file() else []
-
-    @cached_property
-    def circumstances(self) -> dict[str, Any]:
-        """What a number depends on besides the command."""
-        script = hashlib.sha256(Path(self.config.peer).read_bytes()).hexdigest()[:16] if self.config.peer else None
-        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-        return {"versions": versions | {"python": platform.python_version(), "script": script}, "machine": machine()}
-
-    def find(self, words: list[str]) -> dict | None:
-        """The finished run of this command."""
-        wanted = self.circumstances | {"command": words}
-        return next((entry for entry in self.entries if wanted.items() <= entry.items()), None)
-
-    def run(self, words: list[str], where: Path, steps: int, title: str) -> tuple[dict, Timed]:
-        """Run a command now; returns a new entry, which `add` keeps."""
-        shutil.rmtree(where, ignore_errors=True)  # of a run that was interrupted
-        where.mkdir(parents=True)
-        self.log(f"{title}: {steps} steps, see {where}.log")
-        timed = run_timed(words, where.with_name(f"{where.name}.log"), where / "out", steps)
-        entry = self.circumstances | {"command": words, "other_load": timed.other_load, "began": timed.began}
-        return entry | {"seconds": timed.seconds, "step_ends": list(timed.step_ends.values())}, timed
-
-    def add(self, entry: dict) -> None:
-        """Keep an entry, in place of an earlier one of the same command."""
-        self.entries = [old for old in self.entries if old is not self.find(entry["command"])] + [entry]
-        write_text(self.path, json.dumps(self.entries, indent=1) + "\n")
+    The last step, which waits for a checkpoint, counts in the memory alone.
+    """
+    last, batch = config.warmup_steps + config.measured_steps, config.train_batch_size
+    where = config.folder / "runs" / f"{variant}-{side}-{number}"
+    words = command(config, side, where, last + 1, last + 1, variant_words(config, variant, side))
+    title = f"round {number}, {variant}, {config.names[side]}"
+    entry = results.find(words)
+    if entry is None:
+        entry, timed = results.run(words, where, last + 1, title)
+        ends = timed.step_ends
+        pace = (ends[last] - ends[config.warmup_steps]) / config.measured_steps
+        settings = {name: getattr(config, name) for name in MEASURED_ON}
+        entry |= {"variant": variant, "side": side, "round": number, "settings": settings}
+        entry |= {"seconds_per_step": pace, "samples_per_second": batch / pace, "first_step": ends[1]}
+        entry |= {"samples_per_second_with_start": last * batch / ends[last]}
+        results.add(entry)
+        shutil.rmtree(where)
+    results.log(
+        f"{title}: {entry['samples_per_second']:.3g} samples/s, {entry['peak_gib']:.3g} GiB, "
+        f"first step after {entry['first_step']:.0f} s"
+    )
+    return entry
 
 
-# What was measured, as text and as a chart
-
-
-def pairs_of(entries: list[dict], variant: str) -> list[tuple[dict, dict]]:
-    """(the baseline's entry, ours) of each finished round."""
-    found = {(entry["side"], entry["round"]): entry for entry in entries if entry.get("variant") == variant}
-    rounds = sorted({number for _, number in found})
-    return [tuple(found[side, number] for side in SIDES) for number in rounds
-            if all((side, number) in found for side in SIDES)]  # fmt: skip
-
-
-def ratios(entries: list[dict], variant: str, measure: str) -> list[float]:
-    """Ours / the baseline's in each round; none where it was not measured."""
-    pairs = [(baseline[measure], ours[measure]) for baseline, ours in pairs_of(entries, variant)]
-    return [ours / baseline for baseline, ours in pairs if baseline and ours]
-
-
-def medians(entries: list[dict], variant: str, measure: str) -> list[float]:
-    """The median of the rounds of the baseline, and of ours."""
-    sides = zip(*pairs_of(entries, variant), strict=True)
-    return [statistics.median(entry[measure] for entry in side) for side in sides]
+def by_round(entries: list[dict], variant: str, measure: str) -> pandas.DataFrame:
+    """A measure of both sides, and the ratio of ours to the baseline's, in each finished round of a variant."""
+    rows = [entry for entry in entries if entry.get("variant") == variant]
+    frame = pandas.DataFrame({side: {entry["round"]: entry[measure] for entry in rows if entry["side"] == side}
+                              for side in SIDES}, dtype=float).dropna()  # fmt: skip
+    return frame.assign(ratio=frame.ours / frame.baseline)
 
 
 def train_table(config: BenchTrainConfig, entries: list[dict]) -> list[str]:
-    """A line a variant: of each measure the baseline's median, ours, and the median of the rounds' ratios."""
-    rows = {}
+    """A line for each variant: of each measure the baseline's median, ours, and the median of the rounds' ratios."""
+    heads, lines = ("diffusers" if config.peer else "no cache", "segcn", "ratio"), {}
     for variant in config.chosen:
-        cells: list[str] = []
-        for measure in MEASURES:
-            shares = ratios(entries, variant, measure)
-            values = [f"{value:.3g}" for value in medians(entries, variant, measure)] if shares else ["-", "-"]
-            cells += [*values, f"{statistics.median(shares):.2f}x" if shares else "not measured"]
-        rows[VARIANTS[variant].text] = cells
-    heads = ("diffusers" if config.peer else "no cache", "segcn", "ratio")
-    columns = pd.MultiIndex.from_product([MEASURES.values(), heads])
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).to_string().splitlines()
+        line = lines[VARIANTS[variant].text] = {}
+        for measure, title in MEASURES.items():
+            medians = by_round(entries, variant, measure).median()
+            texts = (f"{medians.baseline:.3g}", f"{medians.ours:.3g}", f"{medians.ratio:.2f}x")
+            line |= {(title, head): text for head, text in zip(heads, texts, strict=True)}
+    return pandas.DataFrame.from_dict(lines, orient="index").to_string().splitlines()
 
 
-def train_remarks(config: BenchTrainConfig, entries: list[dict]) -> Iterator[str]:
-    """What the numbers are of, when the cache has paid off, and whether the machine was idle."""
-    yield ""
-    yield f"Medians of {config.rounds} round(s); ratio: segcn / {config.names['baseline']}, taken in each round."
-    yield (
-        f"samples/s: steps {config.warmup_steps + 1} to {config.warmup_steps + config.measured_steps}, batch "
-        f"{config.train_batch_size}, {config.resolution} pixels."
-    )
-    yield "with start-up: from the start of the process, cache building included."
-    yield "peak GiB: peak of resident memory, a checkpoint included."
+def train_remarks(config: BenchTrainConfig, entries: list[dict]) -> list[str]:
+    """What the numbers are of, when the cache is paid back, and whether the machine was idle."""
+    first, last = entries[0], config.warmup_steps + config.measured_steps
+    lines = [
+        "",
+        f"Medians of {config.rounds} round(s); ratio: segcn / {config.names['baseline']}, taken in each round.",
+        f"samples/s: steps {config.warmup_steps + 1} to {last}, batch {config.train_batch_size}, {config.resolution} "
+        "pixels.",
+        "with start-up: from the start of the process, cache building included.",
+        "peak GiB: resident memory of the process, looked at ten times a second, a checkpoint included.",
+    ]
     for variant in config.chosen:
-        pairs = pairs_of(entries, variant)
-        start = statistics.median(ours["first_step"] - other["first_step"] for other, ours in pairs)
-        gain = statistics.median(other["seconds_per_step"] - ours["seconds_per_step"] for other, ours in pairs)
+        listed = ", ".join(f"{ratio:.2f}" for ratio in by_round(entries, variant, "samples_per_second").ratio)
+        start, gain = (frame.ours.sub(frame.baseline).median() for frame in
+                       (by_round(entries, variant, name) for name in ("first_step", "seconds_per_step")))  # fmt: skip
         begins = f"segcn's first step ends {abs(start):.1f} s {'later' if start > 0 else 'earlier'}"
         if start > 0:
-            begins += f", it is ahead after {1 + start / gain:.0f} steps" if gain > 0 else ", it is never ahead"
-        listed = ", ".join(f"{ratio:.2f}" for ratio in ratios(entries, variant, "samples_per_second"))
-        yield f"{variant}: samples/s {listed} in the rounds; {begins}."
-    yield entries[0]["machine"]
-    yield ", ".join(f"{name} {value}" for name, value in entries[0]["versions"].items() if value)
-    load = max(entry["other_load"] for entry in entries)
+            begins += f", it is ahead after {1 - start / gain:.0f} steps" if gain < 0 else ", it is never ahead"
+        lines.append(f"{variant}: samples/s {listed} in the rounds; {begins}.")
+    lines += [first["machine"], ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)]
+    load = max(entry["other_load"] or 0 for entry in entries)
     if load > BUSY:
-        yield f"Other programs used up to {load:.1f} cores during a run: do not trust its times."
+        lines.append(f"Other programs kept up to {load:.1f} cores busy during a run: its times mean little.")
+    return lines
 
 
-def measured(config: BenchTrainConfig) -> tuple[BenchTrainConfig, list[dict]]:
-    """The newest runs of one machine and their settings; run now where diffusers' script is named or there are none."""
-
-    def newest() -> list[dict]:
-        path = config.folder / "train.json"
-        entries = json.loads(path.read_text()) if path.is_file() else []
-        entries = [entry for entry in entries if entry.get("side") in SIDES and "variant" in entry]
-        last = max(entries, key=lambda entry: entry["began"], default={})
-        same = [entry for entry in entries if all(entry[k] == last[k] for k in ("settings", "machine", "versions"))]
-        return sorted(same, key=lambda entry: (list(VARIANTS).index(entry["variant"]), entry["round"]))
-
-    if config.peer or not newest():
-        bench_train(config, log=lambda text: None if "\n" in text else print(text))  # the table has its own cell
-    entries = newest()
-    variants = dict.fromkeys(entry["variant"] for entry in entries)
-    rounds = max(entry["round"] for entry in entries)
-    return dataclasses.replace(config, **entries[0]["settings"], variants=",".join(variants), rounds=rounds), entries
-
-
-def bars(config: BenchTrainConfig, entries: list[dict], limit: float) -> Figure:
-    """Both sides of each variant; in ours its ratio to the other; dashes: the baseline's speed times `limit`."""
-    shown = [name for name in config.chosen if pairs_of(entries, name)]
-    figure = Figure(figsize=(max(8, 3.2 * len(shown)), 3.6))
-    for axes, (measure, title) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
-        for place, variant in enumerate(name for name in shown if ratios(entries, name, measure)):
-            values = medians(entries, variant, measure)
-            share = statistics.median(ratios(entries, variant, measure))
-            for at, value, tone, ink in zip((-0.2, 0.2), values, TONES[1::-1], ("black", "white"), strict=True):
-                axes.bar(place + at, value, 0.38, color=tone)
-                style = {"textcoords": "offset points", "ha": "center", "color": ink}
-                axes.annotate(f"{value:.3g}", (place + at, 0), (0, 6), **style)
-            axes.annotate(f"{share:.2f}x", (place + 0.2, 0), (0, 22), weight="bold", fontsize=13, **style)
-            if measure == "samples_per_second":
-                ends = (place - 0.4, place + 0.4)
-                axes.hlines(values[0] * limit, *ends, colors="black", linestyles="dashed", linewidth=1)
-        axes.set_title(title)
-        axes.set_xticks(range(len(shown)), [fill(VARIANTS[name].text, 17) for name in shown], fontsize=8)
-        axes.margins(y=0.06)
-    axes = figure.axes[0]
-    handles: list[Any] = [axes.bar(0, 0, color=tone) for tone in TONES[1::-1]]
-    handles.append(axes.hlines([], 0, 0, colors="black", linestyles="dashed"))
-    names = [*config.names.values(), f"the most that caching the encoders can give by arithmetic: {limit:.2f}x"]
-    figure.legend(handles, names, loc="upper center", ncols=3)
-    figure.tight_layout(rect=(0, 0, 1, 0.9))
-    return figure
-
-
-def step_tflop(base: str | Path, resolution: int, batch: int = 1) -> dict[str, float]:
-    """TFLOP of each part of a training step, counted on the shapes alone: no weights are loaded.
-
-    vae: encoding; text; train: U-Net and ControlNet forward and backward. A multiplication with its addition counts as
-    two operations; what is no matrix product or convolution counts as none.
-    """
-    side = resolution // latent_factor(base)
-    text_config = CLIPTextConfig.from_pretrained(base, subfolder="text_encoder")
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(base, subfolder="vae"))
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base, subfolder="unet"))
-        controlnet, text_encoder = ControlNetModel.from_unet(unet), CLIPTextModel(text_config)
-        image = torch.zeros(batch, 3, resolution, resolution)
-        latents = torch.zeros(batch, unet.config.in_channels, side, side)
-        tokens = torch.zeros(batch, text_config.max_position_embeddings, dtype=torch.long)
-        embeddings = torch.zeros(*tokens.shape, unet.config.cross_attention_dim)
-        timestep = torch.zeros(batch, dtype=torch.long)
-    for frozen in (vae, unet, text_encoder):
-        frozen.requires_grad_(False)
-
-    def train() -> None:
-        down, middle = controlnet(latents, timestep, embeddings, controlnet_cond=image, return_dict=False)
-        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        unet(latents, timestep, embeddings, **residuals).sample.sum().backward()
-
-    counted = {}
-    for name, work in (("vae", lambda: vae.encode(image)), ("text", lambda: text_encoder(tokens)), ("train", train)):
-        with FlopCounterMode(display=False) as counter:
-            work()
-        counted[name] = counter.get_total_flops() / 1e12
-    return counted
-
-
-def caching_limit(counted: dict[str, float]) -> float:
-    """How many times faster steps can get without the frozen encoders, by arithmetic alone."""
-    return sum(counted.values()) / counted["train"]
-
-
-# The time until masks have an effect: both sides' checkpoints, scored after the run
-
-
-def bench_faithful(config: BenchTrainConfig, book: Book) -> list[dict]:
-    """An entry for the baseline at each learning rate and for ours: which checkpoint reached half of the ceiling, when.
+def run_until_faithful(config: BenchTrainConfig, results: Results) -> list[dict]:
+    """An entry for the baseline at each learning rate and for ours: its first checkpoint that follows the masks.
 
     The time runs from the start of the process, cache building included, to the checkpoint's weights on disk. Scoring
-    is not counted. It stops at the first checkpoint that reaches it.
+    is not counted. It stops at the first checkpoint that reaches half of the ceiling.
     """
     if "test" not in find_splits(config.dataset):
         raise UserError(f"--until_faithful: {config.dataset_name} has no test/ with masks that are held out")
-    entries = [train_contender(config, book, *contender) for contender in contenders(config)]
-    scorer = None
+    ours = ("--preset", config.preset, "--checkpoints_total_limit", str(config.faithful_steps))
+    runs: list[tuple[str, str, tuple[str, ...]]] = []
+    if config.peer:  # with our share of empty captions, as guidance needs them
+        empty = str(make(TrainConfig, config.preset).proportion_empty_prompts)
+        for rate in config.peer_learning_rates:
+            words = ("--learning_rate", str(rate), "--proportion_empty_prompts", empty)
+            runs.append((f"diffusers at {rate:g}", "baseline", words))
+    else:
+        runs.append(("segcn --cache none at its defaults", "baseline", ours))
+    entries, scorer = [], None
+    for title, side, words in [*runs, ("segcn at its defaults", "ours", ours)]:
+        where = config.folder / "runs" / f"faithful-{title.replace(' ', '_')}"
+        line = command(config, side, where, config.faithful_steps, config.checkpointing_steps, words)
+        scored = {"rows": config.faithfulness_rows, "share": SHARE}
+        entry = results.find(line)
+        if entry is None or entry["scored"] != scored or ("reached" not in entry and not where.is_dir()):
+            entry, timed = results.run(line, where, config.faithful_steps, title)
+            saved_at = {str(step): weights.stat().st_mtime - timed.began for step, weights in saved(where).items()}
+            entry |= {"title": title, "side": side, "where": str(where), "scored": scored, "saved_at": saved_at}
+            results.add(entry)
+        entries.append(entry)
     for entry in entries:
         if "reached" not in entry:
-            scorer = scorer or Scorer(config, book.log)
-            scorer.score(entry, partial(book.add, entry))
+            scorer = scorer or CheckpointScorer(config, results.log)
+            scorer.score(entry)
+            results.add(entry)
             shutil.rmtree(entry["where"])
     return entries
 
 
-def contenders(config: BenchTrainConfig) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(title, side, words) of each run; the baseline gets our share of empty captions too, as guidance needs them."""
-    ours = ("--preset", config.preset, "--checkpoints_total_limit", str(config.faithful_steps))
-    found: list[tuple[str, str, tuple[str, ...]]] = [("segcn at its defaults", "ours", ours)]
-    if not config.peer:
-        return [("segcn --cache none at its defaults", "baseline", ours), *found]
-    empty = str(make(TrainConfig, config.preset).proportion_empty_prompts)
-    rates = [("--learning_rate", str(rate), "--proportion_empty_prompts", empty) for rate in config.peer_learning_rates]
-    return [(f"diffusers at {float(words[1]):g}", "baseline", words) for words in rates] + found
-
-
-def train_contender(config: BenchTrainConfig, book: Book, title: str, side: str, words: tuple[str, ...]) -> dict:
-    """The entry of a finished run, from the book or run now; its checkpoints are scored later."""
-    where = config.folder / "runs" / f"faithful-{title.replace(' ', '_')}"
-    line = command(config, side, where, config.faithful_steps, config.checkpointing_steps, words)
-    scored = {"rows": config.faithfulness_rows, "share": HALF}
-    entry = book.find(line)
-    if entry is None or entry["scored"] != scored or ("reached" not in entry and not where.is_dir()):
-        entry, timed = book.run(line, where, config.faithful_steps, title)
-        written = {str(step): path.stat().st_mtime - timed.began for step, path in saved_weights(where).items()}
-        entry |= {"title": title, "side": side, "where": str(where), "scored": scored}
-        entry |= {"written": written, "peak_gib": timed.peak_gib()}
-        book.add(entry)
-    return entry
-
-
-def saved_weights(where: Path) -> dict[int, Path]:
-    """The ControlNet's weights in each checkpoint of a run by step; both sides lay them out alike."""
+def saved(where: Path) -> dict[int, Path]:
+    """The ControlNet's weights in each checkpoint of a run by step; both sides have the same layout."""
     return {step: folder / "controlnet" / WEIGHTS for step, folder in checkpoint.steps(where / "out").items()}
 
 
-class Scorer:
-    """Base, held-out rows and segmenter of segcn's own validation: they score the checkpoints of both sides."""
+class CheckpointScorer:
+    """The segmenter of segcn's own validation and the base: what scores the checkpoints of both sides."""
 
     def __init__(self, config: BenchTrainConfig, log: Callable[[str], None]):
         self.log, self.device = log, pick_device()
@@ -417,44 +311,130 @@ class Scorer:
         split = read_split(config.dataset, "train")
         held_out = held_out_rows(training, split)
         assert held_out is not None
-        self.validation = open_scorer(training, held_out, split, config.folder, self.device, log)
-        self.ceiling = self.validation.ceiling["miou"]
+        self.scorer = open_scorer(training, held_out, split, config.folder, self.device, log)
+        self.ceiling = self.scorer.ceiling["miou"]
         self.base = load_base(config.pretrained_model_name_or_path, self.device)
 
-    def score(self, entry: dict, keep: Callable[[], None]) -> None:
-        """Generate from each checkpoint in turn until one reaches half of the ceiling; then `keep` is called."""
+    def score(self, entry: dict) -> None:
+        """Generate from each checkpoint in turn until one reaches the share of the ceiling; the entry says which."""
         entry |= {"ceiling": self.ceiling, "scores": {}, "reached": None}
-        for step, weights in saved_weights(Path(entry["where"])).items():
-            miou = entry["scores"][str(step)] = self.miou_of(weights.parent)
+        for step, weights in saved(Path(entry["where"])).items():
+            miou = entry["scores"][str(step)] = self.faithfulness_of(weights.parent)
             self.log(f"{entry['title']}, step {step}: mIoU {miou:.3f}, of the ceiling {self.ceiling:.3f}")
-            if miou >= HALF * self.ceiling:
+            if miou >= SHARE * self.ceiling:
                 entry["reached"] = step
                 break
-        keep()
 
-    def miou_of(self, folder: Path) -> float:
-        """mIoU of images that this ControlNet generates for the held-out masks."""
+    def faithfulness_of(self, folder: Path) -> float:
+        """mIoU of images that this ControlNet generates from the held-out masks."""
         controlnet = load_controlnet(folder, self.device).eval()
-        pipeline = Pipeline(self.base, controlnet, self.validation.rows.palette, str(folder))
-        images = generate_rows(self.validation, pipeline, self.settings, GENERATED_AT_ONCE, lambda *_: False)
-        return score_rows(self.validation, images)["miou"]
+        pipeline = Pipeline(self.base, controlnet, self.scorer.rows.palette, str(folder))
+        images = generate_rows(self.scorer, pipeline, self.settings, GENERATED_AT_ONCE, lambda *_: False)
+        return score_rows(self.scorer, images)["miou"]
 
 
-def faithful_lines(config: BenchTrainConfig, entries: list[dict]) -> Iterator[str]:
-    """A line a run, and ours against the quickest of the baseline's."""
-
-    def seconds(entry: dict) -> float:
-        return entry["written"][str(entry["reached"])] if entry["reached"] else float("inf")
-
-    yield (
-        f"Until images of {config.faithfulness_rows} held-out masks reach mIoU {HALF * entries[0]['ceiling']:.3f}, half"
-        f" of that of real images, start-up and cache included, scored every {config.checkpointing_steps} steps:"
-    )
+def faithful_lines(config: BenchTrainConfig, entries: list[dict]) -> list[str]:
+    """A line for each run, and ours against the fastest of the baseline's."""
+    lines = [
+        f"Until images of {config.faithfulness_rows} held-out masks reach mIoU {SHARE * entries[0]['ceiling']:.3f}, "
+        "half of what real images reach, start-up and cache building included, scored every "
+        f"{config.checkpointing_steps} steps:"
+    ]
+    fastest = dict.fromkeys(SIDES, float("inf"))
     for entry in entries:
-        best = max(entry["scores"].values())
-        reached = f"{seconds(entry):7.0f} s, step {entry['reached']} (mIoU {best:.3f})"
-        never = f"not within {config.faithful_steps} steps (best mIoU {best:.3f})"
-        yield f"  {entry['title']:36} {reached if entry['reached'] else never}"
-    baseline, ours = (min(seconds(entry) for entry in entries if entry["side"] == side) for side in SIDES)
-    if max(ours, baseline) < float("inf"):
-        yield f"  the quickest of the others / segcn: {baseline / ours:.2f}x the time"
+        best, reached = max(entry["scores"].values()), entry["reached"]
+        text = f"not within {config.faithful_steps} steps (best mIoU {best:.3f})"
+        if reached:
+            seconds = entry["saved_at"][str(reached)]
+            fastest[entry["side"]] = min(seconds, fastest[entry["side"]])
+            text = f"{seconds:7.0f} s, step {reached} (mIoU {best:.3f})"
+        lines.append(f"  {entry['title']:36} {text}")
+    if max(fastest.values()) < float("inf"):
+        lines.append(f"  the fastest baseline / segcn: {fastest['baseline'] / fastest['ours']:.2f}x the time")
+    return lines
+
+
+def step_tflop(base: str | Path, resolution: int, batch: int = 1) -> dict[str, float]:
+    """TFLOP of each part of a step: vae (encoding), text, and train, which is U-Net and ControlNet there and back.
+
+    Counted on the shapes alone: no weights are loaded. A multiplication with its addition counts as two operations;
+    what is no matrix product or convolution, as none.
+    """
+    size = resolution // latent_factor(base)
+    text_config = CLIPTextConfig.from_pretrained(base, subfolder="text_encoder")
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(base, subfolder="vae"))
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base, subfolder="unet"))
+        controlnet, text_encoder = ControlNetModel.from_unet(unet), CLIPTextModel(text_config)
+        image = torch.zeros(batch, 3, resolution, resolution)
+        latents = torch.zeros(batch, unet.config.in_channels, size, size)
+        tokens = torch.zeros(batch, text_config.max_position_embeddings, dtype=torch.long)
+        embeddings = torch.zeros(*tokens.shape, unet.config.cross_attention_dim)
+        step = torch.zeros(batch, dtype=torch.long)
+    for frozen in (vae, unet, text_encoder):
+        frozen.requires_grad_(False)
+
+    def train() -> None:
+        down, middle = controlnet(latents, step, embeddings, controlnet_cond=image, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        unet(latents, step, embeddings, **residuals).sample.sum().backward()
+
+    counted = {}
+    parts = {"vae": lambda: vae.encode(image), "text": lambda: text_encoder(tokens), "train": train}
+    for name, work in parts.items():
+        with FlopCounterMode(display=False) as counter:
+            work()
+        counted[name] = counter.get_total_flops() / 1e12
+    return counted
+
+
+def caching_limit(counted: dict[str, float]) -> float:
+    """How many times faster steps can get when the frozen encoders leave them, by arithmetic alone."""
+    return sum(counted.values()) / counted["train"]
+
+
+def measured(config: BenchTrainConfig) -> tuple[BenchTrainConfig, list[dict]]:
+    """The runs measured last, and their settings; run now where a script is named, or output_dir holds none."""
+    path = config.folder / "train.json"
+    if config.peer or not newest(path):
+        bench_train(config, log=lambda text: None if "\n" in text else print(text))  # the table has its own cell
+    entries = newest(path)
+    variants = dict.fromkeys(entry["variant"] for entry in entries)
+    rounds = max(entry["round"] for entry in entries)
+    return dataclasses.replace(config, **entries[0]["settings"], variants=",".join(variants), rounds=rounds), entries
+
+
+def newest(path: Path) -> list[dict]:
+    """Of a train.json the pairs with the settings, machine and versions of its newest run, in the table's order."""
+    entries = [entry for entry in read_entries(path) if "variant" in entry]
+    last: dict = max(entries, key=lambda entry: entry["began"], default={})
+    same = [entry for entry in entries if all(entry[k] == last[k] for k in ("settings", "machine", "versions"))]
+    return sorted(same, key=lambda entry: (list(VARIANTS).index(entry["variant"]), entry["round"]))
+
+
+def bars(config: BenchTrainConfig, entries: list[dict], limit: float) -> Figure:
+    """Both sides of each variant; in ours its ratio to the baseline; dashes: the baseline's pace times `limit`."""
+    figure = Figure(figsize=(max(8, 3.2 * len(config.chosen)), 3.6))
+    for axes, (measure, title) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
+        for place, variant in enumerate(config.chosen):
+            medians = by_round(entries, variant, measure).median()
+            style = {"textcoords": "offset points", "ha": "center"}
+            for x, value, tone, ink in ((place - 0.2, medians.baseline, TONES[1], "black"),
+                                        (place + 0.2, medians.ours, TONES[0], "white")):  # fmt: skip
+                axes.bar(x, value, 0.38, color=tone)
+                axes.annotate(f"{value:.3g}", (x, 0), (0, 6), color=ink, **style)
+            axes.annotate(f"{medians.ratio:.2f}x", (x, 0), (0, 22), color=ink, weight="bold", fontsize=13, **style)
+            if measure == "samples_per_second":
+                ends = (place - 0.4, place + 0.4)
+                axes.hlines(medians.baseline * limit, *ends, colors="black", linestyles="dashed", linewidth=1)
+        axes.set_title(title)
+        axes.set_xticks(
+            range(len(config.chosen)), [fill(VARIANTS[name].text, 17) for name in config.chosen], fontsize=8
+        )
+        axes.margins(y=0.06)
+    handles: list[Any] = [axes.bar(0, 0, color=tone) for tone in (TONES[1], TONES[0])]
+    handles.append(axes.hlines([], 0, 0, colors="black", linestyles="dashed"))
+    names = [*config.names.values(), f"all that leaving the encoders out can give by arithmetic: {limit:.2f}x"]
+    figure.legend(handles, names, loc="upper center", ncols=3)
+    figure.tight_layout(rect=(0, 0, 1, 0.9))
+    return figure
