@@ -25,7 +25,7 @@ from segcn.bench.train import (
     step_tflop,
     variant_words,
 )
-from segcn.cli import start
+from segcn.cli import run_command
 from segcn.models.base import load_base
 from segcn.models.controlnet import make_controlnet
 from segcn.models.segmenter import SegmenterConfig
@@ -252,7 +252,7 @@ def test_the_large_base_is_written_in_the_layout_that_is_read(tmp_path, monkeypa
     small = load_base(random_base)
     parts = {name: lambda name=name: getattr(small, name) for name in recipe.PARTS}
     monkeypatch.setattr(recipe, "PARTS", parts)
-    start(["samples", "sd15", str(tmp_path / "large")])
+    run_command(["samples", "sd15", str(tmp_path / "large")])
     base = load_base(tmp_path / "large")
     assert base.tokenizer("a winter landscape").input_ids[1:-1] and base.tokenizer.model_max_length == 77
     assert base.scheduler.config.prediction_type == "epsilon"
@@ -273,7 +273,7 @@ def test_the_real_script_is_timed_unchanged(landscapes, random_base, tmp_path):
         "output_dir": tmp_path, "resolution": 64, "rounds": 1, "measured_steps": 2, "warmup_steps": 1,
         "variants": ",".join(VARIANTS),
     }  # fmt: skip
-    start(["bench", "train", *(str(word) for name, value in words.items() for word in (f"--{name}", value))])
+    run_command(["bench", "train", *(str(word) for name, value in words.items() for word in (f"--{name}", value))])
     entries = json.loads((tmp_path / "train.json").read_text())
     assert len(entries) == 2 * len(VARIANTS)
     assert all(entry["began"] > began and entry["samples_per_second"] > 0 for entry in entries)

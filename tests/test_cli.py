@@ -83,7 +83,7 @@ def typed(value):
 
 @pytest.mark.parametrize("name", WITH_FLAGS)
 def test_the_help_shows_the_defaults_that_act(name, capsys):
-    kind = cli.load(WITH_FLAGS[name].config)
+    kind = cli.find(WITH_FLAGS[name].config)
     required = {field.name for field in dataclasses.fields(kind) if field.metadata.get("required")}
     for preset in getattr(kind, "PRESETS", {"": {}}):
         words = ["--preset", preset] if preset else []
@@ -103,7 +103,7 @@ def test_the_help_shows_the_defaults_that_act(name, capsys):
 
 def test_the_help_says_what_a_preset_changes(capsys):
     with pytest.raises(SystemExit):
-        cli.start(["infer", "--help"])
+        cli.run_command(["infer", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "denoising steps (default: 14; --preset sd15: 20)" in text and "--scheduler" in text
     assert "(default: 3.5; --preset sd15: 7.5)" in text and "DPM-Solver++), unipc or ddim (default: unipc)" in text
@@ -133,7 +133,7 @@ def test_a_value_outside_of_its_range_is_named():
 
 def test_words_without_a_flag_are_taken_in_order_wherever_they_are():
     for words in (["a", "b", "--test", "3"], ["--test", "3", "a", "b"], ["b", "--source", "a", "--test=3"]):
-        config = parse(cli.load("segcn.data.config:ImportConfig"), words, "segcn import", ("source", "out"))
+        config = parse(cli.find("segcn.data.config:ImportConfig"), words, "segcn import", ("source", "out"))
         assert (config.source, config.out, config.test) == ("a", "b", 3)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcn.cli import start
+from segcn.cli import run_command
 from segcn.data.captions import SEASONS, TIMES
 from segcn.data.metadata import read_split
 from segcn.samples import measure as measuring
@@ -99,6 +99,6 @@ def test_the_recognizer_learns(landscapes, tmp_path):
 
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="--count 600: expected 2 to 512"):
-        start(["samples", "measure", "--count", "600"])
+        run_command(["samples", "measure", "--count", "600"])
     with pytest.raises(UserError, match="expected a ControlNet"):
         open_generator(dataclasses.replace(TOY, pretrained_model_name_or_path=str(tmp_path)))

@@ -75,6 +75,6 @@ def test_segcn_run_takes_the_parameters_of_the_five_notebooks_and_no_others():
         names |= set(papermill.inspect_notebook(str(path)))
     assert set(RunConfig.__dataclass_fields__) == names | {"only", "allow_symlinks"}
     with pytest.raises(UserError, match=r"unknown flag --max_train_stepz\. Did you mean --max_train_steps"):
-        cli.start(["run", "--max_train_stepz", "3"])
+        cli.run_command(["run", "--max_train_stepz", "3"])
     with pytest.raises(UserError, match="--limit: expected a whole number, found 'three'"):
-        cli.start(["run", "--limit", "three"])
+        cli.run_command(["run", "--limit", "three"])

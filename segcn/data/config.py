@@ -13,15 +13,11 @@ class DoctorConfig:
     """Decode every file of a data set and report every fault; exit code 1 where training would fail or go wrong."""
 
     dataset_name: str = flag("", "data set folder, or its metadata.csv")
-    output_dir: str | None = flag(
-        None, "folder of doctor.html and doctor.json; none: outputs/doctor/<data set>-<fingerprint>"
-    )
+    output_dir: str | None = flag(None, "folder of doctor.html and doctor.json; none: one in outputs/doctor")
     quarantine: str | None = flag(None, "OUT.csv for the good rows; the bad ones go to OUT.bad.csv with the reason")
     pretrained_model_name_or_path: str = flag(str(BASE), "base model, for the length of captions in its tokens")
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
-    max_pixels: int = flag(
-        MAX_PIXELS, "larger images are refused before decoding; the default is Pillow's limit", low=1
-    )
+    max_pixels: int = flag(MAX_PIXELS, "larger images are refused before decoding (Pillow's limit)", low=1)
     examples: int = flag(4, "images of each kind of fault in the report", low=0)
 
 
@@ -30,9 +26,7 @@ class PaletteConfig:
     """Write a palette.json for masks that have none: a ready one that fits, or one proposed from the masks."""
 
     dataset_name: str = flag("", "folder of masks, or data set folder")
-    ready: str | None = flag(
-        None, "ready palette: ade20k, cityscapes, voc, coco-stuff, binary ...; an unknown name lists all"
-    )
+    ready: str | None = flag(None, "ready palette: ade20k, cityscapes, voc, coco-stuff, binary ...; others list all")
     names: str | None = flag(None, "names of the proposed classes in the order of their ids: sky,grass,lake")
     output: str | None = flag(None, "PALETTE.json to write; none: palette.json in the folder")
 
@@ -48,11 +42,9 @@ class ImportConfig:
         "copy: same bytes; symlink: link to them; rewrite: only write metadata to OUT, a folder above the files",
         ("copy", "symlink", "rewrite"),
     )
-    palette: str | None = flag(
-        None, "name of a ready palette (see segcn palette), or a palette.json; none: found at SOURCE, else proposed"
-    )
+    palette: str | None = flag(None, "name of a ready palette, or a palette.json; none: found at SOURCE, else proposed")
     caption: str | None = flag(
-        None, "for rows without one; {classes} becomes those in the mask, largest first: 'a scene of {classes}'"
+        None, "for rows without one; {classes} becomes those in the mask: 'a scene of {classes}'"
     )
     test: int = flag(0, "rows for test/, drawn at random from a SOURCE without splits; 0: none", low=0)
     image_column: str | None = flag(None, "column of the images; none: file_name, or image")

@@ -27,14 +27,10 @@ class EvaluateConfig:
         None, "weights-inception-2015-12-05-6726825d.pth, for FID and KID as published; none: torch.hub's, if there"
     )
     clip: str | None = flag(None, "folder of a CLIPModel, for CLIPScore")
-    output_dir: str | None = flag(
-        None, "folder of metrics.json and report.html; none: the one above the synthetic data set"
-    )
+    output_dir: str | None = flag(None, "folder of metrics.json and report.html; none: the one above --synthetic")
     cache_dir: str | None = flag(None, "folder for the measurements of each image; none: cache/ in the output folder")
     batch_size: int = flag(32, "images read and kept together; no result depends on it", low=1)
-    resolution: int | None = flag(
-        None, "image size for the segmenter in pixels; none: that of the generated images", low=1
-    )
+    resolution: int | None = flag(None, "image size for the segmenter in pixels; none: that of --synthetic", low=1)
     fit: str = flag("crop", "how images become square: crop, pad or stretch; with --segmenter: as it was trained", FITS)
     seed: int = flag(0, "seed of the segmenter's training")
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
@@ -44,5 +40,5 @@ class EvaluateConfig:
 class CompareConfig:
     """Put two evaluations side by side; where both saw the same rows, image by image."""
 
-    run: str = flag("", "folder of an evaluation, or its metrics.json", required=True)
+    one: str = flag("", "folder of an evaluation, or its metrics.json", required=True)
     other: str = flag("", "the other one", required=True)

@@ -8,7 +8,7 @@ from segcn.utils.args import main_guard, parse, stoppable
 from segcn.utils.io import this_process
 
 
-def command(config: GenerateConfig) -> Path | None:
+def generate_share_of_process(config: GenerateConfig) -> Path | None:
     """Generate the share of this process; returns the data set in the first one."""
     from segcn.generate.writer import generate_dataset
 
@@ -21,7 +21,7 @@ def main() -> None:
     """Read the command line, then import what generates."""
     config = parse(GenerateConfig, sys.argv[1:], "accelerate launch -m segcn.generate")
     with stoppable():
-        out = command(config)
+        out = generate_share_of_process(config)
     if out:
         print(out)
 

@@ -25,19 +25,13 @@ class SampleConfig:
         None, "ControlNet folder; none: the newest trained one whose palette matches, else the shipped one"
     )
     palette: str | None = flag(None, "palette.json of the masks; none: found beside them, else the ControlNet's")
-    resolution: int | None = flag(
-        None, "image size in pixels: --fit makes a mask such a square; none: the mask's own size", low=1
-    )
+    resolution: int | None = flag(None, "image size in pixels, made by --fit; none: the mask's own size", low=1)
     fit: str = flag("crop", "how --resolution makes a mask square: crop, pad or stretch, as in training", FITS)
     num_inference_steps: int = flag(20, "denoising steps", low=1)
     guidance_scale: float = flag(4.0, "weight of the text (classifier-free guidance); 1: off")
     guidance_start: float = flag(0.0, "guidance acts from this share of the steps on", low=0, high=1)
-    guidance_end: float = flag(
-        1.0, "guidance acts up to this share of the steps; steps without it are faster", low=0, high=1
-    )
-    guidance_rescale: float = flag(
-        0.0, "rescale the guided prediction to the spread of the conditional one; 0: off", low=0, high=1
-    )
+    guidance_end: float = flag(1.0, "guidance acts up to this share; later steps are faster", low=0, high=1)
+    guidance_rescale: float = flag(0.0, "rescale guidance to the conditional spread; 0: off", low=0, high=1)
     controlnet_conditioning_scale: float = flag(1.0, "weight of the mask; 0: ignored")
     control_guidance_start: float = flag(0.0, "the mask acts from this share of the steps on", low=0, high=1)
     control_guidance_end: float = flag(1.0, "the mask acts up to this share of the steps", low=0, high=1)
@@ -86,17 +80,11 @@ class GenerateConfig(SampleConfig):
     )
     limit: int | None = flag(None, "use only the first rows", low=1)
     replicates: int = flag(1, "images of each row", low=1)
-    augment_masks: str | None = flag(
-        None, "draw a new layout for each image as in training: affine,degrees=20; nothing leaves the frame"
-    )
+    augment_masks: str | None = flag(None, "draw a new layout for each image as in training: affine,degrees=20")
     batch_size: int = flag(16, "images generated at once", low=1)
     without_control: bool = flag(False, "ignore the mask: the floor of an evaluation")
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
-    min_miou: float | None = flag(
-        None, "regenerate an image in which a segmenter finds less of its mask; none: keep all", low=0, high=1
-    )
+    min_miou: float | None = flag(None, "regenerate an image with a lower mIoU; none: keep all", low=0, high=1)
     max_attempts: int = flag(4, "times that a row is generated before its best image goes to rejected/", low=1)
     ignore_disagreement: bool = flag(False, "mark pixels as unlabeled in which the segmenter finds another class")
-    segmenter: str | None = flag(
-        None, "trained segmenter folder; none: trained on the real data's train split, as segcn evaluate does"
-    )
+    segmenter: str | None = flag(None, "trained segmenter folder; none: trained on the real data's train split")

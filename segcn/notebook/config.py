@@ -17,17 +17,13 @@ class RunConfig:
     resolution: int | None = flag(None, "image size in pixels; none: 128, or 512 of sd15", low=1)
     fit: str | None = flag(None, "how images become square: crop, pad or stretch; none: crop", FITS)
     augment: str | None = flag(None, "affine or none, and changes: affine,degrees=20,fill=cover; none: affine")
-    class_balance: float | None = flag(
-        None, "repeat rows with classes that a smaller share of the rows shows; none: 0", low=0, high=1
-    )
+    class_balance: float | None = flag(None, "repeat rows with classes rarer than this share; none: 0", low=0, high=1)
     row: int | None = flag(None, "notebook 02: row to augment; none: 0", low=0)
     draws: int | None = flag(None, "notebook 02: augmentations of it; none: 10", low=1)
     counted_rows: int | None = flag(None, "notebook 02: rows in which classes are counted; none: 200", low=1)
     max_train_steps: int | None = flag(None, "optimizer steps; none: 400, or one epoch with sd15", low=1)
     train_batch_size: int | None = flag(None, "rows in each step; none: 16, or 4 with sd15", low=1)
-    faithfulness_rows: int | None = flag(
-        None, "held-out masks generated from and scored while it trains; none: 12", low=0
-    )
+    faithfulness_rows: int | None = flag(None, "held-out masks generated from and scored in training; none: 12", low=0)
     num_processes: int | None = flag(None, "processes that train together; none: 1", low=1)
     more_flags: str = flag("", "more flags of segcn train, as one text")
     controlnet_model_name_or_path: str = flag("", "ControlNet to generate with; none: the one that notebook 03 trained")

@@ -53,18 +53,14 @@ class UtilityConfig:
     resamples: int = flag(2000, "bootstrap resamples for each interval", low=1)
     images: int = flag(512, "images generated for each fraction, equally many from each of its rows", low=1)
     controlnet_steps: int = flag(1000, "optimizer steps of the smallest fraction's ControlNet", low=1)
-    controlnet_more_steps: int = flag(
-        100, "optimizer steps of each larger fraction's, which starts from that of the next smaller one", low=1
-    )
+    controlnet_more_steps: int = flag(100, "steps of each larger fraction's, begun with the next smaller one", low=1)
     augment: str = flag("affine,degrees=15,scale_min=0.8,scale_max=1.5", "augmentation of its rows, as in segcn train")
     num_inference_steps: int = flag(6, "denoising steps", low=1)
     controlnet_conditioning_scale: float = flag(1.0, "weight of the mask")
     prompt: str | None = flag(None, "prompt of the images in place of their captions, as in segcn generate")
     vary: list[str] = flag([], "words of the captions to exchange, as in segcn generate")
     augment_masks: str = flag("affine", "how new layouts are drawn from the rows' masks, as in segcn generate")
-    min_miou: float = flag(
-        0.6, "regenerate an image in which a segmenter of these rows finds less of its mask", low=0, high=1
-    )
+    min_miou: float = flag(0.6, "regenerate an image whose mIoU with its mask is lower", low=0, high=1)
     max_attempts: int = flag(3, "times that an image is generated before it is dropped", low=1)
     ignore_disagreement: bool = flag(False, "leave out pixels in which that segmenter finds another class")
     batch_size: int = flag(16, "images generated at once", low=1)

@@ -53,16 +53,12 @@ a Slurm script that requeues itself, are in
   {Path(__file__).parent / "cluster"}
 """
 
-    preset: str = flag(
-        "sd15", "defaults to start from: sd15 (diffusers' own) or tiny (the embedded base)", ("sd15", "tiny")
-    )
+    preset: str = flag("sd15", "defaults: sd15 (diffusers' own) or tiny (for the embedded base)", ("sd15", "tiny"))
     # data and models
     pretrained_model_name_or_path: str = flag(
         str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout, or its name on the hub"
     )
-    controlnet_model_name_or_path: str | None = flag(
-        None, "ControlNet to start from; none: a copy of the base's encoder"
-    )
+    controlnet_model_name_or_path: str | None = flag(None, "ControlNet to start from; none: a copy of the base")
     tokenizer_name: str | None = flag(None, "tokenizer folder, if it is not the base's")
     revision: str | None = flag(None, "revision of the base on the hub")
     variant: str | None = flag(None, "variant of the base's weight files, such as fp16")
@@ -71,31 +67,16 @@ a Slurm script that requeues itself, are in
     max_train_samples: int | None = flag(None, "use only the first rows", low=1)
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
     output_dir: str = flag(str(OUTPUTS / "controlnet"), "run folder: checkpoints, log and the finished ControlNet")
-    cache_dir: str | None = flag(
-        None, "folder of the latent caches, not of downloads as in diffusers' script; none: outputs/cache"
-    )
-    cache: str = flag(
-        "latents", "latents: encode each draw once, before step 0; none: encode in every step", ("latents", "none")
-    )
-    cache_draws: int | None = flag(
-        None,
-        "augmented draws kept for each row; epoch e uses draw e modulo this; none: as many as fit --cache_budget_gb",
-        low=1,
-    )
+    cache_dir: str | None = flag(None, "latent caches, not downloads as in diffusers' script; none: outputs/cache")
+    cache: str = flag("latents", "latents: encode before step 0; none: encode in every step", ("latents", "none"))
+    cache_draws: int | None = flag(None, "augmented draws of each row; none: as many as fit --cache_budget_gb", low=1)
     cache_budget_gb: float = flag(20.0, "disk space for the draws of the cache, in GB (10^9 bytes)", low=0)
-    on_bad_sample: str = flag(
-        "fail",
-        "a file that goes bad before it is cached: fail, or skip:N: use the next row instead, for at most N rows",
-    )
+    on_bad_sample: str = flag("fail", "an unreadable file: fail, or skip:N for the next row, N times at most")
     # the image and its augmentation
     resolution: int = flag(512, "image size in pixels", low=1)
     fit: str = flag("crop", "how images become square: crop the middle, pad with a border, or stretch", FITS)
-    augment: str = flag(
-        "affine", "paired augmentation: affine or none, and changes to its fields (below), such as affine,degrees=20"
-    )
-    class_balance: float = flag(
-        0.0, "repeat rows with classes that fewer than this share of the rows show, such as 0.3; 0: off", low=0, high=1
-    )
+    augment: str = flag("affine", "affine or none, and changes to its fields (below), such as affine,degrees=20")
+    class_balance: float = flag(0.0, "repeat rows with classes rarer than this share; 0: off", low=0, high=1)
     proportion_empty_prompts: float = flag(0.0, "share of captions replaced by the empty one", low=0, high=1)
     proportion_empty_controls: float = flag(0.0, "share of masks replaced by an empty control", low=0, high=1)
     # the loss
@@ -106,17 +87,13 @@ a Slurm script that requeues itself, are in
     )
     rescale_betas_zero_snr: bool = flag(False, "zero terminal SNR (arXiv:2305.08891); for bases that predict v")
     snr_gamma: float | None = flag(None, "Min-SNR weights of the loss (arXiv:2303.09556); 5 is usual; none: off")
-    class_weighting: float = flag(
-        0.0, "weight the loss by class, 1 / (share of the labeled pixels)^this; 0.5 is usual; 0: off"
-    )
+    class_weighting: float = flag(0.0, "weight the loss by class, 1 / (share of pixels)^this, such as 0.5; 0: off")
     # optimization
     max_train_steps: int | None = flag(None, "optimizer steps; none: --num_train_epochs", low=1)
     num_train_epochs: int = flag(1, "epochs, if --max_train_steps is not given", low=1)
     train_batch_size: int = flag(4, "rows in a micro-batch of each process", low=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches in an optimizer step", low=1)
-    gradient_checkpointing: bool = flag(
-        False, "recompute activations of ControlNet and frozen U-Net in the backward pass: less memory, more time"
-    )
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     learning_rate: float = flag(5e-6, "peak learning rate", low=0)
     scale_lr: bool = flag(False, "multiply the learning rate by processes, accumulation and batch size")
     lr_scheduler: str = flag(
@@ -135,9 +112,7 @@ a Slurm script that requeues itself, are in
     adam_weight_decay: float = flag(1e-2, "weight decay of AdamW")
     adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    seed: int = flag(
-        0, "seed of the order of rows, noise, timesteps, captions and augmentation; diffusers' script: none"
-    )
+    seed: int = flag(0, "seed of row order, noise, timesteps, captions and augmentation; diffusers' script: none")
     # checkpoints
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", low=1)
     checkpoints_total_limit: int | None = flag(None, "newest checkpoints to keep; none: all", low=1)
@@ -152,12 +127,9 @@ a Slurm script that requeues itself, are in
     validation_steps: int = flag(100, "optimizer steps between validation images", low=1)
     num_validation_images: int = flag(4, "images for each mask and prompt", low=1)
     faithfulness_rows: int = flag(
-        0,
-        "held-out rows (of the test split) generated and scored at each validation; the best step is kept; 0: none",
+        0, "held-out rows to generate from and score while training; the best step is kept; 0: none", low=0
     )
-    segmenter: str | None = flag(
-        None, "trained segmenter folder that scores them; none: one trained on the training rows, in --cache_dir"
-    )
+    segmenter: str | None = flag(None, "trained segmenter folder that scores them; none: trained on the training rows")
     report_to: str = flag(
         "tensorboard",
         "trackers beside log.jsonl, which is always written",
@@ -167,22 +139,16 @@ a Slurm script that requeues itself, are in
     logging_dir: str = flag("logs", "tracker files, below the run folder")
     # the machine
     mixed_precision: str | None = flag(None, "no, fp16 (V100) or bf16; none: as accelerate is configured", PRECISIONS)
-    frozen_precision: str | None = flag(
-        None, "precision of the frozen U-Net; no: float32; none: as --mixed_precision", PRECISIONS
-    )
+    frozen_precision: str | None = flag(None, "of the frozen U-Net; none: as --mixed_precision", PRECISIONS)
     memory_preset: int | None = flag(
-        None, "fit into a GPU of so many GB: sets precision, 8-bit Adam and checkpointing", (8, 12, 16, 24)
+        None, "fit into a GPU of so many GB: precision, Adam, recomputing", (8, 12, 16, 24)
     )
-    preflight: bool = flag(
-        False, "run two steps, print memory and speed, propose batch size and accumulation; write no run"
-    )
+    preflight: bool = flag(False, "run two steps, print memory and speed, propose batch size and accumulation; no run")
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and newer")
     dataloader_num_workers: int = flag(0, "subprocesses that read data, for each training process; 0: none", low=0)
     push_to_hub: bool = flag(False, "upload the finished ControlNet, its palette and its model card to the hub")
     hub_token: str | None = flag(None, "token of the hub, never saved; none: the one of hf auth login, or HF_TOKEN")
-    hub_model_id: str | None = flag(
-        None, "repository to upload to, such as name/repository; none: the name of the run folder"
-    )
+    hub_model_id: str | None = flag(None, "repository to upload to: name/repository; none: the run folder's name")
     # accepted for old command lines
     enable_xformers_memory_efficient_attention: bool = flag(False, "PyTorch's own attention is used")
     set_grads_to_none: bool = flag(False, "always so in PyTorch 2")
