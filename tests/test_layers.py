@@ -52,12 +52,10 @@ ON_PURPOSE = {  # names that several modules define, and why
 }
 # Still to be renamed so that each says what it is:
 TO_RENAME = """
-    AT_ONCE AUGMENT Augment BATCH COUNTS Color DEFAULTS HEADS HELD_OUT_SEED KINDS LINES Layout MARK MOST
-    PALETTE PARTS PATIENCE Pair SHARE SHARED SHOWN SIDE SIDES SPREAD STYLE TONES WIDEST as_html begin captions_of
-    cell check claim class_shares class_weights command compare decode draw enlarged estimate evaluate figure_rows
-    finish guided iou kernel_distance landscapes learn legend load_tokenizer machine make_scheduler measure measured nearest
-    plot remarks report rows_of seconds standing stoppable table train validate verdict wanted write_card write_pair
-    write_report
+    AT_ONCE AUGMENT Augment COUNTS DEFAULTS KINDS Layout MARK MOST PATIENCE SHARE SHARED SHOWN SIDE TONES VERSION
+    WINDOWS as_html begin captions_of check compare decode draw figures finish guided kernel_distance learn legend
+    load_tokenizer make_scheduler measure nearest remarks report seconds stoppable summary table validate verdict
+    wanted write_card write_report
 """
 
 
