@@ -13,8 +13,16 @@ from PIL import Image
 from segcn import cli
 from segcn.data.config import DoctorConfig
 from segcn.data.doctor import report
-from segcn.data.doctor.findings import KINDS, NEAR, Finding, examine, nearest
-from segcn.data.doctor.report import as_html, as_json, find_report, quarantine, summary, validate, write_report
+from segcn.data.doctor.findings import FAULTS, NEAR, Finding, examine, nearest_hashes
+from segcn.data.doctor.report import (
+    as_json,
+    doctor_page,
+    find_report,
+    quarantine,
+    summary_lines,
+    validate,
+    write_doctor_report,
+)
 from segcn.data.doctor.scan import ImageFacts, MaskFacts, dhash, image_facts, mask_facts
 from segcn.data.masks import write_mask
 from segcn.data.metadata import COLUMNS, check_split, read_split, write_metadata
@@ -192,10 +200,10 @@ def test_nearest_counts_the_bits_that_differ_and_a_bit_is_a_step_that_brightens(
     generator = np.random.default_rng(0)
     hashes, others = (generator.integers(0, 1 << 63, n, np.uint64) for n in (50, 3000))
     others[1234] = hashes[7] ^ np.uint64(0b1011)
-    best, bits = nearest(hashes, others)
+    best, bits = nearest_hashes(hashes, others)
     assert (best[7], bits[7]) == (1234, 3)
     assert bits[8] == min(bin(int(hashes[8]) ^ int(other)).count("1") for other in others) > NEAR
-    assert nearest(hashes, others[:0])[1].min() > 64
+    assert nearest_hashes(hashes, others[:0])[1].min() > 64
     thumb = np.zeros((2, 8, 9), np.uint8)
     thumb[1, 0, 1:] = 1
     assert [int(value).bit_count() for value in dhash(thumb)] == [0, 1]
@@ -253,7 +261,7 @@ def test_the_page_shows_broken_rows_and_escapes_what_comes_from_the_data_set(fol
     write_mask(folder / "masks/2.png", np.zeros((8, 8), np.uint8), PALETTE)
     rows = (folder / "metadata.csv").read_text().replace("images/3.png", "images/<b>&3.png")
     (folder / "metadata.csv").write_text(rows)
-    page = as_html(check(folder), DoctorConfig())
+    page = doctor_page(check(folder), DoctorConfig())
     assert "<script>" not in page and "<b>&3" not in page
     assert "&lt;script&gt;" in page and "&lt;b&gt;&amp;3.png" in page
     images = 2 * 2 + 1 + 2 + 1  # image and mask: of row 0 twice, as its caption is too long; what can be read of others
@@ -263,8 +271,8 @@ def test_the_page_shows_broken_rows_and_escapes_what_comes_from_the_data_set(fol
 
 def test_the_summary_fits_twenty_lines(folder):
     checkup = check(folder)
-    every = tuple(Finding(kind, "x", "train", 0, 2, "a.png") for kind in KINDS)
-    lines = summary(replace(checkup, findings=every))
+    every = tuple(Finding(kind, "x", "train", 0, 2, "a.png") for kind in FAULTS)
+    lines = summary_lines(replace(checkup, findings=every))
     assert len(lines) <= 20 and "training would fail" in lines[-1]
     assert as_json(checkup, DoctorConfig())["errors"] == 0
 
@@ -292,7 +300,7 @@ def test_the_command_writes_elsewhere_and_its_exit_code_says_whether_to_train(fo
 
 def test_training_trusts_a_report_on_these_very_files_and_refuses_one_with_errors(folder, tmp_path, monkeypatch):
     def reported():
-        write_report(check(folder), DoctorConfig(dataset_name=str(folder)))
+        write_doctor_report(check(folder), DoctorConfig(dataset_name=str(folder)))
         return find_report(read_split(folder))
 
     said = []

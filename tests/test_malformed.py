@@ -34,8 +34,8 @@ def hook(event, args):
         opened.append(os.path.abspath(os.fsdecode(args[0])))
 watching = False
 sys.addaudithook(hook)
-tokenizer = scan.load_tokenizer(DoctorConfig().pretrained_model_name_or_path)
-scan.load_tokenizer = lambda folder: tokenizer
+tokenizer = scan.caption_tokenizer(DoctorConfig().pretrained_model_name_or_path)
+scan.caption_tokenizer = lambda folder: tokenizer
 examine(DoctorConfig(dataset_name=str(malformed.sound(Path(sys.argv[2], "first")))), log=len)
 for number, (name, (change, _)) in enumerate(malformed.corpus().items()):
     folder = malformed.sound(Path(sys.argv[2], str(number), "pairs"))
@@ -68,7 +68,7 @@ def no_hang():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return scan.load_tokenizer(DoctorConfig().pretrained_model_name_or_path)
+    return scan.caption_tokenizer(DoctorConfig().pretrained_model_name_or_path)
 
 
 def listing(folder):
@@ -96,7 +96,7 @@ def test_a_malformed_data_set_is_refused_with_file_and_row(tmp_path, name):
 
 @pytest.mark.parametrize("name", [name for name, (_, where) in CORPUS.items() if "row 1" in where])
 def test_the_doctor_finds_it_too_in_that_row_alone(tmp_path, name, tokenizer, monkeypatch):
-    monkeypatch.setattr(scan, "load_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(scan, "caption_tokenizer", lambda folder: tokenizer)
     folder = malformed.sound(tmp_path / "pairs")
     CORPUS[name][0](folder)
     before = listing(tmp_path)

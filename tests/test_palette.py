@@ -53,7 +53,7 @@ def propose(paths, names=None):
 
 
 def check(paths, palette):
-    return palettes.check(surveyed(paths), palette)
+    return palettes.check_fit(surveyed(paths), palette)
 
 
 def command(monkeypatch, capsys, *words):

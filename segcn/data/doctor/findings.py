@@ -15,7 +15,7 @@ from segcn.data.palette import IGNORE, Palette
 
 NEAR = 4  # bits of 64 in which the hashes of near-duplicates differ at most
 BLOCK = 1 << 18  # pairs of hashes compared at once: they fit a cache
-KINDS = {  # kind: (severity, title, what to do)
+FAULTS = {  # kind: (severity, title, what to do)
     "metadata": ("error", "line that cannot be read", "fix the line: the three columns, quotes, UTF-8"),
     "repeated": ("error", "row that occurs twice", "remove one of them"),
     "path": ("error", "path that leaves the folder", "move the file below the folder of its metadata.csv; write /"),
@@ -53,7 +53,7 @@ class Finding:
 
     @property
     def severity(self) -> str:
-        return KINDS[self.kind][0]
+        return FAULTS[self.kind][0]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Checkup:
     """All that was found out about a data set."""
 
     facts: Facts
-    findings: tuple[Finding, ...]  # in the order of KINDS, errors first
+    findings: tuple[Finding, ...]  # in the order of FAULTS, errors first
     classes: dict[str, list[dict]]  # of each split
     captions: dict[str, dict]  # of each split
     sizes: dict[str, Counter]  # of each split, images by (width, height)
@@ -101,7 +101,7 @@ class Checkup:
 
     @property
     def by_kind(self) -> dict[str, list[Finding]]:
-        """The findings in the order of KINDS."""
+        """The findings in the order of FAULTS."""
         kinds: dict[str, list[Finding]] = {}
         for finding in self.findings:
             kinds.setdefault(finding.kind, []).append(finding)
@@ -120,7 +120,7 @@ def examine(config: DoctorConfig, log: Callable[[str], None] = print) -> Checkup
         known = (facts.images[case.record.image].size for case in cases if case.record.image in facts.images)
         sizes[name] = Counter(size for size in known if size is not None)
     found = [*row_findings(facts), *copy_findings(facts), *near_findings(facts), *split_findings(facts, classes)]
-    order = list(KINDS)
+    order = list(FAULTS)
     found.sort(key=lambda finding: order.index(finding.kind))
     return Checkup(facts, tuple(found), classes, captions, sizes)
 
@@ -191,14 +191,14 @@ def near_findings(facts: Facts) -> Iterator[Finding]:
     order = np.array([splits.index(case.split) for case, _ in decoded])
     for number in range(1, len(splits)):
         before, here = np.flatnonzero(order < number), np.flatnonzero(order == number)
-        for at, found, bits in zip(here, *nearest(hashes[here], hashes[before]), strict=True):
+        for at, found, bits in zip(here, *nearest_hashes(hashes[here], hashes[before]), strict=True):
             (case, image), (other, other_image) = decoded[int(at)], decoded[int(before[found])]
             if bits <= NEAR and image.identity != other_image.identity:
                 message = f"{bits} of 64 hash bits differ from {other}"
                 yield _of(case, "near_duplicate", message, case.record.image_name, other)
 
 
-def nearest(hashes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_hashes(hashes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each of uint64 [N] the index of the nearest of uint64 [M], and the bits that differ; O(N + M) memory."""
     best, bits = np.zeros(len(hashes), np.int64), np.full(len(hashes), 65)
     step = max(1, BLOCK // max(1, len(others)))

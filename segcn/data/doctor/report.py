@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from segcn.data.config import DoctorConfig
-from segcn.data.doctor.findings import KINDS, Checkup, Finding, examine
+from segcn.data.doctor.findings import FAULTS, Checkup, Finding, examine
 from segcn.data.doctor.scan import Case
 from segcn.data.files import open_image, read_image
 from segcn.data.masks import read_stored_mask
@@ -24,7 +24,7 @@ from segcn.utils.io import write_text
 from segcn.utils.paths import OUTPUTS
 
 LINES = 20  # of the summary at most
-SIDE = 160  # pixels of an image on the page
+THUMBNAIL = 160  # pixels of an image on the page
 
 
 def validate(config: DoctorConfig, log: Callable[[str], None] = print) -> Checkup:
@@ -36,8 +36,8 @@ def validate(config: DoctorConfig, log: Callable[[str], None] = print) -> Checku
             raise UserError(f"--quarantine: expected a name that ends in .csv, found {config.quarantine!r}")
         _quarantine_files(Path(config.quarantine), [""])
     checkup = examine(config, log)
-    page = write_report(checkup, config)
-    for line in summary(checkup):
+    page = write_doctor_report(checkup, config)
+    for line in summary_lines(checkup):
         log(line)
     if config.quarantine:
         log(quarantine(checkup, config.quarantine))
@@ -49,14 +49,14 @@ def validate(config: DoctorConfig, log: Callable[[str], None] = print) -> Checku
     return checkup
 
 
-def write_report(checkup: Checkup, config: DoctorConfig) -> Path:
+def write_doctor_report(checkup: Checkup, config: DoctorConfig) -> Path:
     """Write doctor.html and, last, doctor.json; the path of the former."""
     dataset = checkup.facts.dataset
     folder = OUTPUTS / "doctor" / f"{dataset.absolute().name}-{checkup.fingerprint}"
     folder = Path(config.output_dir) if config.output_dir else folder
     _refuse_inside(folder, dataset)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "doctor.html", as_html(checkup, config))
+    write_text(folder / "doctor.html", doctor_page(checkup, config))
     write_text(folder / "doctor.json", json.dumps(as_json(checkup, config), indent=1, ensure_ascii=False) + "\n")
     return folder / "doctor.html"
 
@@ -80,14 +80,14 @@ def _refuse_inside(folder: Path, dataset: Path) -> None:
         raise UserError(f"{folder} is inside the data set; name a folder elsewhere with --output_dir")
 
 
-def summary(checkup: Checkup) -> list[str]:
+def summary_lines(checkup: Checkup) -> list[str]:
     """The check-up in at most 20 lines: what was read, the kinds of fault with their first row, the classes."""
     facts, kinds = checkup.facts, list(checkup.by_kind.items())
     rows = ", ".join(f"{len(split)} {name}" for name, split in facts.splits.items())
     lines = [f"{facts.dataset}: {rows} rows, {checkup.files} files in {facts.seconds:.1f} s"]
     room = LINES - 8 - (len(kinds) > LINES - 8)
     for kind, found in kinds[:room]:
-        severity, title, _ = KINDS[kind]
+        severity, title, _ = FAULTS[kind]
         lines.append(f"  {severity:8}{len(found):6}  {title:40} {where(found[0])}")
     if len(kinds) > room:
         lines.append(f"  and {len(kinds) - room} more kinds, in doctor.html")
@@ -101,7 +101,7 @@ def summary(checkup: Checkup) -> list[str]:
         lines.append(f"  classes in {name}: " + ", ".join(f"{entry['name']} {entry['share']:.1%}" for entry in shown))
     lines += [f"  captions in {name}: {_lengths(checkup.captions[name])}" for name in splits]
     fitting = [line if len(line) <= 150 else line[:147] + "..." for line in (line.replace("\n", " ") for line in lines)]
-    return [*fitting, verdict(checkup)]
+    return [*fitting, checkup_verdict(checkup)]
 
 
 def where(finding: Finding) -> str:
@@ -110,7 +110,7 @@ def where(finding: Finding) -> str:
     return f"{finding.split}{row}" + (f": {finding.file}" if finding.file else "")
 
 
-def verdict(checkup: Checkup) -> str:
+def checkup_verdict(checkup: Checkup) -> str:
     """One sentence: fit for training, or not."""
     errors, warned = len(checkup.errors), len(checkup.findings) - len(checkup.errors)
     if not errors:
@@ -151,7 +151,7 @@ def as_json(checkup: Checkup, config: DoctorConfig) -> dict:
     }
 
 
-def as_html(checkup: Checkup, config: DoctorConfig) -> str:
+def doctor_page(checkup: Checkup, config: DoctorConfig) -> str:
     """One page that needs no other file; whatever comes from the data set is escaped."""
     cases: dict[tuple, Case] = {case.key: case for case in checkup.facts.cases}
 
@@ -169,9 +169,9 @@ def as_html(checkup: Checkup, config: DoctorConfig) -> str:
         "data/doctor/templates/doctor.html",
         title=f"Data set report: {checkup.facts.dataset.absolute().name}",
         checkup=checkup,
-        kinds=KINDS,
-        read=summary(checkup)[0],
-        verdict=verdict(checkup),
+        kinds=FAULTS,
+        read=summary_lines(checkup)[0],
+        verdict=checkup_verdict(checkup),
         lengths=_lengths,
         where=where,
         images=images,
@@ -206,10 +206,10 @@ def _images_of(case: Case, palette: Palette, max_pixels: int) -> list[np.ndarray
 
 def _thumbnail(pixels: np.ndarray) -> np.ndarray:
     image = Image.fromarray(pixels)
-    if max(image.size) < SIDE // 2:
-        factor = SIDE // max(image.size)
+    if max(image.size) < THUMBNAIL // 2:
+        factor = THUMBNAIL // max(image.size)
         return np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     return np.asarray(image)
 
 

@@ -103,7 +103,7 @@ def scan_dataset(config: DoctorConfig, log: Callable[[str], None] = print) -> Fa
     """Read every row, file and caption of all splits; UserError only where there is nothing to check."""
     if not config.dataset_name:
         raise UserError("segcn validate needs a data set: segcn validate DATASET")
-    tokenizer = load_tokenizer(config.pretrained_model_name_or_path)
+    tokenizer = caption_tokenizer(config.pretrained_model_name_or_path)
     splits, cases = {}, []
     for name, metadata in find_splits(config.dataset_name).items():
         splits[name], problems = scan_split(metadata)
@@ -123,7 +123,7 @@ def scan_dataset(config: DoctorConfig, log: Callable[[str], None] = print) -> Fa
     return Facts(Path(config.dataset_name), splits, tuple(cases), *found, tokens, tokenizer.model_max_length, seconds)
 
 
-def load_tokenizer(folder: str):
+def caption_tokenizer(folder: str):
     """The base's tokenizer alone; without the imports of its networks, which take longer than small data sets."""
     from transformers import CLIPTokenizer
     from transformers.utils import logging

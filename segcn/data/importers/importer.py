@@ -15,7 +15,7 @@ from PIL import Image
 from segcn.data.captions import classes_of
 from segcn.data.config import ImportConfig
 from segcn.data.files import READABLE
-from segcn.data.importers.palettes import READY, check, propose, ready, survey
+from segcn.data.importers.palettes import READY, check_fit, propose, ready, survey
 from segcn.data.importers.sources import Source, find_sources
 from segcn.data.importers.tables import Row
 from segcn.data.masks import read_mask
@@ -220,7 +220,7 @@ def _write(
         palette = propose(survey(masks, log))
     elif config.palette in READY:
         try:
-            for warning in check(survey(masks, log), palette):
+            for warning in check_fit(survey(masks, log), palette):
                 log(f"Warning: {warning}")
         except UserError as error:
             raise UserError(str(error).replace("--ready", "--palette")) from None

@@ -29,7 +29,7 @@ FOLDER = Path(__file__).parents[1] / "palettes"
 TWINS = {"ade20k": "ade20k-from-0", "cityscapes": "cityscapes-labelids", "coco-stuff": "coco-stuff-from-0"}
 TWINS |= {second: first for first, second in TWINS.items()}  # two ways to number the same classes
 TELL_APART = 4  # of 255: colors closer than this in every channel look the same
-SHOWN = 30  # labels in the table
+TABLE_LINES = 30  # labels in the table
 
 
 @cache
@@ -62,7 +62,7 @@ def make_palette(config: PaletteConfig, log: Callable[[str], None] = print) -> P
             palette = propose(found, [name.strip() for name in config.names.split(",")] if config.names else None)
             warnings = _smoothing_warnings(found)
         else:
-            warnings = check(found, palette)
+            warnings = check_fit(found, palette)
         for line in palette_table_text(palette, found, swatches=sys.stdout.isatty()):
             log(line)
         for warning in warnings:
@@ -209,7 +209,7 @@ def _refuse_no_ids(found: Survey) -> None:
 # --- Does a palette fit?
 
 
-def check(found: Survey, palette: Palette) -> list[str]:
+def check_fit(found: Survey, palette: Palette) -> list[str]:
     """Warnings of what the values alone cannot tell; UserError where masks do not fit the palette."""
     if misfit := _misfit(found, palette):
         fitting = [name for name in READY if not _misfit(found, ready(name))]
@@ -349,10 +349,10 @@ def palette_table_text(palette: Palette, found: Survey, swatches: bool = False) 
         labels.append(Label(IGNORE, "(unlabelled)", (0, 0, 0), ignore=True))
     width = max(len(label.name) for label in labels)
     lines = [f"{'id':>4}  {'name':{width}}  {'color':{10 if swatches else 7}}  {'pixels':>7}  {'files':>7}"]
-    for label in labels[:SHOWN]:
+    for label in labels[:TABLE_LINES]:
         swatch = "\x1b[48;2;{};{};{}m  \x1b[0m ".format(*label.color) if swatches else ""
         share = found.pixels[found.value_of(label)] / found.pixels.total()
         name = f"{label.id:4}  {label.name:{width}}  {swatch}#{code_of(label.color):06x}"
         lines.append(f"{name}  {share:7.2%}  {found.files[found.value_of(label)]:7,}{'  ignored' * label.ignore}")
-    lines += [f"      and {len(labels) - SHOWN} more"] if len(labels) > SHOWN else []
+    lines += [f"      and {len(labels) - TABLE_LINES} more"] if len(labels) > TABLE_LINES else []
     return lines + ([f"      and {absent} that occur in no mask"] if absent else [])
