@@ -134,7 +134,7 @@ def color_codes(rgb: np.ndarray) -> np.ndarray:
 
 
 def color_of(code: int) -> Color:
-    """The color that 0xRRGGBB stands for."""
+    """The color of 0xRRGGBB."""
     return code >> 16, code >> 8 & 255, code & 255
 
 

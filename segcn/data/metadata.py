@@ -235,7 +235,7 @@ def _metadata_in(folder: Path) -> Path | None:
 
 
 def _find_metadata(path: Path, split: str | None) -> Path:
-    """The metadata file that a data set's name and a split's name, if any, stand for."""
+    """The metadata file of a data set and a split."""
     if path.is_file():
         if path.suffix not in (".csv", ".jsonl"):
             raise UserError(
@@ -314,7 +314,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, list[str], str | None]]:
                 fields, fault = [], f"{error}; is a double quote left open?"
             header = fields if header is None else header
             if fault is None and reader.line_num > first and any(map(SWALLOWED.search, fields)):
-                fault = "a quoted field goes on over a line that names an image; is a double quote left open?"
+                fault = "a quoted field runs over a line that names an image; is a double quote left open?"
             elif fault is None and fields and len(fields) != len(header):
                 fault = (
                     f"expected {len(header)} fields, found {len(fields)}: {_clean(str(fields))};"
