@@ -95,13 +95,8 @@ def test_outlines_are_those_of_a_brute_force_count(grow):
     masks = [np.where(wanted == IGNORE, IGNORE, found), wanted.numpy()]
     for label in range(4):
         one, other = (set(outline_by_hand(mask, label)) for mask in masks)
-        expected = [
-            len(one),
-            sum(near(p, other, reach) for p in one),
-            len(other),
-            sum(near(p, one, reach) for p in other),
-        ]
-        assert counts[label].tolist() == expected
+        reached = sum(near(p, other, reach) for p in one), sum(near(p, one, reach) for p in other)
+        assert counts[label].tolist() == [len(one), reached[0], len(other), reached[1]]
 
 
 def test_a_perfect_outline_scores_one_a_missing_one_zero_and_an_unwanted_class_nothing():
@@ -170,7 +165,9 @@ def test_labels_are_mapped_by_their_number_and_another_number_is_refused(segform
         open_segmenter(segformer(7), WITH_HOLE, 32, "crop")
 
 
-def test_what_is_no_segmenter_is_named(tmp_path):
+def test_our_own_is_opened_by_the_same_flag_and_what_is_no_segmenter_is_named(tmp_path):
+    train_segmenter(write_rectangles(tmp_path / "data", 4), SHORT, tmp_path / "own", log=lambda line: None)
+    assert open_segmenter(tmp_path / "own", PALETTE, 64, "pad", "cpu").settings["resolution"] == SHORT.resolution
     with pytest.raises(UserError, match=r"expected a folder with config\.json"):
         open_segmenter(tmp_path, PALETTE, 32, "crop")
     (tmp_path / "config.json").write_text('{"model_type": "segformer"}')
@@ -179,8 +176,3 @@ def test_what_is_no_segmenter_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="expected JSON"):
         open_segmenter(tmp_path, PALETTE, 32, "crop")
-
-
-def test_our_own_is_opened_by_the_same_flag(tmp_path):
-    train_segmenter(write_rectangles(tmp_path / "data", 4), SHORT, tmp_path / "own", log=lambda line: None)
-    assert open_segmenter(tmp_path / "own", PALETTE, 64, "pad", "cpu").settings["resolution"] == SHORT.resolution

@@ -59,12 +59,8 @@ def test_logits_have_the_size_of_any_image():
     for size in [(16, 16), (33, 50), (1, 7), (128, 64)]:
         assert segmenter(torch.zeros(2, 3, *size)).shape == (2, 5, *size)
         assert segmenter.features(torch.zeros(2, 3, *size)).shape == (2, 24)
-
-
-def test_padding_up_to_the_stride_repeats_the_last_row():
-    segmenter = build_segmenter(3, width=8)
     image = torch.rand(1, 3, 30, 32) * 2 - 1
-    filled = torch.cat([image, image[..., -1:, :], image[..., -1:, :]], dim=-2)
+    filled = torch.cat([image, image[..., -1:, :], image[..., -1:, :]], dim=-2)  # as the network pads to its stride
     assert torch.equal(segmenter(image), segmenter(filled)[..., :30, :])
 
 
@@ -99,7 +95,7 @@ def test_unlabelled_pixels_leave_the_loss():
     assert segmentation_loss(logits, torch.full_like(mask, IGNORE), ones) == 0
 
 
-def test_a_weight_makes_the_pixels_of_a_picture_count_less_and_of_weight_zero_not_at_all():
+def test_a_weight_makes_the_pixels_of_a_image_count_less_and_of_weight_zero_not_at_all():
     logits, ones = torch.randn(2, 3, 4, 4), torch.ones(3)
     mask = torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
     mask[1, :2] = IGNORE  # 16 pixels of the first image, 8 of the second

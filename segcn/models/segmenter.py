@@ -64,7 +64,7 @@ class AnySegmenter(nn.Module, ABC):
 
     @abstractmethod
     def features(self, image: torch.Tensor) -> torch.Tensor:
-        """image [B, 3, H, W] in [-1, 1] -> what tells images apart [B, D]."""
+        """image [B, 3, H, W] in [-1, 1] -> features that images are compared by [B, D]."""
 
 
 class Segmenter(AnySegmenter):
@@ -164,7 +164,7 @@ def segmenter_of(
     cache: str | Path | None = None,
     log: Callable[[str], None] = print,
     device: str | None = None,
-) -> "Segmenter":
+) -> Segmenter:
     """The segmenter of these rows and settings: from `cache` where it has been trained before, else trained now.
 
     cache: the folder that holds segmenter-KEY, the key a digest of rows and settings; none: outputs/cache. One process
@@ -197,7 +197,7 @@ def train_segmenter(
     output_dir: str | Path,
     log: Callable[[str], None] = print,
     device: str | None = None,
-) -> "Segmenter":
+) -> Segmenter:
     """Train on the rows of `split` for a fixed number of steps, store it in the folder `output_dir` and return it.
 
     The same arguments give the same bytes on the same CPU. A committed folder is replaced, any other one set aside.
