@@ -72,7 +72,7 @@ COMMANDS = {
     "evaluate": Command("do generated images follow their masks, and are they like real ones? (compare, utility)",
                         "segcn.evaluate.config:EvaluateConfig", "segcn.cli:run_evaluation"),
     "evaluate compare": Command("two evaluations side by side", "segcn.evaluate.config:CompareConfig",
-                                "segcn.evaluate.tables:compare", ("one", "other"), True),
+                                "segcn.evaluate.tables:comparison", ("one", "other"), True),
     "evaluate utility": Command("do generated images help to train a segmenter?",
                                 "segcn.study.config:UtilityConfig", "segcn.cli:run_study"),
 }  # fmt: skip
@@ -203,12 +203,12 @@ def run_evaluation(config: Any) -> str | None:
     """`segcn evaluate`: the table of results, in the first of several processes."""
     from segcn.data.visualize import quiet
     from segcn.evaluate.run import evaluate_folders
-    from segcn.evaluate.tables import table
+    from segcn.evaluate.tables import metrics_table
     from segcn.samples.recognizer import caption_reader
 
     quiet()
     evaluation = evaluate_folders(config, caption_reader)
-    return table(evaluation.metrics) if evaluation else None
+    return metrics_table(evaluation.metrics) if evaluation else None
 
 
 def run_study(config: Any) -> str:

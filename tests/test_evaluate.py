@@ -1,4 +1,4 @@
-"""Promise: an evaluation gives the right numbers, the same however it is run, and each number moves the way it should."""
+"""Promise: an evaluation gives the right numbers, whoever computes them, and each moves as it should."""
 
 import json
 import os
@@ -17,10 +17,10 @@ from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import IGNORE, Label, Palette
 from segcn.evaluate.config import EvaluateConfig
-from segcn.evaluate.evaluator import DRAWS, LEAST_CROP, METRICS, Observer, evaluate, faithfulness
-from segcn.evaluate.report import as_html, extremes, strip
+from segcn.evaluate.evaluator import DRAWS_FILE, LEAST_CROP, METRICS_FILE, Observer, evaluate, faithfulness
+from segcn.evaluate.report import extremes, report_html, strip
 from segcn.evaluate.run import evaluate_folders
-from segcn.evaluate.tables import compare, lookup, table
+from segcn.evaluate.tables import comparison, lookup, metrics_table
 from segcn.models.base import one_core
 from segcn.models.features import INCEPTION, INCEPTION_WEIGHTS, open_extractor
 from segcn.models.segmenter import SegmenterConfig, load_segmenter, train_segmenter
@@ -235,11 +235,11 @@ def test_an_evaluation_that_was_killed_and_restarted_writes_the_bytes_of_one_tha
     line = [sys.executable, "-c", KILLED, *places, str(tmp_path / "killed"), "3"]
     assert subprocess.run(line, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).returncode == -signal.SIGKILL
     stood = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "cache" / "seen").glob("*.safetensors")}
-    assert stood and not (tmp_path / "killed" / METRICS).exists()
+    assert stood and not (tmp_path / "killed" / METRICS_FILE).exists()
     for name in ("killed", "whole"):
         evaluate_folders(EvaluateConfig(**config, output_dir=str(tmp_path / name)), log=quiet)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stood.items())
-    for name in (METRICS, DRAWS, "report.html"):
+    for name in (METRICS_FILE, DRAWS_FILE, "report.html"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -251,7 +251,7 @@ def test_two_processes_of_torchrun_write_the_bytes_of_one(folder, tmp_path, blur
     for name, start in (("one", [sys.executable]), ("two", torchrun)):
         line = [*start, "-m", "segcn.cli", "evaluate", *words, f"--output_dir={tmp_path / name}", "--batch_size=3"]
         subprocess.run(line, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    for name in (METRICS, DRAWS, "report.html"):
+    for name in (METRICS_FILE, DRAWS_FILE, "report.html"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
@@ -288,15 +288,15 @@ def test_metrics_of_your_own_are_reported_with_their_intervals(blurred, real, tm
     counts = blurred.seen["synthetic"]["pixels"].double().sum(1)
     value, (low, high) = at(found.metrics, "custom", "synthetic", "<accuracy>")
     assert value == pytest.approx((counts[:, 2] / counts[:, 0]).mean().item()) and low < value < high
-    assert f"<accuracy>, with mask: {value:.3f} [{low:.3f}, {high:.3f}]" in table(found.metrics)
-    page = text_of(as_html(found))
+    assert f"<accuracy>, with mask: {value:.3f} [{low:.3f}, {high:.3f}]" in metrics_table(found.metrics)
+    page = text_of(report_html(found))
     assert "&lt;accuracy&gt;" in page and f"[{low:.3f}, {high:.3f}]" in page
     found.write(tmp_path)
-    assert "<accuracy>, with mask" in compare(tmp_path, tmp_path)
+    assert "<accuracy>, with mask" in comparison(tmp_path, tmp_path)
 
 
 def test_the_table_names_the_extractor_and_holds_the_numbers_with_their_intervals(blurred):
-    metrics, text = blurred.metrics, table(blurred.metrics)
+    metrics, text = blurred.metrics, metrics_table(blurred.metrics)
     for entry in metrics["faithfulness"].values():
         for value in (entry["miou"], *entry["per_class"].values()):
             assert f"{value:.3f}" in text
@@ -311,7 +311,7 @@ def test_the_table_stays_narrow_with_many_classes(blurred):
     crowded = json.loads(json.dumps(blurred.metrics))
     for entry in crowded["faithfulness"].values():
         entry["per_class"] = {f"a class of things {k}": k / 150 for k in range(150)}
-    text = table(crowded)
+    text = metrics_table(crowded)
     assert max(map(len, text.splitlines())) <= 100
     assert f"{149 / 150:.3f}" in text
 
@@ -324,7 +324,7 @@ def test_the_report_is_one_file_that_escapes_names_and_names_its_extractor(folde
         write_rectangles(one, 8, seed=7)
         palette.save(one / "palette.json")
         write_metadata(one, rows)
-    page = text_of(as_html(evaluate(read_split(tmp_path / "real"), read_split(split.folder), observer, log=quiet)))
+    page = text_of(report_html(evaluate(read_split(tmp_path / "real"), read_split(split.folder), observer, log=quiet)))
     assert "<script" not in page and "<img src=x" not in page and "<b>road" not in page
     assert "&lt;script&gt;" in page and "segmenter features" in page and "FID" not in page
     assert page.count("data:image/png;") == 5 and "http" not in page
@@ -332,7 +332,7 @@ def test_the_report_is_one_file_that_escapes_names_and_names_its_extractor(folde
 
 
 def test_the_report_shows_the_copies_and_tells_the_ceiling_and_the_floor(blurred):
-    page = text_of(as_html(blurred))
+    page = text_of(report_html(blurred))
     assert page.count("data:image/png;") == 8
     words = ("real (ceiling)", "no mask (floor)", "mostly bias", "closest pairs", "expected calibration error",
              "A class that no mask holds is left out of the mean")  # fmt: skip
@@ -353,23 +353,24 @@ def test_the_best_and_worst_images_of_a_class_are_those_with_the_best_and_worst_
 
 def test_two_runs_are_compared_with_paired_intervals(folder, observer, real, blurred, tmp_path):
     blurred.write(tmp_path / "blurred")
-    assert json.loads((tmp_path / "blurred" / METRICS).read_text()) == blurred.metrics
+    assert json.loads((tmp_path / "blurred" / METRICS_FILE).read_text()) == blurred.metrics
     evaluate(real, real, observer, log=quiet).write(tmp_path / "same")
     lines = {
-        line[:44].strip(): line for line in compare(tmp_path / "blurred", tmp_path / "same" / METRICS).splitlines()
+        line[:44].strip(): line
+        for line in comparison(tmp_path / "blurred", tmp_path / "same" / METRICS_FILE).splitlines()
     }
     share = lines["mIoU of ceiling, with mask"]
     assert f"{blurred.metrics['of_ceiling']:.3f}" in share and "1.000" in share and share.endswith("*")
     assert "Fréchet distance (segmenter features)" in lines and lines["IoU of grass, with mask"].endswith("*")
-    same = compare(tmp_path / "same", tmp_path / "same")
+    same = comparison(tmp_path / "same", tmp_path / "same")
     assert "0.000 [0.000, 0.000]" in same and not any(line.endswith("]  *") for line in same.splitlines())
     with pytest.raises(UserError, match=r"expected metrics\.json and draws\.safetensors"):
-        compare(tmp_path / "same", tmp_path / "none")
+        comparison(tmp_path / "same", tmp_path / "none")
 
 
 def test_the_evaluation_of_other_images_is_not_replaced(folder, tmp_path, blurred):
     settings = {"real": str(folder / "data"), "segmenter": str(folder / "segmenter"), "output_dir": str(tmp_path)}
-    (tmp_path / METRICS).write_text('{"sets": {"synthetic": {"folder": "/somewhere/else"}}}')
+    (tmp_path / METRICS_FILE).write_text('{"sets": {"synthetic": {"folder": "/somewhere/else"}}}')
     with pytest.raises(UserError, match=r"is the evaluation of /somewhere/else, not of .*choose another --output_dir"):
         evaluate_folders(EvaluateConfig(**settings, synthetic=str(folder / "blurred")), log=quiet)
     with pytest.raises(UserError, match="needs --real DATASET and --synthetic DATASET"):
@@ -430,9 +431,9 @@ def test_inceptions_features_are_named_and_those_of_other_weights_are_not_called
     torch.save(random.state_dict(), tmp_path / "inception.pth")
     extractor = open_extractor(observer.segmenter, tmp_path / "inception.pth")
     found = evaluate(real, real, Observer(observer.segmenter, extractor), log=quiet)
-    assert found.metrics["distance"]["features"] == 2048 and "below 10240 images" in table(found.metrics)
-    assert "Fréchet distance (Inception v3 with other weights (inception.pth)): " in table(found.metrics)
+    assert found.metrics["distance"]["features"] == 2048 and "below 10240 images" in metrics_table(found.metrics)
+    assert "Fréchet distance (Inception v3 with other weights (inception.pth)): " in metrics_table(found.metrics)
     published = observer.extractor._replace(name=INCEPTION)
     found = evaluate(real, real, Observer(observer.segmenter, published), log=quiet)
-    assert "FID (Inception v3, 2015-12-05): " in table(found.metrics)
-    assert "KID (Inception v3, 2015-12-05)" in text_of(as_html(found))
+    assert "FID (Inception v3, 2015-12-05): " in metrics_table(found.metrics)
+    assert "KID (Inception v3, 2015-12-05)" in text_of(report_html(found))

@@ -52,7 +52,7 @@ PARTS_OF = {
     "floor": ("faithfulness", "text"),
     "train": ("features",),
 }
-METRICS, DRAWS = "metrics.json", "draws.safetensors"
+METRICS_FILE, DRAWS_FILE = "metrics.json", "draws.safetensors"
 
 
 @dataclass(frozen=True)
@@ -261,9 +261,9 @@ class Evaluation:
     def write(self, folder: str | Path) -> Path:
         """Store metrics.json and, for comparisons, the bootstrap's draws; each completely or not at all."""
         folder = Path(folder)
-        write_metrics(self.metrics, folder / METRICS)
-        write_whole(folder / DRAWS, lambda file: save_file(self.draws, file))
-        return folder / METRICS
+        write_metrics(self.metrics, folder / METRICS_FILE)
+        write_whole(folder / DRAWS_FILE, lambda file: save_file(self.draws, file))
+        return folder / METRICS_FILE
 
 
 def evaluate(

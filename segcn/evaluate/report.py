@@ -22,9 +22,9 @@ from segcn.models.base import one_core
 from segcn.utils.html import figure_img, render
 from segcn.utils.io import write_text
 
-MOST = 20  # classes shown at most: those with the lowest IoU
-SHARE = 0.01  # of the pixels, which a class covers in an image that is shown for it
-TONES = {"real": "#4d4d4d", "reconstructions": "#a8a8a8", "synthetic": ACCENT, "floor": "#e8a04c"}
+MOST_CLASSES = 20  # classes shown at most: those with the lowest IoU
+SHOWN_COVER = 0.01  # of the pixels, which a class covers in an image that is shown for it
+SET_COLORS = {"real": "#4d4d4d", "reconstructions": "#a8a8a8", "synthetic": ACCENT, "floor": "#e8a04c"}
 EACH = 2  # best and worst images of a class
 
 
@@ -39,7 +39,7 @@ def class_scores(metrics: dict) -> Figure:
             values = [measured[name][key][label] for label in labels]
             ends = [lookup(metrics["intervals"], ("faithfulness", name, key, label)) for label in labels]
             places = np.arange(len(labels)) + (at - (len(names) - 1) / 2) * 0.7 / len(names)
-            _dots(axes, values, ends, places, TONES[name], ROWS[name])
+            _dots(axes, values, ends, places, SET_COLORS[name], ROWS[name])
         axes.set(title=title, xlim=(-0.02, 1.02))
         axes.grid(axis="x", color="#e4e4e4")
     name_classes(left, labels)
@@ -53,7 +53,7 @@ def worst_classes(metrics: dict) -> list[str]:
     """The classes that occur, at most 20: those with the lowest IoU, in the order of their ids."""
     found = {label: value for label, value in metrics["faithfulness"]["synthetic"]["per_class"].items()
              if value is not None}  # fmt: skip
-    kept = sorted(found, key=lambda label: found[label])[:MOST]
+    kept = sorted(found, key=lambda label: found[label])[:MOST_CLASSES]
     return [label for label in found if label in kept]
 
 
@@ -65,7 +65,7 @@ def reliability(metrics: dict) -> Figure:
     for name, curve in metrics["reliability"].items():
         label = f"{ROWS[name]}, off by {curve['expected_calibration_error']:.3f}"
         points = curve["confidence"], curve["accuracy"]
-        axes.plot(*points, color=TONES[name], linewidth=1.6, marker="o", markersize=3.5, label=label)
+        axes.plot(*points, color=SET_COLORS[name], linewidth=1.6, marker="o", markersize=3.5, label=label)
     axes.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel="confidence of the segmenter", ylabel="share of such pixels right")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     return figure
@@ -89,7 +89,9 @@ def confusion_table(metrics: dict, palette: Palette) -> Figure:
 def crop_bars(metrics: dict) -> Figure:
     """The kernel distance between real and generated images of each class alone, with its interval."""
     found = metrics["crops"]["kernel_distance"]
-    labels = sorted((label for label in found if found[label] is not None), key=lambda label: -found[label])[:MOST]
+    labels = sorted((label for label in found if found[label] is not None), key=lambda label: -found[label])[
+        :MOST_CLASSES
+    ]
     figure = Figure(figsize=(6.5, 0.9 + 0.28 * len(labels)))
     axes = figure.add_subplot()
     ends = [lookup(metrics["intervals"], ("crops", "kernel_distance", label)) for label in labels]
@@ -108,7 +110,7 @@ def nearest_distances(metrics: dict) -> Figure:
     copies = metrics["copies"]
     sets = {
         "with mask": (copies["distances"], ACCENT),
-        "real test images": (copies["distances_of_real"], TONES["real"]),
+        "real test images": (copies["distances_of_real"], SET_COLORS["real"]),
     }
     figure = Figure(figsize=(6.5, 2.6))
     axes = figure.add_subplot()
@@ -155,7 +157,7 @@ def class_extremes(evaluation: Evaluation) -> Figure:
 def extremes(evaluation: Evaluation, label: int) -> list[tuple[int, float]]:
     """(row, IoU) of the two images with the best IoU of a class and the two with the worst, best first."""
     in_mask, predicted, both = evaluation.seen["synthetic"]["pixels"][:, label].double().unbind(1)
-    least = max(LEAST_CROP, SHARE * evaluation.metrics["distance"]["resolution"] ** 2)
+    least = max(LEAST_CROP, SHOWN_COVER * evaluation.metrics["distance"]["resolution"] ** 2)
     usual = in_mask[in_mask > 0].median()  # nan where no mask holds it: then no row is chosen
     rows = torch.where(in_mask >= usual.clamp(max=least))[0]
     scores = (both / (in_mask + predicted - both))[rows]
@@ -190,7 +192,7 @@ def _dots(axes: Axes, values: list, ends: list, places: np.ndarray, tone: str, n
 # The page
 
 REPORT = "report.html"
-ABOUT = {
+ABOUT_SETS = {
     "real": "held-out real images: what the segmenter reaches at best",
     "reconstructions": "the same through the base model's autoencoder and back",
     "synthetic": "generated from the masks: the images that are evaluated here",
@@ -207,11 +209,11 @@ SPREAD_ABOUT = {
 def write_report(evaluation: Evaluation, folder: str | Path) -> Path:
     """Write report.html, completely or not at all, and return its path."""
     path = Path(folder) / REPORT
-    write_text(path, as_html(evaluation))
+    write_text(path, report_html(evaluation))
     return path
 
 
-def as_html(evaluation: Evaluation) -> str:
+def report_html(evaluation: Evaluation) -> str:
     """One page that needs no other file; whatever comes from the data sets is escaped."""
     metrics, palette = evaluation.metrics, evaluation.splits["real"].palette
 
@@ -246,7 +248,7 @@ def as_html(evaluation: Evaluation) -> str:
         sentences=list(summary(metrics)),
         segmenter=metrics["segmenter"].get("name", "the segmenter of this package"),
         scored={name: title for name, title in ROWS.items() if name in metrics["faithfulness"]},
-        about=ABOUT,
+        about=ABOUT_SETS,
         cell=cell,
         within=partial(within, metrics),
         plots=plots,

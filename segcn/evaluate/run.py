@@ -10,7 +10,7 @@ import torch
 
 from segcn.data.metadata import Split, find_splits, hold_out, read_image, read_named_split, read_split
 from segcn.evaluate.config import EvaluateConfig
-from segcn.evaluate.evaluator import METRICS, PARTS_OF, Evaluation, Log, Observer, evaluate
+from segcn.evaluate.evaluator import METRICS_FILE, PARTS_OF, Evaluation, Log, Observer, evaluate
 from segcn.evaluate.report import write_report
 from segcn.models.features import Reader, clip_reader, open_extractor
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter, segmenter_of
@@ -86,7 +86,7 @@ def read_splits(config: EvaluateConfig) -> dict[str, Split]:
 
 def refuse_another(folder: Path, synthetic: Split) -> None:
     """UserError where a folder holds the evaluation of other images, so that no result is replaced by mistake."""
-    path = folder / METRICS
+    path = folder / METRICS_FILE
     if not path.is_file():
         return
     try:

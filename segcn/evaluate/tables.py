@@ -10,15 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from segcn.evaluate.bootstrap import Estimate, difference
-from segcn.evaluate.evaluator import DRAWS, METRICS, ROWS
+from segcn.evaluate.evaluator import DRAWS_FILE, METRICS_FILE, ROWS
 from segcn.utils.errors import UserError
 
 WIDTH = 100  # characters a line
-SPREAD = ("precision", "recall", "density", "coverage")
+SPREADS = ("precision", "recall", "density", "coverage")
 DISTANCES = ("frechet_distance", "kernel_distance")
 
 
-def table(metrics: dict) -> str:
+def metrics_table(metrics: dict) -> str:
     """Faithfulness by set and class, then distances with their extractor, text, color, copies, and warnings."""
     scored = metrics["faithfulness"]
     names = [name for name in ROWS if name in scored]
@@ -42,7 +42,7 @@ def _lines(metrics: dict) -> Iterator[str]:
     found = metrics["distance"]
     for title, key in zip(found["names"], DISTANCES, strict=True):
         yield f"{title} ({found['extractor']}): {within(metrics, 'distance', key, digits=4)}"
-    for pair in (SPREAD[:2], SPREAD[2:]):
+    for pair in (SPREADS[:2], SPREADS[2:]):
         yield ", ".join(f"{key} {within(metrics, 'distance', key)}" for key in pair)
     counts = f"{found['images_real']} real and {found['images_synthetic']} generated images"
     yield f"({found['extractor']} of {counts}, {found['resolution']} px)"
@@ -50,11 +50,11 @@ def _lines(metrics: dict) -> Iterator[str]:
         for name, scores in metrics.get(kind, {}).items():
             for title in scores:
                 yield f"{title}, {ROWS[name]}: {within(metrics, kind, name, title)}"
-    shift = metrics["color"]
-    yield (
-        f"mean color shift (CIE L*a*b*): dL {shift['L']:+.2f}, da {shift['a']:+.2f}, db {shift['b']:+.2f}, delta E "
-        f"{within(metrics, 'color', 'delta_e', digits=3)}"
-    )
+    shift = metrics.get("color")  # "colour" in older files
+    if shift:
+        channels = f"dL {shift['L']:+.2f}, da {shift['a']:+.2f}, db {shift['b']:+.2f}"
+        delta = within(metrics, "color", "delta_e", digits=3)
+        yield f"mean color shift (CIE L*a*b*): {channels}, delta E {delta}"
     if metrics["copies"]:
         yield f"memorization test: {within(metrics, 'copies', 'nearer_than_real')} (0.5 = none)"
 
@@ -97,7 +97,7 @@ def number(value: float | None, digits: int = 0) -> str:
 # Two evaluations side by side
 
 
-def compare(one: str | Path, other: str | Path) -> str:
+def comparison(one: str | Path, other: str | Path) -> str:
     """Each number of two evaluations and their difference with its interval, as text.
 
     Where both saw the same rows their draws are paired, image by image. UserError where a folder holds no evaluation.
@@ -113,18 +113,18 @@ def compare(one: str | Path, other: str | Path) -> str:
         digits = 3 if place[0] in ("crops", "color") or place[-1].endswith("_distance") else 0
         cells = [number(value, digits) for value in (a.value, b.value, apart.value, low, high)]
         lines.append("{:44}{:>9}{:>9}   {} [{}, {}]{}".format(title[:43], *cells, mark))
-    return "\n".join([*lines, "", "* the interval excludes zero"]) + "\n"
+    return "\n".join([*lines, "", "* the interval excludes zero"])
 
 
 def read_run(folder: str | Path) -> tuple[dict, dict]:
     """The metrics and draws of an evaluation, by its folder or its metrics.json; UserError if it is not complete."""
     folder = Path(folder)
-    folder = folder.parent if folder.name == METRICS else folder
+    folder = folder.parent if folder.name == METRICS_FILE else folder
     try:
-        return json.loads((folder / METRICS).read_text(encoding="utf-8")), load_file(folder / DRAWS)
+        return json.loads((folder / METRICS_FILE).read_text(encoding="utf-8")), load_file(folder / DRAWS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"{folder}: expected {METRICS} and {DRAWS}, as segcn evaluate writes them, found: {error}"
+            f"{folder}: expected {METRICS_FILE} and {DRAWS_FILE}, as segcn evaluate writes them, found: {error}"
         ) from None
 
 
@@ -139,7 +139,7 @@ def _places(one: dict, other: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
     comparable = extractor == other["distance"]["extractor"]
     if comparable:
         places += [(f"{title} ({extractor})", ("distance", key)) for title, key in zip(names, DISTANCES, strict=True)]
-        places += [(key, ("distance", key)) for key in SPREAD]
+        places += [(key, ("distance", key)) for key in SPREADS]
         places.append(("memorization test", ("copies", "nearer_than_real")))
     places += [(f"{title}, {ROWS[name]}", (kind, name, title)) for kind in ("text", "custom")
                for name, each in one.get(kind, {}).items() for title in each]  # fmt: skip

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Colors vary more than in the ControlNet's training, as generated images are a little off in tone. No affine: it costs
 # a third of the step, and blurs the boundaries that are to be found.
-AUGMENT = replace(AugmentConfig.none(), hflip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
+SEGMENTER_AUGMENT = replace(AugmentConfig.none(), hflip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
 BUILDING = threading.Lock()  # PyTorch draws initial weights from one generator of the whole process
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # where a folder says nothing
 NEVER = -1e4  # logit of a class that the network does not know
@@ -187,7 +187,7 @@ def shared_folder(root: str | Path, split: Split, config: SegmenterConfig) -> Pa
 
 
 def _fingerprint(split: Split, config: SegmenterConfig) -> str:
-    text = json.dumps([split.fingerprint, asdict(config), asdict(AUGMENT)], sort_keys=True)
+    text = json.dumps([split.fingerprint, asdict(config), asdict(SEGMENTER_AUGMENT)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -214,7 +214,7 @@ def train_segmenter(
 
 def _batches(split: Split, config: SegmenterConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (image [B, 3, R, R] in [-1, 1], mask uint8 [B, R, R]) of every step, each epoch reordered."""
-    pairs = PairedDataset(split, config.resolution, AUGMENT, config.seed, config.fit)
+    pairs = PairedDataset(split, config.resolution, SEGMENTER_AUGMENT, config.seed, config.fit)
     samples = (
         pairs.sample(row, epoch)
         for epoch in count()

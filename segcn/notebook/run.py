@@ -13,7 +13,7 @@ from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from segcn.evaluate.tables import table
+from segcn.evaluate.tables import metrics_table
 from segcn.notebook.config import RunConfig
 from segcn.notebook.workspace import NOTEBOOKS
 from segcn.utils.errors import UserError
@@ -56,7 +56,7 @@ def run(config: RunConfig) -> Path:
         print(f"[{number}/{len(chosen)}] {notebook.stem}  ({clock(time.monotonic() - began)})", flush=True)
         execute(notebook, out, parameters_for(notebook, config))
     if (out / "metrics.json").is_file():
-        print("\n" + table(json.loads((out / "metrics.json").read_text())))
+        print("\n" + metrics_table(json.loads((out / "metrics.json").read_text())))
     print(f"\nDone in {clock(time.monotonic() - began)}. Open:")
     for path in (out / name for name in ("story.png", "metrics.json", "controlnet", "generated", "notebooks")):
         if path.exists():
