@@ -1,11 +1,11 @@
-"""What a study of usefulness consists of: its settings, the rows of each fraction, the runs, and how long they take."""
+"""What a study of usefulness consists of: the rows of each fraction, the stages with their settings, their duration."""
 
-import functools
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +18,17 @@ from segcn.study.config import UtilityConfig
 from segcn.study.training import AUGMENT, KEPT_DRAWS
 from segcn.train.config import TrainConfig
 from segcn.utils import rng
-from segcn.utils.args import check_values, make, preset_defaults
+from segcn.utils.args import check_values, make
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_whole
 
-LEARNING_STEP = 0.5  # seconds of a ControlNet's step at batch 16, 128 pixels, on two slow cores
-PAINTING_STEP = 0.02  # of one image's denoising step there
+TRAINING_STEP = 0.5  # seconds of a ControlNet's step at batch 16, 128 pixels, on two slow cores
+DENOISING_STEP = 0.02  # of one image there
 FITTING_SAMPLE = 0.0017  # of one image of 64 pixels through a segmenter and back there
-PAINTED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "vary", "augment_masks", "min_miou",
-           "max_attempts", "ignore_disagreement", "batch_size")  # fmt: skip
+GENERATED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "vary", "augment_masks", "min_miou",
+             "max_attempts", "ignore_disagreement", "batch_size")  # fmt: skip
+PLACES = {"dataset_name", "controls", "output_dir", "cache_dir", "pretrained_model_name_or_path", "segmenter",
+          "controlnet_model_name_or_path"}  # fmt: skip
 
 
 class Arm(NamedTuple):
@@ -48,7 +50,7 @@ class Arm(NamedTuple):
         return 1.0 if self.ratio is None else self.ratio / (1 + self.ratio)
 
 
-def check(config: UtilityConfig) -> None:
+def check_study(config: UtilityConfig) -> None:
     """UserError for settings that would fail only after a while, or mean nothing."""
     check_values(config)
     AugmentConfig.parse(config.augment)
@@ -86,88 +88,96 @@ def stage_rows(split: Split, rows: list[int], folder: Path) -> Split:
         records = [split[row] for row in rows]
         for record in records:
             for name in (record.image_name, record.mask_name):
-                _link(Path(record.folder, name), folder / name)
+                link_file(Path(record.folder, name), folder / name)
         split.palette.save(folder / "palette.json")
         write_metadata(folder, ((one.image_name, one.mask_name, one.captions) for one in records))
     return read_split(folder)
 
 
-def controlnet_config(config: UtilityConfig, rows: Split, smaller: Path | None, folder: Path) -> TrainConfig:
-    """How the ControlNet of a fraction is trained: as the preset says, on its rows alone.
-
-    smaller: that of the next smaller fraction, to go on from: its rows are among these; None: the base.
-    """
-    steps = config.controlnet_more_steps if smaller else config.controlnet_steps
-    draws = max(1, min(16, steps * 16 // (4 * len(rows))))  # each is seen four times or more
-    return make(
-        TrainConfig, config.preset, dataset_name=str(rows.folder), output_dir=str(folder), seed=config.seed,
-        pretrained_model_name_or_path=config.pretrained_model_name_or_path, cache_dir=str(config.folder / "cache"),
-        controlnet_model_name_or_path=str(smaller) if smaller else None, resolution=config.resolution, fit=config.fit,
-        augment=config.augment, max_train_steps=steps, cache_draws=draws, checkpointing_steps=100,
-        checkpoints_total_limit=1, logging_steps=50, report_to="none",
-    )  # fmt: skip
-
-
-def generation_config(
-    config: UtilityConfig, rows: Split, controlnet: Path, segmenter: Path, folder: Path
-) -> GenerateConfig:
-    """How the synthetic images of a fraction are painted and vetted: from its rows, by what learned from its rows."""
-    return make(
-        GenerateConfig, config.preset, controls=str(rows.folder), split="train", output_dir=str(folder),
-        pretrained_model_name_or_path=config.pretrained_model_name_or_path, seed=config.seed,
-        controlnet_model_name_or_path=str(controlnet), segmenter=str(segmenter), resolution=config.resolution,
-        fit=config.fit, limit=min(config.images, len(rows)), replicates=-(-config.images // len(rows)),
-        **{name: getattr(config, name) for name in PAINTED if getattr(config, name) != ""},
-    )  # fmt: skip
-
-
-def segmenter_config(config: UtilityConfig, seed: int) -> SegmenterConfig:
-    """How every segmenter is trained, whatever it is trained on."""
-    return SegmenterConfig(
-        steps=config.segmenter_steps, batch_size=config.segmenter_batch_size, width=config.segmenter_width,
-        resolution=config.segmenter_resolution, seed=seed, fit=config.fit, learning_rate=config.segmenter_learning_rate,
-    )  # fmt: skip
-
-
-def key_of(config: UtilityConfig, rows: Split, kind: str, *more: Any) -> str:
-    """10 hexadecimal digits that change with whatever the ControlNet, the images or a segmenter depends on."""
-    relevant = {
-        "controlnet": ("preset", "resolution", "fit", "seed", "controlnet_steps", "augment"),
-        "synthetic": ("images", *PAINTED),
-        "segmenter": ("segmenter_resolution", "fit", "segmenter_steps", "segmenter_batch_size", "segmenter_width",
-                      "segmenter_learning_rate"),
-    }[kind]  # fmt: skip
-    told = {name: getattr(config, name) for name in relevant} | {"rows": rows.fingerprint, "more": more}
-    if kind == "segmenter":
-        told |= {"augment": asdict(AUGMENT), "draws": KEPT_DRAWS}
-    elif kind == "synthetic":
-        told |= {"defaults": preset_defaults(GenerateConfig, config.preset)}
-    else:
-        base = _fingerprint_once(config.pretrained_model_name_or_path)
-        told |= {"base": base, "defaults": preset_defaults(TrainConfig, config.preset)}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def estimate(config: UtilityConfig, kind: str) -> float:
-    """Seconds of a ControlNet, of one that goes on, of a synthetic set or of a segmenter, on two slow cores."""
-    area, crop = (config.resolution / 128) ** 2, (config.segmenter_resolution / 64) ** 2
-    return {
-        "controlnet": config.controlnet_steps * LEARNING_STEP * area + 20,
-        "larger controlnet": config.controlnet_more_steps * LEARNING_STEP * area + 20,
-        "synthetic": config.images * config.num_inference_steps * PAINTING_STEP * area * 1.3 + 10,
-        "segmenter": config.segmenter_steps * config.segmenter_batch_size * FITTING_SAMPLE * crop + 2,
-    }[kind]
-
-
-@functools.cache
-def _fingerprint_once(base: str) -> str:
-    return base_fingerprint(base)
-
-
-def _link(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
+    """The same file at another place: a link, or a copy where the file system has none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         try:
             os.link(os.path.realpath(source), target)
         except OSError:
             write_whole(target, lambda aside: shutil.copy2(source, aside))
+
+
+def digest(settings: Any, *sources: Any) -> str:
+    """10 hexadecimal digits of a stage's dataclass, without its paths, and of what it is trained on or generated by."""
+    values = {name: value for name, value in asdict(settings).items() if name not in PLACES}
+    return hashlib.sha256(json.dumps([values, *sources], sort_keys=True).encode()).hexdigest()[:10]
+
+
+@dataclass
+class Plan:
+    """The stages of a study; each has a folder that is named after the digest of its settings and sources."""
+
+    config: UtilityConfig
+    rows: dict[float, Split]  # of each fraction, in a folder of their own
+    test: Split
+
+    @cached_property
+    def base(self) -> str:
+        return base_fingerprint(self.config.pretrained_model_name_or_path)
+
+    def smaller(self, fraction: float) -> TrainConfig | None:
+        """The ControlNet of the next smaller fraction, whose rows this one holds, too."""
+        place = self.config.some.index(fraction)
+        return self.controlnet(self.config.some[place - 1]) if place else None
+
+    def controlnet(self, fraction: float) -> TrainConfig:
+        """How the ControlNet of a fraction is trained: as the preset says, on its rows alone.
+
+        It starts from that of the next smaller fraction, whose rows are among these, or from the base.
+        """
+        config, rows, smaller = self.config, self.rows[fraction], self.smaller(fraction)
+        steps = config.controlnet_more_steps if smaller else config.controlnet_steps
+        settings = make(
+            TrainConfig, config.preset, dataset_name=str(rows.folder), seed=config.seed, fit=config.fit,
+            pretrained_model_name_or_path=config.pretrained_model_name_or_path, cache_dir=str(config.folder / "cache"),
+            controlnet_model_name_or_path=smaller.output_dir if smaller else None, resolution=config.resolution,
+            augment=config.augment, max_train_steps=steps, checkpointing_steps=100, checkpoints_total_limit=1,
+            cache_draws=max(1, min(16, steps * 16 // (4 * len(rows)))),  # each is seen four times or more
+            logging_steps=50, report_to="none",
+        )  # fmt: skip
+        key = digest(settings, rows.fingerprint, self.base, Path(smaller.output_dir).name if smaller else None)
+        return replace(settings, output_dir=str(config.folder / "controlnets" / f"{fraction:g}-{key}"))
+
+    def synthetic(self, fraction: float) -> GenerateConfig:
+        """How the synthetic images of a fraction are generated and filtered: from its rows, by networks of its rows."""
+        config, rows, controlnet = self.config, self.rows[fraction], self.controlnet(fraction).output_dir
+        _, segmenter = self.segmenter(Arm(fraction, 0.0), 0)
+        settings = make(
+            GenerateConfig, config.preset, controls=str(rows.folder), split="train", seed=config.seed,
+            pretrained_model_name_or_path=config.pretrained_model_name_or_path, segmenter=str(segmenter),
+            controlnet_model_name_or_path=controlnet, resolution=config.resolution, fit=config.fit,
+            limit=min(config.images, len(rows)), replicates=-(-config.images // len(rows)),
+            **{name: getattr(config, name) for name in GENERATED if getattr(config, name) != ""},
+        )  # fmt: skip
+        key = digest(settings, rows.fingerprint, Path(controlnet).name, segmenter.name)
+        return replace(settings, output_dir=str(config.folder / "images" / f"{fraction:g}-{key}"))
+
+    def segmenter(self, arm: Arm, seed: int) -> tuple[SegmenterConfig, Path]:
+        """How a segmenter is trained, whatever it is trained on, and its folder."""
+        config = self.config
+        settings = SegmenterConfig(
+            steps=config.segmenter_steps, batch_size=config.segmenter_batch_size, width=config.segmenter_width,
+            resolution=config.segmenter_resolution, seed=seed, fit=config.fit,
+            learning_rate=config.segmenter_learning_rate,
+        )  # fmt: skip
+        mixed = [] if arm.ratio == 0 else [Path(self.synthetic(arm.fraction).output_dir).name, *config.mixing]
+        sources = [self.rows[arm.fraction].fingerprint, self.test.fingerprint, arm.ratio, mixed]
+        key = digest(settings, sources, asdict(AUGMENT), KEPT_DRAWS)
+        return settings, config.folder / "segmenters" / f"{arm.fraction:g}-{arm.name}-{seed}-{key}"
+
+    def seconds(self, stage: str, fraction: float = 0.0) -> float:
+        """Of a ControlNet, of a synthetic set or of a segmenter, as estimated, on two slow cores."""
+        config = self.config
+        area, crop = (config.resolution / 128) ** 2, (config.segmenter_resolution / 64) ** 2
+        if stage == "controlnet":
+            return self.controlnet(fraction).max_train_steps * TRAINING_STEP * area + 20
+        if stage == "synthetic":
+            return config.images * config.num_inference_steps * DENOISING_STEP * area * 1.3 + 10
+        return config.segmenter_steps * config.segmenter_batch_size * FITTING_SAMPLE * crop + 2

@@ -1,7 +1,6 @@
 """What a study of usefulness found: metrics.json, tables and verdicts in words, and the plot over the real rows."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,9 +24,9 @@ from segcn.utils.io import write_text
 REAL, MIXED = "#555555", "#2f6db3"
 DIGITS = 5  # of every number in metrics.json
 NO_LEAK = (
-    "Of each fraction the ControlNet, the segmenter that vets its images, and the masks and captions that they are"
-    " painted from come from the rows of that fraction alone (rows.json names them); the ControlNet of a larger"
-    " fraction goes on from that of the next smaller one, whose rows it holds. The exceptions are the base model,"
+    "Of each fraction the ControlNet, the segmenter that filters its images, and the masks and captions that they are"
+    " generated from come from the rows of that fraction alone (rows.json names them); the ControlNet of a larger"
+    " fraction starts from that of the next smaller one, whose rows it holds. The exceptions are the base model,"
     " which has seen images without masks, maybe of the same kind as those tested on, and words given by --vary or"
     " --prompt."
 )
@@ -37,7 +37,7 @@ METHOD = (
     " the segmenter might have given; which rows were drawn, and the one ControlNet of each fraction, are taken as they"
     " are."
 )
-WHERE_NOT = ("dataset_name", "output_dir", "pretrained_model_name_or_path", "allow_symlinks")  # settings of no effect
+WITHOUT_EFFECT = ("dataset_name", "output_dir", "pretrained_model_name_or_path", "allow_symlinks")
 
 
 def metrics_of(
@@ -45,26 +45,26 @@ def metrics_of(
 ) -> dict[str, Any]:
     """Everything that was measured, fit for JSON and the same whenever asked for.
 
-    counts: of each arm int [seeds, images, 3, K]: intersections, unions and what is there in each test image.
+    counts: of each arm int [seeds, images, K, 3]: `metrics.class_counts` of each test image.
     """
     palette = next(iter(rows.values())).palette
-    there = next(iter(counts.values()))[0, :, 2].sum(0)  # pixels of each class in the test masks
+    there = next(iter(counts.values()))[0, :, :, 0].sum(0)  # pixels of each class in the test masks
     present = [label for label in palette.labels if not label.ignore and there[label.id]]
     names, ids = [label.name for label in present], [label.id for label in present]
-    scores = {arm: iou_over_seeds(found[..., ids], names, config.resamples) for arm, found in counts.items()}
+    scores = {arm: iou_over_seeds(found[..., ids, :], names, config.resamples) for arm, found in counts.items()}
     arms = []
     for arm in counts:
         alone = Arm(arm.fraction, 0.0)
         entry = {"fraction": arm.fraction, "rows": len(rows[arm.fraction]), "name": arm.name, "ratio": arm.ratio}
-        entry |= _told(scores[arm])
-        of_each_seed = (iou_over_seeds(one[None][..., ids], names, 1)["miou"].value for one in counts[arm])
+        entry |= _figures(scores[arm])
+        of_each_seed = (iou_over_seeds(one[None][..., ids, :], names, 1)["miou"].value for one in counts[arm])
         entry["of_each_seed"] = [round(value, DIGITS) for value in of_each_seed]
         if arm != alone:
-            entry["above_real"] = _told(
+            entry["above_real"] = _figures(
                 {name: difference(scores[arm][name], scores[alone][name]) for name in scores[arm]}
             )
         arms.append(entry)
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in WHERE_NOT}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in WITHOUT_EFFECT}
     return {
         "settings": settings, "test_images": next(iter(counts.values())).shape[1], "intervals": METHOD,
         "classes": [{"name": label.name, "color": label.color} for label in present],
@@ -76,10 +76,9 @@ def metrics_of(
 def iou_over_seeds(counts: np.ndarray, names: list[str], draws: int) -> dict[str, Estimate]:
     """IoU of each class over all test images, and "miou", their mean, averaged over seeds; draws resample both.
 
-    counts: int [seeds, images, 3, K], as of `training.overlap`. Arms of as many seeds and images have paired draws.
+    counts: `metrics.class_counts`, int [seeds, images, K, 3]. Arms of as many seeds and images have paired draws.
     """
-    both, either, there = torch.from_numpy(counts).double().unbind(2)
-    pixels = torch.stack([there, either + both - there, both], -1)  # [S, N, K, 3], as of `metrics.class_counts`
+    pixels = torch.from_numpy(counts).double()
 
     def averaged(rows: torch.Tensor, seeds: torch.Tensor) -> dict[str, torch.Tensor]:
         each = iou_of_counts(torch.einsum("bn,snkc->bskc", rows, pixels))
@@ -112,7 +111,7 @@ def write_report(metrics: dict[str, Any], folder: Path) -> None:
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
 
 
-def standing(folder: str | Path, dataset_name: str | Path = "DATA") -> dict[str, Any] | None:
+def read_study(folder: str | Path, dataset_name: str | Path = "DATA") -> dict[str, Any] | None:
     """The metrics of the study in a folder; where there is none, the command that makes one is printed."""
     path = Path(folder) / "metrics.json"
     if path.is_file():
@@ -141,17 +140,22 @@ def report(metrics: dict[str, Any]) -> str:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """A line an arm: rows, what was trained on, mIoU with its interval, and what it is above real alone."""
-    lines = [f"{'real rows':>9}  {'trained on':14} {'mIoU':>5}  {'95 % interval':15}  above real alone"]
+    """A line for each arm: mIoU and what it is above real alone, then the IoU of each class; with their intervals."""
+    index = [("-" if arm["name"] == "synthetic" else str(arm["rows"]), arm["name"]) for arm in metrics["arms"]]
+    columns: dict[str, list[str]] = {"mIoU": [], "above real alone": []}
     for arm in metrics["arms"]:
-        low, high = arm["miou_interval"]
-        rows = "-" if arm["name"] == "synthetic" else arm["rows"]
-        line = f"{rows:>9}  {arm['name']:14} {arm['miou']:.3f}  {low:.3f} to {high:.3f}"
-        if "above_real" in arm:
-            low, high = arm["above_real"]["miou_interval"]
-            line += f"   {arm['above_real']['miou']:+.3f}  ({low:+.3f} to {high:+.3f})"
-        lines.append(line)
-    return "\n".join([*lines, "", *_class_lines(metrics)])
+        above = arm.get("above_real")
+        columns["mIoU"].append(_with_interval(arm["miou"], arm["miou_interval"]))
+        columns["above real alone"].append(_with_interval(above["miou"], above["miou_interval"], "+") if above else "")
+    for one in metrics["classes"]:
+        name = one["name"]
+        columns[name] = [_with_interval(arm["per_class"][name], arm["intervals"][name]) for arm in metrics["arms"]]
+    names = pandas.MultiIndex.from_tuples(index, names=["real rows", "trained on"])
+    return pandas.DataFrame(columns, index=names).to_string(line_width=120, sparsify=False)
+
+
+def _with_interval(value: float, ends: list[float], sign: str = "") -> str:
+    return f"{value:{sign}.3f} [{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]"
 
 
 def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
@@ -173,14 +177,10 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
     axes.legend(loc="lower right")
     for place, name in enumerate(classes):
         small = rest[0].add_subplot(below, columns, place + 1)
-        _curves(small, metrics, functools.partial(_class_iou, name=name))
+        _curves(small, metrics, lambda arm, name=name: (arm["per_class"][name], arm["intervals"][name]))
         small.set_title(name, fontsize=9)
         small.tick_params(labelsize=7)
     return figure
-
-
-def _class_iou(entry: dict, name: str) -> tuple[float, list[float]]:
-    return entry["per_class"][name], entry["intervals"][name]
 
 
 def _curves(axes: Axes, metrics: dict, read: Callable[[dict], tuple[float, list[float]]]) -> None:
@@ -201,7 +201,7 @@ def _curves(axes: Axes, metrics: dict, read: Callable[[dict], tuple[float, list[
     axes.minorticks_off()
 
 
-def _told(scores: dict[str, Estimate]) -> dict[str, Any]:
+def _figures(scores: dict[str, Estimate]) -> dict[str, Any]:
     """IoU or difference of each class and their mean, with intervals."""
     values = {name: round(one.value, DIGITS) for name, one in scores.items()}
     ends = {name: [round(end, DIGITS) for end in one.interval()] for name, one in scores.items()}
@@ -217,26 +217,13 @@ def _most_changed(metrics: dict) -> list[str]:
     return sorted(names, key=lambda name: -max(abs(gain[name]) for gain in gains))
 
 
-def _class_lines(metrics: dict) -> Iterator[str]:
-    """IoU of each class with the ends of its interval, five classes side by side."""
-    names = [one["name"] for one in metrics["classes"]]
-    for first in range(0, len(names), 5):
-        some = names[first : first + 5]
-        yield f"{'real rows':>9}  {'trained on':14} " + " ".join(f"{name[:17]:>17}" for name in some)
-        for arm in metrics["arms"]:
-            cells = [
-                f"{arm['per_class'][n]:.3f} {arm['intervals'][n][0]:.3f}-{arm['intervals'][n][1]:.3f}" for n in some
-            ]
-            yield f"{arm['rows']:>9}  {arm['name']:14} " + " ".join(f"{cell:>17}" for cell in cells)
-        yield ""
-
-
 def _images_lines(metrics: dict) -> Iterator[str]:
     for group in metrics["settings"]["vary"]:
         yield f"- The words {group} were exchanged for one another in the captions, as drawn for each image."
     for fraction, made in metrics["synthetic"].items():
+        count = made.get("generated", made.get("painted"))  # as it was called once
         yield (
-            f"- {fraction} of the rows: {made['kept']} of {made['painted']} images kept; the vetting segmenter found"
+            f"- {fraction} of the rows: {made['kept']} of {count} images kept; the segmenter that filters them found"
             f" their masks with an mIoU of {made['miou']:.2f} on average, and {made['ignored']:.1%} of their pixels"
             " do not count."
         )

@@ -30,7 +30,7 @@ class Mixture:
     synthetic: Split | None
     share: float = 0.0  # of the images of a batch, on average, that are synthetic
     weight: float = 1.0  # of a synthetic image's pixels in the loss, 0 to 1
-    real_last: float = 0.0  # of the steps, the last ones, in which real images stand alone, where there are both
+    real_last: float = 0.0  # of the steps, the last ones, without synthetic images, where there are both
 
     # Of the real (False) and the synthetic images (True), for every segmenter that learns from this mixture:
     draws: dict[bool, "Draws"] = field(init=False)
@@ -122,23 +122,14 @@ def synthetic_places(step: int, batch_size: int, share: float) -> list[bool]:
     return [place >= batch_size - (after - before) for place in range(batch_size)]
 
 
-def found_in(segmenter: Segmenter, split: Split, batch_size: int = 32) -> np.ndarray:
-    """What is both found and there, either of both, and there: int64 [images, 3, K], pixels of each test image."""
-    settings = segmenter.settings
+@torch.no_grad()
+def count_pixels(segmenter: Segmenter, split: Split) -> np.ndarray:
+    """`class_counts` of each test image, int64 [images, K, 3]: pixels in the mask, in the prediction, and in both."""
+    settings, found = segmenter.settings, []
     pairs = PairedDataset(split, settings["resolution"], AUGMENTS["none"], 0, settings["fit"])
-    found = []
-    for first in range(0, len(pairs), batch_size):
-        samples = [pairs.sample(row, 0) for row in range(first, min(first + batch_size, len(pairs)))]
-        seen = predict(segmenter, torch.stack([sample.image for sample in samples])).numpy()
-        found += [overlap(ids, one.mask.numpy(), segmenter.num_classes) for ids, one in zip(seen, samples, strict=True)]
-    return np.stack(found)
-
-
-def overlap(seen: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
-    """Of class ids, uint8 [H, W], the pixels of each class in both, in either, and in the mask: int64 [3, K].
-
-    Where the mask is 255 nothing is counted.
-    """
-    confusion = confusion_matrix(torch.from_numpy(seen), torch.from_numpy(mask), classes)
-    there, found, both = class_counts(confusion).unbind(-1)
-    return torch.stack([both, found + there - both, there]).numpy()
+    for first in range(0, len(pairs), 32):
+        samples = [pairs.sample(row, 0) for row in range(first, min(first + 32, len(pairs)))]
+        predicted = predict(segmenter, torch.stack([sample.image for sample in samples]))
+        for ids, sample in zip(predicted, samples, strict=True):
+            found.append(class_counts(confusion_matrix(ids, sample.mask, segmenter.num_classes)))
+    return torch.stack(found).numpy()

@@ -15,6 +15,7 @@ import torch
 from kills import die_at, forked
 from test_segmenter import PALETTE, write_rectangles
 
+from segcn.cli import run_command
 from segcn.data.dataset import PairedDataset
 from segcn.data.masks import write_mask
 from segcn.data.metadata import read_split, write_metadata
@@ -23,9 +24,9 @@ from segcn.evaluate.bootstrap import difference, resamples
 from segcn.models.segmenter import SegmenterConfig
 from segcn.study import report, run, training
 from segcn.study.config import UtilityConfig
-from segcn.study.plan import Arm, arms, controlnet_config, drawn_rows, generation_config, stage_rows
+from segcn.study.plan import Arm, Plan, arms, drawn_rows, stage_rows
 from segcn.study.run import evaluate_utility
-from segcn.study.training import Mixture, last_fall, mixed_batches, overlap, synthetic_places, train_mixed
+from segcn.study.training import Mixture, last_fall, mixed_batches, synthetic_places, train_mixed
 from segcn.utils.errors import UserError
 
 QUICK = SegmenterConfig(steps=3, batch_size=4, width=8, resolution=32)
@@ -61,7 +62,12 @@ def test_each_fraction_holds_the_rows_of_the_smaller_ones(data):
     assert len(drawn_rows(split, 0.01, 3)) == 2  # one row has no other to differ from
 
 
-def test_what_learns_from_a_fraction_is_given_a_folder_of_its_rows_alone(data, config, tmp_path):
+@pytest.fixture
+def plan(config, data):
+    return run.open_plan(config, lambda line: None)
+
+
+def test_every_stage_of_a_fraction_gets_a_folder_of_its_rows_alone(data, config, tmp_path):
     split = read_split(data, "train")
     rows = drawn_rows(split, 0.25, 0)
     staged = stage_rows(split, rows, tmp_path / "rows")
@@ -69,13 +75,35 @@ def test_what_learns_from_a_fraction_is_given_a_folder_of_its_rows_alone(data, c
     assert [(one.image_name, one.captions) for one in staged.records] == [
         (split[row].image_name, split[row].captions) for row in rows
     ]
-    learns = controlnet_config(config, staged, None, tmp_path / "controlnet")
-    paints = generation_config(config, staged, tmp_path / "controlnet", tmp_path / "segmenter", tmp_path / "images")
-    assert learns.dataset_name == paints.controls == str(tmp_path / "rows")
-    assert learns.controlnet_model_name_or_path is None and learns.faithfulness_rows == 0  # begins with the base alone
-    assert paints.controlnet_model_name_or_path == str(tmp_path / "controlnet")
-    assert paints.segmenter == str(tmp_path / "segmenter")
-    assert (paints.limit, paints.replicates) == (2, 2)
+    plan = Plan(config, {0.25: staged, 1: split}, read_split(data, "test"))
+    training, generation = plan.controlnet(0.25), plan.synthetic(0.25)
+    assert training.dataset_name == generation.controls == str(tmp_path / "rows")
+    assert training.controlnet_model_name_or_path is None and training.faithfulness_rows == 0  # starts from the base
+    assert generation.controlnet_model_name_or_path == training.output_dir
+    assert generation.segmenter == str(plan.segmenter(Arm(0.25, 0.0), 0)[1])
+    assert (generation.limit, generation.replicates) == (2, 2)
+
+
+STAGES = [  # a setting, and the stages that it makes stale: of the smaller fraction and of the larger one
+    ({"controlnet_steps": 7}, "cCiIsmM"), ({"controlnet_more_steps": 7}, "CIM"), ({"min_miou": 0.1}, "iImM"),
+    ({"segmenter_steps": 7}, "iIsrRmM"), ({"synthetic_weight": 0.5}, "mM"), ({"seeds": 3}, ""), ({"resamples": 9}, ""),
+]  # fmt: skip
+
+
+def folders(plan):
+    """By a letter: ControlNets, images, and segmenters of real and of mixed images; capitals: the larger fraction."""
+    found = {}
+    for fraction, change in ((0.25, str.lower), (1.0, str.upper)):
+        named = {"c": plan.controlnet(fraction).output_dir, "i": plan.synthetic(fraction).output_dir}
+        named |= {letter: plan.segmenter(Arm(fraction, ratio), 0)[1].name for letter, ratio in (("r", 0.0), ("m", 1.0))}
+        found |= {change(letter): Path(folder).name for letter, folder in named.items()}
+    return found
+
+
+@pytest.mark.parametrize(("change", "stale"), STAGES)
+def test_a_setting_makes_stale_what_depends_on_it(plan, change, stale):
+    before, after = folders(plan), folders(dataclasses.replace(plan, config=dataclasses.replace(plan.config, **change)))
+    assert {letter for letter in before if before[letter] != after[letter]} == set(stale) - {"s"}
 
 
 def test_every_fraction_is_compared_and_the_largest_in_all_ways(config):
@@ -143,39 +171,28 @@ def test_pixels_that_are_marked_ignored_change_nothing_that_is_learned(tmp_path)
     assert torch.equal(weights(1.0, blank=True), unweighed)
 
 
-def test_overlap_equals_a_count_pixel_by_pixel():
-    draw = np.random.default_rng(0)
-    seen, mask = draw.integers(0, 3, (2, 9, 7)).astype(np.uint8)
-    mask[draw.random(mask.shape) < 0.2] = IGNORE
-    found = overlap(seen, mask, 4)
-    for label in range(4):
-        pixels = [(s == label, m == label) for s, m in zip(seen.flat, mask.flat, strict=True) if m != IGNORE]
-        assert found[:, label].tolist() == [
-            sum(a and b for a, b in pixels), sum(a or b for a, b in pixels), sum(b for _, b in pixels),
-        ]  # fmt: skip
-
-
 def brute_force(counts, draws):
     """Each resample image by image and seed by seed: the mean over classes."""
-    seeds, images, _, classes = counts.shape
+    seeds, images = counts.shape[:2]
     found = []
     for times, often in zip(*(torch.cat(list(resamples(count, name, draws))).int().tolist()
                               for count, name in ((images, "rows"), (seeds, "seeds"))), strict=True):  # fmt: skip
         values = []
         for one in (number for number, count in enumerate(often) for _ in range(count)):
             summed = sum(counts[one, image] * count for image, count in enumerate(times))
-            values.append(np.mean([summed[0, label] / summed[1, label] for label in range(classes)]))
+            values.append(np.mean([both / (there + found - both) for there, found, both in summed]))
         found.append(np.mean(values))
     return np.array(found)
 
 
 @pytest.fixture
 def counts():
+    """Pixels in the mask, in the prediction and in both: [3 seeds, 12 images, 4 classes, 3]."""
     draw = np.random.default_rng(5)
-    either = draw.integers(50, 100, (3, 12, 3, 4))
-    either[:, :, 0] = either[:, :, 1] * draw.uniform(0.4, 0.8, (3, 12, 4))
-    either[:, :, 2] = either[:, :, 1]
-    return either
+    there, predicted = draw.integers(50, 100, (2, 3, 12, 4))
+    return np.stack(
+        [there, predicted, (np.minimum(there, predicted) * draw.uniform(0.4, 0.8, there.shape)).astype(int)], -1
+    )
 
 
 def test_resamples_equal_a_brute_force_bootstrap_over_seeds_and_images(counts):
@@ -188,7 +205,7 @@ def test_resamples_equal_a_brute_force_bootstrap_over_seeds_and_images(counts):
 
 def test_differences_are_paired_so_what_every_image_gains_has_a_narrow_interval(counts):
     better = counts.copy()
-    better[:, :, 0] += 2  # everywhere: less than images and seeds differ by
+    better[..., 2] += 2  # everywhere: less than images and seeds differ by
     one, other = (report.iou_over_seeds(found, list("abcd"), 500)["miou"] for found in (counts, better))
     low, high = difference(other, one).interval()
     assert low > 0 and high - low < np.ptp(one.interval()) / 3
@@ -249,11 +266,11 @@ def test_a_study_measures_every_arm_learns_from_its_named_rows_alone_and_draws_b
     assert (first.controlnet_model_name_or_path, larger.controlnet_model_name_or_path) == (None, first.output_dir)
     steps = config.controlnet_steps, config.controlnet_more_steps
     assert (first.max_train_steps, larger.max_train_steps) == steps
-    assert any(line.startswith("16 pieces of work") for line in said)
+    assert any(line.startswith("16 stages") for line in said)
     assert any(line.startswith("[16/16]") and line.endswith("left") for line in said)
     again = []
     evaluate_utility(config, again.append)
-    assert any(line.startswith("0 pieces of work") for line in again) and len(stand_ins) == 4
+    assert any(line.startswith("0 stages") for line in again) and len(stand_ins) == 4
     axes = report.plot(metrics).axes
     assert {one.get_title() + one.get_title("left") for one in axes[1:]} == {"sky", "grass", "road"}
     assert all(len(one.get_lines()) == 2 and one.get_xscale() == "log" for one in axes)
@@ -342,9 +359,9 @@ def test_a_whole_small_study_trains_paints_and_measures(landscapes, random_base,
              "--controlnet_steps", "2", "--controlnet_more_steps", "1", "--num_inference_steps", "2",
              "--segmenter_resolution", "32", "--segmenter_steps", "4",
              "--segmenter_batch_size", "2", "--segmenter_width", "8", "--min_miou", "0"]  # fmt: skip
-    run.command([str(word) for word in words])
+    run_command(["evaluate", "utility", *(str(word) for word in words)])
     metrics = (tmp_path / "study" / "metrics.json").read_bytes()
     made = json.loads(metrics)["synthetic"]
     assert {fraction: one["kept"] for fraction, one in made.items()} == {"0.25": 6, "1": 6}
-    run.command([str(word) for word in words])
+    run_command(["evaluate", "utility", *(str(word) for word in words)])
     assert (tmp_path / "study" / "metrics.json").read_bytes() == metrics
