@@ -288,6 +288,6 @@ def main_guard(program: Callable[[], Any]) -> None:
     except (UserError, OSError) as error:
         if debug:
             raise
-        named = error.filename if isinstance(error, OSError) else None
-        print(f"Error: {f'{named}: {error.strerror}' if named else error}", file=sys.stderr)
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"Error: {message}", file=sys.stderr)
         sys.exit(2)
