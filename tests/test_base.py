@@ -1,4 +1,4 @@
-"""Promise: the embedded base and its ControlNet paint right after the install, and the recipe that made them runs."""
+"""Promise: the embedded base and its ControlNet generate right after the install, and the recipe that made them runs."""
 
 import dataclasses
 import subprocess
@@ -35,7 +35,7 @@ def test_the_base_and_its_controlnet_are_small():
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 
 
-def test_one_command_paints_one_mask(tmp_path):
+def test_one_command_generates_from_one_mask(tmp_path):
     mask = np.zeros((128, 128), np.uint8)
     mask[60:], mask[20:40, 20:40] = 4, 2
     write_mask(tmp_path / "mask.png", mask, palette())
@@ -69,7 +69,7 @@ def test_the_recipe_runs_resumes_and_never_overwrites(tmp_path):
         build_base(tmp_path / "work", tmp_path / "other", SMOKE)
 
 
-def test_standardising_leaves_the_pictures_alone():
+def test_standardizing_leaves_the_images_alone():
     vae = build_vae(VaeRecipe(channels=(8, 8, 16, 16))).eval()
     pixels = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -82,6 +82,6 @@ def test_standardising_leaves_the_pictures_alone():
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(12), atol=1e-2)
 
 
-def test_bases_of_the_hub_are_told_apart_by_name():
+def test_bases_of_the_hub_are_distinguished_by_name():
     one, other = (base_fingerprint(f"stabilityai/{name}") for name in ("stable-diffusion-2", "stable-diffusion-2-1"))
     assert one != other and len(one) == 16

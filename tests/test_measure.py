@@ -31,15 +31,15 @@ def no_maps(*args, **kwargs):
 @pytest.fixture(scope="module")
 def measured(landscapes, tmp_path_factory):
     config = dataclasses.replace(TOY, output_dir=str(tmp_path_factory.mktemp("measure")))
-    told = []
+    lines = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "write_earth", no_maps)
-        metrics = measure(config, read_split(landscapes, "train"), told.append)
-    return config, metrics, told
+        metrics = measure(config, read_split(landscapes, "train"), lines.append)
+    return config, metrics, lines
 
 
 def test_everything_is_measured_and_written(measured):
-    config, metrics, told = measured
+    config, metrics, lines = measured
     assert metrics == json.loads((config.folder / "measure.json").read_text())
     assert 20 < metrics["autoencoder"]["psnr"] < 60 and 0.5 < metrics["autoencoder"]["ssim"] <= 1
     assert set(metrics["recognized"]) == {"real", "reconstructions", "with_mask", "captions_alone"}
@@ -47,13 +47,13 @@ def test_everything_is_measured_and_written(measured):
     assert {one["images"] for one in metrics["faithfulness"].values()} == {3}
     assert metrics["seconds"]["each_of_many"] > 0 and metrics["seconds"]["steps"] == 20
     table = (config.folder / "table.txt").read_text().strip()
-    assert table == report(metrics) and table in told[-1] and "captions alone" in table and "wanted" in table
+    assert table == report(metrics) and table in lines[-1] and "captions alone" in table and "wanted" in table
 
 
 def test_without_the_maps_one_line_says_how_to_get_them(measured):
-    _, metrics, told = measured
+    _, metrics, lines = measured
     assert metrics["recognized_earth"] is None and "Earth" not in report(metrics)
-    assert sum("left out" in line and "pip install" in line for line in told) == 1
+    assert sum("left out" in line and "pip install" in line for line in lines) == 1
 
 
 def test_a_target_is_met_or_named_as_missed(measured):
@@ -75,12 +75,12 @@ def test_the_grid_has_a_mask_and_four_captions_a_row(measured):
 @pytest.mark.slow
 def test_it_resumes_with_more_images(measured, landscapes):
     config, _, _ = measured
-    painted = config.folder / "with_mask" / "images" / "000000.png"
-    stood, told = painted.stat().st_mtime_ns, []
-    more = measure(dataclasses.replace(config, count=4, earth_count=0), read_split(landscapes, "train"), told.append)
-    assert more["faithfulness"]["with_mask"]["images"] == 4 and painted.stat().st_mtime_ns == stood
-    assert any("3 of 4 images stand already" in line for line in told)
-    assert any("reused" in line for line in told) and not any("recognizer step" in line for line in told)
+    generated = config.folder / "with_mask" / "images" / "000000.png"
+    before, lines = generated.stat().st_mtime_ns, []
+    more = measure(dataclasses.replace(config, count=4, earth_count=0), read_split(landscapes, "train"), lines.append)
+    assert more["faithfulness"]["with_mask"]["images"] == 4 and generated.stat().st_mtime_ns == before
+    assert any("3 of 4 images" in line for line in lines)
+    assert any("reused" in line for line in lines) and not any("recognizer step" in line for line in lines)
 
 
 def test_captions_hold_season_time_and_style():

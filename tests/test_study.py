@@ -113,14 +113,14 @@ def test_every_fraction_is_compared_and_the_largest_in_all_ways(config):
     assert [Arm(1, ratio).share for ratio in (0, 1, 3, None)] == [0, 0.5, 0.75, 1]
 
 
-def test_over_the_steps_the_share_of_synthetic_pictures_is_exact():
+def test_over_the_steps_the_share_of_synthetic_images_is_exact():
     for batch_size, share in [(16, 1 / 3), (5, 0.5), (7, 2 / 3), (4, 0), (4, 1)]:
         places = [synthetic_places(step, batch_size, share) for step in range(300)]
         assert {len(batch) for batch in places} == {batch_size}
         assert sum(map(sum, places)) == round(300 * batch_size * share)
 
 
-def test_a_mixture_shows_the_real_pictures_in_their_order_and_weighs_the_synthetic_ones(tmp_path):
+def test_a_mixture_shows_the_real_images_in_their_order_and_weighs_the_synthetic_ones(tmp_path):
     real, synthetic = write_rectangles(tmp_path / "real", 6), write_rectangles(tmp_path / "synthetic", 3, seed=9)
     alone = list(mixed_batches(Mixture(real, None), QUICK))
     mixed = list(mixed_batches(Mixture(real, synthetic, 0.5, 0.25), QUICK))
@@ -150,7 +150,7 @@ def test_every_draw_of_a_small_data_set_is_made_once_and_a_large_one_has_new_one
     assert not torch.equal(large.sample(1, 0, QUICK)[0], large.sample(1, 2, QUICK)[0]) and not large.kept
 
 
-def test_the_fall_of_the_loss_in_the_last_tenth_tells_whether_it_has_levelled():
+def test_the_fall_of_the_loss_in_the_last_tenth_shows_whether_it_has_levelled():
     falling, level = torch.linspace(2, 1, 100), torch.cat([torch.linspace(2, 1, 50), torch.ones(50)])
     assert last_fall(level) == 0
     assert last_fall(falling) == pytest.approx(1 - falling[90:].mean().item() / falling[80:90].mean().item(), abs=1e-4)
@@ -224,17 +224,17 @@ def test_the_verdict_says_whether_the_interval_holds_zero(found, ends, said):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """In place of a ControlNet's training and of painting: files as they leave them, and what they were told."""
-    told = []
+    """In place of a ControlNet's training and of generation: files as they leave them, and their settings."""
+    given = []
 
     def train(settings):
-        told.append(settings)
+        given.append(settings)
         folder = Path(settings.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
 
-    def paint(settings, log):
-        told.append(settings)
+    def generate(settings, log):
+        given.append(settings)
         folder, split = Path(settings.output_dir), read_split(settings.controls)
         made = write_rectangles(folder / "made", 4, seed=len(split))
         lines = [{"kept": True, "miou": 0.5, "ignored": 0.25}] * 4
@@ -243,11 +243,11 @@ def stand_ins(monkeypatch):
         write_metadata(folder, [(f"made/{one.image_name}", f"made/{one.mask_name}", "x") for one in made.records])
 
     monkeypatch.setattr(run, "train", train)
-    monkeypatch.setattr(run, "generate_dataset", paint)
-    return told
+    monkeypatch.setattr(run, "generate_dataset", generate)
+    return given
 
 
-def test_a_study_measures_every_arm_learns_from_its_named_rows_alone_and_draws_both_curves(config, stand_ins, data):
+def test_a_study_measures_every_arm_uses_its_named_rows_alone_and_draws_both_curves(config, stand_ins, data):
     said = []
     metrics = evaluate_utility(config, said.append)
     folder, rows = Path(config.output_dir), json.loads((Path(config.output_dir) / "rows.json").read_text())
@@ -262,7 +262,7 @@ def test_a_study_measures_every_arm_learns_from_its_named_rows_alone_and_draws_b
     text = (folder / "utility.md").read_text()
     expected = ["has seen images without masks", "pigeonhole bootstrap", "25.0% of their pixels"]
     assert all(part in text for part in [*expected, f"fell by {metrics['last_fall']:.1%} at most"])
-    first, larger = stand_ins[0], stand_ins[2]  # the larger fraction's goes on from the smaller one's, for fewer steps
+    first, larger = stand_ins[0], stand_ins[2]  # the larger fraction's starts from the smaller one's
     assert (first.controlnet_model_name_or_path, larger.controlnet_model_name_or_path) == (None, first.output_dir)
     steps = config.controlnet_steps, config.controlnet_more_steps
     assert (first.max_train_steps, larger.max_train_steps) == steps
@@ -277,7 +277,7 @@ def test_a_study_measures_every_arm_learns_from_its_named_rows_alone_and_draws_b
     assert [line.get_xdata().tolist() for line in axes[0].get_lines()] == [[2, 8]] * 2
 
 
-def test_killed_at_any_change_to_the_disk_the_same_command_ends_with_the_same_metrics(config, stand_ins, tmp_path):
+def test_killed_at_any_change_to_the_disk_rerun_it_ends_with_the_same_metrics(config, stand_ins, tmp_path):
     def study(name, change=0):
         def work():
             torch.set_num_threads(1)
@@ -311,7 +311,7 @@ def test_several_segmenters_at_once_learn_what_one_after_the_other_does(config, 
     assert study(1) == study(3)
 
 
-def test_a_study_that_is_interrupted_stops_all_of_its_segmenters_and_goes_on_later(config, stand_ins, tmp_path):
+def test_a_study_that_is_interrupted_stops_all_of_its_segmenters_and_resumes(config, stand_ins, tmp_path):
     config = dataclasses.replace(config, segmenter_steps=50)
     alone = evaluate_utility(dataclasses.replace(config, output_dir=str(tmp_path / "alone")), lambda line: None)
     before, said = set(threading.enumerate()), []
@@ -353,7 +353,7 @@ def test_without_held_out_rows_there_is_no_study(config, data):
 
 
 @pytest.mark.slow
-def test_a_whole_small_study_trains_paints_and_measures(landscapes, random_base, tmp_path):
+def test_a_whole_small_study_trains_generates_and_measures(landscapes, random_base, tmp_path):
     words = ["--dataset_name", landscapes, "--base", random_base, "--output_dir", tmp_path / "study",
              "--fractions", "0.25,1", "--ratios", "1", "--seeds", "2", "--images", "6", "--resolution", "64",
              "--controlnet_steps", "2", "--controlnet_more_steps", "1", "--num_inference_steps", "2",
