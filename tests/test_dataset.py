@@ -1,3 +1,5 @@
+"""Promise: a row and an epoch give the same tensors in any order, process and worker, in the stated ranges."""
+
 import dataclasses
 import hashlib
 import json
@@ -12,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from segcn.data.dataset import PairedDataset, read_control_mask, read_framed_mask, to_control, to_image, to_uint8
+from segcn.data.files import read_image
 from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import IGNORE, Label, Palette
@@ -54,7 +57,7 @@ def test_a_sample_has_the_stated_shapes_and_ranges(split):
     assert (sample.valid.dtype, sample.valid.shape) == (torch.bool, (16, 16))
     assert -1 <= sample.image.min() < -0.2 and 0.2 < sample.image.max() <= 1
     assert sample.control.min() >= 0 and sample.control.max() <= 1
-    assert sample.caption == "a tree"
+    assert sample.caption == "a tree" and np.array_equal(sample.original.permute(1, 2, 0), read_image(split[0].image))
 
 
 def test_the_control_is_the_palette_and_black_out_of_frame(split):
@@ -67,12 +70,6 @@ def test_the_control_is_the_palette_and_black_out_of_frame(split):
     assert torch.allclose(sample.control[:, unlabelled_inside], torch.tensor(9 / 255))
 
 
-def test_the_original_is_the_file_untouched(split):
-    sample = PairedDataset(split, 16, SPUN, seed=0)[2]
-    with Image.open(split[2].image) as image:
-        assert np.array_equal(sample.original.permute(1, 2, 0), np.asarray(image))
-
-
 def test_an_index_is_a_row_of_an_epoch(split):
     dataset = PairedDataset(split, 16, AUGMENTS["affine"], seed=5)
     assert len(dataset) == len(list(dataset)) == 3
@@ -82,35 +79,22 @@ def test_an_index_is_a_row_of_an_epoch(split):
     assert not torch.equal(later.image, dataset[1].image)
 
 
-def test_a_sample_is_the_same_in_any_order(split):
-    ahead = [sample.image for sample in PairedDataset(split, 16, SPUN, seed=0)]
-    dataset = PairedDataset(split, 16, SPUN, seed=0)
-    torch.rand(5)
-    for row in (2, 0, 1):
-        assert torch.equal(dataset[row].image, ahead[row])
-
-
-def test_captions_that_name_a_side_are_not_flipped(split):
-    dataset = PairedDataset(split, 16, AugmentConfig(hflip=1.0), seed=0)
-    assert dataset[0].draw.flip and not dataset[1].draw.flip
-
-
 def test_without_augmentation_every_epoch_is_the_same(split):
     dataset = PairedDataset(split, 16, AUGMENTS["none"], seed=0)
     assert torch.equal(dataset[0].image, dataset[3].image)
     assert dataset[0].valid.all()
 
 
-def test_a_mask_of_another_size_is_named(split):
+def test_files_that_do_not_fit_are_named(split):
     write_mask(split[1].mask, np.zeros((20, 27), np.uint8), PALETTE)
-    with pytest.raises(UserError, match=r"metadata.csv, line 3 \(row 1\): .*28 x 20, found 27 x 20"):
-        PairedDataset(split, 16, AUGMENTS["none"], seed=0)[1]
-
-
-def test_a_broken_image_is_named(split):
     split[0].image.write_bytes(b"nothing")
+    pairs = PairedDataset(split, 16, AUGMENTS["none"], seed=0)
+    with pytest.raises(UserError, match=r"metadata.csv, line 3 \(row 1\): .*28 x 20, found 27 x 20"):
+        pairs[1]
     with pytest.raises(UserError, match=r"line 2 \(row 0\): .*0.png: the image cannot be read"):
-        PairedDataset(split, 16, AUGMENTS["none"], seed=0)[0]
+        pairs[0]
+    with pytest.raises(UserError, match="crop, pad, stretch, found 'squeeze'"):
+        PairedDataset(split, 16, AUGMENTS["none"], 0, "squeeze")
 
 
 def test_pixels_survive_the_round_trip():
@@ -131,7 +115,7 @@ REWRITE = AugmentConfig.parse("affine,sided_captions=rewrite")
 
 
 @pytest.fixture
-def told(split):
+def captioned(split):
     """The same rows with several captions, some of which say a side."""
     captions = [
         ("a tree", "one tree", "trees"),
@@ -142,20 +126,20 @@ def told(split):
     return dataclasses.replace(split, records=records)
 
 
-def test_one_of_several_captions_is_drawn_in_each_epoch(told):
-    dataset = PairedDataset(told, 16, AUGMENTS["affine"], seed=0)
+def test_one_of_several_captions_is_drawn_in_each_epoch(captioned):
+    dataset = PairedDataset(captioned, 16, AUGMENTS["affine"], seed=0)
     for row in range(3):
         used = [dataset.sample(row, epoch).caption for epoch in range(30)]
-        assert set(used) == set(told[row].captions)
+        assert set(used) == set(captioned[row].captions)
         assert used == [
-            PairedDataset(told, 16, AUGMENTS["affine"], 0).sample(row, epoch).caption for epoch in range(30)
+            PairedDataset(captioned, 16, AUGMENTS["affine"], 0).sample(row, epoch).caption for epoch in range(30)
         ]
-    other = PairedDataset(told, 16, AUGMENTS["affine"], seed=1)
+    other = PairedDataset(captioned, 16, AUGMENTS["affine"], seed=1)
     assert [other.caption(0, epoch, False) for epoch in range(30)] != [dataset.caption(0, e, False) for e in range(30)]
 
 
-def test_no_caption_of_a_row_is_told_of_a_picture_that_it_does_not_fit(told):
-    skipping, rewriting = PairedDataset(told, 16, AUGMENTS["affine"], 0), PairedDataset(told, 16, REWRITE, 0)
+def test_no_caption_comes_with_an_image_that_it_does_not_fit(captioned):
+    skipping, rewriting = PairedDataset(captioned, 16, AUGMENTS["affine"], 0), PairedDataset(captioned, 16, REWRITE, 0)
     assert not any(skipping.draw(row, epoch).flip for row in (1, 2) for epoch in range(30))
     seen = set()
     for epoch in range(60):
@@ -168,17 +152,17 @@ def test_no_caption_of_a_row_is_told_of_a_picture_that_it_does_not_fit(told):
     assert not any(rewriting.draw(2, epoch).flip for epoch in range(30))  # leftovers
 
 
-def test_every_caption_that_a_sample_may_have_is_listed(told):
-    plain, rewriting = PairedDataset(told, 16, AUGMENTS["affine"], 0), PairedDataset(told, 16, REWRITE, 0)
-    assert list(plain.captions()) == [caption for record in told.records for caption in record.captions]
+def test_every_caption_that_a_sample_may_have_is_listed(captioned):
+    plain, rewriting = PairedDataset(captioned, 16, AUGMENTS["affine"], 0), PairedDataset(captioned, 16, REWRITE, 0)
+    assert list(plain.captions()) == [caption for record in captioned.records for caption in record.captions]
     assert set(rewriting.captions()) == {*plain.captions(), "a tree on the right", "Leftmost tree"}
 
 
 @pytest.mark.parametrize("augment", ["affine", "affine,sided_captions=rewrite,fill=cover"])
-def test_with_and_without_the_cache_a_step_gets_the_same(told, random_base, tmp_path, augment):
+def test_with_and_without_the_cache_a_step_gets_the_same(captioned, random_base, tmp_path, augment):
     """Also the text: in the first K epochs the draws are the same, afterwards the captions go on changing."""
     base = load_base(str(random_base), "cpu", torch.float32)
-    dataset = PairedDataset(told, 32, AugmentConfig.parse(augment), seed=3)
+    dataset = PairedDataset(captioned, 32, AugmentConfig.parse(augment), seed=3)
     alone = type("Alone", (), {"is_main_process": True, "process_index": 0, "num_processes": 1})
     alone.wait_for_everyone = staticmethod(lambda: None)
     shape = (base.unet.config.in_channels, 32 // base.latent_factor, 32 // base.latent_factor)
@@ -192,7 +176,7 @@ def test_with_and_without_the_cache_a_step_gets_the_same(told, random_base, tmp_
         text = encode_text(base, [other["caption"]])[0].half().float()
         assert torch.allclose(one["text"], text, atol=2e-3), other["caption"]
     told_later = {cached.dataset.caption(0, epoch, False) for epoch in range(4, 30)}
-    assert told_later == set(told[0].captions) and cached[29, 0]["text"].shape == text.shape
+    assert told_later == set(captioned[0].captions) and cached[29, 0]["text"].shape == text.shape
     with pytest.raises(KeyError, match="never said"):
         cache.text_of("never said")
     assert json.loads((tmp_path / "cache" / "captions.json").read_text())[0] == ""
@@ -261,18 +245,13 @@ def test_processes_change_no_byte(landscapes):
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
-def test_a_mask_to_paint_from_is_the_one_that_training_sees(split, fit):
+def test_a_mask_to_generate_from_is_the_one_that_training_sees(split, fit):
     sample = PairedDataset(split, 24, AUGMENTS["none"], 0, fit).sample(1, 0)
     assert np.array_equal(read_control_mask(split[1].mask, PALETTE, 24, fit), sample.mask.numpy())
     mask, frame = read_framed_mask(split[1].mask, PALETTE, 24, fit)
     assert np.array_equal(frame.cut(np.ones_like(mask)), frame.cut(sample.valid.numpy())) and frame[3] == 24
     assert sample.valid.sum() == frame.height * frame.width and (frame.height == 24) == (fit != "pad")
     assert np.array_equal(read_control_mask(split[1].mask, PALETTE), read_mask(split[1].mask, PALETTE))
-
-
-def test_an_unknown_fit_is_named(split):
-    with pytest.raises(UserError, match="crop, pad, stretch, found 'squeeze'"):
-        PairedDataset(split, 16, AUGMENTS["none"], 0, "squeeze")
 
 
 def test_the_draw_of_a_sample_replays_it(split):
@@ -285,7 +264,7 @@ def test_the_draw_of_a_sample_replays_it(split):
 
 
 def darken_and_erase(image, mask, seed):
-    """A researcher's augmentation: it darkens the image, and takes the label from a row of pixels that the seed says."""
+    """A researcher's augmentation: it darkens the image, and takes the labels from a row of pixels by the seed."""
     mask = mask.clone()
     mask[seed % len(mask)] = IGNORE
     return image // 2, mask
