@@ -17,9 +17,10 @@ from PIL import Image
 from segcn import cli
 from segcn.data.captions import classes_of
 from segcn.data.config import ImportConfig
+from segcn.data.files import read_image
 from segcn.data.importers.importer import import_dataset
 from segcn.data.masks import read_mask, write_mask
-from segcn.data.metadata import check_split, read_image, read_split
+from segcn.data.metadata import check_split, read_split
 from segcn.data.palette import Label, Palette
 from segcn.utils.errors import UserError
 

@@ -12,8 +12,9 @@ from diffusers import ControlNetModel
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
+from segcn.data.files import read_image
 from segcn.data.masks import read_mask, write_mask
-from segcn.data.metadata import check_split, read_image, read_split, write_metadata
+from segcn.data.metadata import check_split, read_split, write_metadata
 from segcn.data.palette import Label, Palette
 from segcn.models.segmenter import SegmenterConfig, train_segmenter
 from segcn.notebook.run import execute as run_notebook

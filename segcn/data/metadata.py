@@ -100,17 +100,13 @@ class Split:
         digest = hashlib.sha256(self.metadata.read_bytes() + self.palette.fingerprint.encode())
         for record in self.records:
             for name in (record.image_name, record.mask_name):
-                digest.update(f"{name} {stamp(f'{record.folder}/{name}')}\n".encode())
+                try:
+                    status = os.stat(f"{record.folder}/{name}")
+                    state = f"{status.st_size} {status.st_mtime_ns}"
+                except (OSError, ValueError):
+                    state = "missing"
+                digest.update(f"{name} {state}\n".encode())
         return digest.hexdigest()[:16]
-
-
-def stamp(path: str | Path) -> str:
-    """Size and time of a file, or that it is missing."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return "missing"
-    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 # --- Reading splits

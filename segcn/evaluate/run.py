@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from segcn.data.metadata import Split, find_splits, hold_out, read_image, read_named_split, read_split
+from segcn.data.files import read_image
+from segcn.data.metadata import Split, find_splits, hold_out, read_named_split, read_split
 from segcn.evaluate.config import EvaluateConfig
 from segcn.evaluate.evaluator import METRICS_FILE, PARTS_OF, Evaluation, Log, Observer, evaluate
 from segcn.evaluate.report import write_report

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 
 from segcn.data import visualize
 from segcn.data.dataset import to_image
+from segcn.data.files import read_image
 from segcn.data.importers.palettes import is_dataset
 from segcn.data.masks import colorize, read_mask, resize_mask
-from segcn.data.metadata import read_image, read_split
+from segcn.data.metadata import read_split
 from segcn.data.palette import IGNORE, Palette
 from segcn.data.transforms import Draw, apply, boxes
 from segcn.generate import manifest
