@@ -113,6 +113,6 @@ def heading(cells: list, index: int) -> str:
     """The last heading or first words of the markdown above a cell."""
     for cell in reversed(cells[:index]):
         if cell.cell_type == "markdown":
-            lines = [line.strip("# ").strip() for line in cell.source.splitlines() if line.strip()]
+            lines = [line.strip("# ").replace("**", "").strip() for line in cell.source.splitlines() if line.strip()]
             return lines[0][:70] if lines else ""
     return "parameters"
