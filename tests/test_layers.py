@@ -52,10 +52,7 @@ ON_PURPOSE = {  # names that several modules define, and why
 }
 # Still to be renamed so that each says what it is:
 TO_RENAME = """
-    AT_ONCE AUGMENT Augment COUNTS DEFAULTS KINDS Layout MARK MOST PATIENCE SHARE SHARED SHOWN SIDE TONES VERSION
-    WINDOWS as_html begin captions_of check compare decode draw figures finish guided kernel_distance learn legend
-    load_tokenizer make_scheduler measure nearest remarks report seconds stoppable summary table validate verdict
-    wanted write_card write_report
+    AT_ONCE COUNTS MARK PATIENCE Plan SHOWN WINDOWS draw guided legend measure report table write_report
 """
 
 
