@@ -40,7 +40,7 @@ def pages_in_fork(work):
     return int(os.read(reader, 99))
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has a setting for it")
 def test_freed_memory_is_kept_and_not_fetched_again():
     whole = 64 * 2**20 // PAGE
     assert pages_in_fork(forget) > whole / 2

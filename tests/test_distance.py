@@ -32,8 +32,8 @@ def cloud(count, width=12, shift=0.0, seed=0):
 
 
 def torch_fidelity_fid(near, far):
-    told = [fid_features_to_statistics(one.double()) for one in (near, far)]
-    return fid_statistics_to_metric(*told, verbose=False)["frechet_inception_distance"]
+    statistics = [fid_features_to_statistics(one.double()) for one in (near, far)]
+    return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
 
 
 def torch_fidelity_kid(near, far):

@@ -111,9 +111,9 @@ def test_confidence_that_can_be_believed_is_off_by_nothing_and_boasting_by_its_e
     right = torch.tensor([True] * 80 + [False] * 20)
     honest, boasting = (confidence_bins(torch.full((100,), sure), right)[None] for sure in (0.8, 1.0))
     assert calibration(honest)["expected_calibration_error"].value == pytest.approx(0, abs=1e-6)
-    told = calibration(boasting)
-    assert told["expected_calibration_error"].value == pytest.approx(0.2)
-    assert told["accuracy"] == pytest.approx([0.8]) and told["pixels"] == [100]
+    found = calibration(boasting)
+    assert found["expected_calibration_error"].value == pytest.approx(0.2)
+    assert found["accuracy"] == pytest.approx([0.8]) and found["pixels"] == [100]
 
 
 @pytest.fixture
@@ -149,8 +149,8 @@ def test_a_folder_of_transformers_counts_like_our_own_and_gives_the_name_of_its_
 
 def test_its_image_processor_says_how_it_sees_the_images(segformer):
     folder = segformer(3)
-    told = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    processor = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     segmenter, image = open_segmenter(folder, PALETTE, 32, "crop", "cpu"), torch.rand(1, 3, 64, 64) * 2 - 1
     assert torch.allclose(segmenter.normalize(image), image, atol=1e-6)
     assert segmenter.normalize(torch.zeros(1, 3, 32, 32)).shape[2:] == (64, 64)

@@ -68,9 +68,9 @@ def test_captions_of_sample_sets_are_read_off_and_others_are_not(landscapes, tmp
     assert reader.names == ("season recognized", "time of day recognized")
     network = train_recognizer(train, recognizer.OF_LANDSCAPES, tmp_path / "recognizer", recipe, lambda line: None)
     images = [np.array(Image.open(record.image)) for record in train.records]
-    told = [reader.read(to_image(torch.from_numpy(image).permute(2, 0, 1))[None], record.caption)
+    scores = [reader.read(to_image(torch.from_numpy(image).permute(2, 0, 1))[None], record.caption)
             for image, record in zip(images, train.records, strict=True)]  # fmt: skip
-    assert np.mean(told, 0).tolist() == pytest.approx(list(recognized(train, network).values()))
+    assert np.mean(scores, 0).tolist() == pytest.approx(list(recognized(train, network).values()))
     blank = torch.zeros(1, 3, 64, 64)
     assert all(np.isnan(reader.read(blank, "words of my own")))
     (tmp_path / "samples.json").write_text(json.dumps({"kind": "portraits"}))

@@ -15,7 +15,7 @@ class EvaluateConfig:
     torchrun --nproc_per_node N -m segcn.cli evaluate ...
     """
 
-    real: str = flag("", "data set of real images; its test split, where it has one, is compared with")
+    real: str = flag("", "data set of real images; its test split, or else its last eighth, is compared with")
     synthetic: str = flag("", "generated data set")
     floor: str | None = flag(None, "the same rows generated without their masks (segcn generate --without_control)")
     reconstructions: str | None = flag(None, "the real images through the base's autoencoder")
