@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +18,7 @@ from kills import die_at, warm_context
 
 from segcn.data.metadata import read_split
 from segcn.generate.config import GenerateConfig
-from segcn.generate.manifest import records_of
-from segcn.generate.writer import generate_dataset
+from segcn.generate.writer import generate_dataset, records_of
 from segcn.train.loop import train
 from segcn.utils.args import arguments_of, make
 from segcn.utils.io import LOCK, Process
@@ -48,22 +48,27 @@ def warm():
     return warm_context()
 
 
-def paint_quietly(config, rank, world, change=0):
-    """Paint as one of `world` processes with one thread; with `change`: die before that change to the disk."""
+def generate_quietly(config, rank, world, port, change=0):
+    """Generate as one of `world` processes with one thread; with `change`: die before that change to the disk."""
     torch.set_num_threads(1)
+    if world > 1:  # as torchrun sets them
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     if change:
         die_at(change)
     with open(os.devnull, "w") as sys.stdout:
         generate_dataset(config, process=Process(rank, world))
 
 
-def painted(warm, config, world, seconds=None, victim=None, change=0):
-    """Paint as `world` processes at once; whether a kill cut that: of all after so many seconds, or of one at a change.
+def was_killed(warm, config, world, seconds=None, victim=None, change=0):
+    """Generate as `world` processes; whether a kill cut that: of all after `seconds`, or of one at a change.
 
     Where one dies the others are killed, as torchrun does it.
     """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     running = [
-        warm.Process(target=paint_quietly, args=(config, rank, world, change if rank == victim else 0))
+        warm.Process(target=generate_quietly, args=(config, rank, world, port, change if rank == victim else 0))
         for rank in range(world)
     ]
     for process in running:
@@ -86,10 +91,10 @@ def tree(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def kill_and_go_on(warm, config, folder, kills, draw):
+def kill_and_resume(warm, config, folder, kills, draw):
     """Kill in worlds 1, 2 and 3 by turns at random moments; each set must equal that of one undisturbed process."""
     began = time.monotonic()
-    assert not painted(warm, config, 1)
+    assert not was_killed(warm, config, 1)
     whole, straight, done = time.monotonic() - began, tree(config.output_dir), 0
     images = len(read_split(config.output_dir))
     assert (
@@ -101,16 +106,16 @@ def kill_and_go_on(warm, config, folder, kills, draw):
         world, own = WORLDS[turn % 3], dataclasses.replace(config, output_dir=str(folder / str(turn)))
         if turn % 2:
             writes = images * 8 // world
-            killed = painted(warm, own, world, victim=draw.randrange(world), change=draw.randint(1, writes))
+            killed = was_killed(warm, own, world, victim=draw.randrange(world), change=draw.randint(1, writes))
         else:
-            killed = painted(warm, own, world, seconds=draw.uniform(0, whole / world))
-        assert not painted(warm, own, draw.choice(WORLDS) if done % 2 else world)
+            killed = was_killed(warm, own, world, seconds=draw.uniform(0, whole / world))
+        assert not was_killed(warm, own, draw.choice(WORLDS) if done % 2 else world)
         assert tree(own.output_dir) == straight, f"turn {turn}, world {world}"
         done += killed
 
 
 def test_three_kills_in_worlds_of_one_to_three_change_no_byte(warm, config, tmp_path):
-    kill_and_go_on(warm, config, tmp_path, 3, random.Random(time.time_ns()))
+    kill_and_resume(warm, config, tmp_path, 3, random.Random(time.time_ns()))
 
 
 @pytest.mark.slow
@@ -121,7 +126,7 @@ def test_twenty_kills_over_two_hundred_masks_change_no_byte(warm, config, landsc
     own = dataclasses.replace(
         config, controls=str(tmp_path / "data"), replicates=1, batch_size=8, output_dir=str(tmp_path / "straight")
     )
-    kill_and_go_on(warm, own, tmp_path, 20, random.Random(6))
+    kill_and_resume(warm, own, tmp_path, 20, random.Random(6))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +162,7 @@ def test_a_generated_folder_trains_with_the_script_of_diffusers_unchanged(
                                       ["accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
                                        "--mixed_precision=no", "--dynamo_backend=no"]])  # fmt: skip
 def test_the_launchers_write_what_one_command_writes(warm, config, tmp_path, launcher):
-    assert not painted(warm, dataclasses.replace(config, output_dir=str(tmp_path / "one")), 1)
+    assert not was_killed(warm, dataclasses.replace(config, output_dir=str(tmp_path / "one")), 1)
     own = dataclasses.replace(config, output_dir=str(tmp_path / "launched"))
     words = [sys.executable, "-m", *launcher, "-m", "segcn.generate", *arguments_of(own)]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -167,7 +172,7 @@ def test_the_launchers_write_what_one_command_writes(warm, config, tmp_path, lau
 
 
 @pytest.mark.slow
-def test_a_stopped_command_says_what_becomes_of_its_images_and_goes_on(config, landscapes, tmp_path):
+def test_a_stopped_command_says_what_becomes_of_its_images_and_how_to_resume(config, landscapes, tmp_path):
     own = dataclasses.replace(config, replicates=200, output_dir=str(tmp_path / "out"))
     command = [sys.executable, "-m", "segcn.cli", "generate", *arguments_of(own)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -35,14 +35,14 @@ def config(random_base, random_controlnet, landscapes, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def painter(random_base, random_controlnet, landscapes):
+def pipeline(random_base, random_controlnet, landscapes):
     base, palette = load_base(random_base), read_split(landscapes, "test").palette
     return Pipeline(base, load_controlnet(random_controlnet).eval(), palette, str(random_controlnet))
 
 
 @pytest.fixture(autouse=True)
-def loaded_once(monkeypatch, painter):
-    monkeypatch.setattr(inferring, "load_pipeline", lambda *_: painter)
+def loaded_once(monkeypatch, pipeline):
+    monkeypatch.setattr(inferring, "load_pipeline", lambda *_: pipeline)
 
 
 def test_prompts_are_rows_and_seeds_are_columns_and_nothing_is_overwritten(config, tmp_path):
@@ -56,14 +56,14 @@ def test_prompts_are_rows_and_seeds_are_columns_and_nothing_is_overwritten(confi
         infer(config)
 
 
-def test_the_picture_holds_every_setting_and_can_be_made_again_from_them(config, tmp_path):
+def test_the_image_holds_every_setting_and_can_be_made_again_from_them(config, tmp_path):
     asked = dataclasses.replace(config, prompt=['<b>"a lake"</b> 草'], num_images=2, guidance_scale=3.5)
-    told = read_settings(infer(asked))
-    assert set(told["settings"]) == {field.name for field in dataclasses.fields(SampleConfig)}
-    assert told["prompt"] == asked.prompt and told["seeds"] == [[0, 0], [0, 1]] and told["control"] == "000000.png"
-    assert told["base_fingerprint"] == base_fingerprint(config.pretrained_model_name_or_path)
-    assert len(told["controlnet_weights"]) == 16
-    again = InferConfig(**told["settings"], control=config.control, prompt=told["prompt"], num_images=2,
+    found = read_settings(infer(asked))
+    assert set(found["settings"]) == {field.name for field in dataclasses.fields(SampleConfig)}
+    assert found["prompt"] == asked.prompt and found["seeds"] == [[0, 0], [0, 1]] and found["control"] == "000000.png"
+    assert found["base_fingerprint"] == base_fingerprint(config.pretrained_model_name_or_path)
+    assert len(found["controlnet_weights"]) == 16
+    again = InferConfig(**found["settings"], control=config.control, prompt=found["prompt"], num_images=2,
                         out=str(tmp_path / "again.png"))  # fmt: skip
     assert infer(again).read_bytes() == (tmp_path / "grid.png").read_bytes()
     with pytest.raises(UserError, match="found no settings in it"):
@@ -76,7 +76,7 @@ def test_the_older_flags_are_still_read():
     assert parse(InferConfig, old, "segcn infer") == parse(InferConfig, new, "segcn infer")
 
 
-def test_any_size_that_the_base_takes_is_painted_and_another_is_named(config, landscapes, tmp_path):
+def test_any_size_that_the_base_takes_is_generated_and_another_is_named(config, landscapes, tmp_path):
     split = read_split(landscapes, "test")
     for name, shape in (("wide", (32, 72)), ("odd", (32, 70))):
         write_mask(tmp_path / f"{name}.png", np.zeros(shape, np.uint8), split.palette)
@@ -86,25 +86,25 @@ def test_any_size_that_the_base_takes_is_painted_and_another_is_named(config, la
         infer(dataclasses.replace(wide, control=str(tmp_path / "odd.png"), out=str(tmp_path / "odd_out.png")))
 
 
-@pytest.mark.parametrize("changed, told", [
+@pytest.mark.parametrize("changed, found", [
     ({"control": "nowhere.png"}, "--control nowhere.png"), ({"prompt": []}, "needs --control"),
     ({"out": "/proc/nowhere/o.png"}, "cannot be written"), ({"out": "o.jpg"}, "ends in .png"),
     ({"num_images": 0}, "--num_images"),
 ])  # fmt: skip
-def test_what_cannot_be_is_named_before_a_network_is_loaded(config, monkeypatch, changed, told):
+def test_what_cannot_be_is_named_before_a_network_is_loaded(config, monkeypatch, changed, found):
     monkeypatch.setattr(inferring, "load_pipeline", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=found):
         infer(dataclasses.replace(config, **changed))
 
 
-@pytest.mark.parametrize("content, told", [(b"", "cannot be read"), (png_begun(30000, 30000), "too large")], ids="01")
+@pytest.mark.parametrize("content, found", [(b"", "cannot be read"), (png_begun(30000, 30000), "too large")], ids="01")
 def test_a_broken_or_huge_mask_is_named_before_a_network_is_loaded(
-    config, landscapes, tmp_path, monkeypatch, content, told
+    config, landscapes, tmp_path, monkeypatch, content, found
 ):
     (tmp_path / "mask.png").write_bytes(content)
     monkeypatch.setattr(inferring, "load_pipeline", lambda *_: pytest.fail("loaded"))
     own = dataclasses.replace(config, control=str(tmp_path / "mask.png"), palette=str(landscapes / "palette.json"))
-    with pytest.raises(UserError, match=f"mask.png.*{told}"):
+    with pytest.raises(UserError, match=f"mask.png.*{found}"):
         infer(own)
 
 

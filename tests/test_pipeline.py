@@ -1,20 +1,23 @@
-"""Promise: our sampling loop paints what diffusers' pipeline paints, does nothing twice, and guides where told."""
+"""Promise: our denoising loop gives the images of diffusers' pipeline, computes nothing twice, and can be replaced."""
 
 import copy
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UniPCMultistepScheduler
 
-from segcn.data.dataset import to_control
+from segcn.data.dataset import to_control, to_uint8
 from segcn.data.masks import read_mask
 from segcn.data.metadata import read_split
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline, control_at, diffusers_pipeline, first_noise, generate, load_pipeline
-from segcn.models.base import load_base
+from segcn.models.base import decode, encode_text, load_base
 from segcn.models.controlnet import make_controlnet
+from segcn.utils import rng
+from segcn.utils.args import make
 from segcn.utils.errors import UserError
 
 CAPTIONS, ROWS = ["a winter landscape", "a lake at dusk"], [3, 7]
@@ -23,7 +26,7 @@ SETTINGS = SampleConfig(num_inference_steps=4, guidance_scale=5.0, negative_prom
 
 @pytest.fixture(scope="module")
 def loud(random_base, landscapes):
-    """A painter whose ControlNet is heard."""
+    """A pipeline whose ControlNet has an effect."""
     base = load_base(random_base)
     controlnet = make_controlnet(base.unet).eval()
     for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
@@ -32,8 +35,8 @@ def loud(random_base, landscapes):
 
 
 @pytest.fixture
-def painter(loud):
-    """A copy of it, which has painted nothing yet."""
+def pipeline(loud):
+    """A copy of it, which has generated nothing yet."""
     return Pipeline(copy.deepcopy(loud.base), copy.deepcopy(loud.controlnet), loud.palette, "random")
 
 
@@ -43,13 +46,13 @@ def masks(landscapes):
     return np.stack([read_mask(record.mask, split.palette) for record in split.records[:2]])
 
 
-def by_diffusers(painter, masks, settings, **more):
+def by_diffusers(pipeline, masks, settings, **more):
     """The same images by diffusers' own pipeline, in one call."""
-    pipe = diffusers_pipeline(painter.base, settings, painter.controlnet if masks is not None else None)
+    pipe = diffusers_pipeline(pipeline.base, settings, pipeline.controlnet if masks is not None else None)
     size = (64, 64) if masks is None else masks.shape[1:]
     if masks is not None:
         more |= {
-            "image": to_control(masks, painter.palette),
+            "image": to_control(masks, pipeline.palette),
             "controlnet_conditioning_scale": settings.controlnet_conditioning_scale,
             "control_guidance_start": settings.control_guidance_start,
             "control_guidance_end": settings.control_guidance_end,
@@ -57,7 +60,7 @@ def by_diffusers(painter, masks, settings, **more):
     images = pipe(
         prompt=CAPTIONS, negative_prompt=[settings.negative_prompt] * 2, height=size[0], width=size[1],
         num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-        latents=first_noise(painter.base, ROWS, settings, size), output_type="np", **more,
+        latents=first_noise(pipeline.base, ROWS, settings, size), output_type="np", **more,
     ).images  # fmt: skip
     return (images * 255).round().astype(np.uint8)
 
@@ -76,15 +79,15 @@ def sizes_seen(network):
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
 @pytest.mark.parametrize("scheduler", ["dpm", "unipc", "ddim"])
-def test_every_sampler_paints_what_diffusers_pipeline_paints(painter, masks, scheduler, kind):
-    config = painter.base.scheduler.config
-    painter.base.scheduler = DDPMScheduler.from_config(
+def test_every_scheduler_gives_the_images_of_diffusers_pipeline(pipeline, masks, scheduler, kind):
+    config = pipeline.base.scheduler.config
+    pipeline.base.scheduler = DDPMScheduler.from_config(
         config, prediction_type=kind, rescale_betas_zero_snr=kind[0] == "v"
     )
     settings = dataclasses.replace(SETTINGS, scheduler=scheduler)
-    ours = generate(painter, masks, CAPTIONS, ROWS, settings)
+    ours = generate(pipeline, masks, CAPTIONS, ROWS, settings)
     assert ours.shape == (2, 64, 64, 3) and ours.std() > 10 and apart(ours[0], ours[1]) > 10
-    assert apart(ours, by_diffusers(painter, masks, settings)) <= 1
+    assert apart(ours, by_diffusers(pipeline, masks, settings)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -94,17 +97,17 @@ def test_every_sampler_paints_what_diffusers_pipeline_paints(painter, masks, sch
         {"controlnet_conditioning_scale": 0.5, "control_guidance_start": 0.25, "control_guidance_end": 0.75},
     ],
 )
-def test_without_guidance_and_with_a_window_of_the_mask_it_is_diffusers_too(painter, masks, changes):
+def test_without_guidance_and_with_a_window_of_the_mask_it_is_diffusers_too(pipeline, masks, changes):
     settings = dataclasses.replace(SETTINGS, **changes)
-    ours = generate(painter, masks, CAPTIONS, ROWS, settings)
-    assert apart(ours, by_diffusers(painter, masks, settings)) <= 1
-    assert apart(ours, generate(painter, masks, CAPTIONS, ROWS, SETTINGS)) > 10
+    ours = generate(pipeline, masks, CAPTIONS, ROWS, settings)
+    assert apart(ours, by_diffusers(pipeline, masks, settings)) <= 1
+    assert apart(ours, generate(pipeline, masks, CAPTIONS, ROWS, SETTINGS)) > 10
 
 
-def test_guidance_acts_in_its_window_alone_and_other_steps_see_each_picture_once(painter, masks):
+def test_guidance_acts_in_its_window_alone_and_other_steps_see_each_image_once(pipeline, masks):
     settings = dataclasses.replace(SETTINGS, guidance_start=0.25, guidance_end=0.75)
-    sizes = sizes_seen(painter.base.unet)
-    ours = generate(painter, masks, CAPTIONS, ROWS, settings)
+    sizes = sizes_seen(pipeline.base.unet)
+    ours = generate(pipeline, masks, CAPTIONS, ROWS, settings)
     assert sizes == [2, 4, 4, 2]
     off = 1 + 1e-6  # at 1 itself diffusers' pipeline would no longer double its batch
 
@@ -113,23 +116,23 @@ def test_guidance_acts_in_its_window_alone_and_other_steps_see_each_picture_once
         return values
 
     first_off = dataclasses.replace(settings, guidance_scale=off)
-    assert apart(ours, by_diffusers(painter, masks, first_off, callback_on_step_end=after_step)) <= 1
-    assert apart(ours, by_diffusers(painter, masks, settings)) > 10
+    assert apart(ours, by_diffusers(pipeline, masks, first_off, callback_on_step_end=after_step)) <= 1
+    assert apart(ours, by_diffusers(pipeline, masks, settings)) > 10
 
 
-def test_guidance_is_rescaled_as_diffusers_does(painter):
+def test_guidance_is_rescaled_as_diffusers_does(pipeline):
     settings = dataclasses.replace(SETTINGS, guidance_rescale=0.7)
-    ours = generate(painter, None, CAPTIONS, ROWS, settings, (64, 64))
-    assert apart(ours, by_diffusers(painter, None, settings, guidance_rescale=0.7)) <= 1
-    assert apart(ours, by_diffusers(painter, None, settings)) > 3
+    ours = generate(pipeline, None, CAPTIONS, ROWS, settings, (64, 64))
+    assert apart(ours, by_diffusers(pipeline, None, settings, guidance_rescale=0.7)) <= 1
+    assert apart(ours, by_diffusers(pipeline, None, settings)) > 3
 
 
-def test_the_controlnet_is_asked_only_where_it_acts(painter, masks):
-    sizes = sizes_seen(painter.controlnet.conv_in)
-    generate(painter, masks, CAPTIONS, ROWS, dataclasses.replace(SETTINGS, control_guidance_end=0.5))
+def test_the_controlnet_runs_only_where_it_acts(pipeline, masks):
+    sizes = sizes_seen(pipeline.controlnet.conv_in)
+    generate(pipeline, masks, CAPTIONS, ROWS, dataclasses.replace(SETTINGS, control_guidance_end=0.5))
     assert sizes == [4, 4]
     sizes.clear()
-    generate(painter, masks, CAPTIONS, ROWS, dataclasses.replace(SETTINGS, controlnet_conditioning_scale=0.0))
+    generate(pipeline, masks, CAPTIONS, ROWS, dataclasses.replace(SETTINGS, controlnet_conditioning_scale=0.0))
     assert sizes == []
 
 
@@ -141,34 +144,82 @@ def test_the_controlnet_is_asked_only_where_it_acts(painter, masks):
         ("cosine", [2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5]),
     ],
 )
-def test_the_weight_of_the_mask_falls_as_its_schedule_says(painter, masks, schedule, weights):
+def test_the_weight_of_the_mask_falls_as_its_schedule_says(pipeline, masks, schedule, weights):
     settings = dataclasses.replace(SETTINGS, control_schedule=schedule, controlnet_conditioning_scale=2.0)
     assert [control_at(settings, step, 4) for step in range(4)] == pytest.approx(weights)
-    painted = generate(painter, masks, CAPTIONS, ROWS, settings)
-    constant = generate(painter, masks, CAPTIONS, ROWS, dataclasses.replace(settings, control_schedule="constant"))
-    assert (apart(painted, constant) == 0) == (schedule == "constant")
+    falling = generate(pipeline, masks, CAPTIONS, ROWS, settings)
+    constant = generate(pipeline, masks, CAPTIONS, ROWS, dataclasses.replace(settings, control_schedule="constant"))
+    assert (apart(falling, constant) == 0) == (schedule == "constant")
 
 
-def test_each_caption_is_encoded_once_and_alone(painter, masks):
+def test_each_caption_is_encoded_once_and_alone(pipeline, masks):
     sizes = []
-    painter.base.text_encoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(output[0])))
-    first = generate(painter, masks, CAPTIONS, ROWS, SETTINGS)
+    pipeline.base.text_encoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(output[0])))
+    first = generate(pipeline, masks, CAPTIONS, ROWS, SETTINGS)
     assert sizes == [1, 1, 1]
-    again = generate(painter, masks, CAPTIONS[::-1], ROWS, SETTINGS)
+    again = generate(pipeline, masks, CAPTIONS[::-1], ROWS, SETTINGS)
     assert sizes == [1, 1, 1] and apart(first, again) > 10
 
 
-def test_what_was_painted_before_changes_no_byte(painter, loud, masks):
+def test_what_was_generated_before_changes_no_byte(pipeline, loud, masks):
     generate(loud, masks[:1], ["something else"], [0], SETTINGS)
     generate(loud, masks[:1], CAPTIONS[1:], [0], SETTINGS)
-    fresh = generate(painter, masks, CAPTIONS, ROWS, SETTINGS)
+    fresh = generate(pipeline, masks, CAPTIONS, ROWS, SETTINGS)
     assert np.array_equal(fresh, generate(loud, masks, CAPTIONS, ROWS, SETTINGS))
 
 
-def test_stop_ends_after_the_step_in_which_it_was_asked_for(painter, masks):
-    sizes = sizes_seen(painter.base.unet)
+@torch.no_grad()
+def written_out(pipeline, masks, captions, rows, settings):
+    """What notebook 04 shows: the denoising loop with classifier-free guidance, without anything that saves time."""
+    base, controlnet = pipeline.base, pipeline.controlnet
+    control = to_control(masks, pipeline.palette)  # [B, 3, H, W] in [0, 1]
+    text = torch.cat([encode_text(base, [caption]) for caption in captions])  # [B, L, D]
+    negative = torch.cat([encode_text(base, [settings.negative_prompt])] * len(captions))
+    shape = (base.unet.config.in_channels, *(side // base.latent_factor for side in masks.shape[1:]))
+    latents = torch.stack([rng.normal(shape, "paint", settings.seed, row) for row in rows])  # [B, C, h, w]
+    scheduler = UniPCMultistepScheduler.from_config(base.scheduler.config)
+    scheduler.set_timesteps(settings.num_inference_steps)
+    for step, timestep in enumerate(scheduler.timesteps):
+        guided = (step + 1) / len(scheduler.timesteps) <= settings.guidance_end
+        prompts = torch.cat([negative, text]) if guided else text
+        noisy, shown = (torch.cat([one] * (len(prompts) // len(one))) for one in (latents, control))
+        down, middle = controlnet(noisy, timestep, prompts, shown, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        prediction = base.unet(noisy, timestep, prompts, **residuals).sample
+        if guided:
+            without_text, with_text = prediction.chunk(2)
+            prediction = without_text + settings.guidance_scale * (with_text - without_text)
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+    return to_uint8(decode(base.vae, latents))
+
+
+@pytest.mark.parametrize("guidance_end", [0.4, 1.0])
+def test_the_loop_written_out_gives_the_same_images(pipeline, masks, guidance_end):
+    settings = make(SampleConfig, "tiny", guidance_end=guidance_end)
+    ours = generate(pipeline, masks, CAPTIONS, ROWS, settings)
+    assert np.array_equal(written_out(pipeline, masks, CAPTIONS, ROWS, settings), ours)
+
+
+def test_a_sampler_of_ones_own_replaces_the_loop(pipeline, masks):
+    settings = dataclasses.replace(SETTINGS, scheduler="ddim", guidance_end=0.5)
+
+    def ddim(denoise, noise, scheduler):
+        """Song et al. 2021 (arXiv:2010.02502), for the base's v-prediction."""
+        alphas, latents = [*scheduler.alphas_cumprod[scheduler.timesteps].tolist(), 1.0], noise
+        for step, (now, later) in enumerate(pairwise(alphas)):
+            v = denoise(latents, step)
+            image, noise = now**0.5 * latents - (1 - now) ** 0.5 * v, now**0.5 * v + (1 - now) ** 0.5 * latents
+            latents = later**0.5 * image + (1 - later) ** 0.5 * noise
+        return latents
+
+    ours = generate(pipeline, masks, CAPTIONS, ROWS, settings)
+    assert apart(ours, generate(pipeline, masks, CAPTIONS, ROWS, settings, sampler=ddim)) <= 1
+
+
+def test_stop_ends_after_the_step_in_which_it_was_asked_for(pipeline, masks):
+    sizes = sizes_seen(pipeline.base.unet)
     steps = []
-    images = generate(painter, masks, CAPTIONS, ROWS, SETTINGS, on_step=lambda step: steps.append(step) or step == 2)
+    images = generate(pipeline, masks, CAPTIONS, ROWS, SETTINGS, on_step=lambda step: steps.append(step) or step == 2)
     assert steps == [1, 2] and len(sizes) == 2 and images.shape == (2, 64, 64, 3)
 
 
@@ -183,12 +234,12 @@ def test_compiling_is_refused_without_a_gpu(random_base):
     [
         ({"scheduler": "euler"}, "--scheduler: expected one of dpm, unipc, ddim"),
         ({"control_schedule": "square"}, "--control_schedule"),
-        ({"num_inference_steps": 0}, "--num_inference_steps: expected at least 1"),
+        ({"num_inference_steps": 0}, "--num_inference_steps: expected 1 or more"),
         ({"guidance_start": 0.6, "guidance_end": 0.5}, "--guidance_start and --guidance_end"),
-        ({"control_guidance_end": 1.5}, "found 0.0 and 1.5"),
+        ({"control_guidance_end": 1.5}, "--control_guidance_end: expected 0 to 1, found 1.5"),
         ({"guidance_rescale": -0.1}, "--guidance_rescale: expected 0 to 1"),
     ],
 )
-def test_settings_out_of_range_are_named(painter, masks, changes, said):
+def test_settings_out_of_range_are_named(pipeline, masks, changes, said):
     with pytest.raises(UserError, match=said):
-        generate(painter, masks, CAPTIONS, ROWS, dataclasses.replace(SETTINGS, **changes))
+        generate(pipeline, masks, CAPTIONS, ROWS, dataclasses.replace(SETTINGS, **changes))

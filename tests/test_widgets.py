@@ -322,7 +322,7 @@ def test_the_history_leads_back_and_an_old_picture_can_be_painted_again(quick_pa
     assert (panel.canvas.mask == first.mask).all() and panel.controls.prompt.value == split[0].caption
     press(panel, panel.generate_button)
     again = images(panel)[0]
-    assert again is not first and again.told == first.told
+    assert again is not first and again.record == first.record
 
 
 def test_what_is_painted_meanwhile_does_not_turn_the_page(quick_panel):

@@ -1,4 +1,4 @@
-"""What an image was made with, kept in a text chunk of its PNG by `segcn infer` and the panel."""
+"""One mask and one or more prompts to images, whose PNG records the settings that they were made with."""
 
 import dataclasses
 import json
@@ -16,40 +16,40 @@ from segcn.data.files import open_image
 from segcn.data.metadata import save_row
 from segcn.data.palette import Palette, find_palette
 from segcn.generate.config import InferConfig, SampleConfig
-from segcn.generate.pipeline import Pipeline, generate, load_pipeline
+from segcn.generate.pipeline import Pipeline, check_sampling, generate, load_pipeline
 from segcn.utils.errors import UserError
 from segcn.utils.io import aside, write_whole
 
-# --- made_with: What an image was made with, kept in a text chunk of its PNG by `segcn infer` and the panel.
+CHUNK = "segcn"  # the text chunk of a PNG that holds the settings
+BATCH_SIZE = 8  # images of `infer` that are generated at once
 
-CHUNK = "segcn"  # the name of the text chunk
+Order = tuple[np.ndarray, str, SampleConfig]  # class ids uint8 [H, W], caption and settings of one image
 
 
 def made_with(
-    painter: Pipeline, settings: SampleConfig, prompts: Sequence[str], seeds: Sequence[tuple[int, int]]
+    pipeline: Pipeline, settings: SampleConfig, prompts: Sequence[str], seeds: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
     """All that images of these prompts depend on but their mask; seeds: (seed, row) of each image of a prompt."""
-    names = [field.name for field in dataclasses.fields(SampleConfig)]
     return {
-        "settings": {name: getattr(settings, name) for name in names},
+        "settings": {field.name: getattr(settings, field.name) for field in dataclasses.fields(SampleConfig)},
         "prompt": list(prompts),
         "seeds": list(seeds),
-        "base_fingerprint": painter.base.fingerprint,
-        "controlnet": painter.controlnet_folder,
-        "controlnet_weights": painter.controlnet_digest,
-        "palette_fingerprint": painter.palette.fingerprint,
+        "base_fingerprint": pipeline.base.fingerprint,
+        "controlnet": pipeline.controlnet_folder,
+        "controlnet_weights": pipeline.controlnet_digest,
+        "palette_fingerprint": pipeline.palette.fingerprint,
     }
 
 
-def in_chunk(told: dict[str, Any]) -> PngInfo:
+def in_chunk(record: dict[str, Any]) -> PngInfo:
     """What Pillow writes into a PNG."""
     chunks = PngInfo()
-    chunks.add_text(CHUNK, json.dumps(told))
+    chunks.add_text(CHUNK, json.dumps(record))
     return chunks
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """What a PNG was made with: settings (those of SampleConfig), prompt, seeds, fingerprints."""
+    """What the images of a PNG were made with: settings (those of SampleConfig), prompt, seeds, fingerprints."""
     with open_image(path) as image:
         image.load()
         text = getattr(image, "text", {}).get(CHUNK)
@@ -58,32 +58,27 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return json.loads(text)
 
 
-# --- by_hand: Images painted one after the other, each with all that it was painted from: what the panel does, headless.
-
-Order = tuple[np.ndarray, str, SampleConfig]  # class ids uint8 [H, W], caption and settings of one image
-
-
 @dataclass(eq=False)
 class GeneratedImage:
-    """A painted image, uint8 [H, W, 3], its order, and what is told of it in its PNG."""
+    """An image, uint8 [H, W, 3], and what it was generated from."""
 
     image: np.ndarray
     mask: np.ndarray  # uint8 [H, W] class ids
     caption: str
     settings: SampleConfig
-    told: dict[str, Any]  # see `made_with`
+    record: dict[str, Any]  # see `made_with`
 
     def save(self, folder: str | Path, palette: Palette) -> int:
         """Append image, mask, caption and settings to a data set folder; returns the row's number. See `save_row`."""
-        return save_row(folder, self.image, self.mask, self.caption, palette, in_chunk(self.told))
+        return save_row(folder, self.image, self.mask, self.caption, palette, in_chunk(self.record))
 
 
 def generate_each(
-    painter: Pipeline, orders: Iterable[Order], on_step: Callable[[int], bool | None] | None = None
+    pipeline: Pipeline, orders: Iterable[Order], on_step: Callable[[int], bool | None] | None = None
 ) -> Iterator[GeneratedImage]:
-    """Paint one at a time, so the first is seen early and masks may differ in size.
+    """Generate one image after the other, so that the first is seen early and masks may differ in size.
 
-    `on_step(step)` is called after each denoising step; True stops: the image at work is dropped, and none follows.
+    on_step: called with the number of each denoising step; True stops: this image is dropped, and none follows.
     """
     stopped = False
 
@@ -93,39 +88,42 @@ def generate_each(
         return stopped
 
     for mask, caption, settings in orders:
-        image = generate(painter, mask[None], [caption], [0], settings, on_step=after_step)[0]
+        image = generate(pipeline, mask[None], [caption], [0], settings, on_step=after_step)[0]
         if stopped:
             return
-        used = dataclasses.replace(settings, controlnet_model_name_or_path=painter.controlnet_folder)
-        yield GeneratedImage(image, mask, caption, used, made_with(painter, used, [caption], [(used.seed, 0)]))
-
-
-# --- infer: One mask and one or more prompts to an image, or a grid of them, that holds the settings it was made with.
-
-AT_ONCE = 8  # images
+        used = dataclasses.replace(settings, controlnet_model_name_or_path=pipeline.controlnet_folder)
+        yield GeneratedImage(image, mask, caption, used, made_with(pipeline, used, [caption], [(used.seed, 0)]))
 
 
 def infer(config: InferConfig) -> Path:
-    """Paint every prompt with every seed and write one PNG: a row of images for each prompt."""
-    out, mask_path = check(config)
-    palette = palette_of(mask_path, config)
+    """Generate every prompt with every seed, and write one PNG: a row of images for each prompt."""
+    out, mask_path = _check_files(config)
+    palette = _palette_of(mask_path, config)
     framed = palette and read_framed_mask(mask_path, palette, config.resolution, config.fit)
-    painter = load_pipeline(config, palette)
-    mask, frame = framed or read_framed_mask(mask_path, painter.palette, config.resolution, config.fit)
-    lines = [[frame.of(image) for image in line] for line in generate_grid(painter, mask, config)]
-    told = made_with(painter, config, config.prompt, columns_of(config)) | {"control": mask_path.name}
-    sheet = Image.fromarray(np.concatenate([np.concatenate(line, axis=1) for line in lines]))
-    write_whole(out, lambda path: sheet.save(path, format="PNG", pnginfo=in_chunk(told)))
+    pipeline = load_pipeline(config, palette)
+    mask, frame = framed or read_framed_mask(mask_path, pipeline.palette, config.resolution, config.fit)
+    columns = [(seed, 0) for seed in config.seeds] or [(config.seed, row) for row in range(config.num_images)]
+    images: dict[tuple[str, int, int], np.ndarray] = {}
+    for seed in dict.fromkeys(seed for seed, _ in columns):
+        settings = dataclasses.replace(config, seed=seed)
+        cells = [(prompt, row) for prompt in config.prompt for own, row in dict.fromkeys(columns) if own == seed]
+        for first in range(0, len(cells), BATCH_SIZE):
+            prompts, rows = map(list, zip(*cells[first : first + BATCH_SIZE], strict=True))
+            made = generate(pipeline, np.stack([mask] * len(rows)), prompts, rows, settings)
+            images |= {(prompt, seed, row): image for prompt, row, image in zip(prompts, rows, made, strict=True)}
+    lines = [[frame.of(images[prompt, *column]) for column in columns] for prompt in config.prompt]
+    grid = Image.fromarray(np.concatenate([np.concatenate(line, axis=1) for line in lines]))
+    record = made_with(pipeline, config, config.prompt, columns) | {"control": mask_path.name}
+    write_whole(out, lambda path: grid.save(path, format="PNG", pnginfo=in_chunk(record)))
     return out
 
 
-def check(config: InferConfig) -> tuple[Path, Path]:
-    """The PNG to write and the mask; UserError for what would fail only after the image is painted."""
+def _check_files(config: InferConfig) -> tuple[Path, Path]:
+    """The PNG to write and the mask; UserError for what would fail only after the images are generated."""
     out, mask = Path(config.out), Path(config.control)
     if not (config.control and config.prompt and config.out):
         raise UserError("segcn infer needs --control MASK.png --prompt TEXT --out OUT.png")
-    if config.num_images < 1:
-        raise UserError(f"--num_images: expected 1 or more, found {config.num_images}")
+    check_sampling(config)
     if not mask.is_file():
         raise UserError(f"--control {mask}: expected a mask file, found none")
     if out.suffix.lower() != ".png":
@@ -141,30 +139,11 @@ def check(config: InferConfig) -> tuple[Path, Path]:
     return out, mask
 
 
-def columns_of(config: InferConfig) -> list[tuple[int, int]]:
-    """(seed, row) of each image of a prompt: its noise depends on these alone."""
-    return [(seed, 0) for seed in config.seeds] or [(config.seed, row) for row in range(config.num_images)]
-
-
-def generate_grid(painter: Pipeline, mask: np.ndarray, config: InferConfig) -> list[list[np.ndarray]]:
-    """A list of images, uint8 [H, W, 3], for each prompt."""
-    columns = columns_of(config)
-    painted: dict[tuple[str, int, int], np.ndarray] = {}
-    for seed in dict.fromkeys(seed for seed, _ in columns):
-        cells = [(text, row) for text in config.prompt for own, row in dict.fromkeys(columns) if own == seed]
-        for first in range(0, len(cells), AT_ONCE):
-            texts, rows = zip(*cells[first : first + AT_ONCE], strict=True)
-            settings = dataclasses.replace(config, seed=seed)
-            images = generate(painter, np.stack([mask] * len(rows)), list(texts), list(rows), settings)
-            painted |= {(text, seed, row): image for text, row, image in zip(texts, rows, images, strict=True)}
-    return [[painted[text, *column] for column in columns] for text in config.prompt]
-
-
-def palette_of(mask_path: Path, config: InferConfig) -> Palette | None:
+def _palette_of(mask: Path, config: InferConfig) -> Palette | None:
     """--palette, else the one beside or above the mask's folder, else None: the ControlNet's own."""
     if config.palette:
         return Palette.load(config.palette)
-    for folder in (mask_path.parent, mask_path.absolute().parent.parent):
+    for folder in (mask.parent, mask.absolute().parent.parent):
         try:
             found = find_palette(folder)
         except UserError:

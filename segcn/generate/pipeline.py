@@ -1,8 +1,8 @@
-"""The sampling loop: noise to latents under a text and a mask.
+"""Masks and captions to images: the base and its ControlNet, and the denoising loop with classifier-free guidance.
 
-It paints what diffusers' StableDiffusionControlNetPipeline paints, and a test holds it to that. Besides, it guides only
-in a window of the steps (Kynkäänniemi et al. 2024, arXiv:2404.07724), outside of which each image passes through the
-networks once and not twice, and it leaves the ControlNet out where the mask does not act."""
+It gives the images of diffusers' StableDiffusionControlNetPipeline, and a test compares them. Besides, guidance can act
+in a window of the steps alone (Kynkäänniemi et al. 2024, arXiv:2404.07724), and nothing is computed twice: outside of
+the window each image passes through the networks once, and the ControlNet runs only where its weight is not 0."""
 
 import copy
 import json
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,41 +41,215 @@ from segcn.models.base import (
 )
 from segcn.models.controlnet import load_controlnet
 from segcn.utils import rng
+from segcn.utils.args import check_values
 from segcn.utils.errors import UserError
 from segcn.utils.paths import OUTPUTS, RUN_FILE, WEIGHTS
 
-# --- sampling: The sampling loop: noise to latents under a text and a mask.
-#
-# It paints what diffusers' StableDiffusionControlNetPipeline paints, and a test holds it to that. Besides, it guides only
-# in a window of the steps (Kynkäänniemi et al. 2024, arXiv:2404.07724), outside of which each image passes through the
-# networks once and not twice, and it leaves the ControlNet out where the mask does not act.
-
 SCHEDULERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler}
-CONTROL_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps that are done -> of the mask's weight
+CONTROL_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps that are done -> factor of the weight
     "constant": lambda done: 1.0,
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
-WINDOWS = (("guidance_start", "guidance_end"), ("control_guidance_start", "control_guidance_end"))
+KEPT_CAPTIONS = 256  # embeddings that a pipeline keeps: 60 MB with Stable Diffusion 1.5
+Sampler = Callable[[Callable[[torch.Tensor, int], torch.Tensor], torch.Tensor, Any], torch.Tensor]  # see `generate`
+OnStep = Callable[[int], bool | None]
+
+
+@dataclass
+class Pipeline:
+    """A base, a ControlNet, and the palette whose colors it was trained with."""
+
+    base: Base
+    controlnet: ControlNetModel | None
+    palette: Palette
+    controlnet_folder: str
+
+    @cached_property
+    def controlnet_digest(self) -> str:
+        """A digest of its weights, which must not change any more."""
+        assert self.controlnet is not None
+        return weights_digest(self.controlnet)
+
+    @cached_property
+    def embedding(self) -> Callable[[str], torch.Tensor]:
+        """A function from a caption to its embedding [L, D], which is kept.
+
+        Each caption is encoded alone, so that no image depends on the captions of others.
+        """
+        return lru_cache(KEPT_CAPTIONS)(lambda caption: encode_text(self.base, [caption])[0])
+
+
+def load_pipeline(settings: SampleConfig, palette: Palette | None = None) -> Pipeline:
+    """Load base and ControlNet for a palette; without one, the ControlNet's own palette is used.
+
+    UserError where one of them is missing or was made for another palette, and for settings out of range.
+    """
+    check_sampling(settings)
+    device, dtype = pick_device(), DTYPES[settings.mixed_precision]
+    if settings.torch_compile and device == "cpu":
+        raise UserError("--torch_compile: expected a GPU, found none: a CPU compiles for minutes and gains a tenth")
+    folder = settings.controlnet_model_name_or_path or find_controlnet(settings.pretrained_model_name_or_path, palette)
+    own = Path(folder) / "palette.json"
+    if palette is None:
+        if not Path(folder).is_dir():
+            raise UserError(f"--controlnet_model_name_or_path {folder}: expected a ControlNet's folder, found none")
+        if not own.is_file():
+            raise UserError(f"{folder} holds no palette.json: name the masks' palette by --palette")
+        palette = Palette.load(own)
+    elif own.is_file() and Palette.load(own).fingerprint != palette.fingerprint:
+        raise UserError(f"{folder} was trained with another palette than that of the masks: compare {own}")
+    base = load_base(settings.pretrained_model_name_or_path, device, dtype)
+    if (Path(folder) / "scheduler").is_dir():  # it was trained with another noise schedule than the base
+        base.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    controlnet = load_controlnet(folder, device, dtype).eval()
+    if settings.torch_compile:
+        assert base.vae is not None
+        for network in (base.unet, controlnet, base.vae.decoder):
+            network.compile()
+    keep_freed_memory(device)
+    return Pipeline(base, controlnet, palette, str(folder))
+
+
+def find_controlnet(base_folder: str, palette: Palette | None = None) -> str:
+    """The newest finished ControlNet below outputs/ for this base and palette, else the one shipped with the base.
+
+    UserError where there is neither.
+    """
+    found = []
+    for run in OUTPUTS.glob(f"**/{RUN_FILE}"):
+        settings = json.loads(run.read_text())
+        same_base = Path(settings["pretrained_model_name_or_path"]).absolute() == Path(base_folder).absolute()
+        same_palette = palette is None or settings["palette_fingerprint"] == palette.fingerprint
+        if (run.parent / WEIGHTS).is_file() and same_base and same_palette:
+            found.append((run.stat().st_mtime, str(run.parent)))
+    if found:
+        return max(found)[1]
+    shipped = Path(base_folder) / "controlnet"
+    if shipped.is_dir():
+        return str(shipped)
+    raise UserError(
+        f"no ControlNet for {base_folder} and this palette: train one, or name one by --controlnet_model_name_or_path"
+    )
 
 
 def check_sampling(settings: SampleConfig) -> None:
     """UserError for a setting out of its range."""
-    for name, known in (("scheduler", SCHEDULERS), ("control_schedule", CONTROL_SCHEDULES)):
-        if getattr(settings, name) not in known:
-            raise UserError(f"--{name}: expected one of {', '.join(known)}, found {getattr(settings, name)!r}")
-    if settings.num_inference_steps < 1:
-        raise UserError(f"--num_inference_steps: expected at least 1, found {settings.num_inference_steps}")
-    for start, end in WINDOWS:
-        found = getattr(settings, start), getattr(settings, end)
-        if not 0 <= found[0] <= found[1] <= 1:
-            raise UserError(f"--{start} and --{end}: expected 0 <= start <= end <= 1, found {found[0]} and {found[1]}")
-    if not 0 <= settings.guidance_rescale <= 1:
-        raise UserError(f"--guidance_rescale: expected 0 to 1, found {settings.guidance_rescale}")
+    check_values(settings)
+    for start, end in (("guidance_start", "guidance_end"), ("control_guidance_start", "control_guidance_end")):
+        first, last = getattr(settings, start), getattr(settings, end)
+        if first > last:
+            raise UserError(f"--{start} and --{end}: expected 0 <= start <= end <= 1, found {first} and {last}")
+
+
+def generate(
+    pipeline: Pipeline,
+    masks: np.ndarray | None,
+    captions: list[str],
+    rows: list[int],
+    settings: SampleConfig,
+    size: tuple[int, int] | None = None,
+    on_step: OnStep | None = None,
+    sampler: Sampler | None = None,
+) -> np.ndarray:
+    """Generate an image for each mask and caption: uint8 [B, H, W, 3].
+
+    masks: class ids, uint8 [B, H, W]; None: without masks, `size` is (H, W). rows: the noise of an image depends on
+    (settings.seed, its entry in rows) alone. on_step: called with the number of each finished step; True stops.
+    sampler(denoise, noise, scheduler): replaces the loop over the steps, and returns latents [B, C, h, w], where
+    denoise(latents, step) is the guided prediction at scheduler.timesteps[step] and noise is float32 [B, C, h, w]; it
+    is not asked for `on_step`. UserError for settings out of range and a size that the base cannot have.
+    """
+    check_sampling(settings)
+    base = pipeline.base
+    if masks is not None:
+        size = masks.shape[1:]
+    noise = first_noise(base, rows, settings, size)
+    negative = torch.stack([pipeline.embedding(settings.negative_prompt)] * len(captions))
+    text = torch.stack([pipeline.embedding(caption) for caption in captions])
+    control = None if masks is None else to_control(masks, pipeline.palette).to(noise.device, base.dtype)
+    latents = denoising_loop(pipeline, noise, negative, text, control, settings, on_step, sampler)
+    return to_uint8(decode(base.vae, latents))
+
+
+def first_noise(base: Base, rows: list[int], settings: SampleConfig, size: tuple[int, int]) -> torch.Tensor:
+    """The noise of images of size (H, W), float32 [B, C, h, w]; UserError where the base has no such size."""
+    (height, width), factor = size, base.latent_factor
+    if height % factor or width % factor:
+        raise UserError(
+            f"expected masks with sides that are multiples of {factor}, found {width} x {height}: --resolution makes"
+            " them square"
+        )
+    shape = (base.unet.config.in_channels, height // factor, width // factor)
+    return torch.stack([rng.normal(shape, "paint", settings.seed, row) for row in rows]).to(base.unet.device)
+
+
+@torch.no_grad()
+def denoising_loop(
+    pipeline: Pipeline,
+    noise: torch.Tensor,
+    negative: torch.Tensor,
+    text: torch.Tensor,
+    control: torch.Tensor | None,
+    settings: SampleConfig,
+    on_step: OnStep | None = None,
+    sampler: Sampler | None = None,
+) -> torch.Tensor:
+    """Noise float32 [B, C, h, w] to scaled latents [B, C, h, w].
+
+    negative, text: embeddings [B, L, D] of the negative prompts and of the captions. control: [B, 3, H, W] in [0, 1].
+    """
+    unet, controlnet = pipeline.base.unet, None
+    if control is not None:
+        controlnet = embedding_once(pipeline.controlnet, len(control))
+    scheduler = SCHEDULERS[settings.scheduler].from_config(pipeline.base.scheduler.config)
+    scheduler.set_timesteps(settings.num_inference_steps, device=noise.device)
+    both = torch.cat([negative, text])
+
+    def denoise(latents: torch.Tensor, step: int) -> torch.Tensor:
+        """The prediction for latents [B, C, h, w], guided (arXiv:2207.12598) and rescaled (arXiv:2305.08891)."""
+        timestep, steps = scheduler.timesteps[step], len(scheduler.timesteps)
+        guidance, weight = guidance_at(settings, step, steps), control_at(settings, step, steps)
+        prompts = both if guidance > 1 else text
+        copies = len(prompts) // len(latents)  # 2 with guidance
+        noisy = torch.cat([latents] * copies).to(pipeline.base.dtype)
+        residuals = {}
+        if controlnet is not None and weight:
+            shown = torch.cat([control] * copies)
+            down, middle = controlnet(noisy, timestep, prompts, shown, weight, return_dict=False)
+            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        prediction = unet(noisy, timestep, prompts, **residuals).sample.float()
+        if copies == 1:
+            return prediction
+        without_text, with_text = prediction.chunk(2)
+        guided = without_text + guidance * (with_text - without_text)
+        return rescale_noise_cfg(guided, with_text, settings.guidance_rescale) if settings.guidance_rescale else guided
+
+    if sampler is not None:
+        return sampler(denoise, noise, scheduler)
+    latents = noise
+    for step, timestep in enumerate(scheduler.timesteps):
+        latents = scheduler.step(denoise(latents, step), timestep, latents).prev_sample
+        if on_step and on_step(step + 1):
+            break
+    return latents
+
+
+def guidance_at(settings: SampleConfig, step: int, steps: int) -> float:
+    """The weight of the text in a step: 1 outside of its window."""
+    acts = step / steps >= settings.guidance_start and (step + 1) / steps <= settings.guidance_end
+    return settings.guidance_scale if acts else 1.0
+
+
+def control_at(settings: SampleConfig, step: int, steps: int) -> float:
+    """The weight of the mask in a step: 0 outside of its window, where it falls as the schedule says."""
+    acts = step / steps >= settings.control_guidance_start and (step + 1) / steps <= settings.control_guidance_end
+    factor = CONTROL_SCHEDULES[settings.control_schedule](step / steps) if acts else 0.0
+    return settings.controlnet_conditioning_scale * factor
 
 
 class EmbeddedOnce(torch.nn.Module):
-    """Embeds the control in the first step and keeps it: it is the same in each step and in both halves of guidance."""
+    """Embeds the control in the first step: it is the same in each step and in both halves of guidance."""
 
     def __init__(self, embedding: torch.nn.Module, images: int):
         super().__init__()
@@ -98,229 +273,22 @@ def embedding_once(controlnet: ControlNetModel, images: int) -> ControlNetModel:
     return shared
 
 
-@dataclass(frozen=True)
-class Control:
-    """A ControlNet and what it is shown."""
-
-    network: ControlNetModel
-    condition: torch.Tensor  # [B, 3, H, W] in [0, 1]
-
-    def residuals(self, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, weight: float) -> dict:
-        """What the U-Net is given of the mask, as its keywords; noisy [B or 2B, C, h, w], text [B or 2B, L, D]."""
-        if weight == 0:
-            return {}
-        condition = torch.cat([self.condition] * (len(noisy) // len(self.condition)))
-        down, middle = self.network(noisy, timestep, text, condition, weight, return_dict=False)
-        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-
-
-def make_scheduler(base: Base, settings: SampleConfig):
-    """The sampler, under the base's noise schedule."""
-    return SCHEDULERS[settings.scheduler].from_config(base.scheduler.config)
-
-
-@torch.no_grad()
-def sample(
-    base: Base,
-    noise: torch.Tensor,
-    negative: torch.Tensor,
-    text: torch.Tensor,
-    settings: SampleConfig,
-    control: Control | None = None,
-    on_step: Callable[[int], bool | None] | None = None,
-) -> torch.Tensor:
-    """Noise float32 [B, C, h, w] -> scaled latents [B, C, h, w].
-
-    negative and text: embeddings [B, L, D] of the negative prompts and of the captions. `on_step(step)`: True stops.
-    """
-    scheduler = make_scheduler(base, settings)
-    scheduler.set_timesteps(settings.num_inference_steps, device=noise.device)
-    steps, both = len(scheduler.timesteps), torch.cat([negative, text])
-    latents = noise
-    for step in range(steps):
-        timestep, guidance = scheduler.timesteps[step], guidance_at(settings, step, steps)
-        seen = both if guidance > 1 else text
-        noisy = torch.cat([latents] * (len(seen) // len(latents))).to(base.dtype)
-        mask = control.residuals(noisy, timestep, seen, control_at(settings, step, steps)) if control else {}
-        prediction = base.unet(noisy, timestep, seen, **mask).sample.float()
-        latents = scheduler.step(guided(prediction, guidance, settings), timestep, latents).prev_sample
-        if on_step and on_step(step + 1):
-            break
-    return latents
-
-
-def guidance_at(settings: SampleConfig, step: int, steps: int) -> float:
-    """The weight of the text in a step: 1 outside of the window."""
-    return settings.guidance_scale if acts(step, steps, settings.guidance_start, settings.guidance_end) else 1.0
-
-
-def control_at(settings: SampleConfig, step: int, steps: int) -> float:
-    """The weight of the mask in a step: 0 outside of the window, and falling in it as the schedule says."""
-    if not acts(step, steps, settings.control_guidance_start, settings.control_guidance_end):
-        return 0.0
-    return settings.controlnet_conditioning_scale * CONTROL_SCHEDULES[settings.control_schedule](step / steps)
-
-
-def acts(step: int, steps: int, start: float, end: float) -> bool:
-    """Whether a step lies in a window given in shares of all steps, as diffusers counts it."""
-    return step / steps >= start and (step + 1) / steps <= end
-
-
-def guided(prediction: torch.Tensor, guidance: float, settings: SampleConfig) -> torch.Tensor:
-    """Classifier-free guidance (arXiv:2207.12598) of [2B, C, h, w], rescaled after arXiv:2305.08891 -> [B, C, h, w].
-
-    Without guidance [B, C, h, w] as it is.
-    """
-    if guidance <= 1:
-        return prediction
-    plain, told = prediction.chunk(2)
-    strengthened = plain + guidance * (told - plain)
-    rescale = settings.guidance_rescale
-    return rescale_noise_cfg(strengthened, told, rescale) if rescale else strengthened
-
-
-# --- pipeline: Masks and captions to images. Widget, notebook, command line and validation all come here.
-
-KEPT_CAPTIONS = 256  # embeddings that stay with a painter: 60 MB of Stable Diffusion 1.5's
-
-
-@dataclass
-class Pipeline:
-    """A base, a ControlNet and the palette that it understands."""
-
-    base: Base
-    controlnet: ControlNetModel | None
-    palette: Palette
-    controlnet_folder: str
-
-    @cached_property
-    def controlnet_digest(self) -> str:
-        """What tells its weights, which do not change any more, from others."""
-        assert self.controlnet is not None
-        return weights_digest(self.controlnet)
-
-    @cached_property
-    def embedding(self) -> Callable[[str], torch.Tensor]:
-        """A caption to its embedding [L, D], kept for the next time.
-
-        Each is encoded alone: it depends on nothing else that is painted, so neither does an image.
-        """
-        return lru_cache(KEPT_CAPTIONS)(lambda caption: encode_text(self.base, [caption])[0])
-
-
-def load_pipeline(settings: SampleConfig, palette: Palette | None = None) -> Pipeline:
-    """Load base and ControlNet for a palette; without one, the ControlNet's own palette is used.
-
-    UserError where one of them is missing, or was made for another palette, or a setting cannot be.
-    """
-    check_sampling(settings)
-    device = pick_device()
-    dtype = DTYPES[settings.mixed_precision]
-    if settings.torch_compile and device == "cpu":
-        raise UserError("--torch_compile: expected a GPU, found none: a CPU compiles for minutes and gains a tenth")
-    folder = settings.controlnet_model_name_or_path or find_controlnet(settings.pretrained_model_name_or_path, palette)
-    own = Path(folder) / "palette.json"
-    if palette is None and not Path(folder).is_dir():
-        raise UserError(f"--controlnet_model_name_or_path {folder}: expected a ControlNet's folder, found none")
-    if palette is None:
-        if not own.is_file():
-            raise UserError(f"{folder} holds no palette.json: name the masks' palette by --palette")
-        palette = Palette.load(own)
-    elif own.is_file() and Palette.load(own).fingerprint != palette.fingerprint:
-        raise UserError(f"{folder} was trained with another palette than the masks' one: compare {own}")
-    base = load_base(settings.pretrained_model_name_or_path, device, dtype)
-    if (Path(folder) / "scheduler").is_dir():  # trained under another noise schedule than the base says
-        base.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    controlnet = load_controlnet(folder, device, dtype).eval()
-    if settings.torch_compile:
-        assert base.vae is not None
-        for network in (base.unet, controlnet, base.vae.decoder):
-            network.compile()
-    keep_freed_memory(device)
-    return Pipeline(base, controlnet, palette, str(folder))
-
-
-def find_controlnet(base_folder: str, palette: Palette | None = None) -> str:
-    """The newest finished ControlNet below outputs/ for this base and palette, else the one shipped with the base.
-
-    UserError where there is neither.
-    """
-    candidates = []
-    for run in OUTPUTS.glob(f"**/{RUN_FILE}"):
-        folder, made_for = run.parent, json.loads(run.read_text())
-        finished = (folder / WEIGHTS).is_file()
-        same_base = Path(made_for["pretrained_model_name_or_path"]).absolute() == Path(base_folder).absolute()
-        same_palette = palette is None or made_for["palette_fingerprint"] == palette.fingerprint
-        if finished and same_base and same_palette:
-            candidates.append((run.stat().st_mtime, str(folder)))
-    if candidates:
-        return max(candidates)[1]
-    shipped = Path(base_folder) / "controlnet"
-    if shipped.is_dir():
-        return str(shipped)
-    raise UserError(
-        f"no ControlNet for {base_folder} and this palette: train one, or --controlnet_model_name_or_path DIR"
-    )
-
-
-def generate(
-    painter: Pipeline,
-    masks: np.ndarray | None,
-    captions: list[str],
-    rows: list[int],
-    settings: SampleConfig,
-    size: tuple[int, int] | None = None,
-    on_step: Callable[[int], bool | None] | None = None,
-) -> np.ndarray:
-    """Paint one image per caption: uint8 [N,H,W,3].
-
-    masks: uint8 [N,H,W] class ids, or None to paint without (then `size` is (H,W)). The noise of an image depends on
-    (settings.seed, its entry in rows) alone. `on_step(step)` is called after each denoising step; True stops.
-    UserError for settings that cannot be, and a size that the base does not take.
-    """
-    check_sampling(settings)
-    if not size:
-        assert masks is not None
-        size = masks.shape[1:]
-    noise = first_noise(painter.base, rows, settings, size)
-    negative = torch.stack([painter.embedding(settings.negative_prompt)] * len(captions))
-    text = torch.stack([painter.embedding(caption) for caption in captions])
-    control = None
-    if masks is not None:
-        condition = to_control(masks, painter.palette).to(noise.device, painter.base.dtype)
-        control = Control(embedding_once(painter.controlnet, len(captions)), condition)
-    latents = sample(painter.base, noise, negative, text, settings, control, on_step)
-    return to_uint8(decode(painter.base.vae, latents))
-
-
-def first_noise(base: Base, rows: list[int], settings: SampleConfig, size: tuple[int, int]) -> torch.Tensor:
-    """What images of size (H,W) begin as, float32 [N,C,h,w]; UserError where the base has no such size."""
-    (height, width), factor = size, base.latent_factor
-    if height % factor or width % factor:
-        raise UserError(
-            f"expected masks with sides that are multiples of {factor}, found {width} x {height}: "
-            "--resolution paints their centred square at a size of your own"
-        )
-    shape = (base.unet.config.in_channels, height // factor, width // factor)
-    return torch.stack([rng.normal(shape, "paint", settings.seed, row) for row in rows]).to(base.unet.device)
-
-
 def diffusers_pipeline(base: Base, settings: SampleConfig, controlnet: ControlNetModel | None = None):
-    """diffusers' own pipeline around the loaded parts, without a safety checker (it blacks images out)."""
+    """diffusers' own pipeline around the loaded parts, without the safety checker, which blackens images."""
     check_sampling(settings)
-    parts = {
-        "vae": base.vae,
-        "text_encoder": base.text_encoder,
-        "tokenizer": base.tokenizer,
-        "unet": base.unet,
-        "scheduler": make_scheduler(base, settings),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
+    kind, more = StableDiffusionPipeline, {}
     if controlnet is not None:
-        pipe = StableDiffusionControlNetPipeline(**parts, controlnet=controlnet)
-    else:
-        pipe = StableDiffusionPipeline(**parts)
+        kind, more = StableDiffusionControlNetPipeline, {"controlnet": controlnet}
+    pipe = kind(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=base.unet,
+        scheduler=SCHEDULERS[settings.scheduler].from_config(base.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **more,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,189 +1,212 @@
-"""The batches of a job: painted whole, scored, and written while the next one is painted."""
+"""A data set, or a folder of masks, to a data set of new images: batches, sharding, the manifest, and resuming.
+
+An image depends on the seed, its row and its replicate; the batch around it, which can change its last bit, on the job
+alone. So any number of processes writes the same bytes, and after a kill the same command completes the set."""
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 
 from segcn.data.dataset import PairedDataset, to_uint8
 from segcn.data.metadata import Split, finish_dataset, write_pair
-from segcn.data.transforms import AUGMENTS, Box, boxes
-from segcn.generate import manifest
-from segcn.generate.card import figure_rows, write_card
-from segcn.generate.conditions import Controls, Prompts, check_masks, read_controls, read_prompts
+from segcn.data.transforms import AUGMENTS, boxes
+from segcn.generate.card import write_data_card
+from segcn.generate.conditions import Condition, Conditions, check_masks, read_conditions
 from segcn.generate.config import GenerateConfig
-from segcn.generate.filtering import Filter, Generated, draw_filtering, generate_filtered, open_filter, verdicts_of
-from segcn.generate.manifest import WORK, Job, Manifest, left_by_others, records_of
-from segcn.generate.pipeline import Pipeline, generate, load_pipeline
+from segcn.generate.filtering import Filter, Generated, draw_filtering, generate_filtered, open_filter
+from segcn.generate.pipeline import Pipeline, check_sampling, generate, load_pipeline
 from segcn.models.base import Base, reconstruct, weights_digest
-from segcn.utils import io
+from segcn.utils import io, rng
 from segcn.utils.errors import UserError
 from segcn.utils.io import Process, write_whole
 from segcn.utils.progress import Progress
 
-# --- batches: The batches of a job: painted whole, scored, and written while the next one is painted.
-
-WRITERS = 4  # threads that write images while the next are painted
-
-
-class Layout(NamedTuple):
-    """What image k is painted from."""
-
-    image: int
-    row: int
-    replicate: int
-    mask: np.ndarray  # uint8 [H, W], class ids
-    frame: Box  # the part of it that holds image
-    caption: str
-
-
-@dataclass
-class Task:
-    """What stays the same from batch to batch."""
-
-    config: GenerateConfig
-    out: Path
-    painter: Pipeline
-    controls: Controls
-    prompts: Prompts
-    job: Job
-    manifest: Manifest
-    vetter: Filter | None
-    settings: dict[str, Any]
-
-
-def generate_batches(task: Task, batches: Iterable[int], log: Callable) -> float:
-    """Paint whole batches and write what is missing of each while the next is painted; the slowest's seconds."""
-    batches, slowest, done = list(batches), 0.0, 0
-    owed = sum(len(task.manifest.missing(batch)) for batch in batches)
-    told = Progress("painted", owed, log)
-    writing: list[Future] = []
-    with ThreadPoolExecutor(WRITERS) as pool:
-        for batch in batches:
-            began = time.monotonic()
-            missing = set(task.manifest.missing(batch))
-            made = [pair for pair in generate_batch(task, batch) if pair[0].image in missing]
-            wait(writing)
-            writing, done = [pool.submit(write_image, task, *pair) for pair in made], done + len(made)
-            told(done)
-            slowest = max(slowest, time.monotonic() - began)
-        wait(writing)
-    return slowest
-
-
-def wait(writing: list[Future]) -> None:
-    """Wait for the writers; what stopped one of them is raised."""
-    for future in writing:
-        future.result()
-
-
-def generate_batch(task: Task, batch: int) -> list[tuple[Layout, Generated]]:
-    """Every image of a batch, whether it stands already or not, those of one size together."""
-    sizes: dict[tuple, list[Layout]] = {}
-    for image in task.job.images(batch):
-        layout = read_layout(task, image)
-        sizes.setdefault(layout.mask.shape, []).append(layout)
-    return [pair for group in sizes.values() for pair in generate_group(task, group)]
-
-
-def read_layout(task: Task, image: int) -> Layout:
-    """Mask, frame and caption of image k."""
-    row, replicate = task.job.place(image)
-    asked = task.prompts.asked(row, replicate)
-    mask, frame, drawn = task.controls.read(row, replicate, asked)
-    return Layout(image, row, replicate, mask, frame, task.prompts.told(asked, frame.cut(mask), drawn))
-
-
-def generate_group(task: Task, group: list[Layout]) -> list[tuple[Layout, Generated]]:
-    """Layouts of one size, painted together, those that the vetter refuses again."""
-    config = task.config
-
-    def paint(which: list[int], attempt: int) -> list[np.ndarray]:
-        some = [group[one] for one in which]
-        masks = np.stack([layout.mask for layout in some])
-        shown = None if config.without_control else masks
-        noise = [manifest.noise_of(layout.row, layout.replicate, attempt) for layout in some]
-        images = generate(task.painter, shown, [layout.caption for layout in some], noise, config, masks.shape[1:])
-        return [layout.frame.of(image) for layout, image in zip(some, images, strict=True)]
-
-    masks = [layout.frame.cut(layout.mask) for layout in group]
-    return list(zip(group, generate_filtered(paint, masks, task.vetter), strict=True))
-
-
-def write_image(task: Task, layout: Layout, painted: Generated) -> None:
-    """Write mask, then image, then the record: what the manifest tells of stands."""
-    names = task.job.pair(layout.image, painted.kept)
-    write_pair(task.out, names, painted.image, painted.mask, task.controls.palette, work=task.out / WORK)
-    record: dict[str, Any]
-    record = {"image": layout.image, "row": layout.row, "replicate": layout.replicate, "attempt": painted.attempt}
-    record |= {"kept": painted.kept, "file_name": names[0], "conditioning_image_file_name": names[1]}
-    if painted.scores:
-        record |= {"miou": max(painted.scores), "scores": painted.scores, "ignored": painted.ignored}
-    task.manifest.add(record | {"text": layout.caption})
-
-
-# --- generate: A data set, or a folder of masks, to a data set of new images, by any number of processes.
-
 SETTINGS_FILE = "generation.json"
+RECORDS = "manifest.jsonl"
+WORK = ".work"  # in the folder: records and half-written files; gone when the data set is finished
+FIGURE = "filtering.png"
+FLAT = 1000  # images of a job that are put into one folder; of a larger job, each folder holds so many
+WRITERS = 4  # threads that write images while the next ones are generated
 CHANGE_NO_IMAGE = (
     "allow_symlinks", "batch_size", "controlnet_model_name_or_path", "limit", "output_dir", "segmenter",
     "torch_compile",
 )  # fmt: skip
-PATIENCE = 600.0  # seconds without an image of another process, after which its batches are painted here
-COUNTS = ("limit", "replicates", "batch_size", "max_attempts")
+PLACES = frozenset({"pretrained_model_name_or_path", "controlnet"})  # recorded; their content is compared instead
+
+
+@dataclass(frozen=True)
+class Job:
+    """`replicates` images of each of `rows` rows; without --limit it would have `all_rows`."""
+
+    rows: int
+    all_rows: int
+    replicates: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return self.rows * self.replicates
+
+    def batches(self, process: Process) -> Iterator[range]:
+        """The batches of a process, each the numbers of its images, whether they exist already or not."""
+        for batch in process.share(-(-len(self) // self.batch_size)):
+            yield range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self)))
+
+    def names(self, image: int, kept: bool = True) -> tuple[str, str]:
+        """The files of an image and its mask, such as images/000123.png, or images/004/004321.png in a large job.
+
+        The best image of a row that was dropped is in rejected/.
+        """
+        above = "" if kept else "rejected/"
+        below = f"{image // FLAT:03d}/" if self.all_rows * self.replicates > FLAT else ""
+        return f"{above}images/{below}{image:06d}.png", f"{above}masks/{below}{image:06d}.png"
+
+
+class Manifest:
+    """Which images of a job exist, by the records of all processes; each appends to a file of its own.
+
+    A record is {"image", "row", "replicate", "attempt", "kept", "file_name", ...}, without any time. The records of a
+    finished set are in manifest.jsonl, in the order of the images.
+    """
+
+    def __init__(self, out: Path, job: Job, rank: int):
+        self.out, self.work, self.file = out, out / WORK, None
+        self.part = self.work / f"part-{rank:05d}.jsonl"
+        self.done = bytearray(len(job))
+        listed = lru_cache(16)(lambda folder: frozenset(os.listdir(folder)) if folder.is_dir() else frozenset())
+        for record, _ in self.lines():
+            if record["image"] < len(job):
+                paths = [out / record[name] for name in ("file_name", "conditioning_image_file_name")]
+                exist = all(path.name in listed(path.parent) for path in paths)
+                self.done[record["image"]] = exist or not record["kept"]
+
+    def lines(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """(record, line) of everything that was recorded; of an image that was generated again, the last one counts."""
+        for path in (self.out / RECORDS, *sorted(self.work.glob("part-*.jsonl"))):
+            yield from _whole_lines(path)
+
+    def missing(self, images: Sequence[int]) -> list[int]:
+        """Those of these images that neither exist nor were dropped."""
+        return [image for image in images if not self.done[image]]
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append the record of an image whose files exist; a kill leaves it whole, or cut and not counted."""
+        if self.file is None:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self.file = self.part.open("ab", buffering=0)
+        self.file.write(b"\n" + json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self.done[record["image"]] = True
+
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        files = [self.out / name for name in ("metadata.csv", "palette.json", RECORDS)]
+        return all(self.done) and all(path.is_file() for path in files) and not list(self.work.glob("part-*.jsonl"))
+
+    def merge(self) -> None:
+        """Write manifest.jsonl; images beyond this job, of one with a higher --limit, are kept where they exist."""
+        lines: dict[int, bytes] = {}
+        for record, line in self.lines():
+            inside = record["image"] < len(self.done)
+            if inside or not record["kept"] or (self.out / record["file_name"]).is_file():
+                lines[record["image"]] = line
+        text = b"".join(lines[image] for image in sorted(lines))
+        write_whole(self.out / RECORDS, lambda path: path.write_bytes(text), self.work)
+
+    def clear(self) -> None:
+        """Remove what a finished set does not need, also what was half written when a process was killed."""
+        for pattern in (".metadata.csv.*", f".*-{SETTINGS_FILE}"):
+            for path in self.out.glob(pattern):
+                path.unlink(missing_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def records_of(out: Path) -> Iterator[dict[str, Any]]:
+    """The records of a finished data set, in the order of its images."""
+    return (record for record, _ in _whole_lines(out / RECORDS))
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    if path.is_file():
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n") and line.strip():
+                    try:
+                        yield json.loads(line), line
+                    except ValueError:  # cut by a kill; a later run appended behind it
+                        continue
+
+
+@dataclass
+class Task:
+    """All that generating a batch needs."""
+
+    config: GenerateConfig
+    out: Path
+    pipeline: Pipeline
+    conditions: Conditions
+    job: Job
+    manifest: Manifest
+    criterion: Filter | None
 
 
 def generate_dataset(
-    config: GenerateConfig, painter: Pipeline | None = None, log: Callable = print, process: Process | None = None
+    config: GenerateConfig, pipeline: Pipeline | None = None, log: Callable = print, process: Process | None = None
 ) -> Path:
-    """Paint every row of a data set or folder of masks and write the result as a data set; the same command goes on.
+    """Generate from every row of a data set or folder of masks, and write a data set; rerun to resume.
 
-    Of several processes each paints its share and the first finishes the data set. Image k depends on the seed, its row
-    and its replicate alone; the batch around it, which may change its last bit, on the whole job.
+    Of several processes each generates its share, and the first one then finishes the data set. UserError for settings
+    out of range, a mask that cannot be used, and a folder that holds images made with other settings.
     """
     process = process or io.this_process()
     log = log if process.rank == 0 else lambda line: None
-    check_numbers(config)
-    prompts = read_prompts(config, read_controls(config))
-    with claimed(config, process, log) as out:
-        task = open_task(config, out, painter, process, prompts, log)
-        if task.manifest.finished():
-            log(f"{out}: {sum(record['kept'] for record in records_of(out))} images stand already.")
-        else:
-            generate_share(task, process, log)
+    check_sampling(config)
+    conditions = read_conditions(config)
+    with _locked(config, process, log) as out:
+        pipeline = pipeline or load_pipeline(config, conditions.palette)
+        job = Job(len(conditions), len(conditions.files), config.replicates, config.batch_size)
+        manifest = Manifest(out, job, process.rank)
+        batches = [batch for batch in job.batches(process) if manifest.missing(batch)]
+        rows = (image // config.replicates for batch in batches for image in manifest.missing(batch))
+        check_masks(conditions, rows, pipeline.base.latent_factor, log)
+        criterion = open_filter(config, conditions, log)
+        settings = settings_of(config, pipeline, conditions, criterion)
+        _compare_settings(out, settings, allow=not any((out / "images").rglob("*.png")))
+        task = Task(config, out, pipeline, conditions, job, manifest, criterion)
+        finished = manifest.finished()
+        if any(manifest.done):
+            log(f"{out}: {sum(manifest.done)} of {len(job)} images exist already and are kept.")
+        generate_batches(task, batches, log)
+        _wait_for_all(process)
+        if process.rank == 0 and not finished:
+            finish_set(task, process, settings, log)
     return out
 
 
-def check_numbers(config: GenerateConfig) -> None:
-    """UserError for a count below 1, or an mIoU outside of 0 to 1."""
-    for name in COUNTS:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: expected 1 or more, found {value}")
-    if config.min_miou is not None and not 0 <= config.min_miou <= 1:
-        raise UserError(f"--min_miou: expected 0 to 1, found {config.min_miou}")
+@contextmanager
+def _locked(config: GenerateConfig, process: Process, log: Callable) -> Iterator[Path]:
+    """The output folder, which no other command may use meanwhile; a folder of another kind is not touched."""
     if not config.output_dir:
         raise UserError("--output_dir: expected a folder to write to, found nothing")
-
-
-@contextmanager
-def claimed(config: GenerateConfig, process: Process, log: Callable) -> Iterator[Path]:
-    """The output folder, in which no other command may paint meanwhile; nothing is done to a folder of another kind."""
     out = Path(config.output_dir)
     try:
-        held = {path.name for path in out.iterdir()} if out.exists() else set()
-        if held - {io.LOCK, WORK} and not (out / SETTINGS_FILE).is_file():
+        found = [path for path in out.iterdir() if not path.name.startswith(".")] if out.exists() else []
+        if found and not (out / SETTINGS_FILE).is_file():
             raise UserError(f"--output_dir {out} is not empty and was not written by segcn generate: choose another.")
         out.mkdir(parents=True, exist_ok=True)
         if process.rank == 0:
-            io.lock(out, log, "paints", "what it painted is kept, and the same command goes on")
+            io.lock(out, log, "generates", "what it generated is kept, and rerunning the same command resumes")
     except OSError as error:
         raise UserError(f"--output_dir {out}: cannot be written: {error.strerror or error}") from None
     try:
@@ -193,87 +216,146 @@ def claimed(config: GenerateConfig, process: Process, log: Callable) -> Iterator
             io.release()
 
 
-def open_task(
-    config: GenerateConfig, out: Path, painter: Pipeline | None, process: Process, prompts: Prompts, log: Callable
-) -> Task:
-    """Load the networks, check the masks that are left to paint, and hold the settings against those that stand."""
-    controls = prompts.controls
-    painter = painter or load_pipeline(config, controls.palette)
-    job = Job(len(controls), len(controls.files), config.replicates, config.batch_size)
-    manifest = Manifest(out, job, process.rank)
-    places = (job.place(image) for batch in job.share(process) for image in manifest.missing(batch))
-    check_masks(controls, places, painter.base.latent_factor, log)
-    vetter = open_filter(config, controls, log)
-    settings = settings_of(config, painter, controls, vetter)
-    hold_settings(out, settings)
-    return Task(config, out, painter, controls, prompts, job, manifest, vetter, settings)
-
-
-def settings_of(config: GenerateConfig, painter: Pipeline, controls: Controls, vetter: Filter | None) -> dict[str, Any]:
+def settings_of(
+    config: GenerateConfig, pipeline: Pipeline, conditions: Conditions, criterion: Filter | None
+) -> dict[str, Any]:
     """All that the images depend on, by value and by the content of what is named."""
-    settings = asdict(config) | {"base_fingerprint": painter.base.fingerprint, "rows": controls.fingerprint}
+    settings = asdict(config) | {"base_fingerprint": pipeline.base.fingerprint, "rows": conditions.fingerprint}
     for name in CHANGE_NO_IMAGE:
         settings.pop(name)
     if not config.without_control:
-        settings |= {"controlnet": painter.controlnet_folder, "controlnet_weights": painter.controlnet_digest}
-    return settings | ({"segmenter_weights": weights_digest(vetter.segmenter)} if vetter else {})
+        settings |= {"controlnet": pipeline.controlnet_folder, "controlnet_weights": pipeline.controlnet_digest}
+    return settings | ({"segmenter_weights": weights_digest(criterion.segmenter)} if criterion else {})
 
 
-def hold_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Write the settings to the folder; UserError where images stand there that were painted with other ones."""
-    path = out / SETTINGS_FILE
-    if path.is_file():
-        old = asdict(GenerateConfig()) | {"rows": settings["rows"]} | json.loads(path.read_text())
-        changed = [f"{name}: was {old.get(name)!r}, is {value!r}" for name, value in settings.items()
-                   if old.get(name) != value]  # fmt: skip
-        if changed and any((out / "images").rglob("*.png")):
-            raise UserError(
-                f"{out} holds images made with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\nMove it away, or choose another --output_dir."
-            )
-        if not changed:
-            return
-    write_whole(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"), out / WORK)
+def differences(folder: str | Path, config: GenerateConfig, pipeline: Pipeline, log: Callable = print) -> list[str]:
+    """How the settings of the images in a folder differ from a config: "name: was X, is Y" of each.
+
+    Empty: there are none, or `generate_dataset` will resume and reuse them. Otherwise it refuses the folder.
+    """
+    conditions = read_conditions(config)
+    settings = settings_of(config, pipeline, conditions, open_filter(config, conditions, log))
+    return _compare_settings(Path(folder), settings, allow=True, write=False)
 
 
-def generate_share(task: Task, process: Process, log: Callable) -> None:
-    """Paint what is missing of a process's batches; the first waits for the others and finishes the data set."""
-    manifest, job = task.manifest, task.job
-    todo = [batch for batch in job.share(process) if manifest.missing(batch)]
-    standing = sum(map(bool, manifest.state))
-    if standing:
-        log(f"{task.out}: {standing} of {len(job)} images stand already and are kept.")
-    slowest = generate_batches(task, todo, log)
-    if process.rank == 0:
-        for batch in left_by_others(manifest, max(PATIENCE, 3 * slowest)):
-            log(f"Another process has brought nothing for long: its batch {batch} is painted here.")
-            generate_batches(task, [batch], log)
-        finish(task, log)
-    manifest.close()
+def _compare_settings(out: Path, settings: dict[str, Any], allow: bool, write: bool = True) -> list[str]:
+    return io.same_settings(
+        out / SETTINGS_FILE,
+        settings,
+        free=PLACES,
+        allow=allow,
+        log=lambda line: None,
+        what="set of images",
+        defaults=asdict(GenerateConfig()) | {"rows": settings["rows"]},
+        write=write,
+    )
 
 
-def finish(task: Task, log: Callable) -> None:
-    """Manifest, palette, image, card and, last, the metadata that makes the folder a data set."""
-    out, palette, work = task.out, task.controls.palette, task.out / WORK
-    task.manifest.merge()
+def generate_batches(task: Task, batches: Sequence[range], log: Callable) -> None:
+    """Generate whole batches, and write what is missing of each while the next one is generated."""
+    progress = Progress("generated", sum(len(task.manifest.missing(batch)) for batch in batches), log)
+    writing: list[Future] = []
+    done = 0
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for batch in batches:
+            generated = generate_batch(task, batch)
+            for future in writing:
+                future.result()  # raises what a writer raised
+            writing = [
+                pool.submit(write_image, task, image, *generated[image]) for image in task.manifest.missing(batch)
+            ]
+            done += len(writing)
+            progress(done)
+        for future in writing:
+            future.result()
+    if task.manifest.file is not None:
+        task.manifest.file.close()
+
+
+def generate_batch(task: Task, batch: range) -> dict[int, tuple[Condition, Generated]]:
+    """Every image of a batch, whether it exists already or not, with what it was generated from."""
+    sizes: dict[tuple, dict[int, Condition]] = {}
+    for image in batch:
+        condition = task.conditions.read(*divmod(image, task.job.replicates))
+        sizes.setdefault(condition.mask.shape, {})[image] = condition
+    results = {}
+    for group in sizes.values():  # one call of `generate` has masks of one size
+        conditions = list(group.values())
+
+        def attempt(which: list[int], number: int, conditions=conditions) -> list[np.ndarray]:
+            some = [conditions[one] for one in which]
+            masks = np.stack([condition.mask for condition in some])
+            shown = None if task.config.without_control else masks
+            prompts = [condition.prompt for condition in some]
+            noise = [noise_of(condition.row, condition.replicate, number) for condition in some]
+            images = generate(task.pipeline, shown, prompts, noise, task.config, masks.shape[1:])
+            return [condition.frame.of(image) for condition, image in zip(some, images, strict=True)]
+
+        masks = [condition.frame.cut(condition.mask) for condition in conditions]
+        generated = generate_filtered(attempt, masks, task.criterion)
+        results |= dict(zip(group, zip(conditions, generated, strict=True), strict=True))
+    return results
+
+
+def noise_of(row: int, replicate: int, attempt: int) -> int:
+    """What the noise of an image depends on besides the seed: for the first image of a row, the row itself."""
+    return rng.seed_of("picture", row, replicate, attempt) if replicate or attempt else row
+
+
+def write_image(task: Task, image: int, condition: Condition, generated: Generated) -> None:
+    """Write mask, then image, then the record: what is recorded exists."""
+    names = task.job.names(image, generated.kept)
+    write_pair(task.out, names, generated.image, generated.mask, task.conditions.palette, work=task.out / WORK)
+    record: dict[str, Any] = {"image": image, "row": condition.row, "replicate": condition.replicate}
+    record |= {"attempt": generated.attempt, "kept": generated.kept}
+    record |= {"file_name": names[0], "conditioning_image_file_name": names[1]}
+    if generated.scores:
+        record |= {"miou": max(generated.scores), "scores": generated.scores, "ignored": generated.ignored}
+    task.manifest.add(record | {"text": condition.prompt})
+
+
+def _wait_for_all(process: Process) -> None:
+    """Under torchrun and accelerate, which end all processes when one fails: wait until all have done their share."""
+    if process.world == 1 or "MASTER_ADDR" not in os.environ:
+        return
+    if distributed.is_initialized():
+        return distributed.barrier()
+    week = timedelta(days=7)
+    distributed.init_process_group("gloo", rank=process.rank, world_size=process.world, timeout=week)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def finish_set(task: Task, process: Process, settings: dict[str, Any], log: Callable) -> None:
+    """Manifest, palette, figure, card and, last, the metadata that makes the folder a data set."""
+    out, config, palette, work = task.out, task.config, task.conditions.palette, task.out / WORK
+    manifest = Manifest(out, task.job, process.rank)  # with what other processes recorded
+    missing = manifest.missing(range(len(task.job)))
+    if missing:
+        others = sorted({image // config.batch_size % process.world for image in missing})
+        raise UserError(
+            f"{out}: {len(missing)} of {len(task.job)} images are still missing, from process"
+            f" {', '.join(map(str, others))} of {process.world}. When no process is running any more, rerun the same"
+            " command, with one process or several, to generate what is missing and finish the data set."
+        )
+    manifest.merge()
+    scored = [record for record in records_of(out) if "miou" in record]
     kept = sum(record["kept"] for record in records_of(out))
-    verdicts = verdicts_of(out)
-    if verdicts:
-        figure = draw_filtering(out, task.job, verdicts, palette)
-        write_whole(out / "vetting.png", lambda path: figure.savefig(path, format="png", bbox_inches="tight"), work)
-        log(f"{kept} images kept, {len(verdicts) - sum(one.kept for one in verdicts)} dropped: see {out}/vetting.png")
+    if scored:
+        figure = draw_filtering(out, scored, palette)
+        write_whole(out / FIGURE, lambda path: figure.savefig(path, format="png", bbox_inches="tight"), work)
+        log(f"{kept} images kept, {len(scored) - kept} dropped: see {out / FIGURE}")
     if not kept:
         raise UserError(
-            f"{out}: no image reached --min_miou {task.config.min_miou}; the best has"
-            f" {max(verdict.miou for verdict in verdicts)}, see {out}/vetting.png. Paint into another --output_dir with"
-            " a lower one, or with a ControlNet that obeys better."
+            f"{out}: no image reached --min_miou {config.min_miou}; the best has"
+            f" {max(record['miou'] for record in scored)}, see {out / FIGURE}. Generate into another --output_dir with"
+            " a lower one, or with a ControlNet that follows masks better."
         )
-    write_card(out, task.config, task.settings, figure_rows(task.config, kept, verdicts), palette)
-    rows = ((one["file_name"], one["conditioning_image_file_name"], one["text"]) for one in records_of(out)
-            if one["kept"])  # fmt: skip
+    write_data_card(out, config, settings, kept, scored, palette, work)
+    rows = ((record["file_name"], record["conditioning_image_file_name"], record["text"])
+            for record in records_of(out) if record["kept"])  # fmt: skip
     finish_dataset(out, rows, palette, work)
-    task.manifest.clear()
+    manifest.clear()
 
 
 def reconstruct_dataset(

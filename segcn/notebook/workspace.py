@@ -17,7 +17,7 @@ from IPython import get_ipython
 
 from segcn.data.metadata import Split, hold_out, read_named_split, read_split
 from segcn.data.visualize import quiet
-from segcn.generate.conditions import read_controls
+from segcn.generate.conditions import read_conditions
 from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate.pipeline import Pipeline, load_pipeline
 from segcn.generate.writer import SETTINGS_FILE, generate_dataset, settings_of
@@ -184,7 +184,7 @@ def generate_once(config: GenerateConfig, pipeline: Pipeline, replace: bool = Fa
     NAME-DIGEST first, or deleted where `replace`; one of these settings that was renamed so gets its name back.
     """
     folder = Path(config.output_dir)
-    settings = settings_of(config, pipeline, read_controls(config), None)
+    settings = settings_of(config, pipeline, read_conditions(config), None)
     recorded = _recorded(folder, settings)
     kept = folder.with_name(f"{folder.name}-{_digest(settings)}")
     if recorded and _digest(recorded) != _digest(settings):

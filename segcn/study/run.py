@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from segcn.data.metadata import METADATA, check_split, read_split
-from segcn.generate.conditions import read_controls, read_prompts
+from segcn.generate.conditions import read_conditions
 from segcn.generate.writer import generate_dataset
 from segcn.models.base import one_core, pick_device
 from segcn.models.segmenter import write_segmenter
@@ -81,7 +81,7 @@ def open_plan(config: UtilityConfig, log: Log) -> Plan:
         staged[fraction] = stage_rows(train_rows, rows, folder)
     plan = Plan(config, staged, test)
     for fraction in config.some:  # what generation refuses is refused before anything is trained
-        read_prompts(plan.synthetic(fraction), read_controls(plan.synthetic(fraction)))
+        read_conditions(plan.synthetic(fraction))
     return plan
 
 

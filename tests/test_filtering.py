@@ -1,4 +1,4 @@
-"""Promise: an image that does not obey its mask is painted again, in the end dropped; every score is written down."""
+"""Promise: an image that does not obey its mask is generated again, in the end dropped; every score is recorded."""
 
 import dataclasses
 from pathlib import Path
@@ -14,9 +14,9 @@ from segcn.data.metadata import check_split, read_split
 from segcn.generate import filtering, writer
 from segcn.generate.config import GenerateConfig
 from segcn.generate.filtering import Filter, generate_filtered
-from segcn.generate.manifest import records_of
 from segcn.generate.pipeline import Pipeline
-from segcn.generate.writer import generate_dataset
+from segcn.generate.writer import generate_dataset, records_of
+from segcn.models import segmenter as segmenters
 from segcn.models.base import load_base
 from segcn.models.controlnet import make_controlnet
 from segcn.models.segmenter import SegmenterConfig, build_segmenter, train_segmenter
@@ -25,7 +25,7 @@ from segcn.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def painter(random_base, landscapes):
+def pipeline(random_base, landscapes):
     base = load_base(random_base)
     return Pipeline(base, make_controlnet(base.unet).eval(), read_split(landscapes, "test").palette, "random")
 
@@ -53,44 +53,44 @@ def config(random_base, landscapes, segmenter, tmp_path):
 
 
 @pytest.fixture
-def noise_painting(monkeypatch):
-    """Painting is noise, by what the image's noise depends on."""
+def noise_images(monkeypatch):
+    """Images are noise, by what the image's noise depends on."""
 
-    def paint(painter, masks, captions, rows, settings, size):
+    def noise(pipeline, masks, captions, rows, settings, size):
         return np.stack([np.random.default_rng(row).integers(0, 256, (*size, 3), np.uint8) for row in rows])
 
-    monkeypatch.setattr(writer, "generate", paint)
+    monkeypatch.setattr(writer, "generate", noise)
 
 
 class Scripted:
-    """A vetter that sees what an image says: [score in percent, id everywhere]."""
+    """A filter that reads its score, in percent, off the image."""
 
     min_miou, max_attempts, ignore_disagreement = 0.6, 4, False
 
-    def see(self, images):
+    def predict(self, images):
         return [np.full((2, 2), image[0, 0, 0], np.uint8) for image in images]
 
-    def score(self, seen, mask):
-        return float(seen[0, 0]) / 100
+    def score(self, predicted, mask):
+        return float(predicted[0, 0]) / 100
 
 
 def scripted(scores):
-    """A painter of images with these scores by (image, attempt), and what it was asked for."""
+    """A function that makes images with these scores by (image, attempt), and its calls."""
     asked = []
 
-    def paint(which, attempt):
+    def make_images(which, attempt):
         asked.append((attempt, which))
         return [np.full((2, 2, 3), scores[one][attempt], np.uint8) for one in which]
 
-    return paint, asked
+    return make_images, asked
 
 
 MASKS = [np.zeros((2, 2), np.uint8)] * 3
 
 
-def test_only_failures_are_painted_again_and_the_best_of_each_is_taken():
-    paint, asked = scripted([[70], [10, 65], [50, 20, 30, 40]])
-    made = generate_filtered(paint, MASKS, Scripted())
+def test_only_failures_are_generated_again_and_the_best_of_each_is_taken():
+    make_images, asked = scripted([[70], [10, 65], [50, 20, 30, 40]])
+    made = generate_filtered(make_images, MASKS, Scripted())
     assert asked == [(0, [0, 1, 2]), (1, [1, 2]), (2, [2]), (3, [2])]
     assert [(one.kept, one.attempt, one.scores) for one in made] == [
         (True, 0, [0.7]), (True, 1, [0.1, 0.65]), (False, 0, [0.5, 0.2, 0.3, 0.4]),
@@ -98,14 +98,14 @@ def test_only_failures_are_painted_again_and_the_best_of_each_is_taken():
     assert [one.image[0, 0, 0] for one in made] == [70, 65, 50]
 
 
-def test_without_a_vetter_each_is_painted_once():
-    paint, asked = scripted([[0], [0], [0]])
-    made = generate_filtered(paint, MASKS, None)
+def test_without_a_filter_each_is_generated_once():
+    make_images, asked = scripted([[0], [0], [0]])
+    made = generate_filtered(make_images, MASKS, None)
     assert asked == [(0, [0, 1, 2])] and all(one.kept and one.scores == [] for one in made)
 
 
 def test_a_score_is_the_miou_over_the_classes_of_the_mask():
-    vetter = Filter(build_segmenter(9, 8), 0.5, 1, False)
+    criterion = Filter(build_segmenter(9, 8), 0.5, 1, False)
     draw = np.random.default_rng(0)
     for _ in range(20):
         mask, seen = draw.integers(0, 9, (2, 6, 7)).astype(np.uint8)
@@ -113,39 +113,39 @@ def test_a_score_is_the_miou_over_the_classes_of_the_mask():
         jaccard = MulticlassJaccardIndex(9, "none", ignore_index=255)
         jaccard.update(torch.tensor(seen)[None].long(), torch.tensor(mask)[None].long())
         wanted = [value for value, id in zip(jaccard.compute().tolist(), range(9), strict=True) if (mask == id).any()]
-        assert vetter.score(seen, mask) == pytest.approx(np.mean(wanted), abs=1e-4)
-    assert vetter.score(seen, np.full((6, 7), 255, np.uint8)) == 1.0
+        assert criterion.score(seen, mask) == pytest.approx(np.mean(wanted), abs=1e-4)
+    assert criterion.score(seen, np.full((6, 7), 255, np.uint8)) == 1.0
 
 
 @pytest.mark.parametrize(
     ("fit", "looked_at"), [("crop", slice(4, 20)), ("pad", slice(0, 24)), ("stretch", slice(0, 24))]
 )
-def test_what_is_seen_lies_where_it_is_in_the_picture(monkeypatch, fit, looked_at):
+def test_what_is_predicted_lies_where_it_is_in_the_image(monkeypatch, fit, looked_at):
     segmenter = build_segmenter(9, 8)
     segmenter.settings = {"resolution": 16, "fit": fit}
     monkeypatch.setattr(filtering, "predict", lambda _, images: ((images[:, 0] + 1) * 127.5).round().byte() // 30)
     mask = np.repeat(np.arange(3, dtype=np.uint8), 8)[None].repeat(16, 0)
-    seen = Filter(segmenter, 0, 1, False).see([np.stack([mask * 30] * 3, -1)])[0]
+    seen = Filter(segmenter, 0, 1, False).predict([np.stack([mask * 30] * 3, -1)])[0]
     assert seen.shape == mask.shape and (np.delete(seen, np.r_[looked_at], 1) == 255).all()
     inside, wanted = seen[:, looked_at], mask[:, looked_at]
     assert (inside != 255).all() and (inside == wanted).mean() > 0.8
 
 
 def test_pixels_in_which_another_class_is_seen_are_ignored_in_the_written_mask():
-    vetter = Scripted()
-    vetter.ignore_disagreement, vetter.min_miou = True, 0.0
+    criterion = Scripted()
+    criterion.ignore_disagreement, criterion.min_miou = True, 0.0
     mask = np.array([[3, 5], [255, 3]], np.uint8)
-    made = generate_filtered(lambda which, attempt: [np.full((2, 2, 3), 3, np.uint8)], [mask], vetter)[0]
+    made = generate_filtered(lambda which, attempt: [np.full((2, 2, 3), 3, np.uint8)], [mask], criterion)[0]
     assert made.mask.tolist() == [[3, 255], [255, 3]] and made.ignored == 0.25 and mask[0, 1] == 5
 
 
-def test_what_passes_is_the_set_and_what_does_not_is_told_and_shown(config, painter, noise_painting, tmp_path):
-    scored = generate_dataset(dataclasses.replace(config, min_miou=0.0, output_dir=str(tmp_path / "all")), painter)
+def test_what_passes_is_the_set_and_what_does_not_is_recorded_and_shown(config, pipeline, noise_images, tmp_path):
+    scored = generate_dataset(dataclasses.replace(config, min_miou=0.0, output_dir=str(tmp_path / "all")), pipeline)
     scores = [record["miou"] for record in records_of(scored)]
     assert len(set(scores)) > 2 and all(0 <= score <= 1 for score in scores)
     wanted = sorted(scores)[3]
     given = dataclasses.replace(config, min_miou=wanted, max_attempts=2)
-    out = generate_dataset(given, painter)
+    out = generate_dataset(given, pipeline)
     records = list(records_of(out))
     assert [record["image"] for record in records] == list(range(6)) and not all(record["kept"] for record in records)
     for record, first in zip(records, scores, strict=True):
@@ -157,60 +157,60 @@ def test_what_passes_is_the_set_and_what_does_not_is_told_and_shown(config, pain
     assert [row.image_name for row in read_split(out).records] == kept
     rows = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(rows) == len(kept)
-    assert Image.open(out / "vetting.png").size[0] > 500
+    assert Image.open(out / "filtering.png").size[0] > 500
     assert f"| dropped | {6 - len(kept)} |" in (out / "README.md").read_text()
 
 
-def test_a_vetted_set_that_was_cut_ends_with_the_same_bytes(config, painter, noise_painting, tmp_path):
+def test_a_filtered_set_that_was_cut_ends_with_the_same_bytes(config, pipeline, noise_images, tmp_path):
     given = dataclasses.replace(config, min_miou=0.1, max_attempts=2, ignore_disagreement=True, limit=5)
-    out = generate_dataset(given, painter)
+    out = generate_dataset(given, pipeline)
     whole = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file() and path.suffix}
     for name in ("metadata.csv", *[record["file_name"] for record in records_of(out) if record["kept"]][:2]):
         (out / name).unlink()
-    generate_dataset(given, painter)
+    generate_dataset(given, pipeline)
     assert {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file() and path.suffix} == whole
 
 
-def test_where_nothing_passes_the_best_score_is_told(config, painter, noise_painting):
+def test_where_nothing_passes_the_best_score_is_named(config, pipeline, noise_images):
     given = dataclasses.replace(config, min_miou=1.0, max_attempts=1, limit=2)
-    with pytest.raises(UserError, match=r"no image reached --min_miou 1.0; the best has 0\.\d+, see .*vetting.png"):
-        generate_dataset(given, painter)
-    assert not Path(config.output_dir, "metadata.csv").exists() and Path(config.output_dir, "vetting.png").is_file()
+    with pytest.raises(UserError, match=r"no image reached --min_miou 1.0; the best has 0\.\d+, see .*filtering.png"):
+        generate_dataset(given, pipeline)
+    assert not Path(config.output_dir, "metadata.csv").exists() and Path(config.output_dir, "filtering.png").is_file()
 
 
 def test_without_a_segmenter_one_is_trained_once_on_the_real_training_rows(
-    config, painter, noise_painting, landscapes, tmp_path, monkeypatch
+    config, pipeline, noise_images, landscapes, tmp_path, monkeypatch
 ):
     trained = []
 
-    def train(split, settings, folder, log):
+    def train(split, settings, folder, log, device):
         trained.append((split.metadata, settings.resolution))
         return train_segmenter(split, dataclasses.replace(settings, steps=1, width=8), folder, log)
 
-    monkeypatch.setattr(filtering, "train_segmenter", train)
+    monkeypatch.setattr(segmenters, "train_segmenter", train)
     said = []
     for name in ("a", "b"):
         given = dataclasses.replace(config, segmenter=None, min_miou=0.0, output_dir=str(tmp_path / name))
-        generate_dataset(given, painter, said.append)
-    assert trained == [(landscapes / "train" / "metadata.csv", 64)] * 2
+        generate_dataset(given, pipeline, said.append)
+    assert trained == [(landscapes / "train" / "metadata.csv", 64)]
     assert sum("reused" in line for line in said) == 1
     masks = dataclasses.replace(given, controls=str(landscapes / "test" / "masks"), prompt="a lake",
                                 palette=str(landscapes / "palette.json"), output_dir=str(tmp_path / "c"))  # fmt: skip
     with pytest.raises(UserError, match="--segmenter DIR"):
-        generate_dataset(masks, painter)
+        generate_dataset(masks, pipeline)
 
 
-def test_a_segmenter_of_other_classes_is_refused(config, painter, noise_painting, segmenter, tmp_path):
+def test_a_segmenter_of_other_classes_is_refused(config, pipeline, noise_images, segmenter, tmp_path):
     other = tmp_path / "other"
     split = read_split(config.controls, "train")
     labels = tuple(dataclasses.replace(label, name=f"{label.name}s") for label in split.palette.labels)
     renamed = dataclasses.replace(split, palette=dataclasses.replace(split.palette, labels=labels))
     train_segmenter(renamed, SegmenterConfig(steps=1, width=8, resolution=64), other, str)
     with pytest.raises(UserError, match="another palette"):
-        generate_dataset(dataclasses.replace(config, segmenter=str(other), min_miou=0.5), painter)
+        generate_dataset(dataclasses.replace(config, segmenter=str(other), min_miou=0.5), pipeline)
 
 
-def test_another_threshold_in_the_same_folder_is_refused(config, painter, noise_painting):
-    generate_dataset(dataclasses.replace(config, min_miou=0.0), painter)
+def test_another_threshold_in_the_same_folder_is_refused(config, pipeline, noise_images):
+    generate_dataset(dataclasses.replace(config, min_miou=0.0), pipeline)
     with pytest.raises(UserError, match=r"min_miou: was 0.0, is 0.5"):
-        generate_dataset(dataclasses.replace(config, min_miou=0.5), painter)
+        generate_dataset(dataclasses.replace(config, min_miou=0.5), pipeline)
