@@ -43,7 +43,9 @@ CHANGE_NO_IMAGE = (
     "allow_symlinks", "batch_size", "controlnet_model_name_or_path", "limit", "output_dir", "segmenter",
     "torch_compile",
 )  # fmt: skip
-PLACES = frozenset({"pretrained_model_name_or_path", "controlnet"})  # recorded; their content is compared instead
+COMPARED_BY_CONTENT = frozenset(
+    {"pretrained_model_name_or_path", "controlnet"}
+)  # recorded; their content is compared instead
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def _compare_settings(out: Path, settings: dict[str, Any], allow: bool, write: b
     return io.same_settings(
         out / SETTINGS_FILE,
         settings,
-        free=PLACES,
+        free=COMPARED_BY_CONTENT,
         allow=allow,
         log=lambda line: None,
         what="set of images",
