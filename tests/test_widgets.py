@@ -97,59 +97,38 @@ def pair(side=16, seed=0):
     return noise.integers(0, 256, (side, side, 3), np.uint8), noise.integers(0, 9, (side, side), np.uint8)
 
 
-def test_a_saved_row_is_read_back_with_identical_ids(tmp_path, split):
-    image, mask = pair()
-    mask[0] = 255
-    assert save_row(tmp_path / "set", image, mask, "a hill, at dusk", split.palette) == 0
-    row = read_split(tmp_path / "set")[0]
-    assert row.caption == "a hill, at dusk"
-    assert (read_mask(row.mask, split.palette) == mask).all() and (np.asarray(Image.open(row.image)) == image).all()
-
-
-def test_saving_twice_overwrites_nothing(tmp_path, split):
-    pairs = [pair(seed=seed) for seed in range(3)]
-    rows = [save_row(tmp_path, *one, f"caption {k}", split.palette) for k, one in enumerate(pairs)]
-    read = read_split(tmp_path)
-    assert rows == [0, 1, 2] and [record.caption for record in read.records] == ["caption 0", "caption 1", "caption 2"]
-    for record, (_, mask) in zip(read.records, pairs, strict=True):
-        assert (read_mask(record.mask, split.palette) == mask).all()
-
-
-def test_files_that_no_row_names_are_not_overwritten(tmp_path, split):
+def test_rows_are_appended_with_identical_ids_and_foreign_files_are_kept(tmp_path, split):
     (tmp_path / "images").mkdir()
     for name in ("000004.png", "0_mine.png"):
         (tmp_path / "images" / name).write_bytes(b"mine")
-    save_row(tmp_path, *pair(), "caption", split.palette)
-    assert {path.name for path in (tmp_path / "images").iterdir()} == {"000004.png", "0_mine.png", "000005.png"}
+    pairs = [pair(seed=seed) for seed in range(3)]
+    pairs[0][1][0] = 255
+    rows = [save_row(tmp_path, *one, f"a hill, at dusk {k}", split.palette) for k, one in enumerate(pairs)]
+    read = read_split(tmp_path)
+    assert rows == [0, 1, 2] and [record.caption for record in read.records] == [f"a hill, at dusk {k}" for k in rows]
+    for record, (image, mask) in zip(read.records, pairs, strict=True):
+        assert (read_mask(record.mask, split.palette) == mask).all()
+        assert (np.asarray(Image.open(record.image)) == image).all()
+    names = {path.name for path in (tmp_path / "images").iterdir()}
+    assert names == {"000004.png", "0_mine.png", "000005.png", "000006.png", "000007.png"}
     assert (tmp_path / "images" / "000004.png").read_bytes() == b"mine"
-    assert read_split(tmp_path)[0].image.name == "000005.png"
 
 
 def test_a_row_that_would_spoil_the_data_set_is_refused(tmp_path, split):
-    save_row(tmp_path, *pair(), "caption", split.palette)
-    before = (tmp_path / "metadata.csv").read_bytes()
-    other = Palette((Label(0, "cat", (1, 2, 3)),))
-    with pytest.raises(UserError, match="caption"):
-        save_row(tmp_path, *pair(), "  ", split.palette)
-    with pytest.raises(UserError, match="palette"):
-        save_row(tmp_path, *pair(), "caption", other)
-    assert (tmp_path / "metadata.csv").read_bytes() == before
-
-
-def test_a_palette_that_stands_in_a_folder_without_rows_is_not_overwritten(tmp_path, split):
-    Palette((Label(0, "cat", (1, 2, 3)),)).save(tmp_path / "palette.json")
-    before = (tmp_path / "palette.json").read_bytes()
-    with pytest.raises(UserError, match="palette"):
+    other, metadata = Palette((Label(0, "cat", (1, 2, 3)),)), tmp_path / "metadata.csv"
+    other.save(tmp_path / "palette.json")
+    with pytest.raises(UserError, match="palette"):  # of a folder without rows
         save_row(tmp_path, *pair(), "caption", split.palette)
-    assert (tmp_path / "palette.json").read_bytes() == before
-
-
-def test_foreign_columns_are_not_dropped(tmp_path, split):
+    assert Palette.load(tmp_path / "palette.json").fingerprint == other.fingerprint
+    (tmp_path / "palette.json").unlink()
     save_row(tmp_path, *pair(), "caption", split.palette)
-    metadata = tmp_path / "metadata.csv"
-    lines = metadata.read_text().splitlines()
-    metadata.write_text(f"{lines[0]},author\n{lines[1]},me\n")
-    with pytest.raises(UserError, match="author"):
+    header, row = metadata.read_text().splitlines()
+    for caption, palette, match in (("  ", split.palette, "caption"), ("caption", other, "palette")):
+        with pytest.raises(UserError, match=match):
+            save_row(tmp_path, *pair(), caption, palette)
+        assert metadata.read_text().splitlines() == [header, row]
+    metadata.write_text(f"{header},author\n{row},me\n")
+    with pytest.raises(UserError, match="author"):  # a column that would be dropped
         save_row(tmp_path, *pair(), "caption", split.palette)
 
 
@@ -192,24 +171,15 @@ def upload(panel, name, content):
     ]})  # fmt: skip
 
 
-def test_a_stroke_is_kept_and_one_on_a_mask_that_is_gone_is_not(panel, split):
-    painted = row_mask(split, 0)
+def test_a_stroke_is_kept_not_sent_back_and_none_on_a_mask_that_is_gone(panel, split, monkeypatch):
+    painted, sent = row_mask(split, 0), []
     painted[8:24, 8:24] = HOUSE
+    monkeypatch.setattr(panel.canvas, "_send", lambda *message, **_: sent.append(message))
     brush(panel, painted)
-    assert (panel.canvas.mask == painted).all()
     brush(panel, painted[:32])
-    assert (panel.canvas.mask == painted).all()
+    assert (panel.canvas.mask == painted).all() and not sent
     panel.picker.again.click()
-    assert (panel.canvas.mask == row_mask(split, 0)).all()
-
-
-def test_a_stroke_is_not_sent_back_over_what_was_painted_since(panel, split, monkeypatch):
-    sent = []
-    monkeypatch.setattr(panel.canvas, "_send", lambda *told, **_: sent.append(told))
-    brush(panel, row_mask(split, 3))
-    assert not sent
-    panel.picker.pick()
-    assert len(sent) == 1  # the probe sees what is sent: size and ids, at once
+    assert (panel.canvas.mask == row_mask(split, 0)).all() and len(sent) == 1  # size and ids, at once
 
 
 def test_generate_paints_off_the_main_thread_and_save_appends_what_was_painted(panel, split):
@@ -268,21 +238,18 @@ def test_several_images_differ_in_their_seed_alone(quick_panel):
     assert len(read_split(quick_panel.save_dir)) == 3
 
 
-def test_the_same_mask_is_painted_with_four_captions(quick_panel, split):
-    press(quick_panel, quick_panel.captions_button)
-    found = images(quick_panel)
-    assert found[0].caption == split[0].caption and len({image.caption for image in found}) == 4
-    assert len({image.settings.seed for image in found}) == 1
-    assert all((image.mask == row_mask(split, 0)).all() for image in found)
-
-
-def test_the_same_caption_is_painted_on_four_masks(quick_panel, split):
+def test_one_mask_has_four_captions_and_one_caption_four_masks(quick_panel, split):
     quick_panel.picker.row.value = len(split) - 2
+    press(quick_panel, quick_panel.captions_button)
+    found, caption = images(quick_panel), split[len(split) - 2].caption
+    assert found[0].caption == caption and len({image.caption for image in found}) == 4
+    assert len({image.settings.seed for image in found}) == 1
+    assert all((image.mask == row_mask(split, len(split) - 2)).all() for image in found)
     press(quick_panel, quick_panel.masks_button)
     found = images(quick_panel)
     expected = [row_mask(split, row) for row in (len(split) - 2, len(split) - 1, 0, 1)]
     assert all((image.mask == mask).all() for image, mask in zip(found, expected, strict=True))
-    assert {image.caption for image in found} == {split[len(split) - 2].caption}
+    assert {image.caption for image in found} == {caption}
 
 
 def test_the_settings_are_those_of_the_controls(quick_panel):

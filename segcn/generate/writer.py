@@ -44,7 +44,7 @@ CHANGE_NO_IMAGE = (
     "torch_compile",
 )  # fmt: skip
 COMPARED_BY_CONTENT = frozenset(
-    {"pretrained_model_name_or_path", "controlnet"}
+    {"pretrained_model_name_or_path", "controlnet", "controls"}
 )  # recorded; their content is compared instead
 
 

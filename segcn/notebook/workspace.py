@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import hashlib
 import itertools
 import json
 import re
@@ -11,16 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from IPython import get_ipython
 
 from segcn.data.metadata import Split, hold_out, read_named_split, read_split
 from segcn.data.visualize import quiet
-from segcn.generate.conditions import read_conditions
 from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate.pipeline import Pipeline, load_pipeline
-from segcn.generate.writer import SETTINGS_FILE, generate_dataset, settings_of
+from segcn.generate.writer import SETTINGS_FILE, differences, generate_dataset
 from segcn.samples.landscapes.scene import sample_landscapes
 from segcn.train.config import TrainConfig
 from segcn.utils import io
@@ -31,7 +28,6 @@ from segcn.utils.paths import BASE, OUTPUTS, ROOT, RUN_FILE, WEIGHTS, from_root
 NOTEBOOKS = ROOT / "notebooks"
 INJECTED = "# Parameters\n"  # how papermill begins the cell that it puts behind the one tagged `parameters`
 TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
-NAMES_OF_CONTENT = {"pretrained_model_name_or_path", "controls", "controlnet", "palette"}  # their fingerprints count
 
 
 def begin() -> None:
@@ -180,40 +176,22 @@ def open_pipeline(config: GenerateConfig, split: Split, log=print) -> Pipeline:
 def generate_once(config: GenerateConfig, pipeline: Pipeline, replace: bool = False, log=print) -> Split:
     """The data set in output_dir: as it is where it is complete, else generated now.
 
-    One that was made with other settings, such as another seed or a ControlNet trained longer, is renamed to
-    NAME-DIGEST first, or deleted where `replace`; one of these settings that was renamed so gets its name back.
+    One that was made with other settings, such as another seed or a ControlNet trained longer, is renamed to NAME-1 and
+    so on first, or deleted where `replace`; one of these settings that was renamed so gets its name back.
     """
     folder = Path(config.output_dir)
-    settings = settings_of(config, pipeline, read_conditions(config), None)
-    recorded = _recorded(folder, settings)
-    kept = folder.with_name(f"{folder.name}-{_digest(settings)}")
-    if recorded and _digest(recorded) != _digest(settings):
-        io.lock(folder, log, "generates")
+    changed = differences(folder, config, pipeline) if (folder / SETTINGS_FILE).is_file() else []
+    if changed:
+        io.lock(folder, log, "generates")  # nothing is moved while another process is at work in it
         if replace:
             shutil.rmtree(folder)
         else:
-            names = (f"{folder.name}-{_digest(recorded)}{number or ''}" for number in itertools.count())
-            aside = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
-            folder.rename(aside)
-            log(f"{folder} was made with other settings: it is {aside.name} now")
+            names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
+            kept = next(name for name in names if not name.exists())
+            folder.rename(kept)
+            log(f"{folder} was made with other settings ({'; '.join(changed)}): it is {kept.name} now")
         io.release()
-    elif recorded:  # moved or copied: the same content at other places
-        io.write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
-    if kept.is_dir() and not folder.exists():
-        kept.rename(folder)
+    for record in sorted(folder.parent.glob(f"{folder.name}-[0-9]*/{SETTINGS_FILE}")):
+        if not folder.exists() and not differences(record.parent, config, pipeline):
+            record.parent.rename(folder)
     return read_split(generate_dataset(config, pipeline, log))
-
-
-def _recorded(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the images in a folder were made with, as far as it is compared with `settings`; none: no images."""
-    path = folder / SETTINGS_FILE
-    if not path.is_file() or not any((folder / "images").rglob("*.png")):
-        return {}
-    recorded = dataclasses.asdict(GenerateConfig()) | json.loads(path.read_text())  # older records lack newer settings
-    return {name: recorded.get(name) for name in settings}
-
-
-def _digest(settings: dict[str, Any]) -> str:
-    """8 hexadecimal digits that change with any setting, but not with the place of a folder."""
-    compared = {name: value for name, value in settings.items() if name not in NAMES_OF_CONTENT}
-    return hashlib.sha256(json.dumps(compared, sort_keys=True, default=str).encode()).hexdigest()[:8]
