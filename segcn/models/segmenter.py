@@ -256,8 +256,10 @@ def fit(
     # Class weights make rare classes learn soon, but also spill over their boundaries. Dividing the probabilities by
     # them afterwards (logit adjustment, arXiv:2007.07314) raises mIoU by 0.015.
     shift = torch.where(class_weights > 0, class_weights, 1.0).log()
+    bias = segmenter.head.bias
+    assert bias is not None
     with torch.no_grad():
-        segmenter.head.bias -= shift.repeat_interleave(4)  # the pixel shuffle's four places of each class
+        bias -= shift.repeat_interleave(4)  # the pixel shuffle's four places of each class
     segmenter.eval()
     return torch.stack(losses).cpu()
 
@@ -283,6 +285,10 @@ class ForeignSegmenter(AnySegmenter):
 
     ids: the class of each of its labels; look: size, image_mean and image_std of its image processor.
     """
+
+    ids: torch.Tensor
+    image_mean: torch.Tensor
+    image_std: torch.Tensor
 
     def __init__(self, model: "PreTrainedModel", ids: list[int], num_classes: int, look: dict, settings: dict):
         super().__init__()

@@ -75,6 +75,7 @@ class Examples(Dataset):
     def _cached(self, visit: int, row: int, empty: bool) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """The same, with moments in place of the image and the text's embedding in place of the caption."""
         cache, side = self.cache, self.dataset.resolution
+        assert cache is not None
         draw, used = visit % cache.draws, cache.good(row)
         entry = cache.entry(draw, used)
         mask = torch.from_numpy(np.array(entry["mask"]))
@@ -117,6 +118,7 @@ def make_examples(config: TrainConfig, dataset: PairedDataset, base: Base, accel
     cache = None
     if config.cache == "latents":
         folder, limit = latent_cache.cache_folder(config, dataset, base), latent_cache.parse_limit(config.on_bad_sample)
+        assert config.cache_draws is not None
         cache = latent_cache.build(folder, dataset, base, config.cache_draws, accelerator, log.say, limit)
         if not (config.validation_image or config.faithfulness_rows):
             base.vae = base.text_encoder = None

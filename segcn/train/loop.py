@@ -32,7 +32,8 @@ def train(
     paired affine. make_controlnet(unet): the ControlNet to begin with. Returns None after a --preflight.
     """
     if config.preflight:
-        return preflight(config, micro_steps)
+        preflight(config, micro_steps)
+        return None
     run = prepare(config, loss, augment, make_controlnet)
     resume(run)
     catch_signals(run)

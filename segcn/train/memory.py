@@ -148,6 +148,7 @@ def preflight(config: TrainConfig, learn: Learn) -> None:
 def measure_steps(run: Run, learn: Learn, sizes: tuple[int, int], before: int) -> list[Trial]:
     """Two steps at each size that memory seems to allow, the smaller first, so that its peak is its own."""
     first = two_steps(run, learn, sizes[0])
+    assert first.peak is not None
     device, activations = run.accelerator.device, first.peak - before - sum(parts(run).values())
     if device.type == "cpu" and first.peak + (sizes[1] - sizes[0]) * activations > total_bytes(device):
         return [first, Trial(sizes[1], None)]  # running out would end the process
@@ -191,6 +192,7 @@ def preflight_report(run: Run, config: TrainConfig, trials: list[Trial], before:
     small, large = trials
     asked = small if config.train_batch_size == small.batch else large
     shown = asked if asked.peak is not None else small
+    assert shown.peak is not None
     device, total = run.accelerator.device, memory_budget(config, run.accelerator.device)
     counted = {name: size for name, size in (parts(run) | {"Python and libraries": before}).items() if size}
     counted["activations and the rest"] = max(0, shown.peak - sum(counted.values()))
@@ -232,6 +234,7 @@ def whole_run(run: Run, config: TrainConfig, shown: Trial) -> list[str]:
         asked = 1 if run.examples.dataset.still else config.cache_draws
         free, limit = latent_cache.free_bytes(cache_root(config)), config.cache_budget_gb * 1e9
         images = len(split) * latent_cache.resolve_draws(asked, visits, draw_bytes, 0, limit, free)
+        assert run.cache_seconds
         pace = len(run.split) / run.cache_seconds
         lines.append(f"  {pace:.1f} images a second into the cache: {images} take {spell(images / pace)}")
         seconds += images / pace
@@ -247,6 +250,7 @@ def best_batch(
     the forward passes only where micro-batches are accumulated.
     """
     small, large = trials
+    assert small.peak is not None
     slope = None if large.peak is None else max(0.0, (large.peak - small.peak) / (large.batch - small.batch))
     effective, waiting = config.train_batch_size * config.gradient_accumulation_steps, 0
     for size in (n for n in range(effective, 0, -1) if effective % n == 0):

@@ -168,9 +168,9 @@ def begin_validation(run: Run) -> None:
         validate_if_due(run)
     if run.scorer is not None and not run.stop_signal:
         record_best(run.output_dir)
-        every, scored = run.config.validation_steps, list(validation_scores(read_log(run.log.path)).values())
-        if scored:
-            rows, seconds = len(run.scorer.rows), scored[-1]["seconds"]
+        every, found = run.config.validation_steps, list(validation_scores(read_log(run.log.path)).values())
+        if found:
+            rows, seconds = len(run.scorer.rows), found[-1]["seconds"]
             times = math.ceil(run.total_steps / every) - run.step // every
             run.log.say(f"Faithfulness on {rows} rows every {every} steps: about {seconds:.0f} s each, {times} times.")
 
@@ -241,8 +241,8 @@ def generate_sheet(
         return [palette.table[run.scorer.masks[:SHEET_ROWS]], generated[:SHEET_ROWS]], generated
     prompts = config.validation_prompt or []
     count = max(len(config.validation_image), len(prompts))  # a single mask or prompt is repeated
-    masks = [read_control_mask(path, palette, config.resolution, config.fit) for path in config.validation_image]
-    masks, prompts = np.stack((masks * count)[:count]), (prompts * count)[:count]
+    read = [read_control_mask(path, palette, config.resolution, config.fit) for path in config.validation_image]
+    masks, prompts = np.stack((read * count)[:count]), (prompts * count)[:count]
     lines = [palette.table[masks]]
     for number in range(config.num_validation_images):
         seeded = dataclasses.replace(settings, seed=config.seed + number)
