@@ -111,7 +111,7 @@ class Observer:
     @torch.no_grad()
     def look(self, sample: Sample, parts: tuple[str, ...]) -> Seen:
         """Everything that is counted of one image."""
-        image, mask, classes = sample.image[None], sample.mask, self.segmenter.num_classes
+        image, mask, classes, extractor = sample.image[None], sample.mask, self.segmenter.num_classes, self.extractor
         seen = {"color": torch.from_numpy(metrics.to_lab(to_uint8(sample.image)).mean((0, 1))), "mask": _mask_key(mask)}
         if "faithfulness" in parts:
             predicted, sure = self.predict(image)
@@ -121,11 +121,13 @@ class Observer:
             seen["edges"] = metrics.boundary_counts(predicted, mask, classes)
             seen["bins"] = metrics.confidence_bins(sure[labelled], (predicted == mask)[labelled])
         if "features" in parts:
-            seen["features"] = self.extractor.extract(image)[0].float().cpu()
+            assert extractor is not None
+            seen["features"] = extractor.extract(image)[0].float().cpu()
         if "crops" in parts:
+            assert extractor is not None
             seen["crop_classes"], cut = crops(sample.image, mask)
             none = torch.zeros(0, len(seen["features"]))
-            seen["crops"] = self.extractor.extract(torch.stack(cut)).float().cpu() if cut else none
+            seen["crops"] = extractor.extract(torch.stack(cut)).float().cpu() if cut else none
         if "text" in parts and self.readers:
             values = [value for reader in self.readers for value in reader.read(image, sample.caption)]
             seen["text"] = torch.tensor(values, dtype=torch.float64)
@@ -305,6 +307,7 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
     """Every number as an Estimate, nested as in metrics.json."""
     palette, scored = splits["real"].palette, [name for name in ROWS if name in splits]
     near, far, extractor = seen["real"], seen["synthetic"], observer.extractor
+    assert extractor is not None
     found = {name: metrics.mask_scores(seen[name]["pixels"], seen[name]["edges"], palette) for name in scored}
     shares = {name: {kind: bootstrap.ratio(found[name][kind], found["real"][kind]) for kind in ("miou", "boundary_f")}
               for name in scored[1:]}  # fmt: skip
@@ -367,8 +370,8 @@ def _text_scores(seen: dict[str, Seen], readers: tuple[Reader, ...]) -> dict:
 def _color_shift(real: Seen, synthetic: Seen) -> dict:
     """Of images of the same masks where each generated one has a real partner, else of all images."""
     rows = {key: row for row, key in reversed(list(enumerate(real["mask"].tolist())))}
-    partners = [rows.get(key) for key in synthetic["mask"].tolist()]
-    same = None not in partners
+    partners = [rows[key] for key in synthetic["mask"].tolist() if key in rows]
+    same = len(partners) == len(synthetic["mask"])
     shift = metrics.color_estimate(real["color"], synthetic["color"], partners if same else None)
     return {"same_masks": same} | shift
 

@@ -50,7 +50,8 @@ def evaluate_folders(
         _share(observer, splits, process, log)
         if process.rank:
             return None
-    evaluation = evaluate(**splits, observer=observer, log=log)
+    floor, reconstructions, train = (splits.get(name) for name in ("floor", "reconstructions", "train"))
+    evaluation = evaluate(splits["real"], splits["synthetic"], observer, floor, reconstructions, train, log=log)
     kept = {name: value for name, value in asdict(config).items() if name not in CHANGE_NO_NUMBER}
     evaluation.metrics["settings"] |= kept
     log(f"Wrote {evaluation.write(folder)}.")

@@ -131,6 +131,7 @@ def read_run(folder: str | Path) -> tuple[dict, dict]:
 def _places(one: dict, other: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(title, place in the metrics) of every number that both runs have, the means before the classes."""
     scores, sets = {"miou": "mIoU", "boundary_f": "boundary F"}, [name for name in ROWS if name != "real"]
+    places: list[tuple[str, tuple[str, ...]]]
     places = [(f"{title} of ceiling, {ROWS[name]}", ("shares_of_ceiling", name, key))
               for key, title in scores.items() for name in sets]  # fmt: skip
     places += [(f"{title}, {ROWS[name]}", ("faithfulness", name, key))

@@ -77,7 +77,7 @@ class Conditions:
         mask, frame, drawn = self.read_mask(row, replicate, prompt)
         if CLASSES in prompt and self.config.prompt is not None:
             prompt = prompt.replace(CLASSES, classes_of(frame.cut(mask), self.palette))
-        if drawn is not None and drawn.flip and self.augment.sided_captions == "rewrite":
+        if self.augment and drawn and drawn.flip and self.augment.sided_captions == "rewrite":
             prompt = mirrored(prompt)
         return Condition(row, replicate, mask, frame, prompt)
 
@@ -112,7 +112,7 @@ class Conditions:
             drawn = drawn.replace(CAPTION, captions[replicate % len(captions)])
         for number, group in enumerate(self.groups):
             word = group.words[rng.integer(len(group.words), "vary", seed, row, replicate, number)]
-            drawn = group.pattern.sub(lambda _, word=word: word, drawn)
+            drawn = group.pattern.sub(word.replace("\\", r"\\"), drawn)
         return drawn
 
     @cached_property
@@ -194,7 +194,7 @@ def check_masks(conditions: Conditions, rows: Iterable[int], factor: int, log: C
             )
         return None
 
-    rows, problems = list(dict.fromkeys(rows)), []
+    rows, problems = list(dict.fromkeys(rows)), list[str]()
     progress = Progress("masks checked", len(rows), log)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(rows), CHECKED_AT_ONCE):

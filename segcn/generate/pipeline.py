@@ -164,6 +164,7 @@ def generate(
     base = pipeline.base
     if masks is not None:
         size = masks.shape[1:]
+    assert size is not None
     noise = first_noise(base, rows, settings, size)
     negative = torch.stack([pipeline.embedding(settings.negative_prompt)] * len(captions))
     text = torch.stack([pipeline.embedding(caption) for caption in captions])
@@ -214,7 +215,7 @@ def denoising_loop(
         copies = len(prompts) // len(latents)  # 2 with guidance
         noisy = torch.cat([latents] * copies).to(pipeline.base.dtype)
         residuals = {}
-        if controlnet is not None and weight:
+        if controlnet is not None and control is not None and weight:
             shown = torch.cat([control] * copies)
             down, middle = controlnet(noisy, timestep, prompts, shown, weight, return_dict=False)
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class Manifest:
     """
 
     def __init__(self, out: Path, job: Job, rank: int):
-        self.out, self.work, self.file = out, out / WORK, None
+        self.out, self.work = out, out / WORK
+        self.file: FileIO | None = None
         self.part = self.work / f"part-{rank:05d}.jsonl"
         self.done = bytearray(len(job))
         listed = lru_cache(16)(lambda folder: frozenset(os.listdir(folder)) if folder.is_dir() else frozenset())
@@ -280,7 +282,7 @@ def generate_batch(task: Task, batch: range) -> dict[int, tuple[Condition, Gener
     for image in batch:
         condition = task.conditions.read(*divmod(image, task.job.replicates))
         sizes.setdefault(condition.mask.shape, {})[image] = condition
-    results = {}
+    results: dict[int, Any] = {}
     for group in sizes.values():  # one call of `generate` has masks of one size
         conditions = list(group.values())
 
@@ -321,7 +323,8 @@ def _wait_for_all(process: Process) -> None:
     if process.world == 1 or "MASTER_ADDR" not in os.environ:
         return
     if distributed.is_initialized():
-        return distributed.barrier()
+        distributed.barrier()
+        return
     week = timedelta(days=7)
     distributed.init_process_group("gloo", rank=process.rank, world_size=process.world, timeout=week)
     distributed.barrier()
