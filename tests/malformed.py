@@ -37,28 +37,27 @@ def photo(seed):
     return np.random.default_rng(seed).integers(0, 255, (*MASK.shape, 3), np.uint8)
 
 
+def as_bytes(data):
+    return data if isinstance(data, bytes) else (data if isinstance(data, str) else json.dumps(data)).encode()
+
+
 def csv_of(data):
     """metadata.csv holds this and nothing else."""
-    data = data if isinstance(data, bytes) else data.encode()
-    return lambda folder: (folder / "metadata.csv").write_bytes(data)
+    return file_of("metadata.csv", as_bytes(data))
 
 
 def csv_row(data):
     """The second of three rows is this."""
-    data = data if isinstance(data, bytes) else data.encode()
-    rows = [HEADER.encode(), b"images/0.png,masks/0.png,a lake", data, b"images/2.png,masks/2.png,a tree"]
-    return csv_of(b"\n".join(rows) + b"\n")
+    rows = [HEADER, "images/0.png,masks/0.png,a lake", data, "images/2.png,masks/2.png,a tree\n"]
+    return csv_of(b"\n".join(map(as_bytes, rows)))
 
 
-def jsonl_row(data):
-    """The second of three lines of a metadata.jsonl is this."""
-    if not isinstance(data, bytes):
-        data = (data if isinstance(data, str) else json.dumps(data)).encode()
+def jsonl_of(*rows):
+    """metadata.jsonl of these objects, texts or bytes, one a line, takes the place of metadata.csv."""
 
     def change(folder):
         (folder / "metadata.csv").unlink()
-        first, last = (json.dumps(jsonl(row)).encode() for row in (0, 2))
-        (folder / "metadata.jsonl").write_bytes(b"\n".join([first, data, last]))
+        (folder / "metadata.jsonl").write_bytes(b"\n".join(map(as_bytes, rows)))
 
     return change
 
@@ -69,7 +68,7 @@ def jsonl(row=1, **changes):
 
 
 def file_of(name, data):
-    """A file of the second row holds these bytes."""
+    """A file of the folder holds these bytes."""
     return lambda folder: (folder / name).write_bytes(data)
 
 
@@ -81,31 +80,29 @@ def encoded(pixels, form, **options):
     return file.getvalue()
 
 
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def png_header(width, height):
     """A PNG that promises this many pixels and holds none."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
 
 
 def png_begun(width, height):
     """As `png_header`, with the first of its pixels, so that it is opened."""
-    chunk = b"IDAT" + zlib.compress(bytes(1000))
-    return png_header(width, height) + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png_header(width, height) + png_chunk(b"IDAT", zlib.compress(bytes(1000)))
 
 
 def label(**changes):
     """palette.json with one entry like this among sound ones."""
     entry = {"id": 3, "name": "road", "color": [9, 9, 9]} | changes
     entry = {key: value for key, value in entry.items() if value != "nothing"}
-    return palette_text(json.dumps({"labels": [*map(entry_of, PALETTE.labels), entry]}))
+    return palette_text({"labels": [*({"id": x.id, "name": x.name, "color": x.color} for x in PALETTE.labels), entry]})
 
 
-def entry_of(each):
-    return {"id": each.id, "name": each.name, "color": list(each.color)}
-
-
-def palette_text(text):
-    return lambda folder: (folder / "palette.json").write_text(text)
+def palette_text(data):
+    return file_of("palette.json", as_bytes(data))
 
 
 def instead(name, make):
@@ -126,14 +123,6 @@ def bind_socket(path):
     os.close(here)
 
 
-def linked_folder(path):
-    """The row's file is reached through a folder that is a link to one outside, which holds such a file."""
-    outside = path.parents[2] / "outside"
-    (outside / "linked").mkdir(parents=True, exist_ok=True)
-    Image.fromarray(photo(1)).save(outside / "linked/1.png")
-    (path.parent / "linked").symlink_to(outside / "linked")
-
-
 def secret(path):
     """A link to an image outside of the folder."""
     outside = path.parents[2] / "outside"
@@ -143,242 +132,15 @@ def secret(path):
 
 
 def through_link(folder):
-    linked_folder(folder / "images/1.png")
-    csv_row("images/linked/1.png,masks/1.png,a hill")(folder)
+    """The row's image is reached through a folder that is a link to one outside."""
+    secret(folder / "images/1.jpg")
+    (folder / "images/linked").symlink_to(folder.parent / "outside")
+    csv_row("images/linked/secret.png,masks/1.png,a hill")(folder)
 
 
 def chain(path):
     secret(path.with_name("hop.png"))
     path.symlink_to(path.with_name("hop.png"))
-
-
-def both_formats(folder):
-    (folder / "metadata.jsonl").write_text(json.dumps(jsonl()))
-
-
-CSV_FILES = {
-    "empty": "",
-    "only a byte order mark": "\ufeff",
-    "only blank lines": "\n\n\n",
-    "binary": bytes(range(256)),
-    "no image column": f"conditioning_image_file_name,text\n{ROW}\n",
-    "no mask column": f"file_name,text\n{ROW}\n",
-    "no text column": f"file_name,conditioning_image_file_name\n{ROW}\n",
-    "image twice": f"file_name,{HEADER}\n{ROW}\n",
-    "mask twice": f"{HEADER},conditioning_image_file_name\n{ROW}\n",
-    "text twice": f"{HEADER},text\n{ROW}\n",
-    "swapped columns": f"conditioning_image_file_name,file_name,text\n{ROW}\n",
-    "swapped columns, text first": f"text,conditioning_image_file_name,file_name\n{ROW}\n",
-    "other names": "image,mask,caption\n" + ROW,
-    "capitals": HEADER.upper() + "\n" + ROW,
-    "no header": f"{ROW}\n{ROW}\n",
-    "semicolons": f"{HEADER}\n{ROW}\n".replace(",", ";"),
-    "tabs": f"{HEADER}\n{ROW}\n".replace(",", "\t"),
-    "pipes": f"{HEADER}\n{ROW}\n".replace(",", "|"),
-    "spaces in the header": HEADER.replace(",", ", ") + "\n" + ROW,
-    "UTF-16": f"{HEADER}\n{ROW}\n".encode("utf-16"),
-    "UTF-32": f"{HEADER}\n{ROW}\n".encode("utf-32"),
-    "NUL in the header": HEADER + "\0\n" + ROW,
-    "header in Latin-1": f"{HEADER},légende\n{ROW},x\n".encode("latin-1"),
-    "open quote in the header": f'"{HEADER}\n{ROW}\n',
-    "JSON": json.dumps([jsonl()]),
-    "HTML": "<html><body>404</body></html>",
-}
-CSV_ROWS = {
-    "one field": "images/1.png",
-    "two fields": "images/1.png,masks/1.png",
-    "four fields": f"{ROW}, at dusk",
-    "a comma too many": f"{ROW},",
-    "forty fields": ROW + ",x" * 37,
-    "only commas": ",,",
-    "one comma": ",",
-    "open quote to the end": 'images/1.png,masks/1.png,"a hill',
-    "open quote in the name": f'"{ROW}',
-    "open quote that swallows a row": 'images/1.png,masks/1.png,"a hill\nimages/2.png,masks/2.png,"',
-    "text after a quote": 'images/1.png,masks/1.png,"a" hill',
-    "NUL in the image": ROW.replace("1.png,m", "1\0.png,m"),
-    "NUL in the mask": ROW.replace("masks/1", "masks/\0"),
-    "NUL in the caption": ROW + "\0",
-    "Latin-1 caption": "images/1.png,masks/1.png,un arbre isolé".encode("latin-1"),
-    "Latin-1 file name": "images/é.png,masks/1.png,a hill".encode("latin-1"),
-    "half a character": "images/1.png,masks/1.png,a tree é".encode()[:-1],
-    "a caption of a megabyte": ROW + "x" * 2**20,
-    "the same row again": "images/0.png,masks/0.png,a lake",
-    "no caption": "images/1.png,masks/1.png,",
-    "quoted nothing": 'images/1.png,masks/1.png,""',
-    "a blank caption": "images/1.png,masks/1.png,   ",
-    "a caption of tabs": "images/1.png,masks/1.png,\t\t",
-    "a no-break space": "images/1.png,masks/1.png,\u00a0",
-    "no image": ",masks/1.png,a hill",
-    "no mask": "images/1.png,,a hill",
-    "mask as image": "masks/1.png,images/1.png,a hill",
-    "image as mask": "images/1.png,images/1.png,a hill",
-    "a name with a space": "images/1.png ,masks/1.png,a hill",
-    "a name in quotes of a wrong kind": "'images/1.png',masks/1.png,a hill",
-    "another case": "Images/1.PNG,masks/1.png,a hill",
-}
-JSONL_ROWS = {
-    "no JSON": "images/1.png",
-    "half an object": '{"file_name": ',
-    "an array": [1, 2],
-    "a number": "7",
-    "a string": '"x"',
-    "null": "null",
-    "two objects": json.dumps(jsonl()) * 2,
-    "a trailing comma": json.dumps(jsonl())[:-1] + ",}",
-    "single quotes": str(jsonl()),
-    "not a number": '{"file_name": NaN}',
-    "bytes": b"\xff\xfe\x00",
-    "a deep list": "[" * 10**5,
-    "no image": jsonl(file_name="nothing"),
-    "no mask": jsonl(conditioning_image_file_name="nothing"),
-    "no text": jsonl(text="nothing"),
-    "image null": jsonl(file_name=None),
-    "image a number": jsonl(file_name=1),
-    "image a list": jsonl(file_name=["images/1.png"]),
-    "mask null": jsonl(conditioning_image_file_name=None),
-    "mask an object": jsonl(conditioning_image_file_name={}),
-    "text null": jsonl(text=None),
-    "text a number": jsonl(text=2024),
-    "text an object": jsonl(text={"en": "a hill"}),
-    "no captions": jsonl(text=[]),
-    "an empty one": jsonl(text=["a hill", ""]),
-    "a number among captions": jsonl(text=["a hill", 3]),
-    "text true": jsonl(text=True),
-    "empty text": jsonl(text=""),
-    "NUL in the text": jsonl(text="a\0hill"),
-    "half a pair in the text": jsonl(text="\ud800"),
-    "half a pair in the name": jsonl(file_name="images/\udfff.png"),
-    "a key twice": '{"text": "a", "text": "b"}',
-}
-PATHS = {
-    "up": "../pairs/images/1.png",
-    "up in the middle": "images/../../pairs/images/1.png",
-    "up to itself": "images/../images/1.png",
-    "absolute": "/etc/passwd",
-    "absolute, twice": "//etc/passwd",
-    "home": "~/1.png",
-    "file address": "file:///etc/passwd",
-    "web address": "https://example.org/1.png",
-    "bucket": "s3://bucket/1.png",
-    "drive": "C:/images/1.png",
-    "drive alone": "C:1.png",
-    "backslashes": "images\\1.png",
-    "backslashes up": "..\\1.png",
-    "network": "\\\\host\\share\\1.png",
-    "device": "/dev/zero",
-    "standard input": "/dev/stdin",
-    "process": "/proc/self/environ",
-    "the folder": ".",
-    "a folder": "images",
-    "a folder with a slash": "images/",
-    "a file with a slash": "images/1.png/",
-    "below a file": "images/1.png/x",
-    "percent signs": "images/%2e%2e/1.png",
-    "a long name": "x" * 300,
-    "a long path": "x/" * 3000,
-    "only dots": "...",
-    "a query": "images/1.png?raw=1",
-}
-PALETTES = {
-    "empty": palette_text(""),
-    "no JSON": palette_text("labels:"),
-    "a list": palette_text("[]"),
-    "null": palette_text("null"),
-    "no labels": palette_text("{}"),
-    "no label": palette_text('{"labels": []}'),
-    "labels a number": palette_text('{"labels": 3}'),
-    "label a list": palette_text('{"labels": [[0, "sky"]]}'),
-    "negative id": label(id=-1),
-    "id 255": label(id=255),
-    "id 256": label(id=256),
-    "id a fraction": label(id=3.0),
-    "id a string": label(id="3"),
-    "id true": label(id=True),
-    "no id": label(id="nothing"),
-    "no name": label(name="nothing"),
-    "empty name": label(name=" "),
-    "name a number": label(name=3),
-    "no color": label(color="nothing"),
-    "two numbers": label(color=[1, 2]),
-    "four numbers": label(color=[1, 2, 3, 4]),
-    "color of 256": label(color=[1, 2, 256]),
-    "negative color": label(color=[-1, 2, 3]),
-    "a fraction": label(color=[0.5, 0, 0]),
-    "color name": label(color="red"),
-    "id twice": label(id=7),
-    "name twice": label(name="sky"),
-    "color twice": label(color=[135, 206, 235]),
-    "unknown key": label(hue=[1, 2, 3]),
-    "ignore a string": label(ignore="yes"),
-    "all ignored": palette_text('{"labels": [{"id": 0, "name": "x", "color": [0, 0, 0], "ignore": true}]}'),
-    "bytes": lambda folder: (folder / "palette.json").write_bytes(b"\xff\xfe"),
-    "missing": lambda folder: (folder / "palette.json").unlink(),
-}
-COLORS = PALETTE.table[MASK]
-SMOOTH = np.asarray(Image.fromarray(COLORS).resize((12, 8), Image.Resampling.BILINEAR).resize((6, 4)))
-MASKS = {
-    "another value": encoded(np.where(MASK == 7, 9, MASK).astype(np.uint8), "PNG"),
-    "one pixel of another value": encoded(np.where(np.arange(24).reshape(4, 6) == 5, 8, MASK).astype(np.uint8), "PNG"),
-    "16-bit, value 256": encoded(np.where(MASK == 7, 256, MASK.astype(np.uint16)).astype(np.uint16), "PNG"),
-    "16-bit, stretched": encoded(MASK.astype(np.uint16) * 257, "PNG"),
-    "fractions": encoded(MASK.astype(np.float32), "TIFF"),
-    "32-bit, negative": encoded(np.where(MASK == 7, -1, MASK.astype(np.int32)).astype(np.int32), "TIFF"),
-    "stretched grey": encoded(MASK * 36, "PNG"),
-    "RGB of another color": encoded(COLORS ^ 1, "PNG"),
-    "RGB, smoothed": encoded(SMOOTH, "PNG"),
-    "RGB, BGR order": encoded(COLORS[..., ::-1].copy(), "PNG"),
-    "RGBA of another color": encoded(np.dstack([COLORS ^ 1, MASK]), "PNG"),
-    "JPEG": encoded(COLORS, "JPEG"),
-    "grey JPEG": encoded(MASK * 30, "JPEG", quality=30),
-    "lossy WebP": encoded(COLORS, "WEBP", quality=20),
-    "a photo": encoded(photo(9), "PNG"),
-    "larger": encoded(MASK.repeat(2, 0), "PNG"),
-    "smaller": encoded(MASK[:, 1:].copy(), "PNG"),
-    "turned": encoded(MASK.T.copy(), "PNG"),
-    "renumbered": b"",
-}
-PICTURE = encoded(photo(1), "PNG")
-FILES = {
-    "no bytes": b"",
-    "one byte": b"\x89",
-    "text": b"a hill",
-    "HTML": b"<html><body>404</body></html>",
-    "zip": b"PK\x03\x04" + bytes(99),
-    "zeros": bytes(4096),
-    "half a PNG": PICTURE[: len(PICTURE) // 2],
-    "a PNG's first bytes": PICTURE[:8],
-    "a PNG without its end": PICTURE[:-40],
-    "a broken chunk": PICTURE.replace(b"IDAT", b"ICAT"),
-    "a broken stream": PICTURE[:50] + b"\0" * 20 + PICTURE[70:],
-    "half a BMP": encoded(photo(1), "BMP")[:70],
-    "half a TIFF": encoded(photo(1), "TIFF")[:60],
-    "half a WebP": encoded(photo(1), "WEBP")[:60],
-    "half a GIF": encoded(photo(1), "GIF")[:60],
-    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n",
-    "PDF": b"%PDF-1.4\n",
-    "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
-    "a bomb": png_header(30_000, 30_000),
-    "a wide bomb": png_header(2**31 - 1, 1),
-    "no width": png_header(0, 4),
-}
-IMAGES = {
-    "another size": encoded(photo(1)[:3], "PNG"),
-    "turned, and its mask is not": b"",
-    "half a JPEG": encoded(photo(1), "JPEG")[:300],
-}
-NOT_FILES = {
-    "nothing": lambda path: None,
-    "a folder": lambda path: path.mkdir(),
-    "a pipe": os.mkfifo,
-    "a socket": bind_socket,
-    "a link out": secret,
-    "two links out": chain,
-    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
-    "a link to a secret": lambda path: path.symlink_to("/etc/passwd"),
-    "a loop": lambda path: path.symlink_to(path),
-    "a link to nothing": lambda path: path.symlink_to("gone.png"),
-}
 
 
 def renumbered(folder):
@@ -390,20 +152,136 @@ def renumbered(folder):
     image.save(folder / "masks/1.png")
 
 
-def turned(folder):
+def exif_of(orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(photo(1)).save(folder / "images/1.png", exif=exif)
+    exif[0x0112] = orientation
+    return exif
 
 
-MASKS["renumbered"], IMAGES["turned, and its mask is not"] = renumbered, turned
+CSV_FILES = {
+    "empty": "", "only a byte order mark": "\ufeff", "only blank lines": "\n\n\n", "binary": bytes(range(256)),
+    "no image column": f"conditioning_image_file_name,text\n{ROW}\n", "no mask column": f"file_name,text\n{ROW}\n",
+    "no text column": f"file_name,conditioning_image_file_name\n{ROW}\n", "image twice": f"file_name,{HEADER}\n{ROW}\n",
+    "mask twice": f"{HEADER},conditioning_image_file_name\n{ROW}\n", "text twice": f"{HEADER},text\n{ROW}\n",
+    "swapped columns": f"conditioning_image_file_name,file_name,text\n{ROW}\n",
+    "swapped columns, text first": f"text,conditioning_image_file_name,file_name\n{ROW}\n",
+    "other names": "image,mask,caption\n" + ROW, "capitals": HEADER.upper() + "\n" + ROW,
+    "no header": f"{ROW}\n{ROW}\n", "semicolons": f"{HEADER}\n{ROW}\n".replace(",", ";"),
+    "tabs": f"{HEADER}\n{ROW}\n".replace(",", "\t"), "pipes": f"{HEADER}\n{ROW}\n".replace(",", "|"),
+    "spaces in the header": HEADER.replace(",", ", ") + "\n" + ROW, "UTF-16": f"{HEADER}\n{ROW}\n".encode("utf-16"),
+    "UTF-32": f"{HEADER}\n{ROW}\n".encode("utf-32"), "NUL in the header": HEADER + "\0\n" + ROW,
+    "header in Latin-1": f"{HEADER},légende\n{ROW},x\n".encode("latin-1"),
+    "open quote in the header": f'"{HEADER}\n{ROW}\n', "JSON": json.dumps([jsonl()]),
+    "HTML": "<html><body>404</body></html>",
+}  # fmt: skip
+CSV_ROWS = {
+    "one field": "images/1.png", "two fields": "images/1.png,masks/1.png", "four fields": f"{ROW}, at dusk",
+    "a comma too many": f"{ROW},", "forty fields": ROW + ",x" * 37, "only commas": ",,", "one comma": ",",
+    "open quote to the end": 'images/1.png,masks/1.png,"a hill', "open quote in the name": f'"{ROW}',
+    "open quote that swallows a row": 'images/1.png,masks/1.png,"a hill\nimages/2.png,masks/2.png,"',
+    "text after a quote": 'images/1.png,masks/1.png,"a" hill', "NUL in the image": ROW.replace("1.png,m", "1\0.png,m"),
+    "NUL in the mask": ROW.replace("masks/1", "masks/\0"), "NUL in the caption": ROW + "\0",
+    "Latin-1 caption": "images/1.png,masks/1.png,un arbre isolé".encode("latin-1"),
+    "Latin-1 file name": "images/é.png,masks/1.png,a hill".encode("latin-1"),
+    "half a character": "images/1.png,masks/1.png,a tree é".encode()[:-1], "a caption of a megabyte": ROW + "x" * 2**20,
+    "the same row again": "images/0.png,masks/0.png,a lake", "no caption": "images/1.png,masks/1.png,",
+    "quoted nothing": 'images/1.png,masks/1.png,""', "a blank caption": "images/1.png,masks/1.png,   ",
+    "a caption of tabs": "images/1.png,masks/1.png,\t\t", "a no-break space": "images/1.png,masks/1.png,\u00a0",
+    "no image": ",masks/1.png,a hill", "no mask": "images/1.png,,a hill",
+    "mask as image": "masks/1.png,images/1.png,a hill", "image as mask": "images/1.png,images/1.png,a hill",
+    "a name with a space": "images/1.png ,masks/1.png,a hill",
+    "a name in quotes of a wrong kind": "'images/1.png',masks/1.png,a hill",
+    "another case": "Images/1.PNG,masks/1.png,a hill",
+}  # fmt: skip
+JSONL_ROWS = {
+    "no JSON": "images/1.png", "half an object": '{"file_name": ', "an array": [1, 2], "a number": "7",
+    "a string": '"x"', "null": "null", "two objects": json.dumps(jsonl()) * 2,
+    "a trailing comma": json.dumps(jsonl())[:-1] + ",}", "single quotes": str(jsonl()),
+    "not a number": '{"file_name": NaN}', "bytes": b"\xff\xfe\x00", "a deep list": "[" * 10**5,
+    "no image": jsonl(file_name="nothing"), "no mask": jsonl(conditioning_image_file_name="nothing"),
+    "no text": jsonl(text="nothing"), "image null": jsonl(file_name=None), "image a number": jsonl(file_name=1),
+    "image a list": jsonl(file_name=["images/1.png"]), "mask null": jsonl(conditioning_image_file_name=None),
+    "mask an object": jsonl(conditioning_image_file_name={}), "text null": jsonl(text=None),
+    "text a number": jsonl(text=2024), "text an object": jsonl(text={"en": "a hill"}), "no captions": jsonl(text=[]),
+    "an empty one": jsonl(text=["a hill", ""]), "a number among captions": jsonl(text=["a hill", 3]),
+    "text true": jsonl(text=True), "empty text": jsonl(text=""), "NUL in the text": jsonl(text="a\0hill"),
+    "half a pair in the text": jsonl(text="\ud800"), "half a pair in the name": jsonl(file_name="images/\udfff.png"),
+    "a key twice": '{"text": "a", "text": "b"}',
+}  # fmt: skip
+PATHS = {
+    "up": "../pairs/images/1.png", "up in the middle": "images/../../pairs/images/1.png",
+    "up to itself": "images/../images/1.png", "absolute": "/etc/passwd", "absolute, twice": "//etc/passwd",
+    "home": "~/1.png", "file address": "file:///etc/passwd", "web address": "https://example.org/1.png",
+    "bucket": "s3://bucket/1.png", "drive": "C:/images/1.png", "drive alone": "C:1.png", "backslashes": "images\\1.png",
+    "backslashes up": "..\\1.png", "network": "\\\\host\\share\\1.png", "device": "/dev/zero",
+    "standard input": "/dev/stdin", "process": "/proc/self/environ", "the folder": ".", "a folder": "images",
+    "a folder with a slash": "images/", "a file with a slash": "images/1.png/", "below a file": "images/1.png/x",
+    "percent signs": "images/%2e%2e/1.png", "a long name": "x" * 300, "a long path": "x/" * 3000, "only dots": "...",
+    "a query": "images/1.png?raw=1",
+}  # fmt: skip
+PALETTES = {
+    "empty": palette_text(""), "no JSON": palette_text("labels:"), "a list": palette_text("[]"),
+    "null": palette_text("null"), "no labels": palette_text("{}"), "no label": palette_text('{"labels": []}'),
+    "labels a number": palette_text('{"labels": 3}'), "label a list": palette_text('{"labels": [[0, "sky"]]}'),
+    "negative id": label(id=-1), "id 255": label(id=255), "id 256": label(id=256), "id a fraction": label(id=3.0),
+    "id a string": label(id="3"), "id true": label(id=True), "no id": label(id="nothing"),
+    "no name": label(name="nothing"), "empty name": label(name=" "), "name a number": label(name=3),
+    "no color": label(color="nothing"), "two numbers": label(color=[1, 2]), "four numbers": label(color=[1, 2, 3, 4]),
+    "color of 256": label(color=[1, 2, 256]), "negative color": label(color=[-1, 2, 3]),
+    "a fraction": label(color=[0.5, 0, 0]), "color name": label(color="red"), "id twice": label(id=7),
+    "name twice": label(name="sky"), "color twice": label(color=[135, 206, 235]), "unknown key": label(hue=[1, 2, 3]),
+    "ignore a string": label(ignore="yes"),
+    "all ignored": palette_text('{"labels": [{"id": 0, "name": "x", "color": [0, 0, 0], "ignore": true}]}'),
+    "bytes": palette_text(b"\xff\xfe"), "missing": lambda folder: (folder / "palette.json").unlink(),
+}  # fmt: skip
+COLORS = PALETTE.table[MASK]
+SMOOTH = np.asarray(Image.fromarray(COLORS).resize((12, 8), Image.Resampling.BILINEAR).resize((6, 4)))
+MASKS = {
+    "another value": encoded(np.where(MASK == 7, 9, MASK).astype(np.uint8), "PNG"),
+    "one pixel of another value": encoded(np.where(np.arange(24).reshape(4, 6) == 5, 8, MASK).astype(np.uint8), "PNG"),
+    "16-bit, value 256": encoded(np.where(MASK == 7, 256, MASK.astype(np.uint16)).astype(np.uint16), "PNG"),
+    "16-bit, stretched": encoded(MASK.astype(np.uint16) * 257, "PNG"),
+    "fractions": encoded(MASK.astype(np.float32), "TIFF"),
+    "32-bit, negative": encoded(np.where(MASK == 7, -1, MASK.astype(np.int32)).astype(np.int32), "TIFF"),
+    "stretched grey": encoded(MASK * 36, "PNG"), "RGB of another color": encoded(COLORS ^ 1, "PNG"),
+    "RGB, smoothed": encoded(SMOOTH, "PNG"), "RGB, BGR order": encoded(COLORS[..., ::-1].copy(), "PNG"),
+    "RGBA of another color": encoded(np.dstack([COLORS ^ 1, MASK]), "PNG"), "JPEG": encoded(COLORS, "JPEG"),
+    "grey JPEG": encoded(MASK * 30, "JPEG", quality=30), "lossy WebP": encoded(COLORS, "WEBP", quality=20),
+    "a photo": encoded(photo(9), "PNG"), "larger": encoded(MASK.repeat(2, 0), "PNG"),
+    "smaller": encoded(MASK[:, 1:].copy(), "PNG"), "turned": encoded(MASK.T.copy(), "PNG"), "renumbered": renumbered,
+}  # fmt: skip
+PICTURE = encoded(photo(1), "PNG")
+FILES = {
+    "no bytes": b"", "one byte": b"\x89", "text": b"a hill", "HTML": b"<html><body>404</body></html>",
+    "zip": b"PK\x03\x04" + bytes(99), "zeros": bytes(4096), "half a PNG": PICTURE[: len(PICTURE) // 2],
+    "a PNG's first bytes": PICTURE[:8], "a PNG without its end": PICTURE[:-40],
+    "a broken chunk": PICTURE.replace(b"IDAT", b"ICAT"), "a broken stream": PICTURE[:50] + b"\0" * 20 + PICTURE[70:],
+    "half a BMP": encoded(photo(1), "BMP")[:70], "half a TIFF": encoded(photo(1), "TIFF")[:60],
+    "half a WebP": encoded(photo(1), "WEBP")[:60], "half a GIF": encoded(photo(1), "GIF")[:60],
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n", "PDF": b"%PDF-1.4\n",
+    "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"/>', "a bomb": png_header(30_000, 30_000),
+    "a wide bomb": png_header(2**31 - 1, 1), "no width": png_header(0, 4),
+}  # fmt: skip
+IMAGES = {
+    "another size": encoded(photo(1)[:3], "PNG"),
+    "turned, and its mask is not": encoded(photo(1), "PNG", exif=exif_of(6)),
+    "half a JPEG": encoded(photo(1), "JPEG")[:300],
+}  # fmt: skip
+NOT_FILES = {
+    "nothing": lambda path: None, "a folder": lambda path: path.mkdir(), "a pipe": os.mkfifo, "a socket": bind_socket,
+    "a link out": secret, "two links out": chain, "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to a secret": lambda path: path.symlink_to("/etc/passwd"), "a loop": lambda path: path.symlink_to(path),
+    "a link to nothing": lambda path: path.symlink_to("gone.png"),
+}  # fmt: skip
 
 
 def corpus():
     """{name: (change of a sound folder, words that the error holds)}."""
     found = {f"csv: {name}": (csv_of(text), "metadata.csv") for name, text in CSV_FILES.items()}
     found |= {f"row: {name}": (csv_row(text), "line 3 (row 1)") for name, text in CSV_ROWS.items()}
-    found |= {f"jsonl: {name}": (jsonl_row(row), "line 2 (row 1)") for name, row in JSONL_ROWS.items()}
+    found |= {
+        f"jsonl: {name}": (jsonl_of(jsonl(0), row, jsonl(2)), "line 2 (row 1)") for name, row in JSONL_ROWS.items()
+    }
     for column, other in (("{},masks/1.png,a hill", "image"), ("images/1.png,{},a hill", "mask")):
         found |= {f"path of the {other}: {k}": (csv_row(column.format(p)), LINE) for k, p in PATHS.items()}
     found |= {f"palette: {name}": (change, "palette.json") for name, change in PALETTES.items()}
@@ -412,4 +290,5 @@ def corpus():
             found[f"{folder}: {name}"] = (file_of(f"{folder}/1.png", data) if isinstance(data, bytes) else data, LINE)
     for folder in ("images", "masks"):
         found |= {f"{folder}: {k}": (instead(f"{folder}/1.png", make), LINE) for k, make in NOT_FILES.items()}
-    return found | {"both formats": (both_formats, "metadata.jsonl"), "images: through a link": (through_link, LINE)}
+    both = file_of("metadata.jsonl", as_bytes(jsonl()))
+    return found | {"both formats": (both, "metadata.jsonl"), "images: through a link": (through_link, LINE)}

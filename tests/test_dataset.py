@@ -26,13 +26,8 @@ from segcn.utils import rng
 from segcn.utils.errors import UserError
 from segcn.utils.paths import ROOT
 
-PALETTE = Palette(
-    (
-        Label(0, "sky", (135, 206, 235)),
-        Label(1, "tree", (0, 100, 0)),
-        Label(IGNORE, "unlabelled", (9, 9, 9), ignore=True),
-    )
-)
+SKY, TREE = Label(0, "sky", (135, 206, 235)), Label(1, "tree", (0, 100, 0))
+PALETTE = Palette((SKY, TREE, Label(IGNORE, "unlabelled", (9, 9, 9), ignore=True)))
 SPUN = AugmentConfig(degrees=45.0)
 
 
@@ -51,10 +46,11 @@ def split(tmp_path):
 
 def test_a_sample_has_the_stated_shapes_and_ranges(split):
     sample = PairedDataset(split, 16, AUGMENTS["affine"], seed=0)[0]
-    assert (sample.image.dtype, sample.image.shape) == (torch.float32, (3, 16, 16))
-    assert (sample.control.dtype, sample.control.shape) == (torch.float32, (3, 16, 16))
-    assert (sample.mask.dtype, sample.mask.shape) == (torch.uint8, (16, 16))
-    assert (sample.valid.dtype, sample.valid.shape) == (torch.bool, (16, 16))
+    for found, kind, shape in (
+        (sample.image, torch.float32, (3, 16, 16)), (sample.control, torch.float32, (3, 16, 16)),
+        (sample.mask, torch.uint8, (16, 16)), (sample.valid, torch.bool, (16, 16)),
+    ):  # fmt: skip
+        assert (found.dtype, found.shape) == (kind, shape)
     assert -1 <= sample.image.min() < -0.2 and 0.2 < sample.image.max() <= 1
     assert sample.control.min() >= 0 and sample.control.max() <= 1
     assert sample.caption == "a tree" and np.array_equal(sample.original.permute(1, 2, 0), read_image(split[0].image))
@@ -105,23 +101,14 @@ def test_pixels_survive_the_round_trip():
     assert to_uint8(torch.full((3, 1, 1), 2.0)).tolist() == [[[255, 255, 255]]]
 
 
-def test_controls_come_in_stacks():
-    mask = torch.tensor([[[0, 1]], [[1, 1]]], dtype=torch.uint8)
-    assert to_control(mask, PALETTE).shape == (2, 3, 1, 2)
-    assert torch.equal(to_control(mask, PALETTE)[0], to_control(mask[0].numpy(), PALETTE))
-
-
+SIDED = "a tree on the left", "a sky above", "Rightmost tree"
 REWRITE = AugmentConfig.parse("affine,sided_captions=rewrite")
 
 
 @pytest.fixture
 def captioned(split):
     """The same rows with several captions, some of which say a side."""
-    captions = [
-        ("a tree", "one tree", "trees"),
-        ("a tree on the left", "a sky above", "Rightmost tree"),
-        ("a sky", "leftovers"),
-    ]
+    captions = ("a tree", "one tree", "trees"), SIDED, ("a sky", "leftovers")
     records = tuple(record._replace(captions=said) for record, said in zip(split.records, captions, strict=True))
     return dataclasses.replace(split, records=records)
 
@@ -132,7 +119,7 @@ def test_one_of_several_captions_is_drawn_in_each_epoch(captioned):
         used = [dataset.sample(row, epoch).caption for epoch in range(30)]
         assert set(used) == set(captioned[row].captions)
         assert used == [
-            PairedDataset(captioned, 16, AUGMENTS["affine"], 0).sample(row, epoch).caption for epoch in range(30)
+            PairedDataset(captioned, 16, AUGMENTS["affine"], 0).caption(row, epoch, False) for epoch in range(30)
         ]
     other = PairedDataset(captioned, 16, AUGMENTS["affine"], seed=1)
     assert [other.caption(0, epoch, False) for epoch in range(30)] != [dataset.caption(0, e, False) for e in range(30)]

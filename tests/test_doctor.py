@@ -14,18 +14,10 @@ from segcn import cli
 from segcn.data.config import DoctorConfig
 from segcn.data.doctor import report
 from segcn.data.doctor.findings import FAULTS, NEAR, Finding, examine, nearest_hashes
-from segcn.data.doctor.report import (
-    as_json,
-    doctor_page,
-    find_report,
-    quarantine,
-    summary_lines,
-    validate,
-    write_doctor_report,
-)
+from segcn.data.doctor.report import as_json, doctor_page, find_report, quarantine, summary_lines, validate
 from segcn.data.doctor.scan import ImageFacts, MaskFacts, dhash, image_facts, mask_facts
 from segcn.data.masks import write_mask
-from segcn.data.metadata import COLUMNS, check_split, read_split, write_metadata
+from segcn.data.metadata import check_split, read_split, write_metadata
 from segcn.data.palette import Label, Palette
 from segcn.train.config import TrainConfig
 from segcn.train.setup import check_rows
@@ -41,8 +33,8 @@ def photo(seed, size=SIZE):
     return Image.fromarray(blocks.repeat(4, 0).repeat(4, 1).repeat(3, 2))
 
 
-def make_split(folder, rows, first=0):
-    """Pairs of 32 x 40 pixels that show both classes; the palette is for the caller to write."""
+def make_split(folder, rows, first=0, palette=None):
+    """Pairs of 32 x 40 pixels that show both classes."""
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
     mask = np.indices(SIZE).sum(0).astype(np.uint8) // 36
@@ -50,14 +42,14 @@ def make_split(folder, rows, first=0):
         photo(first + row).save(folder / f"images/{row}.png")
         write_mask(folder / f"masks/{row}.png", mask, PALETTE)
     write_metadata(folder, [(f"images/{k}.png", f"masks/{k}.png", f"a tree, number {k}") for k in range(rows)])
+    if palette:
+        palette.save(folder / "palette.json")
     return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    data = make_split(tmp_path / "pairs", 4)
-    PALETTE.save(data / "palette.json")
-    return data
+    return make_split(tmp_path / "pairs", 4, palette=PALETTE)
 
 
 @pytest.fixture
@@ -94,8 +86,7 @@ def test_a_clean_set_has_no_finding(folder, splits):
 
 
 def test_every_fault_of_a_file_is_found_whatever_else_is_wrong(tmp_path):
-    folder = make_split(tmp_path / "pairs", 10)
-    PALETTE.save(folder / "palette.json")
+    folder = make_split(tmp_path / "pairs", 10, palette=PALETTE)
     images, masks = ([folder / f"{kind}/{row}.png" for row in range(10)] for kind in ("images", "masks"))
     images[0].unlink()
     photo(1).save(images[1], format="BMP")
@@ -115,18 +106,11 @@ def test_every_fault_of_a_file_is_found_whatever_else_is_wrong(tmp_path):
     (folder / "metadata.csv").write_text(rows)
     findings = check(folder, max_pixels=10_000).findings
     assert [(item.kind, item.row, item.file) for item in findings] == [
-        ("missing", 0, "images/0.png"),
-        ("missing", 9, "x" * 300),
-        ("truncated", 1, "images/1.png"),
-        ("undecodable", 2, "masks/2.png"),
-        ("too_large", 3, "images/3.png"),
-        ("size", 4, "masks/4.png"),
-        ("rotation", 5, "masks/5.png"),
-        ("lossy_mask", 7, "masks/7.png"),
-        ("labels", 8, "masks/8.png"),
-        ("exif", 5, "images/5.png"),
-        ("exif", 6, "images/6.png"),
-    ]
+        ("missing", 0, "images/0.png"), ("missing", 9, "x" * 300), ("truncated", 1, "images/1.png"),
+        ("undecodable", 2, "masks/2.png"), ("too_large", 3, "images/3.png"), ("size", 4, "masks/4.png"),
+        ("rotation", 5, "masks/5.png"), ("lossy_mask", 7, "masks/7.png"), ("labels", 8, "masks/8.png"),
+        ("exif", 5, "images/5.png"), ("exif", 6, "images/6.png"),
+    ]  # fmt: skip
     assert "value 200 (32 pixels), value 9 (10 pixels)" in findings[8].message
 
 
@@ -146,15 +130,6 @@ def test_lines_that_cannot_be_read_are_collected(folder):
     findings = [item for item in check(folder).findings if item.severity == "error"]
     assert [(item.kind, item.line) for item in findings] == [("metadata", k) for k in (6, 7, 9)] + [("path", 8)]
     assert "0xe9" in findings[1].message and "\udce9" not in json.dumps([item.message for item in findings])
-
-
-def test_jsonl_rows_of_other_types_are_collected(folder):
-    (folder / "metadata.csv").unlink()
-    rows = [["images/0.png", "masks/0.png", 5], ["images/1.png", 1, "a"], ["images/2.png", "masks/2.png", "a tree"]]
-    lines = [json.dumps(dict(zip(COLUMNS, row, strict=True))) for row in rows]
-    (folder / "metadata.jsonl").write_text("\n".join([*lines, "{", "[]"]))
-    kinds = {(item.kind, item.line) for item in check(folder).errors}
-    assert kinds == {("caption", 1), ("metadata", 2), ("metadata", 4), ("metadata", 5)}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -180,11 +155,8 @@ def test_copies_within_a_split_and_across_splits(splits):
     changed[:2, :2] ^= 1
     Image.fromarray(changed).save(splits / "test/images/1.png")
     findings = check(splits).findings
-    assert [(item.kind, item.split, item.row) for item in findings] == [
-        ("leak", "test", 0),
-        ("near_duplicate", "test", 1),
-        ("duplicate", "train", 3),
-    ]
+    expected = [("leak", "test", 0), ("near_duplicate", "test", 1), ("duplicate", "train", 3)]
+    assert [(item.kind, item.split, item.row) for item in findings] == expected
     assert findings[1].other == ("train", 2) and "train line 4: images/2.png" in findings[1].message
 
 
@@ -224,6 +196,7 @@ def test_images_that_differ_in_one_pixel_are_no_copies(folder):
 def test_quarantine_parts_the_rows_and_overwrites_nothing(folder):
     (folder / "images/0.png").unlink()
     set_caption(folder, 2, "")
+    config = DoctorConfig(dataset_name=str(folder), quarantine=str(folder / "good.csv"))
     checkup = check(folder)
     assert "2 good rows, 2 bad ones" in quarantine(checkup, folder / "good.csv")
     good = read_split(folder / "good.csv")
@@ -235,7 +208,7 @@ def test_quarantine_parts_the_rows_and_overwrites_nothing(folder):
     with pytest.raises(UserError, match="is there already"):
         quarantine(checkup, folder / "good.csv")
     with pytest.raises(UserError, match="is there already"):
-        validate(DoctorConfig(dataset_name=str(folder), quarantine=str(folder / "good.csv")), log=len)
+        validate(config, log=len)
 
 
 def test_quarantine_keeps_every_caption(folder):
@@ -300,7 +273,7 @@ def test_the_command_writes_elsewhere_and_its_exit_code_says_whether_to_train(fo
 
 def test_training_trusts_a_report_on_these_very_files_and_refuses_one_with_errors(folder, tmp_path, monkeypatch):
     def reported():
-        write_doctor_report(check(folder), DoctorConfig(dataset_name=str(folder)))
+        report.write_doctor_report(check(folder), DoctorConfig(dataset_name=str(folder)))
         return find_report(read_split(folder))
 
     said = []

@@ -9,7 +9,20 @@ import zlib
 import malformed
 import numpy as np
 import pytest
-from malformed import COLORS, HEADER, MASK, PALETTE, csv_of, encoded, file_of, jsonl, photo
+from malformed import (
+    COLORS,
+    HEADER,
+    MASK,
+    PALETTE,
+    csv_of,
+    encoded,
+    exif_of,
+    file_of,
+    jsonl,
+    jsonl_of,
+    photo,
+    png_chunk,
+)
 from PIL import Image
 
 from segcn.data.dataset import PairedDataset
@@ -26,17 +39,6 @@ def caption(text, written=None):
     """(change, captions of the first row) of a metadata.csv with one row."""
     written = text if written is None else written
     return csv_of(f"{HEADER}\n{FIRST},{written}\n".encode()), (text,)
-
-
-def lines(*rows):
-    """(change, captions) of a metadata.jsonl of these objects or bytes."""
-
-    def change(folder):
-        (folder / "metadata.csv").unlink()
-        data = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-        (folder / "metadata.jsonl").write_bytes(b"\n".join(data))
-
-    return change
 
 
 def renamed(name):
@@ -61,10 +63,7 @@ def low_bit(bits):
     stream = zlib.compress(b"".join(b"\0" + row for row in packed(bits, np.where(MASK == 7, 1, MASK))))
     header = struct.pack(">IIBBBBB", MASK.shape[1], MASK.shape[0], bits, 0, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", stream), (b"IEND", b""))
-    data = (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(data)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(png_chunk, *zip(*chunks, strict=True)))
 
 
 def white_is_zero(bits):
@@ -72,16 +71,9 @@ def white_is_zero(bits):
     ids = np.where(MASK == 7, 1, MASK)
     rows = b"".join(packed(bits, (2**bits - 1 - ids).astype(np.uint8)))
     tags = {
-        256: MASK.shape[1],
-        257: MASK.shape[0],
-        258: bits,
-        259: 1,
-        262: 0,
-        273: 8,
-        277: 1,
-        278: len(MASK),
+        256: MASK.shape[1], 257: MASK.shape[0], 258: bits, 259: 1, 262: 0, 273: 8, 277: 1, 278: len(MASK),
         279: len(rows),
-    }
+    }  # fmt: skip
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows + struct.pack("<H", len(tags)) + entries + bytes(4)
 
@@ -90,12 +82,6 @@ def indexed(mode, **options):
     image = Image.fromarray(MASK)
     image.putpalette(PALETTE.table.tobytes())
     return encoded(image.convert(mode) if mode != "P" else image, "PNG", **options)
-
-
-def exif_of(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
 
 
 def link_inside(folder):
@@ -129,37 +115,24 @@ METADATA = {
     "text first": (csv_of(f"text,{HEADER[:-5]}\na hill,{FIRST}\n"), ("a hill",)),
     "more columns": (csv_of(f"id,{HEADER},score\n7,{ROW},0.5\n"), ("a hill",)),
     "a million columns' worth": (csv_of(f"{HEADER},x" + "y" * 10**5 + f"\n{ROW},\n"), ("a hill",)),
-    "comma": caption("a hill, at dusk", '"a hill, at dusk"'),
-    "quotes": caption('a "red" house', '"a ""red"" house"'),
-    "quotes in a bare field": caption('a 5" pipe'),
-    "line break": caption("a hill\nat dusk", '"a hill\nat dusk"'),
+    "comma": caption("a hill, at dusk", '"a hill, at dusk"'), "quotes": caption('a "red" house', '"a ""red"" house"'),
+    "quotes in a bare field": caption('a 5" pipe'), "line break": caption("a hill\nat dusk", '"a hill\nat dusk"'),
     "Windows line break": caption("a hill\r\nat dusk", '"a hill\r\nat dusk"'),
-    "four lines": caption("a\n\nb, c\nd", '"a\n\nb, c\nd"'),
-    "accents": caption("un arbre isolé"),
-    "Chinese": caption("黄昏的山"),
-    "Arabic": caption("تلة عند الغسق"),
-    "emoji": caption("a 🌲 and a 👩‍🌾"),
-    "combining": caption("e\u0301te\u0301"),
-    "spaces around": caption("  a hill  "),
-    "a number": caption("2024"),
-    "NULL as a word": caption("NULL"),
-    "a formula": caption("=1+1"),
-    "HTML": caption("<b>a hill</b>"),
-    "100,000 letters": caption("hill " * 20_000),
-    "jsonl": (lines(jsonl(0)), ("a hill",)),
-    "jsonl, byte order mark": (lines(b"\xef\xbb\xbf" + json.dumps(jsonl(0)).encode()), ("a hill",)),
-    "jsonl, Windows line ends": (lines(json.dumps(jsonl(0)).encode() + b"\r"), ("a hill",)),
-    "jsonl, blank lines": (lines(b"", jsonl(0), b"  ", b""), ("a hill",)),
-    "jsonl, more keys": (lines(jsonl(0) | {"score": 0.5, "tags": [1, {"a": None}]}), ("a hill",)),
-    "jsonl, several captions": (lines(jsonl(0, text=["a hill", "a\nhill"])), ("a hill", "a\nhill")),
-    "jsonl, one caption in a list": (lines(jsonl(0, text=["a hill"])), ("a hill",)),
-    "jsonl, escapes": (lines(jsonl(0, text="\U0001f332 é")), ("\U0001f332 é",)),
-    "jsonl, a separator of lines": (
-        lines(json.dumps(jsonl(0, text="a\u2028b"), ensure_ascii=False).encode()),
-        ("a\u2028b",),
-    ),
+    "four lines": caption("a\n\nb, c\nd", '"a\n\nb, c\nd"'), "accents": caption("un arbre isolé"),
+    "Chinese": caption("黄昏的山"), "Arabic": caption("تلة عند الغسق"), "emoji": caption("a 🌲 and a 👩‍🌾"),
+    "combining": caption("e\u0301te\u0301"), "spaces around": caption("  a hill  "), "a number": caption("2024"),
+    "NULL as a word": caption("NULL"), "a formula": caption("=1+1"), "HTML": caption("<b>a hill</b>"),
+    "100,000 letters": caption("hill " * 20_000), "jsonl": (jsonl_of(jsonl(0)), ("a hill",)),
+    "jsonl, byte order mark": (jsonl_of(b"\xef\xbb\xbf" + json.dumps(jsonl(0)).encode()), ("a hill",)),
+    "jsonl, Windows line ends": (jsonl_of(json.dumps(jsonl(0)).encode() + b"\r"), ("a hill",)),
+    "jsonl, blank lines": (jsonl_of(b"", jsonl(0), b"  ", b""), ("a hill",)),
+    "jsonl, more keys": (jsonl_of(jsonl(0) | {"score": 0.5, "tags": [1, {"a": None}]}), ("a hill",)),
+    "jsonl, several captions": (jsonl_of(jsonl(0, text=["a hill", "a\nhill"])), ("a hill", "a\nhill")),
+    "jsonl, one caption in a list": (jsonl_of(jsonl(0, text=["a hill"])), ("a hill",)),
+    "jsonl, escapes": (jsonl_of(jsonl(0, text="\U0001f332 é")), ("\U0001f332 é",)),
+    "jsonl, a separator of lines": (jsonl_of(json.dumps(jsonl(0, text="a\u2028b"), ensure_ascii=False)), ("a\u2028b",)),
     "the same pair, another caption": (csv_of(f"{HEADER}\n{ROW}\n{FIRST},a lake\n"), ("a hill",)),
-}
+}  # fmt: skip
 PLACES = {
     name: renamed(f"images/{name}")
     for name in ("a b.png", "a..b.png", "..a.png", "é.png", "山.png", "100%.png", "#1.png", "a&b.png", "x'y.png",
@@ -172,50 +145,37 @@ MASKS = {
     "P": (indexed("P"), MASK),
     "P of few colors": (encoded(Image.open(io.BytesIO(indexed("P"))).copy(), "PNG", bits=4), MASK),
     "PA": (encoded(Image.merge("LA", [Image.fromarray(MASK), Image.fromarray(MASK)]), "PNG"), MASK),
-    "L": (encoded(MASK, "PNG"), MASK),
-    "1-bit": (
-        encoded(BLACK_AND_WHITE, "PNG"),
-        (MASK == 1).astype(int),
-    ),
-    "1-bit TIFF": (
-        encoded(BLACK_AND_WHITE, "TIFF"),
-        (MASK == 1).astype(int),
-    ),
-    "2-bit grey": (low_bit(2), np.where(MASK == 7, 1, MASK)),
-    "4-bit grey": (low_bit(4), np.where(MASK == 7, 1, MASK)),
+    "L": (encoded(MASK, "PNG"), MASK), "1-bit": (encoded(BLACK_AND_WHITE, "PNG"), (MASK == 1).astype(int)),
+    "1-bit TIFF": (encoded(BLACK_AND_WHITE, "TIFF"), (MASK == 1).astype(int)),
+    "2-bit grey": (low_bit(2), np.where(MASK == 7, 1, MASK)), "4-bit grey": (low_bit(4), np.where(MASK == 7, 1, MASK)),
     "2-bit grey TIFF, white is 0": (white_is_zero(2), np.where(MASK == 7, 1, MASK)),
     "4-bit grey TIFF, white is 0": (white_is_zero(4), np.where(MASK == 7, 1, MASK)),
     "I;16": (encoded(MASK.astype(np.uint16), "PNG"), MASK),
     "I;16 TIFF": (encoded(MASK.astype(np.uint16), "TIFF"), MASK),
     "I;16B TIFF": (encoded(Image.frombytes("I;16B", MASK.shape[::-1], MASK.astype(">u2").tobytes()), "TIFF"), MASK),
-    "32-bit TIFF": (encoded(MASK.astype(np.int32), "TIFF"), MASK),
-    "RGB": (encoded(COLORS, "PNG"), MASK),
-    "RGBA": (encoded(np.dstack([COLORS, MASK * 30]), "PNG"), MASK),
-    "RGB BMP": (encoded(COLORS, "BMP"), MASK),
-    "RGB PPM": (encoded(COLORS, "PPM"), MASK),
-    "lossless WebP": (encoded(COLORS, "WEBP", lossless=True), MASK),
+    "32-bit TIFF": (encoded(MASK.astype(np.int32), "TIFF"), MASK), "RGB": (encoded(COLORS, "PNG"), MASK),
+    "RGBA": (encoded(np.dstack([COLORS, MASK * 30]), "PNG"), MASK), "RGB BMP": (encoded(COLORS, "BMP"), MASK),
+    "RGB PPM": (encoded(COLORS, "PPM"), MASK), "lossless WebP": (encoded(COLORS, "WEBP", lossless=True), MASK),
     "GIF": (encoded(Image.open(io.BytesIO(indexed("P"))).copy(), "GIF", optimize=False), MASK),
     "compressed TIFF": (encoded(MASK, "TIFF", compression="tiff_lzw"), MASK),
     "unlabelled": (encoded(SEVEN.astype(np.uint8), "PNG"), SEVEN),
     "unlabelled, 16 bits": (encoded(SEVEN.astype(np.uint16), "PNG"), SEVEN),
     "all unlabelled": (encoded(np.full_like(MASK, 255), "PNG"), np.full_like(MASK, 255)),
-}
+}  # fmt: skip
 PHOTO = photo(0)
 GREY = PHOTO[..., 0]
 IMAGES = {
     "grey": (encoded(GREY, "PNG"), np.dstack([GREY] * 3)),
     "grey with alpha": (encoded(Image.fromarray(np.dstack([GREY, GREY]), "LA"), "PNG"), np.dstack([GREY] * 3)),
-    "alpha": (encoded(np.dstack([PHOTO, GREY]), "PNG"), PHOTO),
-    "palette": (encoded(COLORS, "PNG"), COLORS),
+    "alpha": (encoded(np.dstack([PHOTO, GREY]), "PNG"), PHOTO), "palette": (encoded(COLORS, "PNG"), COLORS),
     "16-bit grey": (encoded(GREY.astype(np.uint16) << 8, "PNG"), np.dstack([GREY] * 3)),
     "1-bit": (encoded(BLACK_AND_WHITE, "PNG"), np.dstack([(MASK == 1) * 255] * 3)),
-    "BMP": (encoded(PHOTO, "BMP"), PHOTO),
-    "TIFF": (encoded(PHOTO, "TIFF"), PHOTO),
+    "BMP": (encoded(PHOTO, "BMP"), PHOTO), "TIFF": (encoded(PHOTO, "TIFF"), PHOTO),
     "lossless WebP": (encoded(PHOTO, "WEBP", lossless=True), PHOTO),
     "JPEG 2000": (encoded(PHOTO, "JPEG2000", irreversible=False), PHOTO),
     "upside down": (encoded(PHOTO, "PNG", exif=exif_of(3)), PHOTO[::-1, ::-1]),
     "sideways": (encoded(PHOTO.transpose(1, 0, 2), "PNG", exif=exif_of(5)), PHOTO),
-}
+}  # fmt: skip
 
 
 def first_row(folder):

@@ -109,7 +109,7 @@ SAVED = {
     "L;2": lambda path, mask: Image.fromarray(mask).save(path, bits=2),
     "L;4": lambda path, mask: Image.fromarray(mask).save(path, bits=4),
     "TIFF whose 0 is white": lambda path, mask: Image.fromarray(mask).save(path, tiffinfo={262: 0}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", SAVED)
@@ -135,12 +135,8 @@ def test_survey_and_proposal_read_masks_as_training_does_however_they_were_saved
 
 def test_a_palette_file_keeps_its_colors_where_they_can_be_told_apart_and_255_is_unlabelled(tmp_path):
     palette = propose(write(tmp_path / "voc", blocks([0, 2, 15, 255]), SAVED["P"]))
-    assert [(x.id, x.color, x.ignore) for x in palette.labels] == [
-        (0, (0, 0, 0), False),
-        (2, (0, 128, 0), False),
-        (15, (192, 128, 128), False),
-        (255, (224, 224, 192), True),
-    ]
+    labels = (0, (0, 0, 0)), (2, (0, 128, 0)), (15, (192, 128, 128)), (255, (224, 224, 192))
+    assert [(x.id, x.color, x.ignore) for x in palette.labels] == [(*label, label[0] == 255) for label in labels]
     ramp = Palette(tuple(Label(k, str(k), (k, k, k)) for k in range(9)))
     paths = write(tmp_path / "ramp", blocks([1, 2, 3]), lambda path, mask: write_mask(path, mask, ramp))
     palette = propose(paths)

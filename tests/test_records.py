@@ -1,6 +1,5 @@
 """Promise: metadata.csv and metadata.jsonl are read exactly, and what is wrong is named with its line and its file."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcn.data.files import read_image
 from segcn.data.masks import write_mask
 from segcn.data.metadata import COLUMNS, check_split, hold_out, read_named_split, read_split, write_metadata
 from segcn.data.palette import Label, Palette
@@ -74,21 +72,6 @@ def test_a_failed_write_leaves_the_old_file(folder):
     assert not list(folder.glob(".*"))
 
 
-def test_jsonl_gives_the_same_rows(folder):
-    rows = read_split(folder).records
-    lines = [json.dumps(dict(zip(COLUMNS, (row.image_name, row.mask_name, row.caption), strict=True))) for row in rows]
-    (folder / "metadata.csv").unlink()
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
-    assert [record[2:] for record in read_split(folder).records] == [row[2:] for row in rows]
-
-
-def test_columns_are_read_by_name_and_others_are_left_alone(folder):
-    text = 'text,score,file_name,conditioning_image_file_name\n"a, b",0.5,images/1.png,masks/1.png\n\n'
-    (folder / "metadata.csv").write_text("\ufeff" + text, encoding="utf-8", newline="\r\n")
-    record = read_split(folder)[0]
-    assert (record.caption, record.image.parent.name, record.mask.parent.name) == ("a, b", "images", "masks")
-
-
 @pytest.mark.parametrize(
     ("text", "where", "words"),
     [  # malformed.py has hundreds; these are held to their words
@@ -151,22 +134,6 @@ def test_a_file_that_does_not_fit_is_named(folder):
     assert "line 2 (row 0): column file_name" in message()
 
 
-def test_a_photo_taken_sideways_is_turned_upright(folder):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.zeros((6, 4, 3), np.uint8)).save(folder / "images/0.png", exif=exif)
-    assert read_image(folder / "images/0.png").shape == (4, 6, 3)
-    check_split(read_split(folder))
-
-
-def test_grey_and_16_bit_photos_become_rgb(tmp_path):
-    Image.fromarray(np.full((2, 2), 7, np.uint8)).save(tmp_path / "l.png")
-    Image.fromarray(np.full((2, 2), 7 * 256, np.uint16)).save(tmp_path / "16.png")
-    for name in ("l.png", "16.png"):
-        image = read_image(tmp_path / name)
-        assert image.shape == (2, 2, 3) and image.dtype == np.uint8 and (image == 7).all()
-
-
 def test_the_fingerprint_changes_with_any_file(folder):
     before = read_split(folder).fingerprint
     assert before == read_split(folder).fingerprint == read_split(folder / "metadata.csv").fingerprint
@@ -175,7 +142,7 @@ def test_the_fingerprint_changes_with_any_file(folder):
 
 
 def test_reading_metadata_does_not_import_torch():
-    code = "import sys, segcn.records; sys.exit('torch' in sys.modules)"
+    code = "import sys, segcn.data.metadata; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

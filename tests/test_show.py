@@ -18,9 +18,12 @@ from segcn.notebook import plots
 from segcn.train.config import TrainConfig
 from segcn.utils.args import make, parse
 
-PALETTE = Palette(
-    (Label(0, "sky", (0, 0, 255)), Label(1, "grass", (0, 255, 0)), Label(9, "void", (9, 9, 9), ignore=True))
+SKY, GRASS, VOID = (
+    Label(0, "sky", (0, 0, 255)),
+    Label(1, "grass", (0, 255, 0)),
+    Label(9, "void", (9, 9, 9), ignore=True),
 )
+PALETTE = Palette((SKY, GRASS, VOID))
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +97,9 @@ def test_pictures_of_augmentation(train):
     sample = plots.least_in_frame(pairs, 0, epochs=4)
     assert sample.valid.sum() == min(pairs.sample(0, epoch).valid.sum() for epoch in range(4))
     for figure in (
-        plots.augmented(pairs, 0, draws=4),
-        plots.network_view(sample, 8),
-        plots.landings(pairs, 1, sample.draw),
-        plots.covered(pairs, 1, draws=2),
-        plots.fits(pairs, 0),
-        plots.mirrored_caption(pairs, 0),
-    ):
+        plots.augmented(pairs, 0, draws=4), plots.network_view(sample, 8), plots.landings(pairs, 1, sample.draw),
+        plots.covered(pairs, 1, draws=2), plots.fits(pairs, 0), plots.mirrored_caption(pairs, 0),
+    ):  # fmt: skip
         assert shows_something(figure)
 
 
@@ -158,9 +157,8 @@ def test_the_curve_of_faithfulness_marks_where_it_begins_and_is_best(tmp_path):
     assert "best: 80%" in words and "begins to obey\nat step 100" in words
     assert [dict(zip(*line.get_data(), strict=True)) for line in axes.lines][1] == shares
     bars = plots.class_faithfulness(entries, PALETTE).axes[0]
-    assert [label.get_text() for label in bars.get_yticklabels()] == [
-        "sky"
-    ] and "at step 100" in f"{bars.get_title()}{bars.get_title('left')}"
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["sky"]
+    assert "at step 100" in f"{bars.get_title()}{bars.get_title('left')}"
     assert all(shows_something(figure) for figure in (axes.figure, bars.figure))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     assert len(plots.progress(tmp_path).axes) == 2 and shows_something(plots.progress(tmp_path))
@@ -174,17 +172,10 @@ def test_nothing_measured_is_said():
 
 
 def test_only_some_step_lines_are_printed(capsys):
-    lines = [
-        "step 10/100  loss 0.5",
-        "step 50/100  loss 0.4",
-        "segmenter: step 100/100, loss 1",
-        "Saved x.",
-        "",
-        " 3%|#",
-    ]
-    for line in lines:
+    shown = ["step 50/100  loss 0.4", "segmenter: step 100/100, loss 1", "Saved x."]
+    for line in ("step 10/100  loss 0.5", *shown, "", " 3%|#"):
         plots.print_seldom(line)
-    assert capsys.readouterr().out.splitlines() == lines[1:4]
+    assert capsys.readouterr().out.splitlines() == shown
 
 
 def test_the_shown_command_gives_the_same_config():

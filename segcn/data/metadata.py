@@ -451,12 +451,7 @@ def finish_dataset(
 
 
 def save_row(
-    folder: str | Path,
-    image: np.ndarray,
-    mask: np.ndarray,
-    caption: str,
-    palette: Palette,
-    info: PngInfo | None = None,
+    folder: str | Path, image: np.ndarray, mask: np.ndarray, caption: str, palette: Palette, info: PngInfo | None = None
 ) -> int:
     """Append a row to a data set folder, which is a whole data set before and after; returns the row's number.
 
