@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub must fail
@@ -11,6 +12,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from segcn.data.metadata import read_split
+from segcn.generate.config import GenerateConfig
+from segcn.generate.pipeline import Pipeline
+from segcn.generate.writer import generate_dataset
 from segcn.models.base import load_base
 from segcn.models.controlnet import make_controlnet
 from segcn.samples.landscapes.scene import write_landscapes
@@ -59,6 +64,39 @@ def random_controlnet(random_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "controlnet"
     make_controlnet(load_base(random_base).unet).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(random_base):
+    """The random base, loaded once a test file."""
+    return load_base(str(random_base))
+
+
+@pytest.fixture(scope="module")
+def pipeline(base, landscapes):
+    """That base with a ControlNet that has learnt nothing."""
+    return Pipeline(base, make_controlnet(base.unet).eval(), read_split(landscapes, "test").palette, "random")
+
+
+@pytest.fixture
+def config(random_base, landscapes, tmp_path):
+    """The settings that generate an image for each of the six test masks in two steps; some files have their own."""
+    given = {"pretrained_model_name_or_path": str(random_base), "controls": str(landscapes)}
+    return make(GenerateConfig, "tiny", **given, output_dir=str(tmp_path / "out"), num_inference_steps=2, batch_size=4)
+
+
+@pytest.fixture
+def write(config, pipeline):
+    """Generate with these changes of the settings; the folder."""
+    return lambda log=print, **changes: generate_dataset(replace(config, **changes), pipeline, log)
+
+
+@pytest.fixture(scope="module")
+def warm():
+    """Where processes that are killed start fast."""
+    from kills import warm_context
+
+    return warm_context()
 
 
 @pytest.fixture(scope="session")

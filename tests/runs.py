@@ -1,7 +1,18 @@
-"""What a run folder holds, for tests that compare runs."""
+"""What a folder holds, for tests that compare runs and generated sets; one process without a launcher."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+
+from segcn.utils.io import LOCK
+
+ALONE = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, wait_for_everyone=lambda: None)
+
+
+def tree(folder):
+    """The bytes of every file but the lock."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != LOCK]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def weights(folder):

@@ -3,28 +3,20 @@
 import os
 import shutil
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from runs import ALONE
 from torch.utils.data import DataLoader
 
 from segcn.data.dataset import PairedDataset
 from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import read_split
 from segcn.data.transforms import AUGMENTS
-from segcn.models.base import load_base
 from segcn.train import latent_cache, setup
 from segcn.train.batches import Examples, Plan
 from segcn.train.latent_cache import parse_limit
 from segcn.utils.errors import UserError
-
-ALONE = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, wait_for_everyone=lambda: None)
-
-
-@pytest.fixture(scope="module")
-def base(random_base):
-    return load_base(str(random_base))
 
 
 @pytest.fixture
@@ -62,11 +54,10 @@ def test_a_wrong_flag_is_refused_with_what_is_expected(text):
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
-    [("unreadable", "cannot be read"), ("other size", "found 64 x 40"), ("undeclared", "200")],
+    ("fault", "found"), [("unreadable", "cannot be read"), ("other size", "found 64 x 40"), ("undeclared", "200")]
 )
 @pytest.mark.parametrize("cached", [True, False])
-def test_by_default_the_run_ends_with_file_and_row_and_leaves_no_thread(rows, base, tmp_path, fault, said, cached):
+def test_by_default_the_run_ends_with_file_and_row_and_leaves_no_thread(rows, base, tmp_path, fault, found, cached):
     spoil(rows, 5, fault)
     before = set(threading.enumerate())
     with pytest.raises(UserError) as caught:
@@ -76,21 +67,20 @@ def test_by_default_the_run_ends_with_file_and_row_and_leaves_no_thread(rows, ba
             examples(rows)[0, 5]
     assert not [thread for thread in set(threading.enumerate()) - before if "ThreadPool" in thread.name]
     record = rows.split[5]
-    spoiled = record.image if fault == "unreadable" else record.mask
-    assert "metadata.csv, line 7 (row 5)" in str(caught.value) and f"{spoiled.parent.name}/{spoiled.name}" in str(
-        caught.value
-    )
-    assert said in str(caught.value) and ("--on_bad_sample skip:1 trains" in str(caught.value)) == cached
+    spoiled, message = record.image if fault == "unreadable" else record.mask, str(caught.value)
+    for words in ("metadata.csv, line 7 (row 5)", f"{spoiled.parent.name}/{spoiled.name}", found):
+        assert words in message
+    assert ("--on_bad_sample skip:1 trains" in message) == cached
 
 
 def test_the_message_is_the_same_from_a_worker(rows):
     spoil(rows, 5)
-    said = []
+    messages = []
     for workers in (0, 1):
         with pytest.raises(UserError) as caught:
             list(DataLoader(examples(rows), batch_sampler=Plan(12, 0, 0, 6, 1, 2), num_workers=workers))
-        said.append(str(caught.value))
-    assert said[0] == said[1] and "Traceback" not in said[0] and "row 5" in said[0]
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and "Traceback" not in messages[0] and "row 5" in messages[0]
 
 
 def test_the_next_good_row_is_used_with_the_noise_of_the_bad_one(rows, base, tmp_path):
@@ -120,9 +110,8 @@ def test_the_marks_of_a_cache_stay_and_a_strict_run_refuses_them(rows, base, tmp
     monkeypatch.setattr(latent_cache, "encode_moments", None)
     assert list(latent_cache.build(folder, rows, base, 1, ALONE, print, bad_limit=1).bad) == [3]
     spoiled = rows.split[3].image
-    with pytest.raises(
-        UserError, match=rf"1 that could not be read(?s:.*row 3\).*{spoiled}.*)skip:1 .* or .*rm -r {folder}"
-    ):
+    expected = rf"1 that could not be read(?s:.*row 3\).*{spoiled}.*)skip:1 .* or .*rm -r {folder}"
+    with pytest.raises(UserError, match=expected):
         latent_cache.build(folder, rows, base, 1, ALONE, print)
 
 

@@ -108,14 +108,10 @@ def test_no_whole_checkpoint_is_an_error_not_a_restart(tmp_path):
     assert checkpoint.find_latest(tmp_path / "empty", print) is None
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space"),
-        OSError(errno.EDQUOT, "quota"),
-        Exception("I/O error: No space left on device (os error 28)"),
-    ],
-)
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space"), OSError(errno.EDQUOT, "quota"),
+    Exception("I/O error: No space left on device (os error 28)"),
+])  # fmt: skip
 def test_a_disk_that_fills_leaves_the_previous_checkpoint_and_is_named(tmp_path, error):
     commit(tmp_path, 1)
 
@@ -154,7 +150,7 @@ def test_on_a_real_disk_that_is_full_the_error_names_it(tmp_path):
     assert code == 0
 
 
-def test_another_failure_of_a_save_goes_on_as_it_is(tmp_path):
+def test_another_failure_of_a_save_is_raised_as_it_is(tmp_path):
     def fail(stage):
         raise ValueError("a tensor of ours")
 
@@ -166,32 +162,25 @@ def test_another_failure_of_a_save_goes_on_as_it_is(tmp_path):
 def test_prune_keeps_the_newest_and_the_named(tmp_path):
     for step in (1, 2, 3, 10):
         commit(tmp_path, step)
-    checkpoint.prune(tmp_path, 2, keep=["checkpoint-1"])
-    assert list(checkpoint.steps(tmp_path)) == [1, 3, 10]
-    checkpoint.prune(tmp_path, 2)
-    assert list(checkpoint.steps(tmp_path)) == [3, 10]
-    checkpoint.prune(tmp_path, None)
-    assert list(checkpoint.steps(tmp_path)) == [3, 10]
+    for limit, keep, left in ((2, ["checkpoint-1"], [1, 3, 10]), (2, [], [3, 10]), (None, [], [3, 10])):
+        checkpoint.prune(tmp_path, limit, keep=keep)
+        assert list(checkpoint.steps(tmp_path)) == left
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_optimizer_state_survives_bit_for_bit(tmp_path, layout):
-    def make():
-        torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(9, 8, 3, 2).to(memory_format=layout))
-        return weight, torch.optim.AdamW([weight], lr=0.1)
-
     def step(weight, optimizer, count):
         for _ in range(count):
             weight.square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
+        return optimizer
 
-    straight, optimizer = make()
-    step(straight, optimizer, 4)
-    resumed, optimizer = make()
-    step(resumed, optimizer, 2)
-    checkpoint.save_optimizer(optimizer, tmp_path / "o.safetensors")
+    start = torch.randn(9, 8, 3, 2)
+    straight, resumed = (torch.nn.Parameter(start.clone().to(memory_format=layout)) for _ in range(2))
+    step(straight, torch.optim.AdamW([straight], lr=0.1), 4)
+    saved = step(resumed, torch.optim.AdamW([resumed], lr=0.1), 2)
+    checkpoint.save_optimizer(saved, tmp_path / "o.safetensors")
     fresh = torch.optim.AdamW([resumed], lr=0.7)
     checkpoint.load_optimizer(fresh, tmp_path / "o.safetensors")
     step(resumed, fresh, 2)

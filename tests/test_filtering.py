@@ -1,6 +1,6 @@
 """Promise: an image that does not obey its mask is generated again, in the end dropped; every score is recorded."""
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -8,26 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import tree
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from segcn.data.metadata import check_split, read_split
 from segcn.generate import filtering, writer
-from segcn.generate.config import GenerateConfig
 from segcn.generate.filtering import Filter, generate_filtered
-from segcn.generate.pipeline import Pipeline
-from segcn.generate.writer import generate_dataset, records_of
+from segcn.generate.writer import records_of
 from segcn.models import segmenter as segmenters
-from segcn.models.base import load_base
-from segcn.models.controlnet import make_controlnet
 from segcn.models.segmenter import SegmenterConfig, build_segmenter, train_segmenter
-from segcn.utils.args import make
 from segcn.utils.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def pipeline(random_base, landscapes):
-    base = load_base(random_base)
-    return Pipeline(base, make_controlnet(base.unet).eval(), read_split(landscapes, "test").palette, "random")
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +29,13 @@ def segmenter(landscapes, tmp_path_factory):
 
 
 @pytest.fixture
-def config(random_base, landscapes, segmenter, tmp_path):
-    return make(
-        GenerateConfig,
-        "tiny",
-        pretrained_model_name_or_path=str(random_base),
-        controls=str(landscapes),
-        output_dir=str(tmp_path / "out"),
-        segmenter=str(segmenter),
-        num_inference_steps=2,
-        batch_size=4,
-    )
+def config(config, segmenter):
+    return replace(config, segmenter=str(segmenter))
 
 
 @pytest.fixture
 def noise_images(monkeypatch):
-    """Images are noise, by what the image's noise depends on."""
+    """Images are noise, by row and attempt."""
 
     def noise(pipeline, masks, captions, rows, settings, size):
         return np.stack([np.random.default_rng(row).integers(0, 256, (*size, 3), np.uint8) for row in rows])
@@ -76,22 +57,22 @@ class Scripted:
 
 def scripted(scores):
     """A function that makes images with these scores by (image, attempt), and its calls."""
-    asked = []
+    calls = []
 
     def make_images(which, attempt):
-        asked.append((attempt, which))
+        calls.append((attempt, which))
         return [np.full((2, 2, 3), scores[one][attempt], np.uint8) for one in which]
 
-    return make_images, asked
+    return make_images, calls
 
 
 MASKS = [np.zeros((2, 2), np.uint8)] * 3
 
 
 def test_only_failures_are_generated_again_and_the_best_of_each_is_taken():
-    make_images, asked = scripted([[70], [10, 65], [50, 20, 30, 40]])
+    make_images, calls = scripted([[70], [10, 65], [50, 20, 30, 40]])
     made = generate_filtered(make_images, MASKS, Scripted())
-    assert asked == [(0, [0, 1, 2]), (1, [1, 2]), (2, [2]), (3, [2])]
+    assert calls == [(0, [0, 1, 2]), (1, [1, 2]), (2, [2]), (3, [2])]
     assert [(one.kept, one.attempt, one.scores) for one in made] == [
         (True, 0, [0.7]), (True, 1, [0.1, 0.65]), (False, 0, [0.5, 0.2, 0.3, 0.4]),
     ]  # fmt: skip
@@ -99,9 +80,9 @@ def test_only_failures_are_generated_again_and_the_best_of_each_is_taken():
 
 
 def test_without_a_filter_each_is_generated_once():
-    make_images, asked = scripted([[0], [0], [0]])
+    make_images, calls = scripted([[0], [0], [0]])
     made = generate_filtered(make_images, MASKS, None)
-    assert asked == [(0, [0, 1, 2])] and all(one.kept and one.scores == [] for one in made)
+    assert calls == [(0, [0, 1, 2])] and all(one.kept and one.scores == [] for one in made)
 
 
 def test_a_score_is_the_miou_over_the_classes_of_the_mask():
@@ -117,9 +98,9 @@ def test_a_score_is_the_miou_over_the_classes_of_the_mask():
     assert criterion.score(seen, np.full((6, 7), 255, np.uint8)) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("fit", "looked_at"), [("crop", slice(4, 20)), ("pad", slice(0, 24)), ("stretch", slice(0, 24))]
-)
+@pytest.mark.parametrize("fit, looked_at", [
+    ("crop", slice(4, 20)), ("pad", slice(0, 24)), ("stretch", slice(0, 24)),
+])  # fmt: skip
 def test_what_is_predicted_lies_where_it_is_in_the_image(monkeypatch, fit, looked_at):
     segmenter = build_segmenter(9, 8)
     segmenter.settings = {"resolution": 16, "fit": fit}
@@ -139,13 +120,11 @@ def test_pixels_in_which_another_class_is_seen_are_ignored_in_the_written_mask()
     assert made.mask.tolist() == [[3, 255], [255, 3]] and made.ignored == 0.25 and mask[0, 1] == 5
 
 
-def test_what_passes_is_the_set_and_what_does_not_is_recorded_and_shown(config, pipeline, noise_images, tmp_path):
-    scored = generate_dataset(dataclasses.replace(config, min_miou=0.0, output_dir=str(tmp_path / "all")), pipeline)
-    scores = [record["miou"] for record in records_of(scored)]
+def test_what_passes_is_the_set_and_what_does_not_is_recorded_and_shown(write, noise_images, tmp_path):
+    scores = [record["miou"] for record in records_of(write(min_miou=0.0, output_dir=str(tmp_path / "all")))]
     assert len(set(scores)) > 2 and all(0 <= score <= 1 for score in scores)
     wanted = sorted(scores)[3]
-    given = dataclasses.replace(config, min_miou=wanted, max_attempts=2)
-    out = generate_dataset(given, pipeline)
+    out = write(min_miou=wanted, max_attempts=2)
     records = list(records_of(out))
     assert [record["image"] for record in records] == list(range(6)) and not all(record["kept"] for record in records)
     for record, first in zip(records, scores, strict=True):
@@ -156,61 +135,56 @@ def test_what_passes_is_the_set_and_what_does_not_is_recorded_and_shown(config, 
     check_split(read_split(out))
     assert [row.image_name for row in read_split(out).records] == kept
     rows = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
-    assert len(rows) == len(kept)
-    assert Image.open(out / "filtering.png").size[0] > 500
+    assert len(rows) == len(kept) and Image.open(out / "filtering.png").size[0] > 500
     assert f"| dropped | {6 - len(kept)} |" in (out / "README.md").read_text()
 
 
-def test_a_filtered_set_that_was_cut_ends_with_the_same_bytes(config, pipeline, noise_images, tmp_path):
-    given = dataclasses.replace(config, min_miou=0.1, max_attempts=2, ignore_disagreement=True, limit=5)
-    out = generate_dataset(given, pipeline)
-    whole = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file() and path.suffix}
+def test_a_filtered_set_that_was_cut_ends_with_the_same_bytes(write, noise_images):
+    given = {"min_miou": 0.1, "max_attempts": 2, "ignore_disagreement": True, "limit": 5}
+    out = write(**given)
+    whole = tree(out)
     for name in ("metadata.csv", *[record["file_name"] for record in records_of(out) if record["kept"]][:2]):
         (out / name).unlink()
-    generate_dataset(given, pipeline)
-    assert {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file() and path.suffix} == whole
+    write(**given)
+    assert tree(out) == whole
 
 
-def test_where_nothing_passes_the_best_score_is_named(config, pipeline, noise_images):
-    given = dataclasses.replace(config, min_miou=1.0, max_attempts=1, limit=2)
+def test_where_nothing_passes_the_best_score_is_named(config, write, noise_images):
     with pytest.raises(UserError, match=r"no image reached --min_miou 1.0; the best has 0\.\d+, see .*filtering.png"):
-        generate_dataset(given, pipeline)
+        write(min_miou=1.0, max_attempts=1, limit=2)
     assert not Path(config.output_dir, "metadata.csv").exists() and Path(config.output_dir, "filtering.png").is_file()
 
 
 def test_without_a_segmenter_one_is_trained_once_on_the_real_training_rows(
-    config, pipeline, noise_images, landscapes, tmp_path, monkeypatch
+    write, noise_images, landscapes, tmp_path, monkeypatch
 ):
     trained = []
 
     def train(split, settings, folder, log, device):
         trained.append((split.metadata, settings.resolution))
-        return train_segmenter(split, dataclasses.replace(settings, steps=1, width=8), folder, log)
+        return train_segmenter(split, replace(settings, steps=1, width=8), folder, log)
 
     monkeypatch.setattr(segmenters, "train_segmenter", train)
-    said = []
+    lines, given = [], {"segmenter": None, "min_miou": 0.0}
     for name in ("a", "b"):
-        given = dataclasses.replace(config, segmenter=None, min_miou=0.0, output_dir=str(tmp_path / name))
-        generate_dataset(given, pipeline, said.append)
+        write(lines.append, **given, output_dir=str(tmp_path / name))
     assert trained == [(landscapes / "train" / "metadata.csv", 64)]
-    assert sum("reused" in line for line in said) == 1
-    masks = dataclasses.replace(given, controls=str(landscapes / "test" / "masks"), prompt="a lake",
-                                palette=str(landscapes / "palette.json"), output_dir=str(tmp_path / "c"))  # fmt: skip
+    assert sum("reused" in line for line in lines) == 1
+    given |= {"palette": str(landscapes / "palette.json"), "output_dir": str(tmp_path / "c")}
     with pytest.raises(UserError, match="--segmenter DIR"):
-        generate_dataset(masks, pipeline)
+        write(**given, controls=str(landscapes / "test" / "masks"), prompt="a lake")
 
 
-def test_a_segmenter_of_other_classes_is_refused(config, pipeline, noise_images, segmenter, tmp_path):
-    other = tmp_path / "other"
+def test_a_segmenter_of_other_classes_is_refused(config, write, noise_images, tmp_path):
     split = read_split(config.controls, "train")
-    labels = tuple(dataclasses.replace(label, name=f"{label.name}s") for label in split.palette.labels)
-    renamed = dataclasses.replace(split, palette=dataclasses.replace(split.palette, labels=labels))
-    train_segmenter(renamed, SegmenterConfig(steps=1, width=8, resolution=64), other, str)
+    labels = tuple(replace(label, name=f"{label.name}s") for label in split.palette.labels)
+    renamed = replace(split, palette=replace(split.palette, labels=labels))
+    train_segmenter(renamed, SegmenterConfig(steps=1, width=8, resolution=64), tmp_path / "other", str)
     with pytest.raises(UserError, match="another palette"):
-        generate_dataset(dataclasses.replace(config, segmenter=str(other), min_miou=0.5), pipeline)
+        write(segmenter=str(tmp_path / "other"), min_miou=0.5)
 
 
-def test_another_threshold_in_the_same_folder_is_refused(config, pipeline, noise_images):
-    generate_dataset(dataclasses.replace(config, min_miou=0.0), pipeline)
+def test_another_threshold_in_the_same_folder_is_refused(write, noise_images):
+    write(min_miou=0.0)
     with pytest.raises(UserError, match=r"min_miou: was 0.0, is 0.5"):
-        generate_dataset(dataclasses.replace(config, min_miou=0.5), pipeline)
+        write(min_miou=0.5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from segcn.generate import infer as inferring
 from segcn.generate.config import InferConfig, SampleConfig
 from segcn.generate.infer import infer, read_settings
 from segcn.generate.pipeline import Pipeline, load_pipeline
-from segcn.models.base import base_fingerprint, load_base
+from segcn.models.base import base_fingerprint
 from segcn.models.controlnet import load_controlnet
 from segcn.utils.args import make, parse
 from segcn.utils.errors import UserError
@@ -23,20 +24,16 @@ from segcn.utils.errors import UserError
 @pytest.fixture
 def config(random_base, random_controlnet, landscapes, tmp_path):
     return make(
-        InferConfig,
-        "tiny",
-        pretrained_model_name_or_path=str(random_base),
+        InferConfig, "tiny", pretrained_model_name_or_path=str(random_base),
         controlnet_model_name_or_path=str(random_controlnet),
-        control=str(landscapes / "test" / "masks" / "000000.png"),
-        prompt=["a lake", "a house"],
-        num_inference_steps=2,
-        out=str(tmp_path / "grid.png"),
-    )
+        control=str(landscapes / "test" / "masks" / "000000.png"), prompt=["a lake", "a house"],
+        num_inference_steps=2, out=str(tmp_path / "grid.png"),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def pipeline(random_base, random_controlnet, landscapes):
-    base, palette = load_base(random_base), read_split(landscapes, "test").palette
+def pipeline(base, random_controlnet, landscapes):
+    palette = read_split(landscapes, "test").palette
     return Pipeline(base, load_controlnet(random_controlnet).eval(), palette, str(random_controlnet))
 
 
@@ -45,11 +42,17 @@ def loaded_once(monkeypatch, pipeline):
     monkeypatch.setattr(inferring, "load_pipeline", lambda *_: pipeline)
 
 
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Loading a network fails the test."""
+    monkeypatch.setattr(inferring, "load_pipeline", lambda *_: pytest.fail("loaded"))
+
+
 def test_prompts_are_rows_and_seeds_are_columns_and_nothing_is_overwritten(config, tmp_path):
-    grid = np.asarray(Image.open(infer(dataclasses.replace(config, seeds=[3, 9, 3]))))
+    grid = np.asarray(Image.open(infer(replace(config, seeds=[3, 9, 3]))))
     assert grid.shape == (128, 192, 3)
     assert (grid[:, :64] == grid[:, 128:]).all() and (grid[:, :64] != grid[:, 64:128]).any()
-    alone = dataclasses.replace(config, prompt=["a house"], seed=9, out=str(tmp_path / "one.png"))
+    alone = replace(config, prompt=["a house"], seed=9, out=str(tmp_path / "one.png"))
     one = np.asarray(Image.open(infer(alone))).astype(int)
     assert np.abs(one - grid[64:, 64:128]).max() <= 1
     with pytest.raises(UserError, match="exists"):
@@ -57,10 +60,10 @@ def test_prompts_are_rows_and_seeds_are_columns_and_nothing_is_overwritten(confi
 
 
 def test_the_image_holds_every_setting_and_can_be_made_again_from_them(config, tmp_path):
-    asked = dataclasses.replace(config, prompt=['<b>"a lake"</b> 草'], num_images=2, guidance_scale=3.5)
-    found = read_settings(infer(asked))
+    wanted = replace(config, prompt=['<b>"a lake"</b> 草'], num_images=2, guidance_scale=3.5)
+    found = read_settings(infer(wanted))
     assert set(found["settings"]) == {field.name for field in dataclasses.fields(SampleConfig)}
-    assert found["prompt"] == asked.prompt and found["seeds"] == [[0, 0], [0, 1]] and found["control"] == "000000.png"
+    assert found["prompt"] == wanted.prompt and found["seeds"] == [[0, 0], [0, 1]] and found["control"] == "000000.png"
     assert found["base_fingerprint"] == base_fingerprint(config.pretrained_model_name_or_path)
     assert len(found["controlnet_weights"]) == 16
     again = InferConfig(**found["settings"], control=config.control, prompt=found["prompt"], num_images=2,
@@ -80,10 +83,10 @@ def test_any_size_that_the_base_takes_is_generated_and_another_is_named(config, 
     split = read_split(landscapes, "test")
     for name, shape in (("wide", (32, 72)), ("odd", (32, 70))):
         write_mask(tmp_path / f"{name}.png", np.zeros(shape, np.uint8), split.palette)
-    wide = dataclasses.replace(config, control=str(tmp_path / "wide.png"), palette=str(landscapes / "palette.json"))
+    wide = replace(config, control=str(tmp_path / "wide.png"), palette=str(landscapes / "palette.json"))
     assert Image.open(infer(wide)).size == (72, 64)
     with pytest.raises(UserError, match="70 x 32"):
-        infer(dataclasses.replace(wide, control=str(tmp_path / "odd.png"), out=str(tmp_path / "odd_out.png")))
+        infer(replace(wide, control=str(tmp_path / "odd.png"), out=str(tmp_path / "odd_out.png")))
 
 
 @pytest.mark.parametrize("changed, found", [
@@ -91,29 +94,25 @@ def test_any_size_that_the_base_takes_is_generated_and_another_is_named(config, 
     ({"out": "/proc/nowhere/o.png"}, "cannot be written"), ({"out": "o.jpg"}, "ends in .png"),
     ({"num_images": 0}, "--num_images"),
 ])  # fmt: skip
-def test_what_cannot_be_is_named_before_a_network_is_loaded(config, monkeypatch, changed, found):
-    monkeypatch.setattr(inferring, "load_pipeline", lambda *_: pytest.fail("loaded"))
+def test_what_cannot_be_is_named_before_a_network_is_loaded(config, no_loading, changed, found):
     with pytest.raises(UserError, match=found):
-        infer(dataclasses.replace(config, **changed))
+        infer(replace(config, **changed))
 
 
 @pytest.mark.parametrize("content, found", [(b"", "cannot be read"), (png_begun(30000, 30000), "too large")], ids="01")
 def test_a_broken_or_huge_mask_is_named_before_a_network_is_loaded(
-    config, landscapes, tmp_path, monkeypatch, content, found
+    config, landscapes, tmp_path, no_loading, content, found
 ):
     (tmp_path / "mask.png").write_bytes(content)
-    monkeypatch.setattr(inferring, "load_pipeline", lambda *_: pytest.fail("loaded"))
-    own = dataclasses.replace(config, control=str(tmp_path / "mask.png"), palette=str(landscapes / "palette.json"))
     with pytest.raises(UserError, match=f"mask.png.*{found}"):
-        infer(own)
+        infer(replace(config, control=str(tmp_path / "mask.png"), palette=str(landscapes / "palette.json")))
 
 
-def test_a_broken_palette_beside_the_mask_is_named(config, landscapes, tmp_path, monkeypatch):
+def test_a_broken_palette_beside_the_mask_is_named(config, tmp_path, no_loading):
     shutil.copy(config.control, tmp_path / "mask.png")
     (tmp_path / "palette.json").write_text("{")
-    monkeypatch.setattr(inferring, "load_pipeline", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"palette\.json"):
-        infer(dataclasses.replace(config, control=str(tmp_path / "mask.png")))
+        infer(replace(config, control=str(tmp_path / "mask.png")))
 
 
 def test_a_controlnet_that_is_not_there_is_named(random_base, landscapes):
@@ -128,4 +127,4 @@ def test_a_mask_of_unknown_colors_is_named_without_a_palette_of_its_own_too(conf
     palette = read_split(landscapes, "test").palette
     monkeypatch.setattr(inferring, "load_pipeline", lambda *_: Pipeline(None, None, palette, "none"))
     with pytest.raises(UserError, match=r"color \[1, 2, 3\] \(4096 pixels\)"):
-        infer(dataclasses.replace(config, control=str(tmp_path / "mask.png")))
+        infer(replace(config, control=str(tmp_path / "mask.png")))

@@ -1,7 +1,7 @@
 """Promise: our denoising loop gives the images of diffusers' pipeline, computes nothing twice, and can be replaced."""
 
 import copy
-import dataclasses
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +14,7 @@ from segcn.data.masks import read_mask
 from segcn.data.metadata import read_split
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline, control_at, diffusers_pipeline, first_noise, generate, load_pipeline
-from segcn.models.base import decode, encode_text, load_base
+from segcn.models.base import decode, encode_text
 from segcn.models.controlnet import make_controlnet
 from segcn.utils import rng
 from segcn.utils.args import make
@@ -25,9 +25,8 @@ SETTINGS = SampleConfig(num_inference_steps=4, guidance_scale=5.0, negative_prom
 
 
 @pytest.fixture(scope="module")
-def loud(random_base, landscapes):
+def loud(base, landscapes):
     """A pipeline whose ControlNet has an effect."""
-    base = load_base(random_base)
     controlnet = make_controlnet(base.unet).eval()
     for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
         block.weight.data += 0.3
@@ -46,17 +45,19 @@ def masks(landscapes):
     return np.stack([read_mask(record.mask, split.palette) for record in split.records[:2]])
 
 
+@pytest.fixture
+def images(pipeline, masks):
+    """A function from changed settings to the images of the first two masks."""
+    return lambda **changes: generate(pipeline, masks, CAPTIONS, ROWS, replace(SETTINGS, **changes))
+
+
 def by_diffusers(pipeline, masks, settings, **more):
     """The same images by diffusers' own pipeline, in one call."""
     pipe = diffusers_pipeline(pipeline.base, settings, pipeline.controlnet if masks is not None else None)
     size = (64, 64) if masks is None else masks.shape[1:]
     if masks is not None:
-        more |= {
-            "image": to_control(masks, pipeline.palette),
-            "controlnet_conditioning_scale": settings.controlnet_conditioning_scale,
-            "control_guidance_start": settings.control_guidance_start,
-            "control_guidance_end": settings.control_guidance_end,
-        }
+        names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+        more |= {name: getattr(settings, name) for name in names} | {"image": to_control(masks, pipeline.palette)}
     images = pipe(
         prompt=CAPTIONS, negative_prompt=[settings.negative_prompt] * 2, height=size[0], width=size[1],
         num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
@@ -79,33 +80,26 @@ def sizes_seen(network):
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
 @pytest.mark.parametrize("scheduler", ["dpm", "unipc", "ddim"])
-def test_every_scheduler_gives_the_images_of_diffusers_pipeline(pipeline, masks, scheduler, kind):
-    config = pipeline.base.scheduler.config
-    pipeline.base.scheduler = DDPMScheduler.from_config(
-        config, prediction_type=kind, rescale_betas_zero_snr=kind[0] == "v"
-    )
-    settings = dataclasses.replace(SETTINGS, scheduler=scheduler)
-    ours = generate(pipeline, masks, CAPTIONS, ROWS, settings)
+def test_every_scheduler_gives_the_images_of_diffusers_pipeline(pipeline, masks, images, scheduler, kind):
+    kinds = {"prediction_type": kind, "rescale_betas_zero_snr": kind == "v_prediction"}
+    pipeline.base.scheduler = DDPMScheduler.from_config(pipeline.base.scheduler.config, **kinds)
+    ours = images(scheduler=scheduler)
     assert ours.shape == (2, 64, 64, 3) and ours.std() > 10 and apart(ours[0], ours[1]) > 10
-    assert apart(ours, by_diffusers(pipeline, masks, settings)) <= 1
+    assert apart(ours, by_diffusers(pipeline, masks, replace(SETTINGS, scheduler=scheduler))) <= 1
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"guidance_scale": 1.0},
-        {"controlnet_conditioning_scale": 0.5, "control_guidance_start": 0.25, "control_guidance_end": 0.75},
-    ],
-)
-def test_without_guidance_and_with_a_window_of_the_mask_it_is_diffusers_too(pipeline, masks, changes):
-    settings = dataclasses.replace(SETTINGS, **changes)
-    ours = generate(pipeline, masks, CAPTIONS, ROWS, settings)
-    assert apart(ours, by_diffusers(pipeline, masks, settings)) <= 1
-    assert apart(ours, generate(pipeline, masks, CAPTIONS, ROWS, SETTINGS)) > 10
+@pytest.mark.parametrize("changes", [
+    {"guidance_scale": 1.0},
+    {"controlnet_conditioning_scale": 0.5, "control_guidance_start": 0.25, "control_guidance_end": 0.75},
+])  # fmt: skip
+def test_without_guidance_and_with_a_window_of_the_mask_it_is_diffusers_too(pipeline, masks, images, changes):
+    ours = images(**changes)
+    assert apart(ours, by_diffusers(pipeline, masks, replace(SETTINGS, **changes))) <= 1
+    assert apart(ours, images()) > 10
 
 
 def test_guidance_acts_in_its_window_alone_and_other_steps_see_each_image_once(pipeline, masks):
-    settings = dataclasses.replace(SETTINGS, guidance_start=0.25, guidance_end=0.75)
+    settings = replace(SETTINGS, guidance_start=0.25, guidance_end=0.75)
     sizes = sizes_seen(pipeline.base.unet)
     ours = generate(pipeline, masks, CAPTIONS, ROWS, settings)
     assert sizes == [2, 4, 4, 2]
@@ -115,41 +109,43 @@ def test_guidance_acts_in_its_window_alone_and_other_steps_see_each_image_once(p
         pipe._guidance_scale = settings.guidance_scale if step in (0, 1) else off
         return values
 
-    first_off = dataclasses.replace(settings, guidance_scale=off)
+    first_off = replace(settings, guidance_scale=off)
     assert apart(ours, by_diffusers(pipeline, masks, first_off, callback_on_step_end=after_step)) <= 1
     assert apart(ours, by_diffusers(pipeline, masks, settings)) > 10
 
 
 def test_guidance_is_rescaled_as_diffusers_does(pipeline):
-    settings = dataclasses.replace(SETTINGS, guidance_rescale=0.7)
+    settings = replace(SETTINGS, guidance_rescale=0.7)
     ours = generate(pipeline, None, CAPTIONS, ROWS, settings, (64, 64))
     assert apart(ours, by_diffusers(pipeline, None, settings, guidance_rescale=0.7)) <= 1
     assert apart(ours, by_diffusers(pipeline, None, settings)) > 3
 
 
-def test_the_controlnet_runs_only_where_it_acts(pipeline, masks):
+def test_the_controlnet_runs_only_where_it_acts(pipeline, images):
     sizes = sizes_seen(pipeline.controlnet.conv_in)
-    generate(pipeline, masks, CAPTIONS, ROWS, dataclasses.replace(SETTINGS, control_guidance_end=0.5))
-    assert sizes == [4, 4]
-    sizes.clear()
-    generate(pipeline, masks, CAPTIONS, ROWS, dataclasses.replace(SETTINGS, controlnet_conditioning_scale=0.0))
-    assert sizes == []
+    plain = generate(pipeline, None, CAPTIONS, ROWS, SETTINGS, size=(64, 64))
+    assert apart(plain, images(controlnet_conditioning_scale=0.0)) <= 1 and sizes == []
+    assert apart(plain, images(control_guidance_end=0.5)) > 10 and sizes == [4, 4]
 
 
-@pytest.mark.parametrize(
-    ("schedule", "weights"),
-    [
-        ("constant", [2, 2, 2, 2]),
-        ("linear", [2, 1.5, 1, 0.5]),
-        ("cosine", [2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5]),
-    ],
-)
-def test_the_weight_of_the_mask_falls_as_its_schedule_says(pipeline, masks, schedule, weights):
-    settings = dataclasses.replace(SETTINGS, control_schedule=schedule, controlnet_conditioning_scale=2.0)
-    assert [control_at(settings, step, 4) for step in range(4)] == pytest.approx(weights)
-    falling = generate(pipeline, masks, CAPTIONS, ROWS, settings)
-    constant = generate(pipeline, masks, CAPTIONS, ROWS, dataclasses.replace(settings, control_schedule="constant"))
-    assert (apart(falling, constant) == 0) == (schedule == "constant")
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_the_control_is_embedded_once_and_no_image_changes(pipeline, images, monkeypatch, guidance):
+    embedding = pipeline.controlnet.controlnet_cond_embedding
+    sizes, changes = sizes_seen(embedding), {"num_inference_steps": 3, "guidance_scale": guidance}
+    once = images(**changes)
+    assert sizes == [2] and pipeline.controlnet.controlnet_cond_embedding is embedding
+    monkeypatch.setattr("segcn.generate.pipeline.embedding_once", lambda controlnet, images: controlnet)
+    assert apart(once, images(**changes)) <= 1 and len(sizes) == 4
+
+
+@pytest.mark.parametrize(("schedule", "weights"), [
+    ("constant", [2, 2, 2, 2]), ("linear", [2, 1.5, 1, 0.5]), ("cosine", [2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5]),
+])  # fmt: skip
+def test_the_weight_of_the_mask_falls_as_its_schedule_says(images, schedule, weights):
+    changes = {"control_schedule": schedule, "controlnet_conditioning_scale": 2.0}
+    assert [control_at(replace(SETTINGS, **changes), step, 4) for step in range(4)] == pytest.approx(weights)
+    same = apart(images(**changes), images(**changes | {"control_schedule": "constant"})) == 0
+    assert same == (schedule == "constant")
 
 
 def test_each_caption_is_encoded_once_and_alone(pipeline, masks):
@@ -201,7 +197,7 @@ def test_the_loop_written_out_gives_the_same_images(pipeline, masks, guidance_en
 
 
 def test_a_sampler_of_ones_own_replaces_the_loop(pipeline, masks):
-    settings = dataclasses.replace(SETTINGS, scheduler="ddim", guidance_end=0.5)
+    settings = replace(SETTINGS, scheduler="ddim", guidance_end=0.5)
 
     def ddim(denoise, noise, scheduler):
         """Song et al. 2021 (arXiv:2010.02502), for the base's v-prediction."""
@@ -216,7 +212,7 @@ def test_a_sampler_of_ones_own_replaces_the_loop(pipeline, masks):
     assert apart(ours, generate(pipeline, masks, CAPTIONS, ROWS, settings, sampler=ddim)) <= 1
 
 
-def test_stop_ends_after_the_step_in_which_it_was_asked_for(pipeline, masks):
+def test_stop_ends_after_the_step_that_returns_it(pipeline, masks):
     sizes = sizes_seen(pipeline.base.unet)
     steps = []
     images = generate(pipeline, masks, CAPTIONS, ROWS, SETTINGS, on_step=lambda step: steps.append(step) or step == 2)
@@ -229,17 +225,14 @@ def test_compiling_is_refused_without_a_gpu(random_base):
         load_pipeline(SampleConfig(pretrained_model_name_or_path=str(random_base), torch_compile=True))
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"scheduler": "euler"}, "--scheduler: expected one of dpm, unipc, ddim"),
-        ({"control_schedule": "square"}, "--control_schedule"),
-        ({"num_inference_steps": 0}, "--num_inference_steps: expected 1 or more"),
-        ({"guidance_start": 0.6, "guidance_end": 0.5}, "--guidance_start and --guidance_end"),
-        ({"control_guidance_end": 1.5}, "--control_guidance_end: expected 0 to 1, found 1.5"),
-        ({"guidance_rescale": -0.1}, "--guidance_rescale: expected 0 to 1"),
-    ],
-)
-def test_settings_out_of_range_are_named(pipeline, masks, changes, said):
-    with pytest.raises(UserError, match=said):
-        generate(pipeline, masks, CAPTIONS, ROWS, dataclasses.replace(SETTINGS, **changes))
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"scheduler": "euler"}, "--scheduler: expected one of dpm, unipc, ddim"),
+    ({"control_schedule": "square"}, "--control_schedule"),
+    ({"num_inference_steps": 0}, "--num_inference_steps: expected 1 or more"),
+    ({"guidance_start": 0.6, "guidance_end": 0.5}, "--guidance_start and --guidance_end"),
+    ({"control_guidance_end": 1.5}, "--control_guidance_end: expected 0 to 1, found 1.5"),
+    ({"guidance_rescale": -0.1}, "--guidance_rescale: expected 0 to 1"),
+])  # fmt: skip
+def test_settings_out_of_range_are_named(images, changes, message):
+    with pytest.raises(UserError, match=message):
+        images(**changes)
