@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,6 +172,7 @@ def scratch_and_shipped(scratch: Path, base: Base, image: torch.Tensor) -> Figur
 def beside(small: BaseRecipe, whole: BaseRecipe) -> str:
     """Where two recipes differ, a line each."""
     lines = [f"{'':22}{'here':>16}{'embedded base':>18}"]
+    pairs: list[tuple[str, Any, Any]]
     pairs = [("images: ", small, whole), ("vae: ", small.vae, whole.vae), ("unet: ", small.unet, whole.unet)]
     for part, *both in pairs:
         for name in (field.name for field in dataclasses.fields(both[0])):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 
 from segcn.data.captions import mirrored, says_a_side
@@ -51,7 +51,7 @@ MARK = "#c2451e"  # color of the step of convergence
 FAINT = 0.3  # strength of the mask's colors over an image
 
 
-def loss_curve(entries: list[dict], axes: Axes | None = None) -> Figure:
+def loss_curve(entries: list[dict], axes: Axes | None = None) -> Figure | SubFigure:
     """The loss of a log.jsonl over the steps, as logged and smoothed, from 0 up."""
     axes = axes or Figure(figsize=(7, 2.6), layout="constrained").add_subplot()
     entries = [entry for entry in entries if "loss" in entry]
@@ -66,7 +66,7 @@ def loss_curve(entries: list[dict], axes: Axes | None = None) -> Figure:
     return axes.figure
 
 
-def faithfulness_curve(entries: list[dict], axes: Axes | None = None) -> Figure:
+def faithfulness_curve(entries: list[dict], axes: Axes | None = None) -> Figure | SubFigure:
     """How well images obey their masks over the steps, as a share of the ceiling; where that begins and is best."""
     axes = axes or Figure(figsize=(7, 3), layout="constrained").add_subplot()
     axes.set(title="faithfulness on held-out masks, share of the ceiling", xlabel="step")
@@ -89,7 +89,7 @@ def faithfulness_curve(entries: list[dict], axes: Axes | None = None) -> Figure:
     return axes.figure
 
 
-def class_faithfulness(entries: list[dict], palette: Palette) -> Figure:
+def class_faithfulness(entries: list[dict], palette: Palette) -> Figure | SubFigure:
     """IoU of each class at the best step, in its color; a line marks the real images, a dot the start."""
     found, real = validation_scores(entries), [entry["ceiling"] for entry in entries if "ceiling" in entry]
     figure = Figure(figsize=(7, 2.6), layout="constrained")
@@ -108,7 +108,7 @@ def class_faithfulness(entries: list[dict], palette: Palette) -> Figure:
     axes.plot(started, places, "o", color="white", markeredgecolor="#222222", markersize=5, label=f"step {start}")
     axes.plot(ceiling, places, "|", color="#222222", markersize=13, markeredgewidth=2, label="real images")
     for place, value in zip(places, reached, strict=True):
-        axes.text(1.09, place, f"{value:.2f}", va="center", ha="right", fontsize=8)
+        axes.text(1.09, float(place), f"{value:.2f}", va="center", ha="right", fontsize=8)
     name_classes(axes, [label.name for label in labels])
     axes.set(xlim=(0, 1.1), title=f"IoU of each class at step {best}")
     axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
@@ -183,7 +183,7 @@ def validation_sheets(folder: str | Path) -> dict[int, Path]:
     return {int(path.stem.removeprefix("step-")): path for path in sheets}
 
 
-def validation_over_time(folder: str | Path, most: int = 6) -> Figure:
+def validation_over_time(folder: str | Path, most: int = 6) -> Figure | SubFigure:
     """The masks, and below them the images of `most` steps of a training, the last one among them."""
     sheets = validation_sheets(folder)
     if not sheets:
@@ -212,7 +212,7 @@ def progress(folder: Path) -> Figure:
     return figure
 
 
-def _only_text(axes: Axes, text: str) -> Figure:
+def _only_text(axes: Axes, text: str) -> Figure | SubFigure:
     """A text in place of a curve."""
     axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes, color="#888888")
     axes.set(xticks=[], yticks=[], xlabel="")

@@ -67,8 +67,9 @@ def run(config: RunConfig) -> Path:
 def from_here(config: RunConfig) -> RunConfig:
     """The config with absolute paths: those of a command line count from the folder it is given in."""
     paths: dict[str, Any] = {name: getattr(config, name) for name in PATHS}
-    absolute = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path}
-    return replace(config, **{"output_dir": str(OUTPUTS / config.preset)} | absolute)
+    absolute: dict[str, Any] = {"output_dir": str(OUTPUTS / config.preset)}
+    absolute |= {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path}
+    return replace(config, **absolute)
 
 
 def choose(only: str) -> list[Path]:

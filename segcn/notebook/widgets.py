@@ -254,7 +254,7 @@ class Gallery(w.VBox):
         self.view.observe(lambda _: self.turn_to(self.shown), "value")
         self.back = button("Back", lambda: self.turn_to(self.shown - 1))
         self.forward = button("Forward", lambda: self.turn_to(self.shown + 1))
-        self.save_all = button("Save all", lambda: [self.keep(card) for card in self.cards])
+        self.save_all = button("Save all", self.keep_all)
         self.grid = w.Box(layout=w.Layout(flex_flow="row wrap", grid_gap="10px"))
         self.grid.add_class("segcn-grid")
         line = w.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 8px")
@@ -289,6 +289,11 @@ class Gallery(w.VBox):
         self.back.disabled, self.forward.disabled = self.shown <= 0, self.shown >= len(self.entries) - 1
         self.save_all.disabled = not self.cards
         self.place.value = f"{self.shown + 1} of {len(self.entries)}" if self.entries else "no images yet"
+
+    def keep_all(self) -> None:
+        """Save the images that are shown."""
+        for card in self.cards:
+            self.keep(card)
 
     def keep(self, card: Card) -> None:
         """Save a card's image, once: a second press may be on its way."""
