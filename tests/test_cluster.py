@@ -15,19 +15,19 @@ from segcn.utils.args import arguments_of
 
 CLUSTER = Path(segcn.__file__).parent / "train" / "cluster"
 SBATCH = CLUSTER / "train.sbatch"
-# The stand-ins: what each is called with goes to a file of its name.
+# Replacements of commands: what each is called with goes to a file of its name.
 SRUN = """#!/bin/bash
-echo "$@" >> srun.said
+echo "$@" >> srun.calls
 while [[ $1 == --* ]]; do shift; done
 "$@" & task=$!
 trap 'kill -USR1 $task $(pgrep -P $task)' USR1  # as Slurm does it: to every process of the step
 while kill -0 $task 2>/dev/null; do wait $task; done
 wait $task
 """
-SCONTROL = '#!/bin/bash\necho "$@" >> scontrol.said\n[[ $1 != show ]] || printf "localhost\\nnode8\\n"\n'
+SCONTROL = '#!/bin/bash\necho "$@" >> scontrol.calls\n[[ $1 != show ]] || printf "localhost\\nnode8\\n"\n'
 ACCELERATE = f"""#!{sys.executable}
 import os, subprocess, sys
-open("accelerate.said", "a").write(" ".join(sys.argv[1:]) + "\\n")
+open("accelerate.calls", "a").write(" ".join(sys.argv[1:]) + "\\n")
 worker = subprocess.run([sys.executable, "worker.py"]).returncode
 sys.exit(worker and (2 if worker == 2 else 1))  # the launcher makes 1 of the 143 of a stopped training
 """
@@ -41,9 +41,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "processes", "machines"), [("one_gpu", 1, 1), ("one_node", 8, 1), ("two_nodes", 16, 2)]
-)
+@pytest.mark.parametrize("name, processes, machines", [("one_gpu", 1, 1), ("one_node", 8, 1), ("two_nodes", 16, 2)])
 def test_accelerate_reads_its_configurations(name, processes, machines):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -73,14 +71,14 @@ def test_bash_reads_the_slurm_script_and_slurm_its_settings():
 def job(tmp_path):
     """A function from the words behind the Slurm script to that script at work in tmp_path, in a job of two nodes.
 
-    With a `worker`, the code of a stand-in for training, the launcher is a stand-in, too; without one both are real.
+    With a `worker`, code that replaces the training, the launcher is replaced, too; without one both are real.
     """
 
     def start(*words, worker=None, nodes=2, gpus=4):
-        stand_ins = {"srun": SRUN, "scontrol": SCONTROL} | ({"accelerate": ACCELERATE} if worker is not None else {})
+        replaced = {"srun": SRUN, "scontrol": SCONTROL} | ({"accelerate": ACCELERATE} if worker is not None else {})
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "worker.py").write_text(worker or "")
-        for name, text in stand_ins.items():
+        for name, text in replaced.items():
             (tmp_path / "bin" / name).write_text(text)
             (tmp_path / "bin" / name).chmod(0o755)
         path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -92,8 +90,8 @@ def job(tmp_path):
     return start
 
 
-def said(folder, name):
-    return (folder / f"{name}.said").read_text() if (folder / f"{name}.said").is_file() else ""
+def calls(folder, name):
+    return (folder / f"{name}.calls").read_text() if (folder / f"{name}.calls").is_file() else ""
 
 
 def test_a_job_out_of_time_commits_and_goes_back_into_the_queue(job, tmp_path):
@@ -102,19 +100,19 @@ def test_a_job_out_of_time_commits_and_goes_back_into_the_queue(job, tmp_path):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(20) == 143
-    assert (tmp_path / "committed").exists() and "requeue 41" in said(tmp_path, "scontrol")
+    assert process.wait(120) == 143
+    assert (tmp_path / "committed").exists() and "requeue 41" in calls(tmp_path, "scontrol")
 
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_job_that_ends_by_itself_is_not_requeued(job, tmp_path, code):
-    assert job(worker=f"import sys; sys.exit({code})").wait(20) == code
-    assert "requeue" not in said(tmp_path, "scontrol")
+    assert job(worker=f"import sys; sys.exit({code})").wait(120) == code
+    assert "requeue" not in calls(tmp_path, "scontrol")
 
 
 def test_a_job_starts_one_launcher_a_node_with_the_command_as_given(job, tmp_path):
-    job("--output_dir", "a run", worker="").wait(20)
-    launched = said(tmp_path, "accelerate")
+    job("--output_dir", "a run", worker="").wait(120)
+    launched = calls(tmp_path, "accelerate")
     for words in ("--num_machines 2", "--num_processes 8", "--machine_rank 1", "--main_process_ip localhost"):
         assert words in launched
     assert launched.endswith("-m segcn.train --output_dir a run\n") and f"{CLUSTER}/two_nodes.yaml" in launched
@@ -128,9 +126,9 @@ def test_a_real_training_of_two_processes_is_stopped_requeued_and_resumed(job, q
         assert process.poll() is None
     process.send_signal(signal.SIGUSR1)
     printed = process.communicate(timeout=300)[0]
-    assert process.returncode == 143 and "requeue 41" in said(tmp_path, "scontrol")
+    assert process.returncode == 143 and "requeue 41" in calls(tmp_path, "scontrol")
     stopped = int(re.search(r"Stopped by SIGUSR1 at step (\d+)", printed)[1])
     again = job(*words, "--max_train_steps", str(stopped + 2), nodes=1, gpus=2)
     printed = again.communicate(timeout=300)[0]
     assert again.returncode == 0 and f"Resuming from {tmp_path}/run/checkpoint-{stopped}" in printed
-    assert (tmp_path / "run" / "README.md").is_file() and said(tmp_path, "scontrol").count("requeue") == 1
+    assert (tmp_path / "run" / "README.md").is_file() and calls(tmp_path, "scontrol").count("requeue") == 1

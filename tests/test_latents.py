@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import ALONE
 from torch.utils.data import DataLoader
 
 from segcn.data.dataset import PairedDataset
@@ -25,13 +27,7 @@ from segcn.train.latent_cache import settle_draws
 from segcn.train.setup import prepare
 from segcn.utils.errors import UserError
 
-ALONE = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, wait_for_everyone=lambda: None)
 FILES = 2 + 1 + 2 * 2  # layout and captions, one of text, and of each of two draws of 12 rows two
-
-
-@pytest.fixture(scope="module")
-def base(random_base):
-    return load_base(str(random_base))
 
 
 @pytest.fixture(scope="module")
@@ -54,48 +50,34 @@ def content(folder):
 
 
 def together(count, work):
-    """Let `count` processes, threads here, each do work(accelerator); the first error is raised."""
-    barrier, errors = threading.Barrier(count), []
+    """Let `count` processes, threads here, each do work(accelerator)."""
+    barrier = threading.Barrier(count, timeout=120)
 
     def run(rank):
-        accelerator = SimpleNamespace(
-            is_main_process=rank == 0, process_index=rank, num_processes=count, wait_for_everyone=barrier.wait
-        )
+        process = {"is_main_process": rank == 0, "process_index": rank, "num_processes": count}
         try:
-            work(accelerator)
-        except Exception as error:
-            errors.append(error)
+            work(SimpleNamespace(**process, wait_for_everyone=barrier.wait))
+        except BaseException:
             barrier.abort()
+            raise
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise next((error for error in errors if isinstance(error, UserError)), errors[0])
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(run, range(count)))
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_any_number_of_processes_builds_the_same_cache(rows, base, whole, tmp_path, count):
-    together(count, lambda accelerator: latent_cache.build(tmp_path, rows, base, 2, accelerator, print))
+@pytest.mark.parametrize("count, own", [(2, None), (3, None), (2, ALONE)], ids=["two", "three", "two runs at once"])
+def test_any_number_of_processes_or_runs_builds_the_same_cache(rows, base, whole, tmp_path, count, own):
+    together(count, lambda process: latent_cache.build(tmp_path, rows, base, 2, own or process, print))
     assert content(tmp_path) == content(whole)
 
 
-def test_two_runs_that_build_at_once_leave_one_whole_cache(rows, base, whole, tmp_path):
-    together(2, lambda accelerator: latent_cache.build(tmp_path, rows, base, 2, ALONE, print))
-    assert content(tmp_path) == content(whole)
+class Killed(BaseException):
+    """The death of a process, which no `except Exception` sees."""
 
 
-@pytest.mark.parametrize(("step", "points"), [("fsync", range(0, FILES, 3)), ("replace", range(FILES))])
-def test_a_build_that_is_killed_at_any_point_resumes_with_what_exists(
-    rows, base, whole, tmp_path, monkeypatch, step, points
-):
-    """Killed while each of its files is written, one after another."""
+@pytest.mark.parametrize("step, points", [("fsync", range(0, FILES, 3)), ("replace", range(FILES))])
+def test_a_build_killed_at_any_file_resumes_with_what_exists(rows, base, whole, tmp_path, monkeypatch, step, points):
     order = []
-
-    class Killed(BaseException):
-        pass
 
     def die(*_):
         order.append(step)
@@ -109,13 +91,13 @@ def test_a_build_that_is_killed_at_any_point_resumes_with_what_exists(
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(os, step, lambda *given: (die(), real(*given)))
             latent_cache.build(folder, rows, base, 2, ALONE, print)
-        stood = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
-        assert len(stood) == max(0, done - 2)
+        kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+        assert len(kept) == max(0, done - 2)
         (folder / ".1-2-draw.npy").touch()  # what a kill leaves
         os.utime(folder / ".1-2-draw.npy", (0, 0))
         latent_cache.build(folder, rows, base, 2, ALONE, print)
         assert content(folder) == content(whole)
-        assert all(path.stat().st_mtime_ns == time for path, time in stood.items())
+        assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
         shutil.rmtree(folder)
 
 
@@ -134,13 +116,14 @@ def no_encoding(*_):
 def test_a_cache_is_used_again_and_more_draws_are_added_to_it(rows, base, whole, tmp_path, monkeypatch):
     latent_cache.build(tmp_path, rows, base, 1, ALONE, print)
     first, encoded = content(tmp_path), []
+
+    def counted(vae, image):
+        encoded.append(len(image))
+        return encode_moments(vae, image)
+
     with monkeypatch.context() as patch:
         patch.setattr(latent_cache, "encode_text", no_encoding)
-        patch.setattr(
-            latent_cache,
-            "encode_moments",
-            lambda vae, image: (encoded.append(len(image)), encode_moments(vae, image))[1],
-        )
+        patch.setattr(latent_cache, "encode_moments", counted)
         latent_cache.build(tmp_path, rows, base, 2, ALONE, print)
         assert sum(encoded) == len(rows)
         patch.setattr(latent_cache, "encode_moments", no_encoding)
@@ -151,20 +134,20 @@ def test_a_cache_is_used_again_and_more_draws_are_added_to_it(rows, base, whole,
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.9])
 def test_a_damaged_file_is_named_with_what_fixes_it(rows, base, whole, tmp_path, kept):
-    shutil.copytree(whole, tmp_path / "cache")
-    paths = sorted((tmp_path / "cache").glob("*.npy"))
+    cache = shutil.copytree(whole, tmp_path / "cache")
+    paths = sorted(cache.glob("*.npy"))
     assert len(paths) == FILES - 2
     for path in paths:
         os.truncate(path, int(path.stat().st_size * kept))
         with pytest.raises(UserError, match=f"damaged .*; remove it, rm {path}"):
-            latent_cache.build(tmp_path / "cache", rows, base, 2, ALONE, print)
+            latent_cache.build(cache, rows, base, 2, ALONE, print)
         with pytest.raises(UserError, match=f"rm {path}"):
-            latent_cache.LatentCache(tmp_path / "cache", 2)
+            latent_cache.LatentCache(cache, 2)
         path.unlink()
         with pytest.raises(UserError, match=f"{path}: .*found none"):
-            latent_cache.LatentCache(tmp_path / "cache", 2)
-        latent_cache.build(tmp_path / "cache", rows, base, 2, ALONE, print)
-    assert content(tmp_path / "cache") == content(whole)
+            latent_cache.LatentCache(cache, 2)
+        latent_cache.build(cache, rows, base, 2, ALONE, print)
+    assert content(cache) == content(whole)
 
 
 def test_a_cache_keeps_few_files_open(whole, monkeypatch):
@@ -191,27 +174,25 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_aside(tmp_path, monkeypat
 
 
 def test_the_key_changes_with_weights_precision_and_tokenizer_of_the_base(random_base, base):
-    keys = {latent_cache.encoders_fingerprint(base), latent_cache.encoders_fingerprint(load_base(random_base))}
-    assert len(keys) == 1
-    keys.add(latent_cache.encoders_fingerprint(load_base(random_base, dtype=torch.bfloat16)))
-    other = load_base(random_base)
+    same, weights, words = (load_base(random_base) for _ in range(3))
     with torch.no_grad():
-        next(other.vae.parameters())[0] += 1
-    keys.add(latent_cache.encoders_fingerprint(other))
-    other = load_base(random_base)
-    other.tokenizer.add_tokens(["lighthouse"])
-    keys.add(latent_cache.encoders_fingerprint(other))
-    assert len(keys) == 4
+        next(weights.vae.parameters())[0] += 1
+    words.tokenizer.add_tokens(["lighthouse"])
+    half = load_base(random_base, dtype=torch.bfloat16)
+    first, again, *others = map(latent_cache.encoders_fingerprint, (base, same, half, weights, words))
+    assert first == again and len({first, *others}) == 4
+
+
+def examples_of(rows, cache, **settings):
+    return Examples(rows, cache, 8, (12, 4, 4), {"seed": 0, "timesteps": 1000} | settings)
 
 
 def test_cached_examples_are_memory_mapped_and_the_same_from_two_workers(rows, whole):
     cache = latent_cache.LatentCache(whole, 2)
     assert all(isinstance(cache._open(*block), np.memmap) for block in (*cache._files, *cache._text))
-    given_settings = {"seed": 0, "timesteps": 1000, "empty_prompts": 0.3, "empty_controls": 0.3}
-    examples = Examples(rows, cache, 8, (12, 4, 4), given_settings)
-    batches = [
-        list(DataLoader(examples, batch_sampler=Plan(12, 0, 0, 8, 1, 3), num_workers=workers)) for workers in (0, 2)
-    ]
+    examples = examples_of(rows, cache, empty_prompts=0.3, empty_controls=0.3)
+    plan = Plan(12, 0, 0, 8, 1, 3)
+    batches = [list(DataLoader(examples, batch_sampler=plan, num_workers=workers)) for workers in (0, 2)]
     for one, other in zip(*batches, strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -219,15 +200,12 @@ def test_cached_examples_are_memory_mapped_and_the_same_from_two_workers(rows, w
 @pytest.mark.parametrize("cached", [True, False])
 def test_controls_are_dropped_by_visit_and_row_alike_with_and_without_cache(rows, whole, cached):
     cache = latent_cache.LatentCache(whole, 2) if cached else None
-    plain, half, none = (
-        Examples(rows, cache, 8, (12, 4, 4), {"seed": 0, "timesteps": 1000, "empty_controls": share})
-        for share in (0.0, 0.5, 1.0)
-    )
+    plain, half, none = (examples_of(rows, cache, empty_controls=share) for share in (0.0, 0.5, 1.0))
     keys = [(visit, row) for visit in range(2) for row in range(12)]
     empty = [bool((half[key]["control"] == 0).all()) for key in keys]
     assert 4 < sum(empty) < 20 and not any((plain[key]["control"] == 0).all() for key in keys)
     assert all((none[key]["control"] == 0).all() for key in keys[:3])
-    uncached = Examples(rows, None, 8, (12, 4, 4), half.settings)
+    uncached = examples_of(rows, None, empty_controls=0.5)
     assert empty == [bool((uncached[key]["control"] == 0).all()) for key in keys]
     kept = next(key for key, dropped in zip(keys, empty, strict=True) if not dropped)
     assert torch.equal(half[kept]["control"], plain[kept]["control"])
@@ -277,7 +255,7 @@ def test_as_many_draws_as_fit_and_are_visited(visits, draw, text, budget, free, 
     assert count >= visits or not fits(count + 1)
 
 
-def test_draws_that_were_asked_for_are_kept_or_refused():
+def test_draws_that_are_given_are_kept_or_refused():
     gigabyte = 10**9
     assert latent_cache.resolve_draws(7, 1.0, gigabyte, 0, 0, 9 * gigabyte) == 7
     assert latent_cache.resolve_draws(7, 1.0, gigabyte, gigabyte, 0, 0, there=8 * gigabyte) == 7
@@ -290,22 +268,20 @@ def test_draws_that_were_asked_for_are_kept_or_refused():
 def test_the_bytes_counted_are_the_bytes_written(rows, base, whole):
     layout, captions = latent_cache.layout_of(rows, base), latent_cache.cached_captions(rows)
     counted = 2 * layout.draw_bytes + layout.text_bytes(len(captions))
-    header = 256  # of a file, at most
     written = sum(path.stat().st_size for path in whole.glob("*.npy"))
-    assert counted < written <= counted + header * (FILES - 2)
+    assert counted < written <= counted + 256 * (FILES - 2)  # a header of 256 bytes at most
 
 
 def test_a_resumed_run_keeps_its_draws(quick, rows, base, tmp_path):
-    said = []
+    lines = []
 
     def settled(**changes):
         config = quick(tmp_path / "run", preset="sd15", cache_draws=None, cache_dir=str(tmp_path / "cache"), **changes)
-        log = SimpleNamespace(say=said.append)
-        return settle_draws(config, rows, base, ALONE, log).cache_draws
+        return settle_draws(config, rows, base, ALONE, SimpleNamespace(say=lines.append)).cache_draws
 
     assert settled(max_train_steps=6) == 1 and settled(max_train_steps=19) == 4
-    assert "each draw is seen 0.8 times in 19 steps; --cache none draws anew each time" in said[-1]
-    assert str(tmp_path / "cache") in said[-1] and "4 draw(s)" in said[-1] and "MB" in said[-1]
+    assert "each draw is seen 0.8 times in 19 steps; --cache none draws anew each time" in lines[-1]
+    assert str(tmp_path / "cache") in lines[-1] and "4 draw(s)" in lines[-1] and "MB" in lines[-1]
     one = latent_cache.layout_of(rows, base).draw_bytes / 1e9
     assert settled(max_train_steps=600, cache_budget_gb=3.5 * one) == 3
     (tmp_path / "run").mkdir()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import ControlNetModel
-from kills import forked, train_quietly, warm_context
+from kills import forked, train_quietly
 from runs import log_of, weights
 
 from segcn.train import checkpoint
@@ -23,7 +23,9 @@ from segcn.utils import io
 from segcn.utils.args import arguments_of
 from segcn.utils.errors import UserError
 
-ODD = {"gradient_accumulation_steps": 2, "logging_steps": 4, "use_ema": True}  # no line falls on a checkpoint
+FILE = "diffusion_pytorch_model.safetensors"
+# no line of the log falls on a checkpoint
+ODD = {"gradient_accumulation_steps": 2, "logging_steps": 4, "use_ema": True, "snr_gamma": 5.0}
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +38,6 @@ def straight(quick, tmp_path_factory):
 def out(straight, tmp_path):
     """A copy of that run."""
     return shutil.copytree(straight, tmp_path / "out")
-
-
-@pytest.fixture(scope="module")
-def warm():
-    return warm_context()
 
 
 def names(folder):
@@ -77,9 +74,7 @@ def stopped(config):
 
 
 @pytest.mark.parametrize("number, at, workers", [(signal.SIGTERM, 7, 0), (signal.SIGUSR1, 9, 2), (signal.SIGINT, 8, 0)])
-def test_a_signal_amid_an_accumulated_step_saves_the_step_before_it(
-    quick, straight, tmp_path, monkeypatch, number, at, workers
-):
+def test_a_signal_amid_a_step_saves_the_step_before_it(quick, straight, tmp_path, monkeypatch, number, at, workers):
     config = quick(tmp_path / "out", **ODD, dataloader_num_workers=workers)
     with monkeypatch.context() as patch:
         losses = send_at(patch, at, number)
@@ -87,8 +82,8 @@ def test_a_signal_amid_an_accumulated_step_saves_the_step_before_it(
     step = at // 2
     assert len(losses) == at and names(config.output_dir) == {"checkpoint-3", f"checkpoint-{step}"}
     state = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "state.json").read_text())
-    unsaid = [loss.mean().item() for loss in losses[: step * 2]] if step < 4 else []  # step 4 has the first line
-    assert state["losses"] == ([unsaid] if unsaid else [])
+    unlogged = [loss.mean().item() for loss in losses[: step * 2]] if step < 4 else []  # step 4 has the first line
+    assert state["losses"] == ([unlogged] if unlogged else [])
     train(config)
     assert_same(tmp_path / "out", straight)
 
@@ -106,8 +101,13 @@ def test_a_signal_before_the_first_step_ends_with_143_and_the_run_can_begin(quic
     assert_same(tmp_path / "out", straight)
 
 
+def test_an_averaged_run_ends_with_the_average(straight):
+    average = (straight / "checkpoint-6" / "controlnet_ema" / FILE).read_bytes()
+    assert weights(straight) == average != (straight / "checkpoint-6" / "controlnet" / FILE).read_bytes()
+
+
 def test_a_run_killed_before_its_weights_are_written_writes_them_when_started_again(quick, out, straight):
-    (out / "diffusion_pytorch_model.safetensors").write_bytes(weights(straight)[:1000])
+    (out / FILE).write_bytes(weights(straight)[:1000])
     with (out / "log.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     train(quick(out, **ODD))
@@ -123,18 +123,17 @@ def test_from_an_older_checkpoint_the_later_ones_are_set_aside_by_name(quick, ou
         train(quick(out, **ODD, resume_from_checkpoint="checkpoint-5"))
 
 
-def test_a_full_disk_names_the_bytes_and_the_run_resumes_when_there_is_room(quick, straight, tmp_path, monkeypatch):
-    config = quick(tmp_path / "out", **ODD)
-    shutil.copytree(straight, config.output_dir)
-    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
-    size = sum(path.stat().st_size for path in (tmp_path / "out" / "checkpoint-3").rglob("*.*"))
+def test_a_full_disk_names_the_bytes_and_the_run_resumes_when_there_is_room(quick, straight, out, monkeypatch):
+    config = quick(out, **ODD)
+    shutil.rmtree(out / "checkpoint-6")
+    size = sum(path.stat().st_size for path in (out / "checkpoint-3").rglob("*.*"))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(size, 0, size - 1))
         with pytest.raises(UserError, match=f"checkpoint-6 cannot be written.*{size - 1:,} bytes are free"):
             train(config)
-    assert {path.name for path in (tmp_path / "out").glob("*checkpoint*")} == {"checkpoint-3"}
+    assert names(out) == {"checkpoint-3"}
     train(config)
-    assert_same(tmp_path / "out", straight)
+    assert_same(out, straight)
 
 
 def command(monkeypatch, config, **flags):
@@ -172,9 +171,8 @@ def holder(folder, ready, child=None):
     os._exit(0)  # a fork must not continue as the test
 
 
-def test_a_second_run_in_the_same_folder_is_refused_by_name_until_the_first_is_killed(warm, quick, straight, tmp_path):
-    out, ready = tmp_path / "out", tmp_path / "ready"
-    shutil.copytree(straight, out)
+def test_a_second_run_in_the_same_folder_is_refused_by_name_until_the_first_is_killed(warm, quick, out, tmp_path):
+    ready = tmp_path / "ready"
     process = warm.Process(target=holder, args=(out, ready, True))
     process.start()
     pid = process.pid
@@ -191,7 +189,7 @@ def test_a_second_run_in_the_same_folder_is_refused_by_name_until_the_first_is_k
     assert ControlNetModel.from_pretrained(out)
 
 
-def test_a_run_frees_its_folder_when_it_ends_and_one_killed_at_its_claim_can_begin(quick, tmp_path):
+def test_a_run_frees_its_folder_when_it_ends_and_one_killed_at_its_start_can_begin(quick, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     io.lock(out, None)
@@ -203,10 +201,8 @@ def test_a_run_frees_its_folder_when_it_ends_and_one_killed_at_its_claim_can_beg
     assert forked(lambda: io.lock(out, None)) == 0
 
 
-def test_changed_data_are_shown_and_refused_unless_allowed(quick, straight, landscapes, tmp_path, capsys):
-    out, data = tmp_path / "out", tmp_path / "data"
-    shutil.copytree(straight, out)
-    shutil.copytree(landscapes, data)
+def test_changed_data_are_shown_and_refused_unless_allowed(quick, straight, out, landscapes, tmp_path, capsys):
+    data = shutil.copytree(landscapes, tmp_path / "data")
     metadata = data / "train" / "metadata.csv"
     rows = list(csv.reader(metadata.open()))
     rows[3][-1] += " and a boat"
@@ -220,42 +216,34 @@ def test_changed_data_are_shown_and_refused_unless_allowed(quick, straight, land
     assert "Changed: data_fingerprint" in capsys.readouterr().out and "checkpoint-7" in names(out)
 
 
-def finished(warm, config, *kill):
-    """Train in a warm process; its exit code, or minus the signal that it died of."""
+def ended(warm, config, *kill, seconds=300):
+    """Train in a warm process, killed after so long; its exit code, or minus the signal that it died of."""
     process = warm.Process(target=train_quietly, args=(config, *kill))
-    process.start()
-    process.join(300)
-    return process.exitcode
-
-
-def killed_after(warm, config, seconds):
-    """Train in a warm process for so long, then kill it; whether it had not ended yet."""
-    process = warm.Process(target=train_quietly, args=(config,))
     process.start()
     process.join(seconds)
     process.kill()
     process.join()
-    return process.exitcode == -signal.SIGKILL
+    return process.exitcode
 
 
 def kill_and_resume(warm, quick, folder, kills, settings, draw):
     """Kill runs at random moments, half of them inside a save; each resumed one must equal a straight one."""
     straight = quick(folder / "straight", **settings)
-    assert finished(warm, straight) == 0  # builds the cache
+    assert ended(warm, straight) == 0  # builds the cache
     shutil.rmtree(straight.output_dir)
     began = time.monotonic()
-    assert finished(warm, straight) == 0
+    assert ended(warm, straight) == 0
     whole, done = time.monotonic() - began, 0
     while done < kills:
         config = quick(folder / str(done), **settings)
         if done % 2:
-            killed = finished(warm, config, draw.randint(1, 3), draw.randint(1, 25)) == -signal.SIGKILL
+            code = ended(warm, config, draw.randint(1, 3), draw.randint(1, 25))
         else:
-            killed = killed_after(warm, config, draw.uniform(0, whole))
-        assert finished(warm, config) == 0
+            code = ended(warm, config, seconds=draw.uniform(0, whole))
+        assert ended(warm, config) == 0
         assert_same(Path(config.output_dir), Path(straight.output_dir))
         shutil.rmtree(config.output_dir)
-        done += killed
+        done += code == -signal.SIGKILL
 
 
 def test_three_runs_killed_at_random_moments_end_with_the_same_bytes(warm, quick, tmp_path):
@@ -266,10 +254,6 @@ def test_three_runs_killed_at_random_moments_end_with_the_same_bytes(warm, quick
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_fifty_runs_killed_at_random_moments_end_with_the_same_bytes(warm, quick, tmp_path, accumulate, workers):
-    settings = ODD | {
-        "gradient_accumulation_steps": accumulate,
-        "dataloader_num_workers": workers,
-        "checkpointing_steps": 2,
-        "checkpoints_total_limit": 2,
-    }
+    counts = {"gradient_accumulation_steps": accumulate, "dataloader_num_workers": workers}
+    settings = ODD | counts | {"checkpointing_steps": 2, "checkpoints_total_limit": 2}
     kill_and_resume(warm, quick, tmp_path, 12 + (workers == 2), settings, random.Random(accumulate + workers))

@@ -1,16 +1,14 @@
 """Promise: each of diffusers' schedules counts optimizer steps, and training starts from a published ControlNet."""
 
-import dataclasses
 import json
 import math
 
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.optimization import SchedulerType
 
-from segcn.models.base import load_base
 from segcn.models.controlnet import make_controlnet
 from segcn.train.config import TrainConfig
 from segcn.train.loop import train
@@ -66,29 +64,17 @@ def test_the_schedule_of_a_run_is_not_accelerates_which_steps_once_a_process(qui
     assert isinstance(prepare(quick(tmp_path / "run")).schedule, torch.optim.lr_scheduler.LambdaLR)
 
 
-@pytest.mark.parametrize(
-    "wrong", ["cosin", "cosine:3", "piecewise_constant", "piecewise_constant:1:9,0.1:5,0.01", "piecewise_constant:a"]
-)
-def test_an_unknown_schedule_is_refused_before_anything_is_written(quick, tmp_path, wrong):
-    with pytest.raises(UserError, match=r"--lr_scheduler: expected .*piecewise_constant.*found"):
-        train(quick(tmp_path / "run", lr_scheduler=wrong))
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.fixture(scope="module")
 def published(random_base, tmp_path_factory):
     """A ControlNet for the random base with weights of its own, as someone else would publish it."""
-    from diffusers import UNet2DConditionModel
-
-    controlnet = ControlNetModel.from_unet(
-        UNet2DConditionModel.from_pretrained(random_base, subfolder="unet"),
-        conditioning_embedding_out_channels=(16, 32, 64, 96),
-    )
+    unet = UNet2DConditionModel.from_pretrained(random_base, subfolder="unet")
+    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64, 96))
     with torch.no_grad():
         for parameter in controlnet.parameters():
             parameter.add_(torch.randn_like(parameter) / 100)
-    controlnet.save_pretrained(tmp_path_factory.mktemp("published"))
-    return tmp_path_factory.getbasetemp() / "published0"
+    folder = tmp_path_factory.mktemp("published")
+    controlnet.save_pretrained(folder)
+    return folder
 
 
 def test_training_starts_from_a_published_controlnet(quick, published, tmp_path):
@@ -97,12 +83,10 @@ def test_training_starts_from_a_published_controlnet(quick, published, tmp_path)
     assert there.keys() == here.keys() and all(torch.equal(there[key], here[key]) for key in there)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("cross_attention_dim", 768), ("in_channels", 4), ("_class_name", "UNet2DConditionModel")]
-)
-def test_a_controlnet_that_does_not_fit_the_base_is_refused_before_anything_is_written(
-    quick, published, tmp_path, key, value
-):
+@pytest.mark.parametrize("key, value", [
+    ("cross_attention_dim", 768), ("in_channels", 4), ("_class_name", "UNet2DConditionModel"),
+])  # fmt: skip
+def test_a_controlnet_that_does_not_fit_is_refused_before_anything_is_written(quick, published, tmp_path, key, value):
     config = json.loads((published / "config.json").read_text())
     other = tmp_path / "other"
     other.mkdir()
@@ -113,13 +97,8 @@ def test_a_controlnet_that_does_not_fit_the_base_is_refused_before_anything_is_w
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_without_a_controlnet_is_named(quick, tmp_path):
-    with pytest.raises(UserError, match="nowhere: expected a ControlNet"):
-        train(dataclasses.replace(quick(tmp_path / "run"), controlnet_model_name_or_path=str(tmp_path / "nowhere")))
-
-
-def test_a_new_controlnet_passes_on_masks_that_pytorchs_initialization_fades_and_begins_at_zero(random_base):
-    unet = load_base(random_base).unet
+def test_a_new_controlnet_passes_on_masks_that_pytorchs_initialization_fades_and_begins_at_zero(base):
+    unet = base.unet
     masks = torch.rand(8, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)  # of large areas
     ours, theirs = make_controlnet(unet), ControlNetModel.from_unet(unet)
     passed = []

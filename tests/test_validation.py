@@ -1,10 +1,10 @@
 """Promise: a training says how well its images obey held-out masks, and is not disturbed by it."""
 
 import contextlib
-import dataclasses
 import io
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,9 +51,8 @@ def scored_config(quick, landscapes, tmp_path_factory):
 def scored_run(scored_config, tmp_path_factory):
     """A scored run and the state of the global random numbers after it."""
     torch.manual_seed(5)
-    return train(
-        scored_config(tmp_path_factory.mktemp("runs") / "scored_run", report_to="tensorboard")
-    ), torch.get_rng_state()
+    folder = train(scored_config(tmp_path_factory.mktemp("runs") / "scored_run", report_to="tensorboard"))
+    return folder, torch.get_rng_state()
 
 
 class Scripted:
@@ -95,23 +94,16 @@ def learned(scripted, tmp_path_factory):
     return folder, printed.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("curve", "step"),
-    [
-        ([], None),
-        ([0.4], None),
-        ([0.4, 0.41, 0.4, 0.42], None),
-        ([0.4, 0.52, 0.38, 0.47, 0.5], None),
-        ([0.2, 0.22, 0.21, 0.8, 0.85, 0.83], 300),
-        ([0.2, 0.8], 100),
-        ([0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 300),
-        ([0.2, 0.7, 0.2, 0.25, 0.8, 0.8], 400),
-        ([0.2, 0.7, 0.2, 0.2], None),
-        ([0.2, 0.8, 0.8, 0.1], 100),
-        ([0.8, 0.8, 0.79], None),
-    ],
-    ids=["none", "one", "flat", "noisy", "jump", "two", "gradual", "spike", "spike alone", "collapse", "at once"],
-)
+@pytest.mark.parametrize("curve, step", [
+    pytest.param([], None, id="none"), pytest.param([0.4], None, id="one"),
+    pytest.param([0.4, 0.41, 0.4, 0.42], None, id="flat"),
+    pytest.param([0.4, 0.52, 0.38, 0.47, 0.5], None, id="noisy"),
+    pytest.param([0.2, 0.22, 0.21, 0.8, 0.85, 0.83], 300, id="jump"), pytest.param([0.2, 0.8], 100, id="two"),
+    pytest.param([0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 300, id="gradual"),
+    pytest.param([0.2, 0.7, 0.2, 0.25, 0.8, 0.8], 400, id="spike"),
+    pytest.param([0.2, 0.7, 0.2, 0.2], None, id="spike alone"),
+    pytest.param([0.2, 0.8, 0.8, 0.1], 100, id="collapse"), pytest.param([0.8, 0.8, 0.79], None, id="at once"),
+])  # fmt: skip
 def test_the_jump_of_a_curve_is_found(curve, step):
     assert convergence_step(range(0, 100 * len(curve), 100), curve) == step
 
@@ -167,14 +159,14 @@ def test_the_best_checkpoint_is_kept_and_named(learned):
 
 def test_a_scored_run_that_was_killed_logs_the_same(scripted, learned, tmp_path):
     cut, (whole, _) = tmp_path / "cut", learned
+    save = training.save
+
+    def killed(run, only_best=False):
+        if run.step == 4:
+            raise RuntimeError("killed after the validation, before the checkpoint")
+        save(run, only_best)
+
     with pytest.MonkeyPatch.context() as patched:
-
-        def killed(run, only_best=False):
-            if run.step == 4:
-                raise RuntimeError("killed after the validation, before the checkpoint")
-            save(run, only_best)
-
-        save = training.save
         patched.setattr(training, "save", killed)
         with pytest.raises(RuntimeError, match="killed"):
             scripted.train(cut)
@@ -211,7 +203,7 @@ def test_without_held_out_rows_nothing_begins(scored_config, landscapes, tmp_pat
         train(scored_config(tmp_path / "out", **given))
     assert not (tmp_path / "out").exists()
     config, split = scored_config("x", **given, max_train_samples=10), read_split(landscapes, "train")
-    trained = dataclasses.replace(split, records=split.records[:10])
+    trained = replace(split, records=split.records[:10])
     assert [record.row for record in validation.held_out_rows(config, trained).records] == [10, 11]
 
 
@@ -222,13 +214,12 @@ def test_a_segmenter_of_another_resolution_is_refused(scored_config, tmp_path):
 
 
 def test_one_segmenter_serves_all_runs_on_the_same_rows(quick, landscapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        validation, "SegmenterConfig", lambda **given: segmenter.SegmenterConfig(steps=2, width=8, **given)
-    )
-    config, split, said = quick("x", faithfulness_rows=2), read_split(landscapes, "train"), []
+    quickly = lambda **given: segmenter.SegmenterConfig(steps=2, width=8, **given)  # noqa: E731
+    monkeypatch.setattr(validation, "SegmenterConfig", quickly)
+    config, split, lines = quick("x", faithfulness_rows=2), read_split(landscapes, "train"), []
     held_out = validation.held_out_rows(config, split)
-    first, again = (validation.open_scorer(config, held_out, split, tmp_path, "cpu", said.append) for _ in range(2))
-    assert len(list(tmp_path.glob("segmenter-*"))) == 1 and "reused" in said[-1] and first.ceiling == again.ceiling
+    first, again = (validation.open_scorer(config, held_out, split, tmp_path, "cpu", lines.append) for _ in range(2))
+    assert len(list(tmp_path.glob("segmenter-*"))) == 1 and "reused" in lines[-1] and first.ceiling == again.ceiling
     assert first.masks.shape == (2, 64, 64) and first.ceiling["images"] == 2
 
 
