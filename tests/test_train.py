@@ -23,23 +23,14 @@ from segcn.utils.errors import UserError
 @pytest.fixture(scope="module")
 def straight(quick, tmp_path_factory):
     """A finished run of six steps without a break, with validation images."""
-    split = read_split(quick("x").dataset_name, "test")
-    masks = [str(record.mask) for record in split.records[:2]]
-    config = quick(
-        tmp_path_factory.mktemp("runs") / "straight",
-        validation_image=masks,
-        validation_prompt=["a lake"],
-        validation_steps=6,
-        report_to="tensorboard",
-    )
-    return train(config)
+    masks = [str(record.mask) for record in read_split(quick("x").dataset_name, "test").records[:2]]
+    validation = {"validation_image": masks, "validation_prompt": ["a lake"], "validation_steps": 6}
+    return train(quick(tmp_path_factory.mktemp("runs") / "straight", **validation, report_to="tensorboard"))
 
 
 def test_a_run_leaves_what_diffusers_opens(straight, random_base, landscapes):
-    controlnet = ControlNetModel.from_pretrained(straight)
-    pipe = StableDiffusionControlNetPipeline.from_pretrained(
-        random_base, controlnet=controlnet, safety_checker=None, torch_dtype=torch.float32
-    )
+    parts = {"controlnet": ControlNetModel.from_pretrained(straight), "safety_checker": None}
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(random_base, **parts, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     record = read_split(landscapes, "test")[0]
     image = pipe("a lake", image=Image.open(record.mask).convert("RGB"), num_inference_steps=2).images[0]
@@ -104,12 +95,21 @@ def test_an_epoch_counts_the_repeated_rows(quick, tmp_path):
     assert json.loads((run / "train_config.json").read_text())["max_train_steps"] > 12 / 2
 
 
-@pytest.mark.parametrize("wrong", [
-    {"augment": "affine,degree=3"}, {"class_balance": 2.0}, {"proportion_empty_prompts": -0.1}, {"logging_steps": 0},
-    {"checkpointing_steps": 0}, {"max_train_samples": -5},
-])  # fmt: skip
-def test_what_cannot_be_is_named_before_anything_is_written(quick, tmp_path, wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
+SCHEDULE = r"--lr_scheduler: expected .*piecewise_constant.*found"
+WRONG = [
+    ({"augment": "affine,degree=3"}, "augment"), ({"class_balance": 2.0}, "class_balance"),
+    ({"proportion_empty_prompts": -0.1}, "proportion_empty_prompts"), ({"logging_steps": 0}, "logging_steps"),
+    ({"checkpointing_steps": 0}, "checkpointing_steps"), ({"max_train_samples": -5}, "max_train_samples"),
+    ({"lr_scheduler": "cosin"}, SCHEDULE), ({"lr_scheduler": "cosine:3"}, SCHEDULE),
+    ({"lr_scheduler": "piecewise_constant"}, SCHEDULE), ({"lr_scheduler": "piecewise_constant:a"}, SCHEDULE),
+    ({"lr_scheduler": "piecewise_constant:1:9,0.1:5,0.01"}, SCHEDULE),
+    ({"controlnet_model_name_or_path": "nowhere"}, "nowhere: expected a ControlNet"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong, message", WRONG)
+def test_what_cannot_be_is_named_before_anything_is_written(quick, tmp_path, wrong, message):
+    with pytest.raises(UserError, match=message):
         train(quick(tmp_path / "out", **wrong))
     assert not (tmp_path / "out").exists()
 
@@ -118,8 +118,8 @@ def test_what_cannot_be_is_named_before_anything_is_written(quick, tmp_path, wro
 def test_the_order_of_rows_does_not_depend_on_the_number_of_processes(world):
     whole = [key for batch in Plan(10, 7, 0, 9, 1, 8) for key in batch]
     parts = [list(Plan(10, 7, 0, 9, 1, 8 // world, rank, world)) for rank in range(world)]
-    dealt = [key for step in zip(*parts, strict=True) for batch in step for key in batch]
-    assert dealt == whole
+    shared = [key for step in zip(*parts, strict=True) for batch in step for key in batch]
+    assert shared == whole
     assert sorted(row for _, row in whole[:10]) == list(range(10))
     later = [key for batch in Plan(10, 7, 4, 9, 1, 8) for key in batch]
     assert later == whole[4 * 8 :]
@@ -127,13 +127,11 @@ def test_the_order_of_rows_does_not_depend_on_the_number_of_processes(world):
 
 def break_data(folder, fault):
     """Spoil row 3 of a copy of the data and return what the message must say."""
-    metadata = folder / "metadata.csv"
-    lines = metadata.read_text().splitlines()
-    mask = folder / "masks" / "000003.png"
+    metadata, mask = folder / "metadata.csv", folder / "masks" / "000003.png"
     if fault == "missing file":
         mask.unlink()
     elif fault == "missing column":
-        metadata.write_text("\n".join([lines[0].replace("text", "prompt"), *lines[1:]]) + "\n")
+        metadata.write_text(metadata.read_text().replace("text", "prompt", 1))
         return "column text"
     elif fault == "other size":
         Image.open(mask).crop((0, 0, 40, 64)).save(mask)
@@ -146,19 +144,17 @@ def break_data(folder, fault):
 
 @pytest.mark.parametrize("fault", ["missing file", "missing column", "other size", "undeclared color"])
 def test_wrong_data_are_refused_before_the_first_step(quick, landscapes, tmp_path, fault):
-    data, out = tmp_path / "data", tmp_path / "out"
-    shutil.copytree(landscapes, data)
+    data = shutil.copytree(landscapes, tmp_path / "data")
     expected = break_data(data / "train", fault)
     with pytest.raises(UserError) as caught:
-        train(quick(out, dataset_name=str(data)))
+        train(quick(tmp_path / "out", dataset_name=str(data)))
     assert expected in str(caught.value) and "metadata.csv" in str(caught.value)
-    assert not out.exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_ends_with_one_message_and_no_traceback(quick, landscapes, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(landscapes, data)
+    data = shutil.copytree(landscapes, tmp_path / "data")
     break_data(data / "train", "missing file")
     words = arguments_of(quick(tmp_path / "out", dataset_name=str(data)))
-    done = subprocess.run([sys.executable, "-m", "segcn.train", *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "segcn.train", *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "masks/000003.png" in done.stderr
