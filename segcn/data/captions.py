@@ -31,17 +31,15 @@ def common_words(captions: Iterable[str], count: int = 20) -> list[tuple[str, in
     return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[:count]
 
 
-def substituted(caption: str, season_turn: int = 2, time_turn: int = 2) -> str:
-    """The caption with its season and time of day some places further round; unchanged where it names neither."""
-
-    def turned(words: Sequence[str], word: str, turn: int) -> str:
-        return words[(words.index(word) + turn) % len(words)]
+def substituted(caption: str, turn: int = 2) -> str:
+    """The caption with its season and time of day `turn` places further round; unchanged where it names neither."""
+    times = list(TIMES.values())
 
     def other_season(found: re.Match) -> str:
-        season = turned(SEASONS, found[2], season_turn)
+        season = SEASONS[(SEASONS.index(found[2]) + turn) % len(SEASONS)]
         return f"{article_of(season)} {season}" if found[1] else season
 
-    return TIME.sub(lambda found: turned([*TIMES.values()], found[0], time_turn), SEASON.sub(other_season, caption))
+    return TIME.sub(lambda found: times[(times.index(found[0]) + turn) % len(times)], SEASON.sub(other_season, caption))
 
 
 def other_captions(captions: Sequence[str]) -> list[str]:
@@ -53,7 +51,7 @@ def other_captions(captions: Sequence[str]) -> list[str]:
 
 def variations(caption: str, others: Sequence[str], count: int = 4) -> list[str]:
     """The caption and `count` - 1 different ones: each season at another time of day, or else captions of `others`."""
-    return list(dict.fromkeys([*(substituted(caption, turn, turn) for turn in range(count)), *others]))[:count]
+    return list(dict.fromkeys([*(substituted(caption, turn) for turn in range(count)), *others]))[:count]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -50,12 +50,9 @@ class PairedDataset(Dataset):
         fit: str = "crop",
         function: Augment | None = None,
     ):
-        self.split = split
-        self.resolution = resolution
-        self.augment = augment
-        self.seed = seed
+        self.split, self.resolution = split, resolution
+        self.augment, self.function, self.seed = augment, function, seed
         self.fit = known_fit(fit)
-        self.function = function
 
     def __len__(self) -> int:
         return len(self.split)
@@ -98,14 +95,10 @@ class PairedDataset(Dataset):
 
     def captions(self) -> Iterator[str]:
         """Every caption that a sample may have, each once."""
-        seen: set[str] = set()
         flips = self.augment.hflip > 0 and self.augment.sided_captions == "rewrite"
-        for record in self.split.records:
-            for caption in record.captions:
-                for form in (caption, mirrored(caption)) if flips else (caption,):
-                    if form not in seen:
-                        seen.add(form)
-                        yield form
+        written = (caption for record in self.split.records for caption in record.captions)
+        forms = ((caption, mirrored(caption)) if flips else (caption,) for caption in written)
+        return iter(dict.fromkeys(form for each in forms for form in each))
 
     def _changed(self, image: torch.Tensor, mask: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The results of `function`, checked."""

@@ -18,13 +18,8 @@ from segcn.utils.paths import MAX_PIXELS, SYMLINKS
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")  # none of them runs a program
 OUTSIDE = re.compile(r"\\|://|^[/~]|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)")
 LISTED_AFTER = 100  # names in a folder
-KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+KINDS |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 ORIENTATION = 0x0112  # the EXIF tag
 warnings.filterwarnings("ignore", module=r"PIL\.")  # images that it only warns of are refused here
 Image.init()

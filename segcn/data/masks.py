@@ -173,12 +173,8 @@ def _undeclared_error(stored: StoredMask, pixels: dict[int, int], expected: str)
     names = {value: f"color {list(color_of(value))}" if stored.colored else f"value {value}" for value in most}
     found = ", ".join(f"{name} ({pixels[value]} pixels)" for value, name in names.items())
     more = f" and {len(pixels) - 5} more" if len(pixels) > 5 else ""
-    fix = (
-        "JPEG compression changes labels: save masks as PNG, from the original labels"
-        if stored.lossy
-        else "declare it there, or give unlabelled pixels the value 255 (in RGB masks: the color of a label"
-        ' with "ignore": true)'
-    )
-    return UserError(
-        f"{stored.path}: expected {expected}, found {found}{more} that palette.json does not declare; {fix}"
-    )
+    fix = "declare it there, or give unlabelled pixels the value 255 (in RGB: the color of a label with ignore)"
+    if stored.lossy:
+        fix = "JPEG compression changes labels: save masks as PNG, from the original labels"
+    undeclared = f"found {found}{more} that palette.json does not declare"
+    return UserError(f"{stored.path}: expected {expected}, {undeclared}; {fix}")

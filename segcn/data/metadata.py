@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -153,7 +154,7 @@ def read_named_split(dataset_name: str | Path, name: str) -> Split:
     another form, a split that is not there, and what `read_split` refuses.
     """
     folder = Path(dataset_name)
-    has_splits = folder.is_dir() and not any((folder / metadata).is_file() for metadata in METADATA)
+    has_splits = folder.is_dir() and _metadata_in(folder) is None
     found = re.fullmatch(r"([^[]*)(?:\[(\d*):(\d*)\])?", name)
     if found is None:
         raise UserError(f"--split: expected a name such as test, train[24:] or train[:24], found {name!r}")
@@ -211,8 +212,7 @@ def read_row(split: Split, row: int) -> tuple[np.ndarray, np.ndarray]:
         mask = read_mask(record.mask, split.palette)
         if mask.shape != image.shape[:2]:
             expected, found = "{1} x {0}".format(*image.shape), "{1} x {0}".format(*mask.shape)
-            where = f"found {found} in {record.mask_name!r}"
-            raise UserError(f"expected a mask of its image's size, {expected}, {where}")
+            raise UserError(f"expected a mask of its image's size, {expected}, found {found} in {record.mask_name!r}")
     except UserError as error:
         raise UserError(_at(split, row, f"column {column}: {error}")) from None
     return image, mask
@@ -231,12 +231,9 @@ def _metadata_in(folder: Path) -> Path | None:
 
 
 def _find_metadata(path: Path, split: str | None) -> Path:
-    """The metadata file of a data set and a split."""
     if path.is_file():
         if path.suffix not in (".csv", ".jsonl"):
-            raise UserError(
-                f"{path}: expected a folder, a metadata.csv or a metadata.jsonl, found a {path.suffix} file"
-            )
+            raise UserError(f"{path}: expected a folder, or {' or '.join(METADATA)}, found a {path.suffix} file")
         if split not in (None, "train", path.absolute().parent.name):
             raise UserError(f"{path}: this is one metadata file; to choose the split {split!r} name the folder above")
         return path
@@ -374,10 +371,8 @@ def _shown(value: object) -> str:
 def _header_fault(header: list[str]) -> str | None:
     fault = _columns_fault(header)
     if fault is None and header.index(COLUMNS[0]) > header.index(COLUMNS[1]):
-        return (
-            f"expected {COLUMNS[0]} before {COLUMNS[1]}, found {_shown(','.join(header))};"
-            " datasets takes the first column of file names for the image: swap the columns"
-        )
+        reason = "datasets takes the first column of file names for the image: swap the columns"
+        return f"expected {COLUMNS[0]} before {COLUMNS[1]}, found {_shown(','.join(header))}; {reason}"
     if fault and len(header) == 1 and (mark := re.search(r"[;\t|]", header[0])):
         fault += f"; separate the fields by commas, not by {mark[0]!r}"
     return fault
@@ -493,8 +488,7 @@ def _reserve_number(folder: Path) -> int:
     names = [path.stem for name in ("images", "masks") for path in (folder / name).glob("*.png")]
     number = max([int(name) for name in names if name.isdecimal()], default=-1) + 1
     while True:
-        try:
+        with suppress(FileExistsError):
             (folder / "masks" / f"{number:06d}.png").open("xb").close()
             return number
-        except FileExistsError:
-            number += 1
+        number += 1

@@ -37,9 +37,7 @@ class Label:
         if not isinstance(self.name, str) or not self.name.strip():
             raise UserError(f"label {self.id}: expected a name, found {self.name!r}")
         if not isinstance(self.color, tuple) or len(self.color) != 3 or not all(map(_is_byte, self.color)):
-            raise UserError(
-                f"label {self.name!r}: expected a color of three numbers from 0 to 255, found {self.color!r}"
-            )
+            raise UserError(f"label {self.name!r}: expected a color, three numbers from 0 to 255, found {self.color!r}")
 
 
 @dataclass(frozen=True)
@@ -118,12 +116,10 @@ class Palette:
         return hashlib.sha256(self._json().encode()).hexdigest()[:16]
 
     def _json(self) -> str:
-        entries = [
-            {"id": label.id, "name": label.name, "color": list(label.color)}
-            | ({"ignore": True} if label.ignore else {})
-            for label in self.labels
-        ]
-        lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+        lines = []
+        for label in self.labels:
+            entry = {"id": label.id, "name": label.name, "color": list(label.color)}
+            lines.append(json.dumps(entry | ({"ignore": True} if label.ignore else {}), ensure_ascii=False))
         return '{"labels": [\n  ' + ",\n  ".join(lines) + "\n]}"
 
 
@@ -149,7 +145,6 @@ def palette_table(palette: Palette) -> str:
 
 
 def _label_of(entry: dict) -> Label:
-    """The label of an entry of palette.json."""
     entry = {"color" if key == "colour" else key: value for key, value in dict(entry).items()}
     unknown = set(entry) - {"id", "name", "color", "ignore"}
     if unknown:

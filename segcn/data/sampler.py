@@ -43,7 +43,8 @@ class Stream:
                 epoch -= 1
             while self.start(epoch + 1) <= position:
                 epoch += 1
-            self._open(epoch)
+            self._span = range(self.start(epoch), self.start(epoch + 1))
+            self._keys = self._in_order(epoch)
         visits, rows = self._keys
         place = position - self._span.start
         return int(visits[place]), int(rows[place])
@@ -53,18 +54,16 @@ class Stream:
         assert self.repeats is not None
         return np.floor(epoch * self.repeats + self._offsets).astype(np.int64)
 
-    def _open(self, epoch: int) -> None:
-        """Put the rows of an epoch in order."""
-        self._span = range(self.start(epoch), self.start(epoch + 1))
+    def _in_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Visit and row at each position of an epoch, whose span is set."""
         order = np.array(rng.permutation(len(self._span), "rows", self.seed, epoch))
         if self.repeats is None:
-            self._keys = np.full(self.rows, epoch), order
-            return
+            return np.full(self.rows, epoch), order
         first = self._visits(epoch)
         times = self._visits(epoch + 1) - first
         rows = np.repeat(np.arange(self.rows), times)
         visits = np.arange(len(rows)) - np.repeat(np.cumsum(times) - times - first, times)
-        self._keys = visits[order], rows[order]
+        return visits[order], rows[order]
 
 
 def class_pixels(split: Split) -> np.ndarray:

@@ -25,21 +25,11 @@ from segcn.data.palette import Label, Palette
 from segcn.data.sampler import COUNTED_ROWS, class_pixels
 from segcn.data.transforms import AUGMENTS
 
-STYLE: dict[Any, Any] = {  # of matplotlib
-    "figure.dpi": 100,
-    "savefig.dpi": 100,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
-    "text.parse_math": False,  # a caption may hold dollar signs
-}
+STYLE: dict[Any, Any] = {  # of matplotlib; a caption may hold dollar signs, which are no formula
+    "figure.dpi": 100, "savefig.dpi": 100, "font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.titlesize": 10,
+    "axes.titlelocation": "left", "xtick.color": "#444444", "ytick.color": "#444444", "legend.frameon": False,
+}  # fmt: skip
 LINE = 0.15  # inches a line of text
 LETTERS = 16  # letters an inch
 GAP = 0.1  # inches between images
@@ -255,10 +245,8 @@ def read_sheet(path: Path) -> list[list[np.ndarray]]:
         pixels, columns = np.asarray(file), int(file.info["columns"])
     step = (pixels.shape[1] + SHEET_GAP) // columns
     side, rows = step - SHEET_GAP, (pixels.shape[0] + SHEET_GAP) // step
-    return [
-        [pixels[top : top + side, left : left + side] for left in range(0, columns * step, step)]
-        for top in range(0, rows * step, step)
-    ]
+    return [[pixels[top : top + side, left : left + side] for left in range(0, columns * step, step)]
+            for top in range(0, rows * step, step)]  # fmt: skip
 
 
 # --- Charts of classes and captions
@@ -304,10 +292,8 @@ def class_bars(palette: Palette, shares: dict[str, np.ndarray]) -> Figure:
     labels = _classes(palette)
     figure = Figure(figsize=(6.5, 0.6 + len(labels) * max(0.28, 0.2 * len(shares))))
     axes = figure.add_subplot()
-    colors = [
-        [(*(np.array(label.color) / 255), 1 - 0.55 * number / len(shares)) for label in labels]
-        for number in range(len(shares))
-    ]
+    strengths = 1 - 0.55 * np.arange(len(shares)) / len(shares)
+    colors = [[(*(np.array(label.color) / 255), strength) for label in labels] for strength in strengths]
     values = {name: [share[:, label.id].mean() for label in labels] for name, share in shares.items()}
     _share_bars(axes, [label.name for label in labels], values, colors, named=len(shares) > 1)
     axes.set_title("share of the labelled pixels")
@@ -349,9 +335,7 @@ def co_occurrence(palette: Palette, shares: np.ndarray) -> Figure:
     axes = figure.add_subplot()
     together = shown.T @ shown / shown.sum(0)[:, None]
     heat_map(axes, together, [label.name for label in labels], 0 if len(labels) <= 20 else math.inf)
-    axes.set_xlabel(
-        "of the images that show the class on the left, the share that also shows the one above", fontsize=9
-    )
+    axes.set_xlabel("of the images with the class on the left, the share that also shows the one above", fontsize=9)
     return figure
 
 

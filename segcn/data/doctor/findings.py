@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 
@@ -78,11 +79,9 @@ class Checkup:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """That of each split; rows whose files are not looked at count by their line alone."""
-        found = {}
-        for name, split in self.facts.splits.items():
-            records = tuple(case.record for case in self.facts.of_split(name) if case.readable)
-            found[name] = replace(split, records=records).fingerprint
-        return found
+        readable = {name: tuple(case.record for case in self.facts.of_split(name) if case.readable)
+                    for name in self.facts.splits}  # fmt: skip
+        return {k: replace(split, records=readable[k]).fingerprint for k, split in self.facts.splits.items()}
 
     @property
     def fingerprint(self) -> str:
@@ -93,19 +92,16 @@ class Checkup:
     @property
     def bad_rows(self) -> dict[tuple[str, int], list[Finding]]:
         """The errors of every row that has one, by (split, row)."""
-        rows: dict[tuple[str, int], list[Finding]] = {}
+        rows = defaultdict(list)
         for finding in self.errors:
             if finding.row is not None:
-                rows.setdefault((finding.split, finding.row), []).append(finding)
-        return rows
+                rows[finding.split, finding.row].append(finding)
+        return dict(rows)
 
     @property
     def by_kind(self) -> dict[str, list[Finding]]:
         """The findings in the order of FAULTS."""
-        kinds: dict[str, list[Finding]] = {}
-        for finding in self.findings:
-            kinds.setdefault(finding.kind, []).append(finding)
-        return kinds
+        return {kind: list(found) for kind, found in groupby(self.findings, lambda finding: finding.kind)}
 
 
 def examine(config: DoctorConfig, log: Callable[[str], None] = print) -> Checkup:
@@ -135,8 +131,7 @@ def row_findings(facts: Facts) -> Iterator[Finding]:
                 yield _of(case, "caption_words", f"expected words, found {caption.strip()[:80]!r}")
             tokens, cut_off = facts.tokens.get(caption, (0, ""))
             if tokens > facts.token_limit:
-                message = f"{tokens} of {facts.token_limit} tokens; cut off: {cut_off!r}"
-                yield _of(case, "caption_long", message)
+                yield _of(case, "caption_long", f"{tokens} of {facts.token_limit} tokens; cut off: {cut_off!r}")
         if case.readable:
             yield from _file_findings(case, facts.images.get(case.record.image), facts.masks.get(case.record.mask))
 
@@ -150,7 +145,7 @@ def _file_findings(case: Case, image: ImageFacts | None, mask: MaskFacts | None)
     record = case.record
     for name, facts in ((record.image_name, image), (record.mask_name, mask)):
         if facts is not None and facts.fault is not None and not (facts is mask and mask.lossy):
-            yield _of(case, *facts.fault, name)
+            yield _of(case, facts.fault.kind, facts.fault.message, name)
         if facts is not None and facts.orientation != 1:
             yield _of(case, "exif", f"stored with EXIF orientation {facts.orientation}", name)
     if mask is not None and mask.lossy:

@@ -119,7 +119,6 @@ def checkup_verdict(checkup: Checkup) -> str:
 
 
 def _lengths(captions: dict) -> str:
-    """How many captions there are, and how long."""
     if not captions["captions"]:
         return "none"
     spans = ", ".join(f"{captions[what]['least']} to {captions[what]['most']} {what}" for what in ("words", "tokens"))
@@ -145,9 +144,7 @@ def as_json(checkup: Checkup, config: DoctorConfig) -> dict:
         "findings": [{"severity": finding.severity} | asdict(finding) for finding in checkup.findings],
         "classes": checkup.classes,
         "captions": checkup.captions,
-        "sizes": {
-            name: {"{} x {}".format(*size): n for size, n in each.items()} for name, each in checkup.sizes.items()
-        },
+        "sizes": {k: {"{} x {}".format(*size): n for size, n in each.items()} for k, each in checkup.sizes.items()},
     }
 
 
@@ -165,19 +162,12 @@ def doctor_page(checkup: Checkup, config: DoctorConfig) -> str:
         case = cases.get((finding.split, finding.row))
         return case.record.caption if case else ""
 
-    return render(
-        "data/doctor/templates/doctor.html",
-        title=f"Data set report: {checkup.facts.dataset.absolute().name}",
-        checkup=checkup,
-        kinds=FAULTS,
-        read=summary_lines(checkup)[0],
-        verdict=checkup_verdict(checkup),
-        lengths=_lengths,
-        where=where,
-        images=images,
-        caption=caption,
-        examples=config.examples,
-    )
+    values = {
+        "title": f"Data set report: {checkup.facts.dataset.absolute().name}", "checkup": checkup, "kinds": FAULTS,
+        "read": summary_lines(checkup)[0], "verdict": checkup_verdict(checkup), "lengths": _lengths, "where": where,
+        "images": images, "caption": caption, "examples": config.examples,
+    }  # fmt: skip
+    return render("data/doctor/templates/doctor.html", **values)
 
 
 def _images_of(case: Case, palette: Palette, max_pixels: int) -> list[np.ndarray]:

@@ -26,18 +26,11 @@ from segcn.utils.progress import Progress
 SAMPLED = (9 * 16, 8 * 16)  # pixels of an image that are compared with other images: the thumb holds their means
 
 
-class Fault(NamedTuple):
-    """Why a file is of no use: undecodable, truncated, too_large or labels."""
-
-    kind: str
-    message: str
-
-
 @dataclass(frozen=True)
 class ImageFacts:
     """An image file; without a size where it could not be decoded."""
 
-    fault: Fault | None = None
+    fault: Problem | None = None  # undecodable, truncated, too_large or labels
     size: tuple[int, int] | None = None  # (width, height), upright
     orientation: int = 1  # EXIF; 1: stored upright
     checksum: int = 0  # CRC-32 of the sampled pixels
@@ -55,7 +48,7 @@ class ImageFacts:
 class MaskFacts:
     """A mask file; without a size where it could not be read as class ids."""
 
-    fault: Fault | None = None
+    fault: Problem | None = None
     size: tuple[int, int] | None = None  # (width, height), as stored
     orientation: int = 1  # EXIF, which masks are read without
     lossy: str = ""  # the format, where it changes labels
@@ -206,7 +199,7 @@ def dhash(thumbs: np.ndarray) -> np.ndarray:
     return np.packbits(brighter.reshape(len(thumbs), 64), axis=1).view(np.uint64)[:, 0]
 
 
-def _fault(path: Path, error: UserError) -> Fault:
+def _fault(path: Path, error: UserError) -> Problem:
     """Broken files say how; the rest are values without a label."""
     kind = error.kind if isinstance(error, Unreadable) else "labels"
-    return Fault(kind, str(error).removeprefix(f"{path}: "))
+    return Problem(kind, path.name, str(error).removeprefix(f"{path}: "))

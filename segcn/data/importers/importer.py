@@ -187,9 +187,7 @@ def _choose_palette(config: ImportConfig, sources: dict[str, Source], log: Calla
     own = Path(config.out) / "palette.json"
     if config.files == "rewrite" and own.is_file():
         if given is not None and Palette.load(own) != given:
-            raise UserError(
-                f"--palette: {own} is another one and is never overwritten: move it away, or leave the flag out"
-            )
+            raise UserError(f"--palette: {own} is another one and is never overwritten: move it, or drop the flag")
         return Palette.load(own)
     if given:
         return given
@@ -224,9 +222,8 @@ def _write(
                 log(f"Warning: {warning}")
         except UserError as error:
             raise UserError(str(error).replace("--ready", "--palette")) from None
-    captioned = {
-        name: [_captioned(folder / name, row, palette, config.caption or "") for row in rows[name]] for name in rows
-    }
+    captioned = {name: [_captioned(folder / name, row, palette, config.caption or "") for row in placed]
+                 for name, placed in rows.items()}  # fmt: skip
     if not (folder / "palette.json").exists():
         palette.save(folder / "palette.json")
     for name in sorted(rows, key=lambda name: name == "train"):

@@ -53,9 +53,7 @@ def make_palette(config: PaletteConfig, log: Callable[[str], None] = print) -> P
     dataset = Path(config.dataset_name)
     target = Path(config.output or (dataset.parent if dataset.is_file() else dataset) / "palette.json")
     if os.path.lexists(target):
-        raise UserError(
-            f"{target} is there already and is never overwritten: remove it, or name another file with --output"
-        )
+        raise UserError(f"{target} is there and is never overwritten: remove it, or name another file with --output")
     if config.dataset_name:
         found = survey(mask_files(dataset, log), log)
         if palette is None:
@@ -98,10 +96,7 @@ def mask_files(dataset: str | Path, log: Callable[[str], None] = print) -> list[
             inside = not boundary.problem(path.relative_to(folder).as_posix())
             masks += [path] if path.suffix.lower() in SUFFIXES and path.name[0] != "." and inside else []
         if not masks:
-            raise UserError(
-                f"{folder}: expected mask files here, in masks/ or in SPLIT/masks/, found none;"
-                " name the folder that holds them"
-            )
+            raise UserError(f"{folder}: expected mask files here, in masks/ or in SPLIT/masks/, found none")
         return masks
     left_out, splits = 0, find_splits(folder)
     for metadata in splits.values():
@@ -257,12 +252,9 @@ def _twin_warnings(found: Survey, palette: Palette) -> Iterator[str]:
 
 def _smoothing_warnings(found: Survey) -> list[str]:
     rare = [value for value, pixels in found.pixels.items() if pixels < found.pixels.total() / 1000]
-    if not found.colored or len(rare) < 10 or 2 * len(rare) < len(found.pixels):
-        return []
-    return [
-        f"{len(rare)} of {len(found.pixels)} colors cover less than 0.1% of the pixels each:"
-        " are the edges of the masks smoothed?"
-    ]
+    few = f"{len(rare)} of {len(found.pixels)} colors cover less than 0.1% of the pixels each"
+    smoothed = found.colored and len(rare) >= 10 and 2 * len(rare) >= len(found.pixels)
+    return [f"{few}: are the edges of the masks smoothed?"] if smoothed else []
 
 
 # --- Proposing a palette

@@ -21,10 +21,8 @@ MASKS = ("masks", "mask", "labels", "label", "annotations", "conditioning_images
 SPLITS = {name: name for name in ("train", "test", "validation", "val")} | {"training": "train", "testing": "test"}
 SHARD = re.compile(r"(?P<split>\w[\w.]*?)-\d+-of-\d+(?:-\w+)?")  # as the hub names parquet files
 TABLES = (".csv", ".jsonl", ".json")
-EXPECTED = (
-    "images/ and masks/, metadata.csv or metadata.jsonl, parquet files, what save_to_disk wrote, or folders train/,"
-    " test/, validation/ of these"
-)
+EXPECTED = ("images/ and masks/, metadata.csv or metadata.jsonl, parquet files, what save_to_disk wrote, or folders"
+            " train/, test/, validation/ of these")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ def held_out(found: dict[str, Source], count: int) -> dict[str, Source]:
 
 def _of_file(path: Path, config: ImportConfig) -> Source:
     if path.suffix.lower() in TABLES:
-        return _listed(path.parent, file_rows(path, config))
+        rows = file_rows(path, config)
+        return Source(path.parent, len(rows), lambda: rows)
     if path.suffix.lower() == ".parquet":
         return _of_parquet(path.parent, [path], config)
     raise UserError(f"{path}: expected a folder, or a .csv, .jsonl, .json or .parquet file, found {path.suffix!r}")
@@ -123,10 +122,10 @@ def _of_pairs(folder: Path, images: Path, masks: Path, config: ImportConfig) -> 
         raise UserError(f"{folder}: the splits in {images.name} are {_some(splits)}, in {masks.name} {_some(others)}")
     places = {name: (below, others[name], folder / "captions" / below.name) for name, below in splits.items()}
     places = places or {"": (images, masks, folder / "captions")}
-    return {name: _listed(folder, _pairs(*place, config)) for name, place in places.items()}
+    return {name: _pairs(folder, *place, config) for name, place in places.items()}
 
 
-def _pairs(images: Path, masks: Path, captions: Path, config: ImportConfig) -> list[Row]:
+def _pairs(folder: Path, images: Path, masks: Path, captions: Path, config: ImportConfig) -> Source:
     """Rows of the images with the same name, folders below included; each line of a text file is a caption."""
     photos, labels = _by_stem(images, config.image_suffix), _by_stem(masks, config.mask_suffix)
     _refuse_unpaired(images, masks, sorted(set(photos) - set(labels)), sorted(set(labels) - set(photos)))
@@ -143,7 +142,7 @@ def _pairs(images: Path, masks: Path, captions: Path, config: ImportConfig) -> l
         except UserError as error:
             problems.append(f"{photo}: {error} (looked for {notes[0]} and {notes[1]})")
     refuse_failed(problems, len(photos), "pairs")
-    return rows
+    return Source(folder, len(rows), lambda: rows)
 
 
 def _by_stem(folder: Path, suffix: str) -> dict[str, Path]:
@@ -218,10 +217,6 @@ def _of_saved(folder: Path, config: ImportConfig) -> dict[str, Source]:
         name: Source(folder, len(rows), partial(arrow_rows, rows, f"{folder}{name and '/'}{name}", folder, config))
         for name, rows in splits.items()
     }
-
-
-def _listed(folder: Path, rows: list[Row]) -> Source:
-    return Source(folder, len(rows), lambda: rows)
 
 
 def _some(names: Iterable[str], shown: int = 3) -> str:
