@@ -46,11 +46,9 @@ def split(tmp_path):
 
 def test_a_sample_has_the_stated_shapes_and_ranges(split):
     sample = PairedDataset(split, 16, AUGMENTS["affine"], seed=0)[0]
-    for found, kind, shape in (
-        (sample.image, torch.float32, (3, 16, 16)), (sample.control, torch.float32, (3, 16, 16)),
-        (sample.mask, torch.uint8, (16, 16)), (sample.valid, torch.bool, (16, 16)),
-    ):  # fmt: skip
-        assert (found.dtype, found.shape) == (kind, shape)
+    parts = sample.image, sample.control, sample.mask, sample.valid
+    assert [part.dtype for part in parts] == [torch.float32, torch.float32, torch.uint8, torch.bool]
+    assert [part.shape for part in parts] == [(3, 16, 16), (3, 16, 16), (16, 16), (16, 16)]
     assert -1 <= sample.image.min() < -0.2 and 0.2 < sample.image.max() <= 1
     assert sample.control.min() >= 0 and sample.control.max() <= 1
     assert sample.caption == "a tree" and np.array_equal(sample.original.permute(1, 2, 0), read_image(split[0].image))

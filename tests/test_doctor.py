@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from malformed import exif_of
 from PIL import Image
 
 from segcn import cli
@@ -54,10 +55,9 @@ def folder(tmp_path):
 
 @pytest.fixture
 def splits(tmp_path):
-    data = tmp_path / "pairs"
-    make_split(data / "train", 4), make_split(data / "test", 3, first=100)
-    PALETTE.save(data / "palette.json")
-    return data
+    make_split(tmp_path / "pairs/train", 4), make_split(tmp_path / "pairs/test", 3, first=100)
+    PALETTE.save(tmp_path / "pairs/palette.json")
+    return tmp_path / "pairs"
 
 
 def check(folder, **settings):
@@ -95,9 +95,7 @@ def test_every_fault_of_a_file_is_found_whatever_else_is_wrong(tmp_path):
     photo(3, (400, 320)).save(images[3])  # above the limit
     write_mask(masks[4], np.zeros((8, 8), np.uint8), PALETTE)
     for row, orientation in ((5, 6), (6, 3)):  # 6: upright it is 40 x 32, its mask is not turned
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        photo(row).save(images[row], exif=exif)
+        photo(row).save(images[row], exif=exif_of(orientation))
     Image.fromarray(np.zeros(SIZE, np.uint8)).save(masks[7], format="JPEG")
     mask = np.zeros(SIZE, np.uint8)
     mask[:2, :5], mask[4] = 9, 200

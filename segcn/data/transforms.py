@@ -158,20 +158,15 @@ def draw(config: AugmentConfig, seed: int, epoch: int, row: int, caption: str = 
     keeps_sides = cannot_be_mirrored if config.sided_captions == "rewrite" else says_a_side
     top, left = (around(name, 0.5, config.crop_shift / 2) for name in ("crop_top", "crop_left"))
     drawn = Draw(
-        angle=around("angle", 0.0, config.degrees),
+        angle=around("angle", 0.0, config.degrees), scale=between("scale", config.scale_min, config.scale_max),
         translate_x=around("translate_x", 0.0, config.translate),
         translate_y=around("translate_y", 0.0, config.translate),
-        scale=between("scale", config.scale_min, config.scale_max),
-        shear_x=around("shear_x", 0.0, config.shear),
-        shear_y=around("shear_y", 0.0, config.shear),
+        shear_x=around("shear_x", 0.0, config.shear), shear_y=around("shear_y", 0.0, config.shear),
         flip=between("flip", 0.0, 1.0) < config.hflip and not keeps_sides(caption),
-        crop=(top, left, between("crop_size", config.crop_min, 1.0)),
-        brightness=around("brightness", 1.0, config.brightness),
-        contrast=around("contrast", 1.0, config.contrast),
-        saturation=around("saturation", 1.0, config.saturation),
-        hue=around("hue", 0.0, config.hue),
-        fit=fit,
-    )
+        crop=(top, left, between("crop_size", config.crop_min, 1.0)), fit=fit,
+        brightness=around("brightness", 1.0, config.brightness), contrast=around("contrast", 1.0, config.contrast),
+        saturation=around("saturation", 1.0, config.saturation), hue=around("hue", 0.0, config.hue),
+    )  # fmt: skip
     return replace(drawn, scale=max(drawn.scale, covering_scale(drawn))) if config.fill == "cover" else drawn
 
 

@@ -196,9 +196,8 @@ def _images_of(case: Case, palette: Palette, max_pixels: int) -> list[np.ndarray
 
 def _thumbnail(pixels: np.ndarray) -> np.ndarray:
     image = Image.fromarray(pixels)
-    if max(image.size) < THUMBNAIL // 2:
-        factor = THUMBNAIL // max(image.size)
-        return np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
+    if (factor := THUMBNAIL // max(image.size)) > 1:
+        return pixels.repeat(factor, 0).repeat(factor, 1)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return np.asarray(image)
 
@@ -214,10 +213,8 @@ def quarantine(checkup: Checkup, target: str | Path) -> str:
     folder = Path(target).absolute().parent
     for split in splits.values():
         if not split.folder.absolute().is_relative_to(folder):
-            raise UserError(
-                f"--quarantine: {target} must lie in {split.folder} or above it: paths in a metadata file stay inside"
-                f" its folder. For example --quarantine {split.folder}/good.csv"
-            )
+            example = f"--quarantine {split.folder}/good.csv, as paths in a metadata file stay inside its folder"
+            raise UserError(f"--quarantine: {target} must lie in {split.folder} or above it: {example}")
     for name, (good_file, bad_file) in zip(splits, files, strict=True):
         good, bad = [], []
         for case in checkup.facts.of_split(name):

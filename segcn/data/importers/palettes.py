@@ -14,7 +14,7 @@ from PIL import Image
 
 from segcn.data.config import PaletteConfig
 from segcn.data.files import READABLE, Boundary
-from segcn.data.masks import Color, StoredMask, code_of, color_of, read_stored_mask
+from segcn.data.masks import Color, code_of, color_of, read_stored_mask
 from segcn.data.metadata import METADATA, find_splits, read_lines
 from segcn.data.palette import IGNORE, Label, Palette
 from segcn.utils.errors import UserError
@@ -157,16 +157,14 @@ def survey(paths: Iterable[Path], log: Callable[[str], None] = print) -> Survey:
                 counted.own.setdefault(pair, path)
             progress(done + 1)
     if len(found) > 1:
-        raise UserError(
-            f"expected masks of one kind, found colors in {first[True]} and class ids in {first[False]}:"
-            " name the folder of the masks alone, or save all of them in one way"
-        )
+        kinds = f"found colors in {first[True]} and class ids in {first[False]}"
+        raise UserError(f"expected masks of one kind, {kinds}: name the folder of the masks alone, or save all one way")
     return next(iter(found.values()))
 
 
 def _values_of(path: Path) -> tuple[bool, dict[int, int], dict[int, Color]]:
     """Of a mask whether it is colored, the pixels of each value, and their colors by its own palette; UserError."""
-    stored: StoredMask = read_stored_mask(path)
+    stored = read_stored_mask(path)
     if stored.lossy:
         raise UserError(
             f"{path}: expected a mask, found a JPEG, whose compression changes labels: name the folder of the"
@@ -189,10 +187,8 @@ def _refuse_no_ids(found: Survey) -> None:
     """UserError where the values cannot be class ids, whatever the palette."""
     beyond = [value for value in found.pixels if not 0 <= value <= IGNORE]
     if beyond:
-        raise UserError(
-            f"expected class ids from 0 to 254, and 255 for unlabelled, found {found.listed(beyond)}:"
-            " renumber the classes, or merge rare ones"
-        )
+        expected = "expected class ids from 0 to 254, and 255 for unlabelled"
+        raise UserError(f"{expected}, found {found.listed(beyond)}: renumber the classes, or merge rare ones")
     if set(found.pixels) <= {0, IGNORE} and IGNORE in found.pixels:
         raise UserError(
             f"expected class ids, found no values but {' and '.join(map(str, sorted(found.pixels)))}, and 255 means"
