@@ -33,16 +33,10 @@ def bench(random_base, landscapes, tmp_path_factory):
     settings = SegmenterConfig(steps=4, batch_size=4, width=16, resolution=64)
     train_segmenter(read_split(landscapes, "train"), settings, folder / "segmenter", len)
     given = {
-        "pretrained_model_name_or_path": str(random_base),
-        "controlnet_model_name_or_path": str(folder / "controlnet"),
-        "dataset_name": str(landscapes),
-        "segmenter": str(folder / "segmenter"),
-        "num_inference_steps": 2,
-        "plain_steps": 2,
-        "plain_guidance_scales": [4.0],
-        "batch_size": 2,
-        "rows_a_turn": 3,
-    }
+        "pretrained_model_name_or_path": str(random_base), "dataset_name": str(landscapes),
+        "controlnet_model_name_or_path": str(folder / "controlnet"), "segmenter": str(folder / "segmenter"),
+        "num_inference_steps": 2, "plain_steps": 2, "plain_guidance_scales": [4.0], "batch_size": 2, "rows_a_turn": 3,
+    }  # fmt: skip
     return lambda out, **settings: BenchGenerateConfig(**given | settings, output_dir=str(out))
 
 

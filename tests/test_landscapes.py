@@ -8,8 +8,8 @@ from PIL import Image
 
 from segcn.data.captions import SEASONS, TIMES
 from segcn.data.metadata import check_split, read_split
+from segcn.samples.landscapes.rendering import rasterize, rectangle
 from segcn.samples.landscapes.scene import LANDSCAPE_CLASSES, SMALLEST, draw, write_landscapes
-from segcn.samples.landscapes.shapes import rasterize, rectangle
 from segcn.samples.writer import split_seed
 from segcn.utils.errors import UserError
 
@@ -34,13 +34,9 @@ def test_an_image_is_a_function_of_seed_and_index(landscapes):
     assert again.caption == landscapes[7].caption
     assert len({landscape.image.tobytes() for landscape in landscapes}) == 60
     assert not np.array_equal(draw(1, 0).image, landscapes[0].image)
-
-
-def test_another_resolution_has_the_same_content():
-    landscape = draw(0, 3, resolution=64)
-    assert landscape.image.shape == (64, 64, 3) and landscape.image.dtype == np.uint8
-    assert landscape.mask.shape == (64, 64) and landscape.mask.dtype == np.uint8
-    assert landscape.caption == draw(0, 3).caption
+    small = draw(0, 7, resolution=64)
+    assert (small.image.shape, small.mask.shape, small.caption) == ((64, 64, 3), (64, 64), again.caption)
+    assert small.image.dtype == small.mask.dtype == np.uint8
 
 
 def test_masks_hold_the_nine_classes_and_captions_name_what_they_hold(landscapes):
@@ -99,17 +95,16 @@ def test_a_finished_set_is_reused_an_unfinished_one_completed_and_another_one_re
         write_landscapes(tmp_path, 2, resolution=32, seed=1)
 
 
-def test_other_content_is_refused_and_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"count": 0}, "--count"), ({"resolution": 8}, "32 to 1024"), ({"seed": -1}, "--seed"), ({"test": 0}, "--test"),
+     ({}, "something else than landscapes")],
+)  # fmt: skip
+def test_senseless_settings_and_a_folder_of_something_else_are_refused(tmp_path, settings, said):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="something else"):
-        write_landscapes(tmp_path, 2, resolution=32)
-    assert tree_bytes(tmp_path) == {"thesis.txt": b"mine"}
-
-
-@pytest.mark.parametrize("settings", [{"count": 0}, {"resolution": 8}, {"seed": -1}, {"test": 0}])
-def test_senseless_settings_are_refused(tmp_path, settings):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=said):
         write_landscapes(tmp_path, **{"count": 1, **settings})
+    assert tree_bytes(tmp_path) == {"thesis.txt": b"mine"}
 
 
 def test_train_and_test_share_no_image(tmp_path):
@@ -121,6 +116,5 @@ def test_train_and_test_share_no_image(tmp_path):
 
 
 def test_workers_change_nothing(tmp_path):
-    one = write_landscapes(tmp_path / "one", 40, resolution=32, workers=1)
-    two = write_landscapes(tmp_path / "two", 40, resolution=32, workers=2)
+    one, two = (write_landscapes(tmp_path / str(count), 40, resolution=32, workers=count) for count in (1, 2))
     assert tree_bytes(one) == tree_bytes(two)

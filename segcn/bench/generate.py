@@ -91,11 +91,9 @@ def variant(settings: SampleConfig, words: str) -> SampleConfig:
 def read_masks(split: Split, settings: SampleConfig) -> np.ndarray:
     """Class ids uint8 [N, H, W] of a split, made square where --resolution says so; UserError for two sizes."""
     ids = [read_framed_mask(row.mask, split.palette, settings.resolution, settings.fit)[0] for row in split.records]
-    sizes = {mask.shape for mask in ids}
-    if len(sizes) > 1:
-        raise UserError(
-            f"{split.metadata}: expected masks of one size, found {len(sizes)}: --resolution makes them one"
-        )
+    sizes = len({mask.shape for mask in ids})
+    if sizes > 1:
+        raise UserError(f"{split.metadata}: expected masks of one size, found {sizes}: --resolution makes them one")
     return np.stack(ids)
 
 
@@ -260,14 +258,12 @@ def generate_table(found: dict) -> list[str]:
     text = pandas.DataFrame.from_dict(lines, orient="index").to_string().splitlines()
     for title, one in found["against"].items():
         low, high = one["times_faster_range"]
-        parts = [f"{one['times_faster']:.2f} times the images a second (turns: {low:.2f} to {high:.2f})"]
-        for name, form in (("miou", "+.3f"), ("kernel_distance", "+.2e")):
-            low, high = one["intervals"][f"{name}_less_best"]
-            value = one[f"{name}_less_best"]
-            parts.append(
-                f"{name.replace('_', ' ')} {value:{form}} [{low:{form}}, {high:{form}}]".replace("miou", "mIoU")
-            )
-        text += ["", f"{title}, against the best of the baseline in each respect:", *(f"  {part}" for part in parts)]
+        text += ["", f"{title}, against the best of the baseline in each respect:"]
+        text.append(f"  {one['times_faster']:.2f} times the images a second (turns: {low:.2f} to {high:.2f})")
+        for shown, form in (("mIoU", "+.3f"), ("kernel distance", "+.2e")):
+            name = f"{shown.lower().replace(' ', '_')}_less_best"
+            low, high = one["intervals"][name]
+            text.append(f"  {shown} {one[name]:{form}} [{low:{form}}, {high:{form}}]")
     return text
 
 

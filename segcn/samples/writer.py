@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -24,7 +23,8 @@ RECORD = "samples.json"
 VERSION = 1  # of the images; changes whenever a pixel does
 
 
-class SamplePair(Protocol):
+@dataclass(frozen=True)
+class SamplePair:
     """An image (uint8 [R, R, 3]), its class ids (uint8 [R, R]) and its caption."""
 
     image: np.ndarray
@@ -57,13 +57,16 @@ def write_set(
         raise UserError(f"--resolution {resolution}: expected {least} to {most} px")
     if seed < 0:
         raise UserError(f"--seed {seed}: expected 0 or more")
-    settings = {"count": count, "resolution": resolution, "seed": seed, "test": test, "kind": kind.name}
-    record = settings | {"version": VERSION}
+    record = {"count": count, "resolution": resolution, "seed": seed, "test": test, "kind": kind.name}
+    record["version"] = VERSION
     folders = {out: ("train", seed, count)}
     if test is not None:
-        sizes = {"train": count, "test": test}
-        folders = {out / name: (name, split_seed(seed, name), size) for name, size in sizes.items()}
-    if is_finished(out, record) and all(is_complete(folder, size) for folder, (*_, size) in folders.items()):
+        folders = {
+            out / name: (name, split_seed(seed, name), size) for name, size in (("train", count), ("test", test))
+        }
+    files = [folder / name for folder, (*_, size) in folders.items() for row in range(size)
+             for name in (*sample_names(row), "metadata.csv")]  # fmt: skip
+    if is_finished(out, record) and all(path.is_file() for path in files):
         print(f"{out}: reused, it already holds this set")
         return out
     out.mkdir(parents=True, exist_ok=True)
@@ -100,23 +103,15 @@ def is_finished(out: Path, wanted: dict) -> bool:
     return finished
 
 
-def is_complete(folder: Path, size: int) -> bool:
-    """Whether the metadata and every image and mask exist."""
-    names = [name for index in range(size) for name in sample_names(index)]
-    return all((folder / name).is_file() for name in ["metadata.csv", *names])
-
-
 def write_folder(folder: Path, jobs: list[tuple], workers: int) -> None:
     """Draw the pairs of the jobs with all cores and write images/, masks/ and metadata.csv."""
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     workers = min(workers or os.cpu_count() or 1, 1 + len(jobs) // 32)
     progress, rows = Progress(f"{folder.name}: drawn", len(jobs)), []
-    pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else None
-    with pool or nullcontext():
-        drawn = pool.imap(write_sample, jobs, chunksize=8) if pool else map(write_sample, jobs)
-        for index, caption in enumerate(drawn):
-            rows.append((*sample_names(index), caption))
+    with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
+        for caption in pool.imap(write_sample, jobs, chunksize=8) if pool else map(write_sample, jobs):
+            rows.append((*sample_names(len(rows)), caption))
             progress(len(rows))
     print(f"{folder}: {len(jobs)} pairs drawn", flush=True)
     write_metadata(folder, rows)

@@ -21,20 +21,14 @@ class UtilityConfig:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {},
         "sd15": {
-            "controlnet_steps": 10_000,
-            "controlnet_more_steps": 2000,
-            "num_inference_steps": 20,
-            "segmenter_steps": 4000,
-            "resolution": 512,
-            "segmenter_resolution": 256,
+            "controlnet_steps": 10_000, "controlnet_more_steps": 2000, "num_inference_steps": 20,
+            "segmenter_steps": 4000, "resolution": 512, "segmenter_resolution": 256,
         },
-    }
+    }  # fmt: skip
     SECTIONS: ClassVar[dict[str, str]] = {
-        "preset": "data and models",
-        "fractions": "what is compared",
-        "images": "the synthetic images",
+        "preset": "data and models", "fractions": "what is compared", "images": "the synthetic images",
         "segmenter_steps": "the segmenters",
-    }
+    }  # fmt: skip
 
     preset: str = flag("tiny", "defaults to start from: tiny (the embedded base) or sd15", ("tiny", "sd15"))
     dataset_name: str = flag("", "data set of real images with train/ and test/")

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,20 +88,17 @@ def stage_rows(split: Split, rows: list[int], folder: Path) -> Split:
         records = [split[row] for row in rows]
         for record in records:
             for name in (record.image_name, record.mask_name):
-                link_file(Path(record.folder, name), folder / name)
+                source, target = Path(record.folder, name), folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    continue
+                try:
+                    os.link(os.path.realpath(source), target)
+                except OSError:
+                    write_whole(target, partial(shutil.copy2, source))
         split.palette.save(folder / "palette.json")
         write_metadata(folder, ((one.image_name, one.mask_name, one.captions) for one in records))
     return read_split(folder)
-
-
-def link_file(source: Path, target: Path) -> None:
-    """The same file at another place: a link, or a copy where the file system has none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        try:
-            os.link(os.path.realpath(source), target)
-        except OSError:
-            write_whole(target, lambda aside: shutil.copy2(source, aside))
 
 
 def digest(settings: Any, *sources: Any) -> str:
@@ -122,17 +119,13 @@ class Plan:
     def base(self) -> str:
         return base_fingerprint(self.config.pretrained_model_name_or_path)
 
-    def smaller(self, fraction: float) -> TrainConfig | None:
-        """The ControlNet of the next smaller fraction, whose rows this one holds, too."""
-        place = self.config.some.index(fraction)
-        return self.controlnet(self.config.some[place - 1]) if place else None
-
     def controlnet(self, fraction: float) -> TrainConfig:
         """How the ControlNet of a fraction is trained: as the preset says, on its rows alone.
 
         It starts from that of the next smaller fraction, whose rows are among these, or from the base.
         """
-        config, rows, smaller = self.config, self.rows[fraction], self.smaller(fraction)
+        config, rows, place = self.config, self.rows[fraction], self.config.some.index(fraction)
+        smaller = self.controlnet(config.some[place - 1]) if place else None
         steps = config.controlnet_more_steps if smaller else config.controlnet_steps
         settings = make(
             TrainConfig, config.preset, dataset_name=str(rows.folder), seed=config.seed, fit=config.fit,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,13 @@ def metrics_of(
     names, ids = [label.name for label in present], [label.id for label in present]
     scores = {arm: iou_over_seeds(found[..., ids, :], names, config.resamples) for arm, found in counts.items()}
     arms = []
-    for arm in counts:
-        alone = Arm(arm.fraction, 0.0)
+    for arm, found in counts.items():
+        real = scores[Arm(arm.fraction, 0.0)]
         entry = {"fraction": arm.fraction, "rows": len(rows[arm.fraction]), "name": arm.name, "ratio": arm.ratio}
-        entry |= _figures(scores[arm])
-        of_each_seed = (iou_over_seeds(one[None][..., ids, :], names, 1)["miou"].value for one in counts[arm])
-        entry["of_each_seed"] = [round(value, DIGITS) for value in of_each_seed]
-        if arm != alone:
-            entry["above_real"] = _figures(
-                {name: difference(scores[arm][name], scores[alone][name]) for name in scores[arm]}
-            )
+        of_each_seed = (iou_over_seeds(one[None][..., ids, :], names, 1)["miou"].value for one in found)
+        entry |= _figures(scores[arm]) | {"of_each_seed": [round(value, DIGITS) for value in of_each_seed]}
+        if arm.ratio != 0:
+            entry["above_real"] = _figures({name: difference(one, real[name]) for name, one in scores[arm].items()})
         arms.append(entry)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in WITHOUT_EFFECT}
     return {
@@ -93,14 +90,10 @@ def verdict(arm: dict[str, Any]) -> str:
     """One plain sentence: what synthetic images did to the mIoU of an arm."""
     found, (low, high) = arm["above_real"]["miou"], arm["above_real"]["miou_interval"]
     rows = f"{100 * arm['fraction']:.3g} % of the real rows ({arm['rows']})" if arm["fraction"] < 1 else "all real rows"
-    change = (
-        f"from {arm['miou'] - found:.3f} to {arm['miou']:.3f} ({found:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
-    )
-    if low > 0:
-        return f"With {rows}, synthetic images raise the test mIoU {change}."
-    if high < 0:
-        return f"With {rows}, synthetic images lower the test mIoU {change}."
-    return f"With {rows}, no effect of synthetic images on the test mIoU is shown: {change}, which holds zero."
+    change = f"{arm['miou'] - found:.3f} to {arm['miou']:.3f} ({found:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
+    if low > 0 or high < 0:
+        return f"With {rows}, synthetic images {'raise' if low > 0 else 'lower'} the test mIoU from {change}."
+    return f"With {rows}, no effect of synthetic images on the test mIoU is shown: from {change}, which holds zero."
 
 
 def write_report(metrics: dict[str, Any], folder: Path) -> None:
@@ -113,12 +106,10 @@ def write_report(metrics: dict[str, Any], folder: Path) -> None:
 
 def read_study(folder: str | Path, dataset_name: str | Path = "DATA") -> dict[str, Any] | None:
     """The metrics of the study in a folder; where there is none, the command that makes one is printed."""
-    path = Path(folder) / "metrics.json"
+    path, command = Path(folder) / "metrics.json", f"--dataset_name {dataset_name} --output_dir {folder}"
     if path.is_file():
         return json.loads(path.read_text())
-    print(
-        f"no study here yet; this makes it:\nsegcn evaluate utility --dataset_name {dataset_name} --output_dir {folder}"
-    )
+    print(f"no study here yet; this makes it:\nsegcn evaluate utility {command}")
     return None
 
 
@@ -133,9 +124,18 @@ def report(metrics: dict[str, Any]) -> str:
         f" In the last tenth of the steps the training loss of an arm fell by {metrics['last_fall']:.1%} at most."
         " A class's IoU is that of all test images together, and mIoU the mean over the classes."
     )
+    lines = [f"- The words {group} were exchanged for one another in the captions, as drawn for each image."
+             for group in settings["vary"]]  # fmt: skip
+    for fraction, made in metrics["synthetic"].items():
+        count = made.get("generated", made.get("painted"))  # as it was called once
+        lines.append(
+            f"- {fraction} of the rows: {made['kept']} of {count} images kept; the segmenter that filters them found"
+            f" their masks with an mIoU of {made['miou']:.2f} on average, and {made['ignored']:.1%} of their pixels"
+            " do not count."
+        )
     parts = ["# Are the synthetic images worth training on?", *metrics["verdicts"], "![test mIoU](utility.png)",
              "```\n" + table(metrics) + "\n```", "## What was done", done, NO_LEAK, f"Intervals: {METHOD}",
-             "\n".join(_images_lines(metrics))]  # fmt: skip
+             "\n".join(lines)]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
@@ -163,7 +163,10 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
 
     Bands and bars are the 95 % intervals; most: classes shown, those first that gained or lost the most.
     """
-    classes = _most_changed(metrics)[:most]
+    gains = [arm["above_real"]["per_class"] for arm in metrics["arms"]
+             if arm["ratio"] == metrics["settings"]["few_real_ratio"]]  # fmt: skip
+    names = [one["name"] for one in metrics["classes"]]
+    classes = sorted(names, key=lambda name: -max(abs(gain[name]) for gain in gains))[:most]
     columns = min(3, max(1, len(classes)))
     below = -(-len(classes) // columns)
     figure = Figure(figsize=(7.5, 4 + 1.7 * below), layout="constrained")
@@ -171,9 +174,8 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
                                      squeeze=False)[:, 0]  # fmt: skip
     axes = above.add_subplot()
     _curves(axes, metrics, lambda entry: (entry["miou"], entry["miou_interval"]))
-    axes.set(
-        title="IoU on held-out real images, mean over the classes", xlabel="real rows trained on", ylabel="test mIoU"
-    )
+    title = "IoU on held-out real images, mean over the classes"
+    axes.set(title=title, xlabel="real rows trained on", ylabel="test mIoU")
     axes.legend(loc="lower right")
     for place, name in enumerate(classes):
         small = rest[0].add_subplot(below, columns, place + 1)
@@ -186,10 +188,8 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
 def _curves(axes: Axes, metrics: dict, read: Callable[[dict], tuple[float, list[float]]]) -> None:
     """Both curves of what `read` takes from an arm: a value and the ends of its interval."""
     ratio = metrics["settings"]["few_real_ratio"]
-    for wanted, color, label in (
-        (0.0, REAL, "real alone"),
-        (ratio, MIXED, f"real and {ratio:g} x as many synthetic"),
-    ):
+    mixed = f"real and {ratio:g} x as many synthetic"
+    for wanted, color, label in ((0.0, REAL, "real alone"), (ratio, MIXED, mixed)):
         arms = [arm for arm in metrics["arms"] if arm["ratio"] == wanted]
         rows = [arm["rows"] for arm in arms]
         values, ends = zip(*map(read, arms), strict=True)
@@ -205,25 +205,4 @@ def _figures(scores: dict[str, Estimate]) -> dict[str, Any]:
     """IoU or difference of each class and their mean, with intervals."""
     values = {name: round(one.value, DIGITS) for name, one in scores.items()}
     ends = {name: [round(end, DIGITS) for end in one.interval()] for name, one in scores.items()}
-    return {
-        "miou": values.pop("miou"), "miou_interval": ends.pop("miou"), "per_class": values, "intervals": ends
-    }  # fmt: skip
-
-
-def _most_changed(metrics: dict) -> list[str]:
-    gains = [arm["above_real"]["per_class"] for arm in metrics["arms"]
-             if arm["ratio"] == metrics["settings"]["few_real_ratio"]]  # fmt: skip
-    names = [one["name"] for one in metrics["classes"]]
-    return sorted(names, key=lambda name: -max(abs(gain[name]) for gain in gains))
-
-
-def _images_lines(metrics: dict) -> Iterator[str]:
-    for group in metrics["settings"]["vary"]:
-        yield f"- The words {group} were exchanged for one another in the captions, as drawn for each image."
-    for fraction, made in metrics["synthetic"].items():
-        count = made.get("generated", made.get("painted"))  # as it was called once
-        yield (
-            f"- {fraction} of the rows: {made['kept']} of {count} images kept; the segmenter that filters them found"
-            f" their masks with an mIoU of {made['miou']:.2f} on average, and {made['ignored']:.1%} of their pixels"
-            " do not count."
-        )
+    return {"miou": values.pop("miou"), "miou_interval": ends.pop("miou"), "per_class": values, "intervals": ends}

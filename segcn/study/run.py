@@ -12,6 +12,7 @@ import torch
 
 from segcn.data.metadata import METADATA, check_split, read_split
 from segcn.generate.conditions import read_conditions
+from segcn.generate.config import GenerateConfig
 from segcn.generate.writer import generate_dataset
 from segcn.models.base import one_core, pick_device
 from segcn.models.segmenter import write_segmenter
@@ -19,6 +20,7 @@ from segcn.study.config import UtilityConfig
 from segcn.study.plan import Arm, Plan, arms, check_study, drawn_rows, stage_rows
 from segcn.study.report import metrics_of, write_report
 from segcn.study.training import Mixture, count_pixels, train_mixed
+from segcn.train.config import TrainConfig
 from segcn.train.loop import train
 from segcn.utils import io
 from segcn.utils.args import to_json
@@ -43,10 +45,10 @@ def evaluate_utility(config: UtilityConfig, log: Log = print) -> dict:
     train_segmenters(plan, todo, [(Arm(fraction, 0.0), range(1)) for fraction in config.some])  # the images' filters
     for fraction in config.some:
         controlnet, synthetic = plan.controlnet(fraction), plan.synthetic(fraction)
-        if not is_trained(controlnet.output_dir):
+        if not is_finished(controlnet):
             train(controlnet)
             todo.finished(plan.seconds("controlnet", fraction), f"ControlNet {Path(controlnet.output_dir).name}")
-        if not is_generated(synthetic.output_dir):
+        if not is_finished(synthetic):
             generate_dataset(synthetic, log=log)
             todo.finished(plan.seconds("synthetic"), f"images {Path(synthetic.output_dir).name}")
     train_segmenters(plan, todo, [(arm, range(config.seeds)) for arm in arms(config)])
@@ -55,9 +57,8 @@ def evaluate_utility(config: UtilityConfig, log: Log = print) -> dict:
         folders = [plan.segmenter(arm, seed)[1] for seed in range(config.seeds)]
         counts[arm] = np.stack([np.load(folder / COUNTS) for folder in folders])
         falls.append(np.mean([json.loads((folder / "config.json").read_text())["last_fall"] for folder in folders]))
-    metrics = metrics_of(config, plan.rows, synthetic_figures(plan), counts) | {
-        "last_fall": round(float(max(falls)), 4)
-    }
+    metrics = metrics_of(config, plan.rows, synthetic_figures(plan), counts)
+    metrics["last_fall"] = round(float(max(falls)), 4)
     write_report(metrics, config.folder)
     return metrics
 
@@ -92,9 +93,9 @@ class StudyProgress:
         self.log, self.began, self.done, self.expected = log, time.monotonic(), 0, 0.0
         stages = []
         for fraction in plan.config.some:
-            if not is_trained(plan.controlnet(fraction).output_dir):
+            if not is_finished(plan.controlnet(fraction)):
                 stages.append(plan.seconds("controlnet", fraction))
-            if not is_generated(plan.synthetic(fraction).output_dir):
+            if not is_finished(plan.synthetic(fraction)):
                 stages.append(plan.seconds("synthetic"))
         for arm in arms(plan.config):
             missing = [seed for seed in range(plan.config.seeds) if io.problem(plan.segmenter(arm, seed)[1])]
@@ -109,14 +110,10 @@ class StudyProgress:
         self.log(f"[{self.done}/{self.total}] {what}; {clock(gone)} gone, about {left} left")
 
 
-def is_trained(folder: str) -> bool:
-    """Whether a ControlNet's training came to the end."""
-    return (Path(folder) / WEIGHTS).is_file()
-
-
-def is_generated(folder: str) -> bool:
-    """Whether every image was generated."""
-    return any((Path(folder) / name).is_file() for name in METADATA)  # written last
+def is_finished(stage: TrainConfig | GenerateConfig) -> bool:
+    """Whether a ControlNet, or a set of images, has the file that is written last."""
+    last = (WEIGHTS,) if isinstance(stage, TrainConfig) else METADATA
+    return any((Path(stage.output_dir) / name).is_file() for name in last)
 
 
 def train_segmenters(plan: Plan, todo: StudyProgress, wanted: list[tuple[Arm, range]]) -> None:

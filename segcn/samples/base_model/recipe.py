@@ -21,15 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from segcn.data.captions import SEASONS, TIMES
 from segcn.models.base import keep_freed_memory, pick_device
-from segcn.samples.base_model.training import (
-    UnetRecipe,
-    VaeRecipe,
-    build_scheduler,
-    standardize_latents,
-    to_pixels,
-    train_denoiser,
-    train_vae,
-)
+from segcn.samples.base_model import training
+from segcn.samples.base_model.training import UnetRecipe, VaeRecipe, to_pixels
 from segcn.samples.earth import tile
 from segcn.samples.landscapes.scene import describe, draw
 from segcn.utils import io
@@ -80,12 +73,12 @@ def build_base(work: Path, out: Path, recipe: BaseRecipe = BaseRecipe(), log: Ca
     keep_freed_memory(device)
     pixels, masks, captions = draw_images(work / "images", recipe, log)
     images = torch.from_numpy(pixels).to(device)
-    vae = train_vae(images, torch.from_numpy(masks).to(device), recipe.vae, work / "vae", log)
-    standardize_latents(vae, images[:: max(1, len(images) // 1024)])
+    vae = training.train_vae(images, torch.from_numpy(masks).to(device), recipe.vae, work / "vae", log)
+    training.standardize_latents(vae, images[:: max(1, len(images) // 1024)])
     tokenizer = build_tokenizer(captions)
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     latents = encode_views(vae, images, work / "latents.npy", log).to(device)
-    denoiser = train_denoiser(latents, tokens.to(device), tokenizer, recipe.unet, work / "unet", log)
+    denoiser = training.train_denoiser(latents, tokens.to(device), tokenizer, recipe.unet, work / "unet", log)
     return export_base(out, recipe, vae, tokenizer, denoiser)
 
 
@@ -160,7 +153,7 @@ def export_base(out: Path, recipe: BaseRecipe, vae, tokenizer, denoiser) -> Path
         vae.to(memory_format=torch.contiguous_format).half().save_pretrained(folder / "vae")
         denoiser.text_encoder.half().save_pretrained(folder / "text_encoder")
         denoiser.unet.half().save_pretrained(folder / "unet")
-        write_rest(folder, tokenizer, build_scheduler())
+        write_rest(folder, tokenizer, training.build_scheduler())
         (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
     return io.commit(out.parent, out.name, write)
@@ -174,18 +167,12 @@ def write_rest(folder: Path, tokenizer: CLIPTokenizer, scheduler: DDPMScheduler)
 
 
 MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.38.0",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDPMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.38.0",
+    "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False,
+    "safety_checker": [None, None], "scheduler": ["diffusers", "DDPMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+}  # fmt: skip
 
 # The numbers are those of the configs that stable-diffusion-v1-5 was published with (Rombach et al. 2022,
 # arXiv:2112.10752). With random weights its images are noise; its time, memory and files are the real one's.
@@ -202,8 +189,7 @@ VAE = {
 TEXT: dict[str, Any] = {
     "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768,
     "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
-    "bos_token_id": 0, "pad_token_id": 1,
-    "eos_token_id": 2,  # as published: transformers then looks for the highest id
+    "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,  # 2 as published: transformers looks for the highest id
 }  # fmt: skip
 SCHEDULER = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon",

@@ -1,23 +1,89 @@
-"""Colors a layout of shapes for a season and a time of day: the colors of the light and of nature, and the renderer."""
+"""Landscapes are rendered onto an antialiased canvas that keeps an image and its label map in step.
+
+Coordinates are in 0 to 1 of the frame, y down; polygons are float [corners, 2] of (x, y).
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image, ImageDraw
 
-from segcn.samples.landscapes.shapes import (
-    CLOUD,
-    GRASS,
-    HOUSE,
-    MOUNTAIN,
-    ROAD,
-    SUN,
-    TREE,
-    WATER,
-    Canvas,
-    band,
-    ellipse,
-    smooth_noise,
-)
+SUBPIXELS = 3  # odd, so that the middle subpixel is the pixel's center
+SKY, CLOUD, SUN, MOUNTAIN, GRASS, WATER, ROAD, TREE, HOUSE = range(9)
+
+
+class Canvas:
+    """Image float32 [R, R, 3] in 0..255, labels uint8 [R, R], and the pixel centers x and y in 0..1."""
+
+    def __init__(self, resolution):
+        self.resolution = resolution
+        self.image = np.zeros((resolution, resolution, 3), np.float32)
+        self.labels = np.zeros((resolution, resolution), np.uint8)
+        centers = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution
+        self.y, self.x = centers[:, None, None], centers[None, :, None]
+
+    def fill(self, polygons, color, label=None, opacity=1.0):
+        """Fill the union of polygons; color is RGB or a function of pixel centers (y [h,1,1], x [1,w,1]).
+
+        With label None the label map stays as it is (shading, windows, snow).
+        """
+        raster = rasterize(polygons, self.resolution)
+        if raster is None:
+            return
+        box, cover, center = raster
+        if callable(color):
+            color = color(self.y[box[0]], self.x[:, box[1]])
+        self.image[box] += cover * opacity * (np.asarray(color, np.float32) - self.image[box])
+        if label is not None:
+            self.labels[box][center] = label
+
+    def blend(self, color, opacity):
+        """Blend a color over the whole frame; opacity broadcasts to [R, R, 1]."""
+        self.image += opacity * (np.asarray(color, np.float32) - self.image)
+
+
+def rasterize(polygons, resolution):
+    """Rasterize the union of polygons: None where it lies out of frame, else (box, cover, center).
+
+    box: the two slices of the frame it touches; cover: float32 [h, w, 1], the share of each pixel it covers; center:
+    bool [h, w], whether it covers the pixel's center.
+    """
+    corners = np.concatenate(polygons) * resolution
+    left, top = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, resolution)
+    right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 0, resolution)
+    if right <= left or bottom <= top:
+        return None
+    sheet = Image.new("L", (int(right - left) * SUBPIXELS, int(bottom - top) * SUBPIXELS))
+    pen = ImageDraw.Draw(sheet)
+    for polygon in polygons:
+        points = (polygon * resolution - (left, top)) * SUBPIXELS - 0.5
+        pen.polygon(points.ravel().tolist(), fill=255)
+    middle = SUBPIXELS // 2
+    center = np.asarray(sheet)[middle::SUBPIXELS, middle::SUBPIXELS] > 0
+    cover = np.asarray(sheet.reduce(SUBPIXELS), np.float32)[..., None] / 255
+    return (slice(top, bottom), slice(left, right)), cover, center
+
+
+def smooth_noise(rng, resolution, cells_y, cells_x):
+    """Low-frequency noise float32 [R, R, 1] in about [-1, 1], the same pattern at every resolution."""
+    grid = rng.uniform(-1, 1, (cells_y, cells_x)).astype(np.float32)
+    return np.asarray(Image.fromarray(grid).resize((resolution, resolution), Image.Resampling.BICUBIC))[..., None]
+
+
+def ellipse(x, y, radius_x, radius_y, corners=32):
+    """Polygon of an ellipse."""
+    turn = np.linspace(0, 2 * np.pi, corners, endpoint=False)
+    return np.stack([x + radius_x * np.cos(turn), y + radius_y * np.sin(turn)], axis=1)
+
+
+def rectangle(left, top, right, bottom):
+    """Polygon of an upright rectangle."""
+    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
+
+
+def band(left, right, y):
+    """Polygon between two lines of x over the same y."""
+    return np.concatenate([np.stack([left, y], axis=1), np.stack([right, y], axis=1)[::-1]])
 
 
 @dataclass(frozen=True)
@@ -190,7 +256,7 @@ class Renderer:
         if self.nature.snow == 0 or depth.max() < 0.015:
             return
         snow = self.lit(SNOW)
-        snow = snow + (0.25 if far else 0.0) * (np.asarray(self.light.haze) - snow)
+        snow = snow + (0.25 if far else 0.0) * (self.haze - snow)
         edge = np.stack([xs, ridge + depth], axis=1)[::-1]
         self.canvas.fill([np.concatenate([np.stack([xs, ridge], axis=1), edge])], snow)
 
@@ -218,7 +284,7 @@ class Renderer:
         self.reflection = canvas.image.copy()
         base = self.lit(self.nature.grass)
         patches = smooth_noise(self.rng, canvas.resolution, 9, 5)
-        far = base + 0.3 * (np.asarray(self.light.haze) - base)
+        far = base + 0.3 * (self.haze - base)
         canvas.fill(thing.polygons, vertical((far, base, base * 0.84), horizon, 1), GRASS)
         on_ground = (canvas.labels == GRASS)[..., None]
         canvas.image *= 1 + on_ground * (0.05 if self.season == "winter" else 0.11) * patches
@@ -252,8 +318,7 @@ class Renderer:
     def road(self, thing):
         """Asphalt with a dashed middle line."""
         asphalt = [self.lit(color) for color in ((128, 124, 130), (96, 92, 100), (78, 76, 86))]
-        horizon = self.horizon
-        self.canvas.fill(thing.polygons, lambda y, x: ramp(asphalt, (y - horizon) / (1.0 - horizon)), ROAD)
+        self.canvas.fill(thing.polygons, vertical(asphalt, self.horizon, 1.0), ROAD)
         y, middle, half = (thing.about[key] for key in ("y", "middle", "half"))
         for start in range(8, len(y) - 2, 4):
             rows = slice(start, start + 3)
@@ -275,8 +340,8 @@ class Renderer:
             self.pine(about)
             return
         light, dark = (np.asarray(color) * (1 + 0.07 * about["shade"]) for color in self.nature.foliage)
-        colors, top, bottom = [self.lit(color) for color in (light, light, dark)], y - height, y - 0.26 * height
-        self.canvas.fill(about["foliage"], lambda y, x: ramp(colors, (y - top) / (bottom - top)), TREE)
+        colors = [self.lit(color) for color in (light, light, dark)]
+        self.canvas.fill(about["foliage"], vertical(colors, y - height, y - 0.26 * height), TREE)
         for puff in about["foliage"][1:]:
             small = shrunk(puff, 0.6) - (0.03 * crown * self.shadow_side, 0.05 * height)
             self.canvas.fill([small], self.lit(light), opacity=0.4)
