@@ -169,10 +169,10 @@ def measure_base(config: Any) -> None:
     from segcn.data.metadata import read_split
     from segcn.data.visualize import quiet
     from segcn.samples.landscapes.scene import sample_landscapes
-    from segcn.samples.measure import measure
+    from segcn.samples.measure import measure_sample_base
 
     quiet()
-    measure(config, read_split(sample_landscapes(), "train"))
+    measure_sample_base(config, read_split(sample_landscapes(), "train"))
 
 
 def import_files(config: Any) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from segcn.data.captions import SEASONS, TIMES
 from segcn.data.metadata import check_split, read_split
 from segcn.samples.landscapes.rendering import rasterize, rectangle
-from segcn.samples.landscapes.scene import LANDSCAPE_CLASSES, SMALLEST, draw, write_landscapes
+from segcn.samples.landscapes.scene import LANDSCAPE_CLASSES, SMALLEST, draw_landscape, write_landscapes
 from segcn.samples.writer import split_seed
 from segcn.utils.errors import UserError
 
@@ -21,7 +21,7 @@ NAMED = {
 
 @pytest.fixture(scope="module")
 def landscapes():
-    return [draw(0, index) for index in range(60)]
+    return [draw_landscape(0, index) for index in range(60)]
 
 
 def tree_bytes(folder):
@@ -29,12 +29,12 @@ def tree_bytes(folder):
 
 
 def test_an_image_is_a_function_of_seed_and_index(landscapes):
-    again = draw(0, 7)
+    again = draw_landscape(0, 7)
     assert np.array_equal(again.image, landscapes[7].image) and np.array_equal(again.mask, landscapes[7].mask)
     assert again.caption == landscapes[7].caption
     assert len({landscape.image.tobytes() for landscape in landscapes}) == 60
-    assert not np.array_equal(draw(1, 0).image, landscapes[0].image)
-    small = draw(0, 7, resolution=64)
+    assert not np.array_equal(draw_landscape(1, 0).image, landscapes[0].image)
+    small = draw_landscape(0, 7, resolution=64)
     assert (small.image.shape, small.mask.shape, small.caption) == ((64, 64, 3), (64, 64), again.caption)
     assert small.image.dtype == small.mask.dtype == np.uint8
 
@@ -72,7 +72,7 @@ def test_written_folder_reads_back(tmp_path):
     out = write_landscapes(tmp_path / "set", 3, resolution=64, seed=5)
     split = read_split(str(out))
     check_split(split)
-    landscape = draw(5, 1, 64)
+    landscape = draw_landscape(5, 1, 64)
     assert split[1].caption == landscape.caption and split.palette.names[8] == "house"
     assert np.array_equal(np.asarray(Image.open(out / "images/000001.png")), landscape.image)
     mask = Image.open(out / "masks/000001.png")

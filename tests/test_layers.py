@@ -50,10 +50,6 @@ ON_PURPOSE = {  # names that several modules define, and why
     "main": "what `python -m` runs: one in each module that is a program",
     "Log": "the type of a function that takes a line, named where it is used",
 }
-# Still to be renamed so that each says what it is:
-TO_RENAME = """
-    AT_ONCE COUNTS MARK PATIENCE Plan SHOWN WINDOWS draw guided legend measure report table write_report
-"""
 
 
 def public_names(path):
@@ -68,4 +64,4 @@ def public_names(path):
 def test_no_public_name_is_defined_in_two_modules():
     found = Counter(name for path in MODULES.values() for name in set(public_names(path)) if name[0] != "_")
     twice = {name for name, count in found.items() if count > 1}
-    assert sorted(twice - set(ON_PURPOSE) - set(TO_RENAME.split())) == []
+    assert sorted(twice - set(ON_PURPOSE)) == []

@@ -14,7 +14,7 @@ from segcn.samples import measure as measuring
 from segcn.samples.config import MeasureConfig
 from segcn.samples.earth import STYLES, describe_tile
 from segcn.samples.landscapes.scene import describe
-from segcn.samples.measure import measure, open_generator, report, targets
+from segcn.samples.measure import measure_sample_base, measure_table, open_generator, targets
 from segcn.samples.recognizer import OF_EARTH, OF_LANDSCAPES, RecognizerRecipe, recognized, train_recognizer, words_of
 from segcn.utils.errors import UserError
 
@@ -34,7 +34,7 @@ def measured(landscapes, tmp_path_factory):
     lines = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "write_earth", no_maps)
-        metrics = measure(config, read_split(landscapes, "train"), lines.append)
+        metrics = measure_sample_base(config, read_split(landscapes, "train"), lines.append)
     return config, metrics, lines
 
 
@@ -47,12 +47,12 @@ def test_everything_is_measured_and_written(measured):
     assert {one["images"] for one in metrics["faithfulness"].values()} == {3}
     assert metrics["seconds"]["each_of_many"] > 0 and metrics["seconds"]["steps"] == 20
     table = (config.folder / "table.txt").read_text().strip()
-    assert table == report(metrics) and table in lines[-1] and "captions alone" in table and "wanted" in table
+    assert table == measure_table(metrics) and table in lines[-1] and "captions alone" in table and "wanted" in table
 
 
 def test_without_the_maps_one_line_says_how_to_get_them(measured):
     _, metrics, lines = measured
-    assert metrics["recognized_earth"] is None and "Earth" not in report(metrics)
+    assert metrics["recognized_earth"] is None and "Earth" not in measure_table(metrics)
     assert sum("left out" in line and "pip install" in line for line in lines) == 1
 
 
@@ -60,7 +60,7 @@ def test_a_target_is_met_or_named_as_missed(measured):
     _, metrics, _ = measured
     styles = {"real": {"style": 1.0}, "captions_alone": {"style": 0.96}}
     metrics = metrics | {"recognized_earth": styles, "seconds": metrics["seconds"] | {"one": 1.0, "each_of_many": 0.8}}
-    lines = {line[:30].strip(): line for line in report(metrics).splitlines()}
+    lines = {line[:30].strip(): line for line in measure_table(metrics).splitlines()}
     assert lines["Earth, captions alone: style r"].endswith("96.0%    >= 95%  met")
     assert lines["one image"].endswith("met") and lines["each of 2 images in one call"].endswith("MISSED")
     assert len(list(targets(metrics))) == 13
@@ -77,7 +77,9 @@ def test_it_resumes_with_more_images(measured, landscapes):
     config, _, _ = measured
     generated = config.folder / "with_mask" / "images" / "000000.png"
     before, lines = generated.stat().st_mtime_ns, []
-    more = measure(dataclasses.replace(config, count=4, earth_count=0), read_split(landscapes, "train"), lines.append)
+    more = measure_sample_base(
+        dataclasses.replace(config, count=4, earth_count=0), read_split(landscapes, "train"), lines.append
+    )
     assert more["faithfulness"]["with_mask"]["images"] == 4 and generated.stat().st_mtime_ns == before
     assert any("3 of 4 images" in line for line in lines)
     assert any("reused" in line for line in lines) and not any("recognizer step" in line for line in lines)

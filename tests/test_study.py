@@ -24,7 +24,7 @@ from segcn.evaluate.bootstrap import difference, resamples
 from segcn.models.segmenter import SegmenterConfig
 from segcn.study import report, run, training
 from segcn.study.config import UtilityConfig
-from segcn.study.plan import Arm, Plan, arms, drawn_rows, stage_rows
+from segcn.study.plan import Arm, StudyPlan, arms, drawn_rows, stage_rows
 from segcn.study.run import evaluate_utility
 from segcn.study.training import Mixture, last_fall, mixed_batches, synthetic_places, train_mixed
 from segcn.utils.errors import UserError
@@ -70,7 +70,7 @@ def test_every_stage_of_a_fraction_gets_a_folder_of_its_rows_alone(data, config,
     assert [(one.image_name, one.captions) for one in staged.records] == [
         (split[row].image_name, split[row].captions) for row in rows
     ]
-    plan = Plan(config, {0.25: staged, 1: split}, read_split(data, "test"))
+    plan = StudyPlan(config, {0.25: staged, 1: split}, read_split(data, "test"))
     training, generation = plan.controlnet(0.25), plan.synthetic(0.25)
     assert training.dataset_name == generation.controls == str(tmp_path / "rows")
     assert training.controlnet_model_name_or_path is None and training.faithfulness_rows == 0  # starts from the base

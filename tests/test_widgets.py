@@ -134,12 +134,12 @@ def test_a_row_that_would_spoil_the_data_set_is_refused(tmp_path, split):
 
 def test_the_legend_names_every_class_and_what_the_eraser_leaves():
     void = Palette((Label(3, "air", (1, 2, 3)), Label(7, "void", (9, 9, 9), ignore=True)))
-    assert widgets.legend(void) == [
+    assert widgets.painter_labels(void) == [
         {"id": 3, "name": "air", "color": [1, 2, 3]},
         {"id": 255, "name": "void", "color": [0, 0, 0]},
     ]
     own = Palette((Label(0, "Unlabelled", (0, 0, 0)), Label(1, "air", (1, 2, 3))))
-    assert widgets.erased(own) == (0, "Unlabelled") and len(widgets.legend(own)) == 2
+    assert widgets.erased(own) == (0, "Unlabelled") and len(widgets.painter_labels(own)) == 2
     assert widgets.erased(Palette((Label(1, "air", (1, 2, 3)),))) == (255, "unlabelled")
 
 

@@ -220,6 +220,7 @@ def figures(
             "images_per_second": len(real) / sum(turn["seconds"] for turn in taken),
             "images_per_cpu_second": len(real) / sum(turn["cpu_seconds"] for turn in taken),
         } | values_of(nest) | {"intervals": intervals_of(nest)}  # fmt: skip
+    assert observer.extractor is not None
     plain, ours = ([title for title, entry in entries.items() if entry["plain"] is plain] for plain in (True, False))
     runs = [[side.turns[name] for side in sides] for name in turns]
     return {

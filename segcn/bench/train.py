@@ -205,7 +205,8 @@ def by_round(entries: list[dict], variant: str, measure: str) -> pandas.DataFram
 
 def train_table(config: BenchTrainConfig, entries: list[dict]) -> list[str]:
     """A line for each variant: of each measure the baseline's median, ours, and the median of the rounds' ratios."""
-    heads, lines = ("diffusers" if config.peer else "no cache", "segcn", "ratio"), {}
+    heads = ("diffusers" if config.peer else "no cache", "segcn", "ratio")
+    lines: dict[str, dict] = {}
     for variant in config.chosen:
         line = lines[VARIANTS[variant].text] = {}
         for measure, title in MEASURES.items():

@@ -206,7 +206,7 @@ SPREAD_ABOUT = {
 }
 
 
-def write_report(evaluation: Evaluation, folder: str | Path) -> Path:
+def write_evaluation_report(evaluation: Evaluation, folder: str | Path) -> Path:
     """Write report.html, completely or not at all, and return its path."""
     path = Path(folder) / REPORT
     write_text(path, report_html(evaluation))

@@ -12,7 +12,7 @@ from segcn.data.files import read_image
 from segcn.data.metadata import Split, find_splits, hold_out, read_named_split, read_split
 from segcn.evaluate.config import EvaluateConfig
 from segcn.evaluate.evaluator import METRICS_FILE, PARTS_OF, Evaluation, Log, Observer, evaluate
-from segcn.evaluate.report import write_report
+from segcn.evaluate.report import write_evaluation_report
 from segcn.models.features import Reader, clip_reader, open_extractor
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter, segmenter_of
 from segcn.utils.errors import UserError
@@ -55,7 +55,7 @@ def evaluate_folders(
     kept = {name: value for name, value in asdict(config).items() if name not in CHANGE_NO_NUMBER}
     evaluation.metrics["settings"] |= kept
     log(f"Wrote {evaluation.write(folder)}.")
-    log(f"Wrote {write_report(evaluation, folder)}.")
+    log(f"Wrote {write_evaluation_report(evaluation, folder)}.")
     return evaluation
 
 

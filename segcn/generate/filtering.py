@@ -24,7 +24,7 @@ from segcn.generate.config import GenerateConfig
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, load_segmenter, predict, segmenter_of
 from segcn.utils.errors import UserError
 
-SHOWN = 3  # images of each kind in the figure
+SHEET_IMAGES = 3  # images of each kind in the figure
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,12 @@ def draw_filtering(out: Path, scored: Iterable[dict[str, Any]], palette: Palette
     ordered = sorted(scored, key=lambda record: (-record["miou"], record["image"]))
     kept = [record for record in ordered if record["kept"]]
     dropped = sorted((one for one in ordered if not one["kept"]), key=lambda one: (one["miou"], one["image"]))
-    middle = max(SHOWN, (len(kept) - SHOWN) // 2)  # so that none of the best is shown again
-    kinds = {"best": kept[:SHOWN], "median": kept[middle : middle + SHOWN], "rejected": dropped[:SHOWN]}
+    middle = max(SHEET_IMAGES, (len(kept) - SHEET_IMAGES) // 2)  # so that none of the best is shown again
+    kinds = {
+        "best": kept[:SHEET_IMAGES],
+        "median": kept[middle : middle + SHEET_IMAGES],
+        "rejected": dropped[:SHEET_IMAGES],
+    }
     kinds = {kind: records for kind, records in kinds.items() if records}
 
     def strip(record: dict[str, Any]) -> np.ndarray:

@@ -18,7 +18,7 @@ from segcn.generate.pipeline import Pipeline, diffusers_pipeline, generate
 from segcn.models.base import Base, decode, encode_moments, encode_text, load_base, reconstruct
 from segcn.samples.base_model.recipe import SMOKE, BaseRecipe, build_base
 from segcn.samples.base_model.training import to_pixels
-from segcn.samples.landscapes.scene import draw, palette
+from segcn.samples.landscapes.scene import draw_landscape, palette
 from segcn.utils import rng
 
 SEED = 4343  # of images that are in no training
@@ -27,7 +27,7 @@ RESOLUTION = 128  # px
 
 def landscapes(count: int) -> tuple[torch.Tensor, list[str]]:
     """Images float32 [N, 3, 128, 128] in [-1, 1] that the base never saw, and their captions."""
-    scenes = [draw(SEED, row, RESOLUTION) for row in range(count)]
+    scenes = [draw_landscape(SEED, row, RESOLUTION) for row in range(count)]
     return to_pixels(torch.from_numpy(np.stack([one.image for one in scenes]))), [one.caption for one in scenes]
 
 

@@ -58,7 +58,7 @@ class MaskPainter(anywidget.AnyWidget):
     eraser = Int(IGNORE).tag(sync=True)
 
     def __init__(self, palette: Palette):
-        super().__init__(labels=legend(palette), eraser=erased(palette)[0])
+        super().__init__(labels=painter_labels(palette), eraser=erased(palette)[0])
         self.on_msg(self._receive)
 
     @property
@@ -83,7 +83,7 @@ class MaskPainter(anywidget.AnyWidget):
             self.set_state({"ids": memoryview(bytes(buffers[0]))})
 
 
-def legend(palette: Palette) -> list[dict]:
+def painter_labels(palette: Palette) -> list[dict]:
     """Every class, then what the eraser leaves: id, name and color, as the ControlNet sees it."""
     classes = [(label.id, label.name) for label in palette.labels if not label.ignore]
     entries = dict([*classes, erased(palette)])

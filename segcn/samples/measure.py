@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -52,7 +53,7 @@ NAMES = {"real": "real (ceiling)", "reconstructions": "reconstructions", "with_m
 Log = Callable[[str], None]
 
 
-def measure(config: MeasureConfig, train: Split, log: Log = print) -> dict:
+def measure_sample_base(config: MeasureConfig, train: Split, log: Log = print) -> dict:
     """Measure everything; writes measure.json, table.txt and grid.png, and returns the metrics.
 
     train: landscapes, none of them held out, on which the networks that score masks, seasons and times are trained.
@@ -66,7 +67,7 @@ def measure(config: MeasureConfig, train: Split, log: Log = print) -> dict:
         log(f"Generating {len(real)} images: {name.replace('_', ' ')}.")
         sets[name] = generate_set(config, real, name, pipeline, log)
     save_grid(draw_grid(config, real, pipeline), config.folder / "grid.png")
-    metrics = {"settings": dataclasses.asdict(config) | {"base_fingerprint": pipeline.base.fingerprint}}
+    metrics: dict[str, Any] = {"settings": dataclasses.asdict(config) | {"base_fingerprint": pipeline.base.fingerprint}}
     metrics["autoencoder"] = reconstruction_quality(real, sets["reconstructions"])
     metrics |= mask_metrics(config, train, sets, log)
     recipe, folder = RecognizerRecipe(steps=config.recognizer_steps), config.folder / "recognizer"
@@ -75,8 +76,8 @@ def measure(config: MeasureConfig, train: Split, log: Log = print) -> dict:
     metrics["recognized_earth"] = earth_styles(config, recipe, pipeline, log)
     metrics["seconds"] = time_generation(config, real, pipeline, log)
     write_metrics(metrics, config.folder / "measure.json")
-    (config.folder / "table.txt").write_text(report(metrics) + "\n", encoding="utf-8")
-    log(f"\n{report(metrics)}\n\nWrote measure.json, table.txt and grid.png to {config.folder}.")
+    (config.folder / "table.txt").write_text(measure_table(metrics) + "\n", encoding="utf-8")
+    log(f"\n{measure_table(metrics)}\n\nWrote measure.json, table.txt and grid.png to {config.folder}.")
     return metrics
 
 
@@ -192,17 +193,17 @@ def save_grid(figure: Figure, path: Path, step: int = 3) -> None:
     Image.fromarray(((pixels + step // 2) // step * step).astype(np.uint8)).save(path, optimize=True)
 
 
-def report(metrics: dict) -> str:
+def measure_table(metrics: dict) -> str:
     """Faithfulness and its share of the ceiling, what was recognized, the autoencoder, speed, and the targets."""
     scores, shares = metrics["faithfulness"], metrics["share_of_ceiling"]
     number, percent = "{:.3f}".format, "{:.1%}".format
     iou = {name: {"mean": one["miou"], **one["per_class"]} for name, one in scores.items()}
     quality, timing, distance = (metrics[name] for name in ("autoencoder", "seconds", "distance"))
     blocks = [
-        table(f"IoU, {scores['real']['images']} images each", iou, number),
-        table("share of the ceiling", {name: one for name, one in shares.items() if name != "real"}, percent),
-        table("recognized", metrics["recognized"], percent),
-        table("recognized, Earth", metrics["recognized_earth"] or {}, percent),
+        _table(f"IoU, {scores['real']['images']} images each", iou, number),
+        _table("share of the ceiling", {name: one for name, one in shares.items() if name != "real"}, percent),
+        _table("recognized", metrics["recognized"], percent),
+        _table("recognized, Earth", metrics["recognized_earth"] or {}, percent),
         f"autoencoder: PSNR {quality['psnr']:.1f} dB, SSIM {quality['ssim']:.3f}\n"
         f"Fréchet distance of with mask to real: {distance['frechet_distance']:.4g} ({distance['extractor']})\n"
         f"{timing['steps']} steps with guidance and mask: {timing['one']:.2f} s for one image, "
@@ -218,7 +219,7 @@ def report(metrics: dict) -> str:
     return "\n\n".join([*filter(None, blocks), "\n".join(lines)])
 
 
-def table(title: str, rows: dict[str, dict], text: Callable[[float], str]) -> str:
+def _table(title: str, rows: dict[str, dict], text: Callable[[float], str]) -> str:
     """A row for each set of images, by its name; empty where nothing was measured."""
     if not rows:
         return ""
@@ -269,11 +270,12 @@ def write_failures(out: Path, work: Path, dataset: Path, recipe: FailureRecipe =
     """Train the ControlNets that fail in `work` (resumable), draw every failure, and write the PNG `out`."""
     visualize.quiet()
     folders = {"shipped": str(BASE / "controlnet"), "early": str(work / "early"), "copying": str(work / "copying")}
+    kinds: tuple[tuple[str, int, int, dict], ...]
     kinds = (("early", recipe.early_rows, recipe.early_steps, {}),
              ("copying", recipe.copied_rows, recipe.copying_steps, {"augment": "none"}))  # fmt: skip
-    for name, rows, steps, more in kinds:
+    for name, count, steps, more in kinds:
         shared = {"dataset_name": str(dataset), "cache_dir": str(work / "cache"), "output_dir": folders[name]}
-        sizes = {"max_train_samples": rows, "max_train_steps": steps}
+        sizes = {"max_train_samples": count, "max_train_steps": steps}
         train(make(TrainConfig, "tiny", resolution=128, cache_draws=1, **shared, **sizes, **more))
     splits = {name: read_split(dataset, name) for name in ("train", "test")}
     settings = make(SampleConfig, "tiny", controlnet_model_name_or_path=folders["shipped"])

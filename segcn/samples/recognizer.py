@@ -104,7 +104,7 @@ def caption_reader(dataset: Path, train: Split, cache: Path, log: Callable[[str]
     """
     path = dataset / RECORD
     kind = json.loads(path.read_text()).get("kind") if path.is_file() else None
-    heads = {"landscapes": OF_LANDSCAPES, "earth": OF_EARTH}.get(kind)
+    heads = {"landscapes": OF_LANDSCAPES, "earth": OF_EARTH}.get(str(kind))
     if heads is None:
         return None
     recognizer = train_recognizer(train, heads, cache / "recognizer", log=log)

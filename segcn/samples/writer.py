@@ -66,7 +66,7 @@ def write_set(
         }
     files = [folder / name for folder, (*_, size) in folders.items() for row in range(size)
              for name in (*sample_names(row), "metadata.csv")]  # fmt: skip
-    if is_finished(out, record) and all(path.is_file() for path in files):
+    if is_complete_set(out, record) and all(path.is_file() for path in files):
         print(f"{out}: reused, it already holds this set")
         return out
     out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def sample_names(index: int) -> tuple[str, str]:
     return f"images/{index:06d}.png", f"masks/{index:06d}.png"
 
 
-def is_finished(out: Path, wanted: dict) -> bool:
+def is_complete_set(out: Path, wanted: dict) -> bool:
     """Whether `out` holds this set, finished; UserError if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -108,7 +108,7 @@ def write_folder(folder: Path, jobs: list[tuple], workers: int) -> None:
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     workers = min(workers or os.cpu_count() or 1, 1 + len(jobs) // 32)
-    progress, rows = Progress(f"{folder.name}: drawn", len(jobs)), []
+    progress, rows = Progress(f"{folder.name}: drawn", len(jobs)), list[tuple[str, str, str]]()
     with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
         for caption in pool.imap(write_sample, jobs, chunksize=8) if pool else map(write_sample, jobs):
             rows.append((*sample_names(len(rows)), caption))

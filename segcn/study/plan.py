@@ -108,7 +108,7 @@ def digest(settings: Any, *sources: Any) -> str:
 
 
 @dataclass
-class Plan:
+class StudyPlan:
     """The stages of a study; each has a folder that is named after the digest of its settings and sources."""
 
     config: UtilityConfig
@@ -170,7 +170,7 @@ class Plan:
         config = self.config
         area, crop = (config.resolution / 128) ** 2, (config.segmenter_resolution / 64) ** 2
         if stage == "controlnet":
-            return self.controlnet(fraction).max_train_steps * TRAINING_STEP * area + 20
+            return (self.controlnet(fraction).max_train_steps or 0) * TRAINING_STEP * area + 20
         if stage == "synthetic":
             return config.images * config.num_inference_steps * DENOISING_STEP * area * 1.3 + 10
         return config.segmenter_steps * config.segmenter_batch_size * FITTING_SAMPLE * crop + 2

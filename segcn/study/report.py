@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def metrics_of(
         real = scores[Arm(arm.fraction, 0.0)]
         entry = {"fraction": arm.fraction, "rows": len(rows[arm.fraction]), "name": arm.name, "ratio": arm.ratio}
         of_each_seed = (iou_over_seeds(one[None][..., ids, :], names, 1)["miou"].value for one in found)
-        entry |= _figures(scores[arm]) | {"of_each_seed": [round(value, DIGITS) for value in of_each_seed]}
+        entry |= _figures(scores[arm]) | {"of_each_seed": [round(value or 0.0, DIGITS) for value in of_each_seed]}
         if arm.ratio != 0:
             entry["above_real"] = _figures({name: difference(one, real[name]) for name, one in scores[arm].items()})
         arms.append(entry)
@@ -179,7 +180,7 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
     axes.legend(loc="lower right")
     for place, name in enumerate(classes):
         small = rest[0].add_subplot(below, columns, place + 1)
-        _curves(small, metrics, lambda arm, name=name: (arm["per_class"][name], arm["intervals"][name]))
+        _curves(small, metrics, partial(_class_values, name))
         small.set_title(name, fontsize=9)
         small.tick_params(labelsize=7)
     return figure
@@ -201,8 +202,12 @@ def _curves(axes: Axes, metrics: dict, read: Callable[[dict], tuple[float, list[
     axes.minorticks_off()
 
 
+def _class_values(name: str, arm: dict) -> tuple[float, list[float]]:
+    return arm["per_class"][name], arm["intervals"][name]
+
+
 def _figures(scores: dict[str, Estimate]) -> dict[str, Any]:
     """IoU or difference of each class and their mean, with intervals."""
-    values = {name: round(one.value, DIGITS) for name, one in scores.items()}
-    ends = {name: [round(end, DIGITS) for end in one.interval()] for name, one in scores.items()}
+    values = {name: round(one.value or 0.0, DIGITS) for name, one in scores.items()}
+    ends = {name: [round(end, DIGITS) for end in one.interval() or ()] for name, one in scores.items()}
     return {"miou": values.pop("miou"), "miou_interval": ends.pop("miou"), "per_class": values, "intervals": ends}

@@ -17,7 +17,7 @@ from segcn.generate.writer import generate_dataset
 from segcn.models.base import one_core, pick_device
 from segcn.models.segmenter import write_segmenter
 from segcn.study.config import UtilityConfig
-from segcn.study.plan import Arm, Plan, arms, check_study, drawn_rows, stage_rows
+from segcn.study.plan import Arm, StudyPlan, arms, check_study, drawn_rows, stage_rows
 from segcn.study.report import metrics_of, write_report
 from segcn.study.training import Mixture, count_pixels, train_mixed
 from segcn.train.config import TrainConfig
@@ -63,7 +63,7 @@ def evaluate_utility(config: UtilityConfig, log: Log = print) -> dict:
     return metrics
 
 
-def open_plan(config: UtilityConfig, log: Log) -> Plan:
+def open_plan(config: UtilityConfig, log: Log) -> StudyPlan:
     """Check the settings and both splits, and set the rows of each fraction apart."""
     check_study(config)
     train_rows, test = read_split(config.dataset_name, "train"), read_split(config.dataset_name, "test")
@@ -80,7 +80,7 @@ def open_plan(config: UtilityConfig, log: Log) -> Plan:
     for fraction, rows in chosen.items():
         folder = config.folder / "rows" / f"{fraction:g}-{train_rows.fingerprint[:6]}-{config.seed}"
         staged[fraction] = stage_rows(train_rows, rows, folder)
-    plan = Plan(config, staged, test)
+    plan = StudyPlan(config, staged, test)
     for fraction in config.some:  # what generation refuses is refused before anything is trained
         read_conditions(plan.synthetic(fraction))
     return plan
@@ -89,7 +89,7 @@ def open_plan(config: UtilityConfig, log: Log) -> Plan:
 class StudyProgress:
     """How far a study is, and how long the rest may take at the pace so far."""
 
-    def __init__(self, plan: Plan, log: Log):
+    def __init__(self, plan: StudyPlan, log: Log):
         self.log, self.began, self.done, self.expected = log, time.monotonic(), 0, 0.0
         stages = []
         for fraction in plan.config.some:
@@ -116,7 +116,7 @@ def is_finished(stage: TrainConfig | GenerateConfig) -> bool:
     return any((Path(stage.output_dir) / name).is_file() for name in last)
 
 
-def train_segmenters(plan: Plan, todo: StudyProgress, wanted: list[tuple[Arm, range]]) -> None:
+def train_segmenters(plan: StudyPlan, todo: StudyProgress, wanted: list[tuple[Arm, range]]) -> None:
     """Train the missing segmenters of arms and seeds, on a CPU one on each core, to the same bytes.
 
     Those of an arm share a mixture, whose images leave the memory with the last of them.
@@ -159,7 +159,7 @@ def train_segmenters(plan: Plan, todo: StudyProgress, wanted: list[tuple[Arm, ra
             pool.shutdown(cancel_futures=True)
 
 
-def synthetic_figures(plan: Plan) -> dict[float, dict]:
+def synthetic_figures(plan: StudyPlan) -> dict[float, dict]:
     """Of each fraction how many images were generated and kept, and which share of their pixels does not count."""
     found = {}
     for fraction in plan.config.some:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-from collections.abc import Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -58,9 +57,3 @@ def figure_img(figure: "Figure", about: str) -> Markup:
 
 def _data_uri(png: io.BytesIO) -> str:
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-
-
-def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Two columns in Markdown, or nothing."""
-    lines = [f"| {left} | {str(right).replace('|', chr(92) + '|')} |" for left, right in rows]
-    return "\n".join(["| | |", "|---|---|", *lines]) if rows else ""

@@ -24,7 +24,7 @@ from segcn.models.base import keep_freed_memory, pick_device
 from segcn.samples.base_model import training
 from segcn.samples.base_model.training import UnetRecipe, VaeRecipe, to_pixels
 from segcn.samples.earth import tile
-from segcn.samples.landscapes.scene import describe, draw
+from segcn.samples.landscapes.scene import describe, draw_landscape
 from segcn.utils import io
 from segcn.utils.errors import UserError
 
@@ -106,7 +106,7 @@ def draw_images(folder: Path, recipe: BaseRecipe, log: Callable[[str], None]) ->
 def draw_one(recipe: BaseRecipe, row: int) -> tuple[np.ndarray, np.ndarray, str]:
     """Image, class ids and caption of one row: the landscapes come first."""
     if row < recipe.landscapes:
-        landscape = draw(recipe.seed, row, recipe.resolution)
+        landscape = draw_landscape(recipe.seed, row, recipe.resolution)
         return landscape.image, landscape.mask, landscape.caption
     found = tile(recipe.seed, row - recipe.landscapes, recipe.resolution, side="train")
     return found.image, found.mask + np.uint8(EARTH_IDS), found.caption

@@ -45,7 +45,7 @@ class Landscape(SamplePair):
     time: str
 
 
-def draw(seed, index, resolution=128):
+def draw_landscape(seed, index, resolution=128):
     """Render landscape `index` of the set `seed`; a pure function of its arguments."""
     season = SEASONS[int(np.random.default_rng([seed, index, 0]).integers(len(SEASONS)))]
     time = list(TIMES)[int(np.random.default_rng([seed, index, 1]).integers(len(TIMES)))]
@@ -294,7 +294,7 @@ def write_landscapes(
     out: str | Path, count: int, resolution: int = 128, seed: int = 0, test: int | None = None, workers: int = 0
 ) -> Path:
     """Write `count` pairs to `out`, or with `test` to out/train and out/test, as `writer.write_set` does."""
-    kind = SampleKind("landscapes", palette(), {"train": draw, "test": draw})
+    kind = SampleKind("landscapes", palette(), {"train": draw_landscape, "test": draw_landscape})
     return write_set(out, kind, count, resolution, seed, test, workers)
 
 
