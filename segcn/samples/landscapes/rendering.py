@@ -256,7 +256,7 @@ class Renderer:
         if self.nature.snow == 0 or depth.max() < 0.015:
             return
         snow = self.lit(SNOW)
-        snow = snow + (0.25 if far else 0.0) * (self.haze - snow)
+        snow = snow + (0.25 if far else 0.0) * (np.asarray(self.light.haze) - snow)  # float64, as in ground
         edge = np.stack([xs, ridge + depth], axis=1)[::-1]
         self.canvas.fill([np.concatenate([np.stack([xs, ridge], axis=1), edge])], snow)
 
@@ -284,7 +284,7 @@ class Renderer:
         self.reflection = canvas.image.copy()
         base = self.lit(self.nature.grass)
         patches = smooth_noise(self.rng, canvas.resolution, 9, 5)
-        far = base + 0.3 * (self.haze - base)
+        far = base + 0.3 * (np.asarray(self.light.haze) - base)  # float64: with float32 some pixels change by 1
         canvas.fill(thing.polygons, vertical((far, base, base * 0.84), horizon, 1), GRASS)
         on_ground = (canvas.labels == GRASS)[..., None]
         canvas.image *= 1 + on_ground * (0.05 if self.season == "winter" else 0.11) * patches
