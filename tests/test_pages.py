@@ -141,7 +141,7 @@ def write_pictures(folder):
         (folder / "SOURCE" / "captions" / f"{k}.txt").write_text(f"image {k}")
     pairs = [(f"images/{k}.png", f"masks/{k}.png", f"image {k}") for k in range(6)]
     for path, head, start in (
-        (folder / "old" / "metadata.csv", "photo,seg,says", ""),
+        (folder / "old" / "metadata.csv", "photo,seg,description", ""),
         (folder / "old.csv", "file_name,conditioning_image_file_name,text", "FOLDER/photos/"),
     ):
         lines = [head, *(f"{start}{image},{start}{mask},{text}" for image, mask, text in pairs)]

@@ -85,8 +85,9 @@ def choose(only: str) -> list[Path]:
 def parameters_for(notebook: Path, config: RunConfig) -> dict:
     """The settings that were given and that this notebook has in its parameters cell."""
     known = papermill.inspect_notebook(str(notebook))
-    given = {name: value for name, value in vars(config).items() if value not in (None, "", False) and name != "only"}
-    return {name: value for name, value in given.items() if name in known}
+    values = vars(config).items()  # 0 is a value, but equal to False
+    given = {name: value for name, value in values if not (value is None or value is False or value == "")}
+    return {name: value for name, value in given.items() if name in known and name != "only"}
 
 
 def execute(notebook: Path, out: Path, parameters: dict) -> None:
