@@ -72,7 +72,7 @@ COMMANDS = {
     "evaluate": Command("do generated images follow their masks, and are they like real ones? (compare, utility)",
                         "segcn.evaluate.config:EvaluateConfig", "segcn.cli:run_evaluation"),
     "evaluate compare": Command("two evaluations side by side", "segcn.evaluate.config:CompareConfig",
-                                "segcn.evaluate.tables:comparison", ("one", "other"), True),
+                                "segcn.evaluate.report:comparison", ("one", "other"), True),
     "evaluate utility": Command("do generated images help to train a segmenter?",
                                 "segcn.study.config:UtilityConfig", "segcn.cli:run_study"),
 }  # fmt: skip
@@ -202,8 +202,8 @@ def bench_generation(config: Any) -> None:
 def run_evaluation(config: Any) -> str | None:
     """`segcn evaluate`: the table of results, in the first of several processes."""
     from segcn.data.visualize import quiet
+    from segcn.evaluate.report import metrics_table
     from segcn.evaluate.run import evaluate_folders
-    from segcn.evaluate.tables import metrics_table
     from segcn.samples.recognizer import caption_reader
 
     quiet()

@@ -6,10 +6,11 @@ alone. So any number of processes writes the same bytes, and after a kill the sa
 import json
 import os
 import shutil
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import lru_cache
 from io import FileIO
@@ -22,16 +23,18 @@ from torch import distributed
 
 from segcn.data.dataset import PairedDataset, to_uint8
 from segcn.data.metadata import Split, finish_dataset, write_pair
+from segcn.data.palette import Palette, palette_table
 from segcn.data.transforms import AUGMENTS, boxes
-from segcn.generate.card import write_data_card
 from segcn.generate.conditions import Condition, Conditions, check_masks, read_conditions
-from segcn.generate.config import GenerateConfig
+from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate.filtering import Filter, Generated, draw_filtering, generate_filtered, open_filter
 from segcn.generate.pipeline import Pipeline, check_sampling, generate, load_pipeline
 from segcn.models.base import Base, reconstruct, weights_digest
 from segcn.utils import io, rng
 from segcn.utils.errors import UserError
+from segcn.utils.html import render
 from segcn.utils.io import Process, write_whole
+from segcn.utils.paths import public_name
 from segcn.utils.progress import Progress
 
 SETTINGS_FILE = "generation.json"
@@ -379,3 +382,51 @@ def reconstruct_dataset(
     captions = (record.caption for record in split.records)
     rows = ((*pair, caption) for pair, caption in zip(names, captions, strict=True))
     return finish_dataset(out, rows, split.palette)
+
+
+# The card of the set, README.md in its folder
+
+MADE_HERE = "<!-- segcn generate writes this file; it leaves one without this line alone. -->"
+
+
+def write_data_card(
+    out: Path,
+    config: GenerateConfig,
+    settings: dict[str, Any],
+    kept: int,
+    scored: Sequence[dict[str, Any]],
+    palette: Palette,
+    work: Path,
+) -> bool:
+    """Write README.md to a finished set; False where there is one of the user's own.
+
+    kept: the images in the set. scored: the records of the manifest that have a score. Of paths only the last folder's
+    name is written, and no value is read as Markdown or HTML.
+    """
+    path = out / "README.md"
+    if path.exists() and MADE_HERE not in path.read_text(encoding="utf-8", errors="replace"):
+        return False
+    scores = [record["miou"] for record in scored if record["kept"]]
+    text = render(
+        "generate/templates/card.md",
+        mark=MADE_HERE,
+        config=config,
+        settings=settings,
+        sampling=[one.name for one in fields(SampleConfig) if one.name not in MODELS | {"seed"}],
+        classes=palette_table(palette),
+        kept=kept,
+        dropped=len(scored) - len(scores),
+        attempts=statistics.fmean(len(record["scores"]) for record in scored) if scored else 0,
+        miou=[min(scores), statistics.median(scores), max(scores)] if scores else [],
+        ignored=statistics.fmean(record["ignored"] for record in scored) if scored else 0,
+        plain=_plain,
+        name=lambda place: _plain(public_name(place)),
+    )
+    write_whole(path, lambda staged: staged.write_text(text, encoding="utf-8"), work)
+    return True
+
+
+def _plain(value: Any) -> str:
+    """A value in one line, in which no character has a meaning in Markdown or HTML."""
+    line = " ".join(str(value).split())
+    return "".join(sign if sign.isalnum() or sign in " ,.-/" else f"&#{ord(sign)};" for sign in line)

@@ -13,7 +13,7 @@ from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from segcn.evaluate.tables import metrics_table
+from segcn.evaluate.report import metrics_table
 from segcn.notebook.config import RunConfig
 from segcn.notebook.workspace import NOTEBOOKS
 from segcn.utils.errors import UserError
