@@ -18,9 +18,8 @@ from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import IGNORE, Label, Palette
 from segcn.evaluate.config import EvaluateConfig
 from segcn.evaluate.evaluator import DRAWS_FILE, LEAST_CROP, METRICS_FILE, Observer, evaluate, faithfulness
-from segcn.evaluate.report import extremes, report_html, strip
+from segcn.evaluate.report import comparison, extremes, lookup, metrics_table, report_html, strip
 from segcn.evaluate.run import evaluate_folders
-from segcn.evaluate.report import comparison, lookup, metrics_table
 from segcn.models.base import one_core
 from segcn.models.features import INCEPTION, INCEPTION_WEIGHTS, open_extractor
 from segcn.models.segmenter import SegmenterConfig, load_segmenter, train_segmenter
