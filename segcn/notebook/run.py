@@ -1,6 +1,7 @@
 """`segcn run`: execute notebooks 01 to 05 in order with papermill, and print the results."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -52,6 +53,8 @@ def run(config: RunConfig) -> Path:
     chosen, began = choose(config.only), time.monotonic()
     config = from_here(config)
     out = Path(config.output_dir)
+    if not sys.stdout.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # of the kernels: lines in place of bars
     for number, notebook in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {notebook.stem}  ({clock(time.monotonic() - began)})", flush=True)
         execute(notebook, out, parameters_for(notebook, config))

@@ -1,5 +1,6 @@
 """Progress of long work: a bar in a terminal and in a notebook, a line now and then in a log."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +19,8 @@ class Progress:
         self.began = self.logged = time.monotonic()
         ipython = sys.modules.get("IPython")
         notebook = ipython is not None and ipython.get_ipython() is not None  # it shows tqdm's text bar, too
-        shown = log is print and total > 0 and (notebook or sys.stdout.isatty())
+        watched = (notebook or sys.stdout.isatty()) and not os.environ.get("TQDM_DISABLE")
+        shown = log is print and total > 0 and watched
         self.bar = tqdm(desc=what, total=total, leave=False, delay=1, file=sys.stdout) if shown else None
 
     def __call__(self, done: int) -> None:
