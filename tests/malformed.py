@@ -21,15 +21,15 @@ ROW = "images/1.png,masks/1.png,a hill"
 LINE = "line 3 (row 1)"  # of the second of three rows, which is the one that breaks
 
 
-def sound(folder):
-    """Three pairs of 6 x 4 pixels."""
+def sound(folder, rows=3):
+    """Pairs of 6 x 4 pixels."""
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
-    for row in range(3):
+    for row in range(rows):
         Image.fromarray(photo(row)).save(folder / f"images/{row}.png")
         write_mask(folder / f"masks/{row}.png", MASK, PALETTE)
     PALETTE.save(folder / "palette.json")
-    write_metadata(folder, [(f"images/{k}.png", f"masks/{k}.png", f"a hill, number {k}") for k in range(3)])
+    write_metadata(folder, [(f"images/{k}.png", f"masks/{k}.png", f"a hill, number {k}") for k in range(rows)])
     return folder
 
 
@@ -159,7 +159,8 @@ def exif_of(orientation):
 
 
 CSV_FILES = {
-    "empty": "", "only a byte order mark": "\ufeff", "only blank lines": "\n\n\n", "binary": bytes(range(256)),
+    "empty": "", "no row": HEADER + "\n", "only a byte order mark": "\ufeff", "only blank lines": "\n\n\n",
+    "binary": bytes(range(256)),
     "no image column": f"conditioning_image_file_name,text\n{ROW}\n", "no mask column": f"file_name,text\n{ROW}\n",
     "no text column": f"file_name,conditioning_image_file_name\n{ROW}\n", "image twice": f"file_name,{HEADER}\n{ROW}\n",
     "mask twice": f"{HEADER},conditioning_image_file_name\n{ROW}\n", "text twice": f"{HEADER},text\n{ROW}\n",
@@ -275,13 +276,27 @@ NOT_FILES = {
 }  # fmt: skip
 
 
+WORDS = {  # that the message of some holds beside file and row
+    "csv: empty": "file_name", "csv: no row": "at least one row", "csv: other names": "found 'image,mask,caption'",
+    "csv: text twice": "column text once", "images: nothing": "images/1.png", "row: blank lines": "expected a caption",
+    "masks: nothing": "column conditioning_image_file_name", "row: four fields": "expected 3 fields, found 4",
+    "row: open quote to the end": "double quote", "row: open quote that swallows a row": "runs over a line",
+    "path of the image: up": "inside the folder", "path of the mask: backslashes": "written with /",
+    "row: Latin-1 caption": "expected UTF-8 text, found byte 0xe9", "palette: id 255": "at most 255 classes",
+    "palette: id a fraction": "0 to 254", "palette: id 256": "0 to 254", "palette: empty name": "expected a name",
+    "palette: color of 256": "three numbers", "palette: ignore a string": "ignore true or false",
+    "palette: id twice": "different id", "palette: name twice": "different name",
+    "palette: color twice": "different color", "palette: all ignored": "no class",
+}  # fmt: skip
+
+
 def corpus():
     """{name: (change of a sound folder, words that the error holds)}."""
     found = {f"csv: {name}": (csv_of(text), "metadata.csv") for name, text in CSV_FILES.items()}
-    found |= {f"row: {name}": (csv_row(text), "line 3 (row 1)") for name, text in CSV_ROWS.items()}
-    found |= {
-        f"jsonl: {name}": (jsonl_of(jsonl(0), row, jsonl(2)), "line 2 (row 1)") for name, row in JSONL_ROWS.items()
-    }
+    found |= {f"row: {name}": (csv_row(text), LINE) for name, text in CSV_ROWS.items()}
+    found["row: blank lines"] = csv_row("\n\nimages/1.png,masks/1.png,"), "line 5 (row 1)"
+    rows = {name: jsonl_of(jsonl(0), row, jsonl(2)) for name, row in JSONL_ROWS.items()}
+    found |= {f"jsonl: {name}": (change, "line 2 (row 1)") for name, change in rows.items()}
     for column, other in (("{},masks/1.png,a hill", "image"), ("images/1.png,{},a hill", "mask")):
         found |= {f"path of the {other}: {k}": (csv_row(column.format(p)), LINE) for k, p in PATHS.items()}
     found |= {f"palette: {name}": (change, "palette.json") for name, change in PALETTES.items()}

@@ -24,7 +24,7 @@ from segcn.data.transforms import (
     draw,
     matrix,
     to_output,
-    to_source,  # fmt: skip
+    to_source,
 )
 from segcn.train.config import TrainConfig
 from segcn.utils.errors import UserError
@@ -35,15 +35,6 @@ GEOMETRY = AugmentConfig(brightness=0.0, contrast=0.0, saturation=0.0)
 WILD = AugmentConfig(degrees=180.0, translate=0.4, scale_min=0.5, scale_max=2.0, shear=20.0, crop_min=0.5)
 WILD_GEOMETRY = dataclasses.replace(WILD, brightness=0.0, contrast=0.0, saturation=0.0)
 SEEDS = st.integers(0, 2**31)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For images as small as these, threads wait for each other more than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def coordinates(height, width):
@@ -89,15 +80,27 @@ def test_image_and_mask_stay_aligned_within_half_a_pixel(seed, config):
 
 
 @FEW
-@given(seed=SEEDS)
-def test_the_same_draw_gives_the_same_bytes_of_the_stated_shapes(seed):
-    pair, drawn = random_pair(1), draw(WILD, seed, 0, 0)
+@given(seed=SEEDS, fit=st.sampled_from(FITS), fill=st.sampled_from(["ignore", "cover"]))
+def test_the_same_draw_gives_the_same_bytes_of_the_stated_shapes_and_makes_up_no_class(seed, fit, fill):
+    pair, drawn = random_pair(seed % 7, 30, 19), draw(dataclasses.replace(WILD, fill=fill), seed, 0, 0, fit=fit)
     before = [part.clone() for part in pair]
     first, second = apply(*pair, drawn, 16), apply(*pair, drawn, 16)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(before, pair, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((*first, *before), (*second, *pair), strict=True))
     assert [part.dtype for part in first] == [torch.uint8, torch.uint8, torch.bool]
     assert [part.shape for part in first] == [(3, 16, 16), (1, 16, 16), (1, 16, 16)]
+    _, mask, valid = first
+    assert set(mask[valid].tolist()) <= set(pair[1].unique().tolist()) and (mask[~valid] == IGNORE).all()
+
+
+@FEW
+@given(seed=SEEDS, hue=st.floats(0.05, 0.5))
+def test_another_hue_changes_the_image_and_leaves_the_mask_as_it_is(seed, hue):
+    pair, drawn = random_pair(seed % 7), draw(dataclasses.replace(WILD, hue=hue), seed, 0, 0)
+    assert 0 < abs(drawn.hue) <= hue
+    plain, turned = (apply(*pair, one, 24) for one in (dataclasses.replace(drawn, hue=0.0), drawn))
+    assert all(map(torch.equal, plain[1:], turned[1:]))
+    drawn = dataclasses.replace(drawn, hue=hue)
+    assert not torch.equal(plain[0], apply(*pair, drawn, 24)[0])
 
 
 def distance_inside(drawn, resolution):
@@ -117,17 +120,6 @@ def test_valid_is_exactly_the_area_inside_the_frame(seed, config):
     decided = np.abs(distance) > 1e-3
     np.testing.assert_array_equal(valid[0].numpy()[decided], (distance > 0)[decided])
     assert (image * ~valid == 0).all() and (mask[~valid] == IGNORE).all()
-
-
-@pytest.mark.parametrize(("size", "resolution"), [((24, 24), 16), ((24, 40), 16), ((41, 24), 16), ((24, 24), 24)])
-def test_none_is_the_plain_resized_center(size, resolution):
-    image, mask = random_pair(4, *size)
-    drawn = draw(AUGMENTS["none"], 7, 3, 9)
-    augmented, augmented_mask, valid = apply(image, mask, drawn, resolution)
-    box = (round((size[0] - 24) / 2), round((size[1] - 24) / 2), 24, 24)
-    expected = F.resize(F.crop(mask, *box), [resolution] * 2, InterpolationMode.NEAREST_EXACT)
-    assert drawn == Draw() and valid.all() and torch.equal(augmented_mask, expected)
-    assert torch.equal(augmented, F.resize(F.crop(image, *box), [resolution] * 2, antialias=True))
 
 
 @FEW
@@ -150,13 +142,16 @@ def test_draws_stay_within_their_configuration(seed):
     assert all(0 <= part <= 1 for part in drawn.crop)
 
 
-def test_about_half_are_flipped_and_captions_with_a_side_never():
+def test_about_half_are_flipped_and_captions_with_a_side_only_where_every_word_can_be_rewritten():
     config = AUGMENTS["affine"]
     captions = ["a house on the left", "the Right bank", "a leftmost tree", "a left-hand bend"]
     assert 60 < sum(draw(config, 0, 0, row, "a bright lake").flip for row in range(200)) < 140
     assert not any(draw(config, 0, 0, row, caption).flip for row in range(50) for caption in captions)
     plain = [dataclasses.replace(draw(config, 0, 0, row), flip=False) for row in range(50)]
     assert plain == [draw(config, 0, 0, row, captions[0]) for row in range(50)]
+    config = AugmentConfig.parse("affine,sided_captions=rewrite,hflip=1")
+    for caption in ("a house on the left", "a bright lake", "leftovers on the left", "a LeFt turn"):
+        assert draw(config, 0, 0, 0, caption).flip == (caption in ("a house on the left", "a bright lake"))
 
 
 def test_impossible_settings_and_pairs_are_refused():
@@ -214,12 +209,7 @@ def test_there_and_back_is_the_same_point(seed, fit, width, resolution):
     square = to_output(points, dataclasses.replace(drawn, crop=(0, 0, 1.0)), (resolution, resolution), resolution)
     homogeneous = np.column_stack([points, np.ones(20)]) @ matrix(drawn, resolution).T
     np.testing.assert_allclose(square, homogeneous[:, :2], atol=1e-8)
-
-
-def test_the_matrix_of_a_flip_and_of_nothing():
-    assert np.array_equal(matrix(Draw(), 16), np.eye(3))
-    assert np.allclose(to_output([[0, 3]], Draw(flip=True), (16, 16), 16), [[15, 3]])
-    assert np.allclose(to_output([[0, 0]], Draw(fit="pad"), (8, 16), 16), [[0, 4]])
+    assert np.array_equal(matrix(Draw(), resolution), np.eye(3))
 
 
 @pytest.mark.parametrize("config", [AugmentConfig(), WILD])
@@ -250,7 +240,7 @@ def test_no_black_is_blended_into_what_is_in_frame():
 
 
 @pytest.mark.parametrize("size", [(24, 40), (41, 24), (24, 24)])
-def test_fits_keep_what_they_say(size):
+def test_fits_keep_what_they_say_and_none_is_the_plain_resized_center(size):
     image, mask = random_pair(4, *size)
     mask = mask.clamp(max=7)
     padded, padded_mask, valid = apply(image, mask, Draw(fit="pad"), 48)
@@ -260,69 +250,41 @@ def test_fits_keep_what_they_say(size):
     assert (padded[:, ~valid[0]] == 0).all() and (padded_mask[~valid] == IGNORE).all()
     inside = F.resize(image, [down, across], antialias=True)
     assert torch.equal(padded[:, top : top + down, left : left + across], inside)
-    stretched, stretched_mask, whole = apply(image, mask, Draw(fit="stretch"), 48)
-    assert torch.equal(stretched, F.resize(image, [48, 48], antialias=True)) and whole.all()
-    assert torch.equal(stretched_mask, F.resize(mask, [48, 48], InterpolationMode.NEAREST_EXACT))
-    for fit, expected in (("pad", padded_mask), ("stretch", stretched_mask)):
-        assert torch.equal(center_square(mask, 48, fit), expected)
+    center = round((size[0] - 24) / 2), round((size[1] - 24) / 2), 24, 24
+    for drawn, box in ((Draw(fit="stretch"), (0, 0, *size)), (draw(AUGMENTS["none"], 7, 3, 9), center)):
+        fitted, fitted_mask, whole = apply(image, mask, drawn, 48)
+        assert torch.equal(fitted, F.resize(F.crop(image, *box), [48, 48], antialias=True)) and whole.all()
+        assert torch.equal(fitted_mask, F.resize(F.crop(mask, *box), [48, 48], InterpolationMode.NEAREST_EXACT))
+        assert torch.equal(center_square(mask, 48, drawn.fit), fitted_mask)
+    assert drawn == Draw() and torch.equal(center_square(mask, 48, "pad"), padded_mask)
 
 
-@FEW
-@given(seed=SEEDS, fit=st.sampled_from(FITS), fill=st.sampled_from(["ignore", "cover"]))
-def test_no_fit_makes_up_a_class(seed, fit, fill):
-    image, mask = random_pair(seed % 7, 30, 19)
-    drawn = draw(dataclasses.replace(WILD, fill=fill), seed, 0, 0, fit=fit)
-    _, augmented, valid = apply(image, mask, drawn, 24)
-    assert set(augmented[valid].tolist()) <= set(mask.unique().tolist())
-    assert (augmented[~valid] == IGNORE).all()
-
-
-def test_augmentation_is_read_from_a_line():
+def test_augmentation_is_read_from_a_line_and_what_cannot_be_read_is_named():
     assert AugmentConfig.parse("affine") == AugmentConfig() and AugmentConfig.parse("none").still
     read = AugmentConfig.parse("affine, degrees=20,fill=cover,hflip=0")
     assert read == AugmentConfig(degrees=20.0, fill="cover", hflip=0.0) and not read.still
     assert AugmentConfig.parse("none,hflip=0.5") == dataclasses.replace(AugmentConfig.none(), hflip=0.5)
+    wrong = "", "afine", "affine,degree=3", "affine,degrees", "affine,degrees=x", "affine,fill=edge", "affine,hflip=2"
+    for text in wrong:
+        with pytest.raises(UserError) as caught:
+            AugmentConfig.parse(text)
+        for part in (text.split(",")[-1].split("=")[0], "--augment", "scale_min=0.9"):
+            assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "afine", "affine,degree=3", "affine,degrees", "affine,degrees=x", "affine,fill=edge", "affine,hflip=2"]
-)
-def test_what_cannot_be_read_is_named(text):
-    with pytest.raises(UserError) as caught:
-        AugmentConfig.parse(text)
-    assert text.split(",")[-1].split("=")[0] in str(caught.value)
-    assert "--augment" in str(caught.value) and "scale_min=0.9" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("caption", "other"),
-    [
-        ("a house on the left", "a house on the right"),
-        ("Left of it, RIGHT there", "Right of it, LEFT there"),
-        ("the leftmost tree, rightwards", "the rightmost tree, leftwards"),
-        ("a left-hand bend; lefthand; Upper-left, topright", "a right-hand bend; righthand; Upper-right, topleft"),
-        ("bright, upright, copyright and leftovers", "bright, upright, copyright and leftovers"),
-    ],
-)
+@pytest.mark.parametrize(("caption", "other"), [
+    ("a house on the left", "a house on the right"), ("Left of it, RIGHT there", "Right of it, LEFT there"),
+    ("the leftmost tree, rightwards", "the rightmost tree, leftwards"),
+    ("a left-hand bend; lefthand; Upper-left, topright", "a right-hand bend; righthand; Upper-right, topleft"),
+    ("bright, upright, copyright and leftovers", "bright, upright, copyright and leftovers"),
+])  # fmt: skip
 def test_captions_are_mirrored(caption, other):
     assert mirrored(caption) == other and mirrored(other) == caption
 
 
-NAMES = [
-    "left",
-    "Right",
-    "LEFT",
-    "leftmost",
-    "Rightward",
-    "left-hand",
-    "bright",
-    "leftover",
-    "upright",
-    "a",
-    "LeFt",
-    "-",
-]
-WORDS = st.lists(st.sampled_from(NAMES))
+WORDS = st.lists(st.sampled_from(
+    ["left", "Right", "LEFT", "leftmost", "Rightward", "left-hand", "bright", "leftover", "upright", "a", "LeFt", "-"]
+))  # fmt: skip
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -341,12 +303,6 @@ def test_the_help_of_segcn_train_lists_the_fields_and_their_defaults():
     for name, value in listed.items():
         choices = fields[name].metadata.get("choices")
         assert value.split("|") == list(choices) if choices else float(value) == fields[name].default
-
-
-def test_rewritten_captions_are_flipped_where_every_word_is_known():
-    config = AugmentConfig.parse("affine,sided_captions=rewrite,hflip=1")
-    assert draw(config, 0, 0, 0, "a house on the left").flip and draw(config, 0, 0, 0, "a bright lake").flip
-    assert not draw(config, 0, 0, 0, "leftovers on the left").flip and not draw(config, 0, 0, 0, "a LeFt turn").flip
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,7 +1,6 @@
 """Promise: a row and an epoch give the same tensors in any order, process and worker, in the stated ranges."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from runs import ALONE
 
 from segcn.data.dataset import PairedDataset, read_control_mask, read_framed_mask, to_control, to_image, to_uint8
 from segcn.data.files import read_image
@@ -21,7 +20,7 @@ from segcn.data.palette import IGNORE, Label, Palette
 from segcn.data.transforms import AUGMENTS, AugmentConfig, Draw, apply, draw
 from segcn.models.base import encode_text, load_base
 from segcn.train import latent_cache
-from segcn.train.batches import Examples, Plan
+from segcn.train.batches import Examples
 from segcn.utils import rng
 from segcn.utils.errors import UserError
 from segcn.utils.paths import ROOT
@@ -62,21 +61,22 @@ def test_the_control_is_the_palette_and_black_out_of_frame(split):
     unlabelled_inside = sample.valid & (sample.mask == IGNORE)
     assert unlabelled_inside.any()
     assert torch.allclose(sample.control[:, unlabelled_inside], torch.tensor(9 / 255))
+    stack = torch.stack([sample.mask, sample.mask.flip(-1)])  # [2, H, W]
+    single = torch.stack([to_control(mask, PALETTE) for mask in stack])
+    assert torch.equal(single[0], expected) and single.shape == (2, 3, 16, 16)
+    for masks in (stack, stack.numpy()):
+        assert torch.equal(to_control(masks, PALETTE), single)
+    assert torch.equal(to_control(stack[1].numpy(), PALETTE), single[1])
 
 
-def test_an_index_is_a_row_of_an_epoch(split):
-    dataset = PairedDataset(split, 16, AUGMENTS["affine"], seed=5)
+def test_an_index_is_a_row_of_an_epoch_and_without_augmentation_every_epoch_is_the_same(split):
+    dataset, still = (PairedDataset(split, 16, AUGMENTS[name], seed=5) for name in ("affine", "none"))
     assert len(dataset) == len(list(dataset)) == 3
     later, direct = dataset[7], dataset.sample(row=1, epoch=2)
     assert later.draw == direct.draw == draw(AUGMENTS["affine"], 5, 2, 1, split[1].caption)
     assert torch.equal(later.image, direct.image) and torch.equal(later.mask, direct.mask)
     assert not torch.equal(later.image, dataset[1].image)
-
-
-def test_without_augmentation_every_epoch_is_the_same(split):
-    dataset = PairedDataset(split, 16, AUGMENTS["none"], seed=0)
-    assert torch.equal(dataset[0].image, dataset[3].image)
-    assert dataset[0].valid.all()
+    assert torch.equal(still[0].image, still[3].image) and still[0].valid.all()
 
 
 def test_files_that_do_not_fit_are_named(split):
@@ -112,35 +112,26 @@ def captioned(split):
 
 
 def test_one_of_several_captions_is_drawn_in_each_epoch(captioned):
-    dataset = PairedDataset(captioned, 16, AUGMENTS["affine"], seed=0)
+    dataset, again, other = (PairedDataset(captioned, 16, AUGMENTS["affine"], seed) for seed in (0, 0, 1))
     for row in range(3):
         used = [dataset.sample(row, epoch).caption for epoch in range(30)]
         assert set(used) == set(captioned[row].captions)
-        assert used == [
-            PairedDataset(captioned, 16, AUGMENTS["affine"], 0).caption(row, epoch, False) for epoch in range(30)
-        ]
-    other = PairedDataset(captioned, 16, AUGMENTS["affine"], seed=1)
-    assert [other.caption(0, epoch, False) for epoch in range(30)] != [dataset.caption(0, e, False) for e in range(30)]
+        assert used == [again.caption(row, epoch, False) for epoch in range(30)]
+        assert used != [other.caption(row, epoch, False) for epoch in range(30)]
 
 
-def test_no_caption_comes_with_an_image_that_it_does_not_fit(captioned):
+def test_no_caption_comes_with_an_image_that_it_does_not_fit_and_every_one_is_listed(captioned):
     skipping, rewriting = PairedDataset(captioned, 16, AUGMENTS["affine"], 0), PairedDataset(captioned, 16, REWRITE, 0)
     assert not any(skipping.draw(row, epoch).flip for row in (1, 2) for epoch in range(30))
-    seen = set()
+    sides, turned, seen = {"a tree on the left", "Rightmost tree"}, {"a tree on the right", "Leftmost tree"}, set()
     for epoch in range(60):
         sample = rewriting.sample(1, epoch)
-        sides = {"a tree on the left", "Rightmost tree"}
-        turned = {"a tree on the right", "Leftmost tree"}
         assert sample.caption in (turned if sample.draw.flip else sides) | {"a sky above"}
         seen.add(sample.caption)
     assert len(seen) == 5
     assert not any(rewriting.draw(2, epoch).flip for epoch in range(30))  # leftovers
-
-
-def test_every_caption_that_a_sample_may_have_is_listed(captioned):
-    plain, rewriting = PairedDataset(captioned, 16, AUGMENTS["affine"], 0), PairedDataset(captioned, 16, REWRITE, 0)
-    assert list(plain.captions()) == [caption for record in captioned.records for caption in record.captions]
-    assert set(rewriting.captions()) == {*plain.captions(), "a tree on the right", "Leftmost tree"}
+    assert list(skipping.captions()) == [caption for record in captioned.records for caption in record.captions]
+    assert set(rewriting.captions()) == {*skipping.captions(), *turned}
 
 
 @pytest.mark.parametrize("augment", ["affine", "affine,sided_captions=rewrite,fill=cover"])
@@ -148,10 +139,8 @@ def test_with_and_without_the_cache_a_step_gets_the_same(captioned, random_base,
     """Also the text: in the first K epochs the draws are the same, afterwards the captions go on changing."""
     base = load_base(str(random_base), "cpu", torch.float32)
     dataset = PairedDataset(captioned, 32, AugmentConfig.parse(augment), seed=3)
-    alone = type("Alone", (), {"is_main_process": True, "process_index": 0, "num_processes": 1})
-    alone.wait_for_everyone = staticmethod(lambda: None)
     shape = (base.unet.config.in_channels, 32 // base.latent_factor, 32 // base.latent_factor)
-    cache = latent_cache.build(tmp_path / "cache", dataset, base, 4, alone, print)
+    cache = latent_cache.build(tmp_path / "cache", dataset, base, 4, ALONE, print)
     settings = {"seed": 3, "empty_prompts": 0.2, "timesteps": 1000}
     cached, direct = (Examples(dataset, c, base.latent_factor, shape, settings) for c in (cache, None))
     for key in [(epoch, row) for epoch in range(4) for row in range(3)]:
@@ -177,56 +166,38 @@ def test_a_cache_depends_on_what_it_holds(split):
     assert len(keys) == 6
 
 
-def hashes(folder, workers=0):
-    """One hash for each row of a balanced plan: every byte that a training step gets."""
-    split = read_split(folder, "train")
-    dataset = PairedDataset(split, 64, AugmentConfig.parse("affine,sided_captions=rewrite"), 0)
-    settings = {"seed": 0, "empty_prompts": 0.1, "timesteps": 1000}
-    examples = Examples(dataset, None, 8, (4, 8, 8), settings)
-    plan = Plan(len(split), 0, 0, 10, 1, 4, repeats=1 + np.arange(len(split)) / 7)
-    for batch in DataLoader(examples, batch_sampler=plan, num_workers=workers):
-        for place, caption in enumerate(batch.pop("caption")):
-            parts = [batch[name][place].numpy().tobytes() for name in sorted(batch)]
-            yield hashlib.sha256(caption.encode() + b"".join(parts)).hexdigest()
-
-
-def test_workers_change_no_byte(landscapes):
-    alone = list(hashes(landscapes))
-    assert len(set(alone)) == 40
-    assert list(hashes(landscapes, workers=2)) == alone
-
-
 SHARE = """
 import hashlib, sys
 import numpy as np
-from segcn.data.transforms import AugmentConfig
-from segcn.data.sampler import Stream
+from torch.utils.data import DataLoader
 from segcn.data.dataset import PairedDataset
 from segcn.data.metadata import read_split
+from segcn.data.transforms import AugmentConfig
+from segcn.train.batches import Examples, Plan
 
-rank, world = map(int, sys.argv[2:])
+rank, world, workers = map(int, sys.argv[2:])
 split = read_split(sys.argv[1], "train")
 pairs = PairedDataset(split, 64, AugmentConfig.parse("affine,sided_captions=rewrite"), 0, "pad")
-stream = Stream(len(split), 0, 1 + np.arange(len(split)) / 7)
-for position in range(rank, 40, world):
-    visit, row = stream[position]
-    sample = pairs.sample(row, visit)
-    parts = [part.numpy().tobytes() for part in (sample.image, sample.control, sample.mask, sample.valid)]
-    print(hashlib.sha256(repr((visit, row, sample.caption, sample.draw)).encode() + b"".join(parts)).hexdigest())
+examples = Examples(pairs, None, 8, (4, 8, 8), {"seed": 0, "empty_prompts": 0.1, "timesteps": 1000})
+plan = Plan(len(split), 0, 0, 10, 1, 4 // world, rank, world, 1 + np.arange(len(split)) / 7)
+for batch in DataLoader(examples, batch_sampler=plan, num_workers=workers):
+    for place, caption in enumerate(batch.pop("caption")):
+        parts = [batch[name][place].numpy().tobytes() for name in sorted(batch)]
+        print(hashlib.sha256(caption.encode() + b"".join(parts)).hexdigest())
 """
 
 
-def test_processes_change_no_byte(landscapes):
-    """One process, and two that share its work, each with its own hash seed and number of threads."""
-    shares = [(0, 1), (0, 2), (1, 2)]
+def test_workers_and_processes_change_no_byte(landscapes):
+    """One process, two that share its work, and one with two workers, each with its own hash seed and threads."""
     started = []
-    for number, share in enumerate(shares):
+    for number, share in enumerate([(0, 1, 0), (0, 2, 0), (1, 2, 0), (0, 1, 2)]):
         environment = {**os.environ, "PYTHONHASHSEED": str(number), "OMP_NUM_THREADS": str(1 + number % 2)}
         command = [sys.executable, "-c", SHARE, str(landscapes), *map(str, share)]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT))
-    alone, even, odd = (process.communicate(timeout=120)[0].split() for process in started)
+    alone, even, odd, worked = (process.communicate(timeout=120)[0].split() for process in started)
     assert len(set(alone)) == 40
-    assert alone[::2] == even and alone[1::2] == odd
+    batches = zip(even[::2], even[1::2], odd[::2], odd[1::2], strict=True)
+    assert [row for batch in batches for row in batch] == alone == worked
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
@@ -270,14 +241,11 @@ def test_a_function_of_ones_own_runs_after_the_paired_affine(split):
     assert len(seeds) == 4
 
 
-@pytest.mark.parametrize(
-    ("function", "words"),
-    [
-        (lambda image, mask, seed: (image, torch.full_like(mask, 9)), "class ids of palette.json, or 255, found 9"),
-        (lambda image, mask, seed: (image.float(), mask), r"an image, uint8 \[3, 16, 16\], found torch.float32"),
-        (lambda image, mask, seed: (image, mask[None]), r"a mask, uint8 \[16, 16\], found torch.uint8 \[1, 16, 16\]"),
-    ],
-)
+@pytest.mark.parametrize(("function", "words"), [
+    (lambda image, mask, seed: (image, torch.full_like(mask, 9)), "class ids of palette.json, or 255, found 9"),
+    (lambda image, mask, seed: (image.float(), mask), r"an image, uint8 \[3, 16, 16\], found torch.float32"),
+    (lambda image, mask, seed: (image, mask[None]), r"a mask, uint8 \[16, 16\], found torch.uint8 \[1, 16, 16\]"),
+])  # fmt: skip
 def test_what_such_a_function_may_not_give_is_named(split, function, words):
     function.__name__ = "repaint"
     with pytest.raises(UserError, match=f"the augmentation repaint: expected {words}"):

@@ -77,11 +77,8 @@ def test_only_failures_are_generated_again_and_the_best_of_each_is_taken():
         (True, 0, [0.7]), (True, 1, [0.1, 0.65]), (False, 0, [0.5, 0.2, 0.3, 0.4]),
     ]  # fmt: skip
     assert [one.image[0, 0, 0] for one in made] == [70, 65, 50]
-
-
-def test_without_a_filter_each_is_generated_once():
     make_images, calls = scripted([[0], [0], [0]])
-    made = generate_filtered(make_images, MASKS, None)
+    made = generate_filtered(make_images, MASKS, None)  # without a filter each is generated once
     assert calls == [(0, [0, 1, 2])] and all(one.kept and one.scores == [] for one in made)
 
 
@@ -123,6 +120,8 @@ def test_pixels_in_which_another_class_is_seen_are_ignored_in_the_written_mask()
 def test_what_passes_is_the_set_and_what_does_not_is_recorded_and_shown(write, noise_images, tmp_path):
     scores = [record["miou"] for record in records_of(write(min_miou=0.0, output_dir=str(tmp_path / "all")))]
     assert len(set(scores)) > 2 and all(0 <= score <= 1 for score in scores)
+    with pytest.raises(UserError, match=r"min_miou: was 0.0, is 0.5"):
+        write(min_miou=0.5, output_dir=str(tmp_path / "all"))
     wanted = sorted(scores)[3]
     out = write(min_miou=wanted, max_attempts=2)
     records = list(records_of(out))
@@ -182,9 +181,3 @@ def test_a_segmenter_of_other_classes_is_refused(config, write, noise_images, tm
     train_segmenter(renamed, SegmenterConfig(steps=1, width=8, resolution=64), tmp_path / "other", str)
     with pytest.raises(UserError, match="another palette"):
         write(segmenter=str(tmp_path / "other"), min_miou=0.5)
-
-
-def test_another_threshold_in_the_same_folder_is_refused(write, noise_images):
-    write(min_miou=0.0)
-    with pytest.raises(UserError, match=r"min_miou: was 0.0, is 0.5"):
-        write(min_miou=0.5)

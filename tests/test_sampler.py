@@ -1,13 +1,13 @@
 """Promise: rows with rare classes come more often, exactly, at any position of the stream; rare classes weigh more."""
 
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import ALONE
 
 from segcn.data.masks import read_mask
 from segcn.data.metadata import read_split
@@ -29,7 +29,6 @@ from segcn.utils import rng
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 FACTORS = st.lists(st.floats(1, 6), min_size=1, max_size=12)
 COUNTS = st.lists(st.lists(st.integers(0, 10**6), min_size=5, max_size=5), min_size=1, max_size=9)
-ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 
 
 def test_without_repeats_the_stream_is_one_permutation_after_another():
@@ -38,13 +37,6 @@ def test_without_repeats_the_stream_is_one_permutation_after_another():
     for epoch in range(3):
         rows = [row for _, row in keys[10 * epoch : 10 * epoch + 10]]
         assert rows == rng.permutation(10, "rows", 7, epoch)
-
-
-@FEW
-@given(factors=FACTORS, seed=st.integers(0, 99))
-def test_factors_of_one_change_nothing(factors, seed):
-    plain, ones = (Stream(len(factors), seed, repeats) for repeats in (None, np.ones(len(factors))))
-    assert all(plain[position] == ones[position] for position in range(5 * len(factors)))
 
 
 @FEW
@@ -63,12 +55,13 @@ def test_each_row_comes_as_often_as_its_factor_says_and_its_visits_are_numbered(
 
 @FEW
 @given(factors=FACTORS, seed=st.integers(0, 99), data=st.data())
-def test_any_position_is_found_without_those_before_it(factors, seed, data):
-    repeats = np.array(factors)
-    stream = Stream(len(repeats), seed, repeats)
+def test_any_position_is_found_without_those_before_it_and_factors_of_one_change_nothing(factors, seed, data):
+    rows, repeats = len(factors), np.array(factors)
+    stream, plain, ones = Stream(rows, seed, repeats), Stream(rows, seed), Stream(rows, seed, np.ones(rows))
     walked = [stream[position] for position in range(200)]
     for position in data.draw(st.lists(st.integers(0, 199), min_size=1, max_size=5)):
-        assert Stream(len(repeats), seed, repeats)[position] == walked[position] == stream[position]
+        assert Stream(rows, seed, repeats)[position] == walked[position] == stream[position]
+        assert plain[position] == ones[position]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -105,31 +98,22 @@ def test_factors_are_those_of_the_paper():
     assert (repeat_factors(np.zeros((3, 2)), 0.5) == 1).all()
 
 
-def test_pixels_are_counted_once_and_kept(landscapes, tmp_path):
-    split = read_split(landscapes, "train")
+def test_pixels_are_counted_once_and_kept_and_balance_says_what_it_changes(landscapes, tmp_path):
+    split, lines = read_split(landscapes, "train"), []
     pixels = read_class_pixels(split, tmp_path / "cache", ALONE)
     assert np.array_equal(pixels, class_pixels(split)) and pixels.dtype == np.uint32
     mask = read_mask(split[3].mask, split.palette)
     assert np.array_equal(pixels[3], np.bincount(mask.ravel(), minlength=256)[: pixels.shape[1]])
-    kept = list((tmp_path / "cache").iterdir())
-    stamp = kept[0].stat().st_mtime_ns
-    read_class_pixels(split, tmp_path / "cache", ALONE)
-    assert [path.stat().st_mtime_ns for path in kept] == [stamp]
-
-
-def test_balance_says_what_it_changes(landscapes, tmp_path):
-    split, lines = read_split(landscapes, "train"), []
-    repeats = balanced(split, 0.9, tmp_path, ALONE, lines.append)
+    (kept,) = (tmp_path / "cache").iterdir()
+    stamp = kept.stat().st_mtime_ns
+    repeats = balanced(split, 0.9, tmp_path / "cache", ALONE, lines.append)
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()] == [stamp]
     assert repeats.max() > 1 and len(repeats) == len(split)
-    assert "12 rows occur" in lines[0] and len(lines) == 8 and "->" in lines[1]
-    assert all(len(line) <= 100 for line in lines)
+    assert "12 rows occur" in lines[0] and len(lines) == 8 and "->" in lines[1] and max(map(len, lines)) <= 100
 
 
 @FEW
-@given(
-    counts=st.lists(st.lists(st.integers(0, 10**6), min_size=5, max_size=5), min_size=1, max_size=9),
-    exponent=st.floats(0.05, 2),
-)
+@given(counts=COUNTS, exponent=st.floats(0.05, 2))
 def test_the_mean_over_labelled_pixels_is_one_and_ratios_are_powers_of_the_shares(counts, exponent):
     pixels = np.array(counts, np.uint32)
     weights, area = class_weights(pixels, exponent).double(), torch.tensor(pixels.sum(0, dtype=np.float64))
