@@ -184,13 +184,13 @@ def test_varied_words_are_exchanged_within_their_group_and_nothing_else_of_a_cap
     assert len({drawn_words(prompts[0, replicate])[0] for replicate in range(16)}) > 1, "one row has several seasons"
 
 
-@pytest.mark.parametrize(("group", "match"), [
-    ("by day", "with bars between"), ("by day|", "with bars"), ("by day|by day", "with bars"),
-    ("benign|malignant", "no caption of .* has one of these words"), ("spri|wint", "no caption"),
-])  # fmt: skip
-def test_a_group_of_words_that_would_vary_nothing_is_refused(config, group, match):
-    with pytest.raises(UserError, match=match):
-        read_conditions(replace(config, vary=[group]))
+def test_a_group_of_words_that_would_vary_nothing_is_refused(config):
+    for group, match in (
+        ("by day", "with bars between"), ("by day|", "with bars"), ("by day|by day", "with bars"),
+        ("benign|malignant", "no caption of .* has one of these words"), ("spri|wint", "no caption"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=match):
+            read_conditions(replace(config, vary=[group]))
 
 
 def test_augmented_masks_are_new_layouts_that_fill_the_frame_and_are_used(write, landscapes, monkeypatch):
@@ -249,26 +249,28 @@ FIRST = Palette((Label(0, "sky", (135, 206, 235)),))
 
 @pytest.mark.parametrize("fault", HOSTILE)
 def test_a_mask_that_cannot_be_used_is_named_before_anything_is_generated(
-    config, write, pipeline, landscapes, tmp_path, no_generation, fault
+    config, write, pipeline, tmp_path, no_generation, fault
 ):
     spoil, match = HOSTILE[fault]
-    (tmp_path / "masks").mkdir()
-    for name in ("a.png", "b.png", "c.png"):
-        write_mask(tmp_path / "masks" / name, np.zeros((64, 64), np.uint8), pipeline.palette)
-    spoil(tmp_path / "masks" / "b.png")
-    spoil(tmp_path / "masks" / "c.png")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    pipeline.palette.save(masks / "palette.json")
+    for name in "abc":
+        write_mask(masks / f"{name}.png", np.zeros((64, 64), np.uint8), pipeline.palette)
+    spoil(masks / "b.png")
+    spoil(masks / "c.png")
     with pytest.raises(UserError, match=f"b.png.*{match}.*1 more of 3 masks fail"):
-        write(controls=str(tmp_path / "masks"), palette=str(landscapes / "palette.json"), prompt="a lake")
+        write(controls=str(masks), prompt="a lake")
     assert {path.name for path in Path(config.output_dir).iterdir()} == {io.LOCK}
 
 
-@pytest.mark.parametrize("changed, match", [
-    ({"output_dir": ""}, "--output_dir"), ({"replicates": 0}, "--replicates"), ({"min_miou": 60.0}, "--min_miou"),
-    ({"batch_size": 0}, "--batch_size"), ({"prompt": " "}, "--prompt"), ({"controls": "nowhere"}, "nowhere: no such"),
-])  # fmt: skip
-def test_settings_that_cannot_be_are_named_before_a_folder_is_made(config, write, no_generation, changed, match):
-    with pytest.raises(UserError, match=match):
-        write(**changed)
+def test_settings_that_cannot_be_are_named_before_a_folder_is_made(config, write, no_generation):
+    for changed, match in (
+        ({"output_dir": ""}, "--output_dir"), ({"replicates": 0}, "--replicates"), ({"min_miou": 60.0}, "--min_miou"),
+        ({"batch_size": 0}, "--batch_size"), ({"prompt": " "}, "--prompt"), ({"controls": "nowhere"}, "nowhere: no su"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=match):
+            write(**changed)
     assert not Path(config.output_dir).exists()
 
 
@@ -317,12 +319,12 @@ def test_memory_does_not_grow_with_the_number_of_masks(write, pipeline, quick_im
 
 
 def test_other_settings_are_refused(config, write, pipeline):
-    out, other = write(), replace(config, seed=1)
-    assert differences(out, config, pipeline) == [] and differences(out, other, pipeline) == ["seed: was 0, is 1"]
-    trained = make_controlnet(pipeline.base.unet)
+    out, trained = write(), make_controlnet(pipeline.base.unet)
+    assert differences(out, config, pipeline) == []
+    assert differences(out, replace(config, seed=1), pipeline) == ["seed: was 0, is 1"]
     trained.controlnet_mid_block.weight.data += 1
-    changed = differences(out, config, replace(pipeline, controlnet=trained))
-    assert [line.split(":")[0] for line in changed] == ["controlnet_weights"]
+    (changed,) = differences(out, config, replace(pipeline, controlnet=trained))
+    assert changed.startswith("controlnet_weights:")
     with pytest.raises(UserError, match="seed: was 0, is 1"):
         write(seed=1)
 

@@ -111,8 +111,7 @@ def test_twenty_kills_over_two_hundred_masks_change_no_byte(warm, config, landsc
 
 @pytest.fixture(scope="module")
 def generated(config, tmp_path_factory):
-    out = tmp_path_factory.mktemp("sets") / "generated"
-    return generate_dataset(replace(config, output_dir=str(out)), log=str)
+    return generate_dataset(replace(config, output_dir=str(tmp_path_factory.mktemp("sets") / "generated")), log=str)
 
 
 def test_a_generated_folder_trains_with_this_package(generated, quick, tmp_path):
@@ -149,17 +148,3 @@ def test_the_launchers_write_what_one_command_writes(warm, config, tmp_path, lau
     assert done.returncode == 0, done.stderr[-3000:]
     assert tree(tmp_path / "launched") == tree(tmp_path / "one")
     assert done.stdout.splitlines().count(str(tmp_path / "launched")) == 1
-
-
-@pytest.mark.slow
-def test_a_stopped_command_keeps_whole_images_and_prints_how_to_resume(config, landscapes, tmp_path):
-    own = replace(config, replicates=200, output_dir=str(tmp_path / "out"))
-    command = [sys.executable, "-m", "segcn.cli", "generate", *arguments_of(own)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "out").glob("images/*/*.png")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert "rerun the same command to resume" in process.communicate(timeout=600)[1] and process.returncode == 1
-    for path in (tmp_path / "out").glob("images/*/*.png"):
-        assert path.read_bytes().endswith(b"IEND\xaeB`\x82")

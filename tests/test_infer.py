@@ -88,14 +88,14 @@ def test_any_size_that_the_base_takes_is_generated_and_another_is_named(config, 
         infer(replace(wide, control=str(tmp_path / "odd.png"), out=str(tmp_path / "odd_out.png")))
 
 
-@pytest.mark.parametrize("changed, found", [
-    ({"control": "nowhere.png"}, "--control nowhere.png"), ({"prompt": []}, "needs --control"),
-    ({"out": "/proc/nowhere/o.png"}, "cannot be written"), ({"out": "o.jpg"}, "ends in .png"),
-    ({"num_images": 0}, "--num_images"),
-])  # fmt: skip
-def test_what_cannot_be_is_named_before_a_network_is_loaded(config, no_loading, changed, found):
-    with pytest.raises(UserError, match=found):
-        infer(replace(config, **changed))
+def test_what_cannot_be_is_named_before_a_network_is_loaded(config, no_loading):
+    for changed, found in (
+        ({"control": "nowhere.png"}, "--control nowhere.png"), ({"prompt": []}, "needs --control"),
+        ({"out": "/proc/nowhere/o.png"}, "cannot be written"), ({"out": "o.jpg"}, "ends in .png"),
+        ({"num_images": 0}, "--num_images"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=found):
+            infer(replace(config, **changed))
 
 
 @pytest.mark.parametrize("content, palette, found", [
