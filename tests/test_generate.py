@@ -84,20 +84,6 @@ def test_a_set_keeps_masks_and_captions_by_row_and_a_batch_size_or_a_cut_moves_n
     assert max(np.abs(a - b).max() for a, b in zip(whole, again, strict=True)) <= 1 and len(read_split(out)) == 6
 
 
-def test_any_number_of_processes_writes_the_same_bytes(config, pipeline, tmp_path):
-    def generated(world):
-        """By `world` processes, one after the other, the one that finishes the set last."""
-        own = replace(config, output_dir=str(tmp_path / str(world)), batch_size=2)
-        for rank in reversed(range(world)):
-            generate_dataset(own, pipeline, print, Process(rank, world))
-        return tree(own.output_dir)
-
-    alone = generated(1)
-    assert {"manifest.jsonl", "metadata.csv", "README.md", "images/000005.png", "masks/000000.png"} <= set(alone)
-    assert not [name for name in alone if name.startswith(".")]
-    assert generated(2) == generated(3) == alone
-
-
 def test_the_manifest_has_a_line_for_each_image_in_order_and_a_batch_with_a_gap_is_generated_whole(write, quick_images):
     out = write(replicates=2)
     records = list(records_of(out))

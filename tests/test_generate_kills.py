@@ -82,6 +82,8 @@ def kill_and_resume(warm, config, folder, kills, draw):
     whole, straight, done = time.monotonic() - began, tree(config.output_dir), 0
     images = len(read_split(config.output_dir))
     assert sum(name.startswith("images/") for name in straight) == images
+    assert {"manifest.jsonl", "metadata.csv", "README.md"} <= set(straight)
+    assert not [name for name in straight if name.startswith(".")]
     assert images == len(list(records_of(Path(config.output_dir))))
     for turn in itertools.count():
         if done == kills:
