@@ -155,7 +155,7 @@ def test_a_cache_keeps_few_files_open(whole, monkeypatch):
     for draw, row in [(0, 0), (1, 0), (0, 0), (1, cache.layout.rows - 1)]:
         assert cache.entry(draw, row) == plain.entry(draw, row)
     del plain
-    assert len(cache._files) > 1 and mapped() == 1
+    assert len(cache._draws) > 1 and mapped() == 1
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing_aside(tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def examples_of(rows, cache, **settings):
 
 def test_cached_examples_are_memory_mapped_and_the_same_from_two_workers(rows, whole):
     cache = latent_cache.LatentCache(whole, 2)
-    assert all(isinstance(cache._open(*block), np.memmap) for block in (*cache._files, *cache._text))
+    assert all(isinstance(cache._open(block), np.memmap) for block in (*cache._draws, *cache._text))
     examples, plan = examples_of(rows, cache, empty_prompts=0.3, empty_controls=0.3), Plan(12, 0, 0, 8, 1, 3)
     batches = [list(DataLoader(examples, batch_sampler=plan, num_workers=workers)) for workers in (0, 2)]
     for one, other in zip(*batches, strict=True):
@@ -259,7 +259,7 @@ def test_draws_that_are_given_are_kept_or_refused():
 
 def test_the_bytes_counted_are_the_bytes_written(rows, base, whole):
     layout, captions = latent_cache.layout_of(rows, base), latent_cache.cached_captions(rows)
-    counted = 2 * layout.draw_bytes + layout.text_bytes(len(captions))
+    counted = 2 * layout.draw_bytes + len(captions) * layout.embedding.itemsize
     written = sum(path.stat().st_size for path in whole.glob("*.npy"))
     assert counted < written <= counted + 256 * (FILES - 2)  # a header of 256 bytes at most
 
@@ -272,7 +272,7 @@ def test_a_resumed_run_keeps_its_draws(quick, rows, base, tmp_path):
         return settle_draws(config, rows, base, ALONE, SimpleNamespace(say=lines.append)).cache_draws
 
     assert settled(max_train_steps=6) == 1 and settled(max_train_steps=19) == 4
-    assert "each draw is seen 0.8 times in 19 steps; --cache none draws anew each time" in lines[-1]
+    assert "each draw is seen 0.8 times in 19 steps; --cache none draws again each time" in lines[-1]
     assert str(tmp_path / "cache") in lines[-1] and "4 draw(s)" in lines[-1] and "MB" in lines[-1]
     one = latent_cache.layout_of(rows, base).draw_bytes / 1e9
     assert settled(max_train_steps=600, cache_budget_gb=3.5 * one) == 3

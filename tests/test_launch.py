@@ -13,8 +13,8 @@ import torch
 from diffusers import ControlNetModel
 from runs import log_of
 
-from segcn.train import checkpoint, launch
-from segcn.train.launch import failure, training_lines
+from segcn.train import checkpoint, log
+from segcn.train.log import failure, training_lines
 from segcn.train.loop import train
 from segcn.utils.args import arguments_of
 from segcn.utils.errors import UserError
@@ -98,7 +98,7 @@ class Two:
     def __init__(self, config, monkeypatch):
         self.started, start = [], subprocess.Popen
         record = lambda *words, **given: self.started.append(start(*words, **given)) or self.started[-1]  # noqa: E731
-        monkeypatch.setattr(launch.subprocess, "Popen", record)
+        monkeypatch.setattr(log.subprocess, "Popen", record)
         self.lines = training_lines(config, 2)
 
     def until(self, words):

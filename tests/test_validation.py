@@ -18,8 +18,8 @@ from segcn.generate.config import SampleConfig
 from segcn.models import segmenter
 from segcn.train import checkpoint, validation
 from segcn.train import loop as training
-from segcn.train.checkpoint import fractions, read_best, validation_scores
-from segcn.train.log import read_log
+from segcn.train.checkpoint import read_best
+from segcn.train.log import fractions, read_log, validation_scores
 from segcn.train.loop import train
 from segcn.train.validation import convergence_step
 from segcn.utils.args import arguments_of

@@ -11,8 +11,8 @@ import re
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -38,22 +38,13 @@ class OtherLoad:
         return max(0.0, busy - own)
 
 
-@dataclass(frozen=True)
-class Timed:
-    """What was measured; all times but `began` in seconds from the start of the process."""
-
-    began: float  # in seconds since 1970
-    seconds: float  # until the process ended
-    step_ends: dict[int, float]  # when the loss of a step was written
-    peak_gib: float  # the most resident memory of the process, looked at every tenth of a second
-    other_load: float  # cores that other programs kept busy meanwhile
-
-
-def run_timed(command: list[str], log: Path, events: Path, steps: int) -> Timed:
+def run_timed(command: list[str], log: Path, events: Path, steps: int) -> dict[str, Any]:
     """Run the command, its output going to the file `log`, and read its TensorBoard files below `events`.
 
-    It runs in a session of its own; whatever interrupts the waiting ends all its processes. UserError if it fails, or
-    does not write the loss of each of its `steps`.
+    Returns began (in seconds since 1970) and, in seconds from there, seconds until it ended and step_ends, when the
+    loss of each step was written; peak_gib, its most resident memory, looked at every tenth of a second; and
+    other_load, the cores that other programs kept busy meanwhile. It runs in a session of its own; whatever interrupts
+    the waiting ends all its processes. UserError if it fails, or does not write the loss of each of its `steps`.
     """
     # Without accelerate's own settings, so that the flags alone count; nothing is downloaded.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
@@ -73,12 +64,13 @@ def run_timed(command: list[str], log: Path, events: Path, steps: int) -> Timed:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         last = lines[-1] if lines else "it wrote nothing"
         raise UserError(f"{log.stem}: exit code {process.returncode}: {last}\nIts whole output: {log}")
-    step_ends = {step: wall - began for step, wall in read_steps(events).items()}
-    missing = [step for step in range(1, steps + 1) if step not in step_ends]
+    written = read_steps(events)
+    missing = [step for step in range(1, steps + 1) if step not in written]
     if missing:
         raise UserError(f"{events}: expected the loss of steps 1 to {steps} in TensorBoard files, found none of step "
                         f"{missing[0]}; see {log}")  # fmt: skip
-    return Timed(began, seconds, step_ends, peak / 2**30, load.cores())
+    measured = {"began": began, "seconds": seconds, "peak_gib": peak / 2**30, "other_load": load.cores()}
+    return measured | {"step_ends": [written[step] - began for step in range(1, steps + 1)]}
 
 
 def end(process: psutil.Popen) -> None:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from segcn.bench.config import VARIANTS, BenchTrainConfig
-from segcn.bench.timing import BUSY, Timed, machine, run_timed
+from segcn.bench.timing import BUSY, machine, run_timed
 from segcn.data.metadata import find_splits, read_split
 from segcn.data.visualize import TONES
 from segcn.generate.config import SampleConfig
@@ -104,15 +104,13 @@ class Results:
         wanted = self.circumstances | {"command": words}
         return next((entry for entry in self.entries if wanted.items() <= entry.items()), None)
 
-    def run(self, words: list[str], where: Path, steps: int, title: str) -> tuple[dict, Timed]:
+    def run(self, words: list[str], where: Path, steps: int, title: str) -> dict[str, Any]:
         """Run a command now; returns a new entry, which `add` keeps."""
         shutil.rmtree(where, ignore_errors=True)  # of a run that was interrupted
         where.mkdir(parents=True)
         self.log(f"{title}: {steps} steps, see {where}.log")
-        timed = run_timed(words, where.with_name(f"{where.name}.log"), where / "out", steps)
-        entry = self.circumstances | {"command": words, "other_load": timed.other_load, "began": timed.began}
-        entry |= {"seconds": timed.seconds, "step_ends": list(timed.step_ends.values()), "peak_gib": timed.peak_gib}
-        return entry, timed
+        measured = run_timed(words, where.with_name(f"{where.name}.log"), where / "out", steps)
+        return self.circumstances | {"command": words} | measured
 
     def add(self, entry: dict) -> None:
         """Keep an entry, in place of an earlier one of the same command."""
@@ -177,8 +175,8 @@ def run_once(config: BenchTrainConfig, results: Results, variant: str, side: str
     title = f"round {number}, {variant}, {config.names[side]}"
     entry = results.find(words)
     if entry is None:
-        entry, timed = results.run(words, where, last + 1, title)
-        ends = timed.step_ends
+        entry = results.run(words, where, last + 1, title)
+        ends = [0.0, *entry["step_ends"]]
         pace = (ends[last] - ends[config.warmup_steps]) / config.measured_steps
         entry |= {
             "variant": variant, "side": side, "round": number,
@@ -262,8 +260,8 @@ def run_until_faithful(config: BenchTrainConfig, results: Results) -> list[dict]
         scored = {"rows": config.faithfulness_rows, "share": SHARE}
         entry = results.find(line)
         if entry is None or entry["scored"] != scored or ("reached" not in entry and not where.is_dir()):
-            entry, timed = results.run(line, where, config.faithful_steps, title)
-            saved_at = {str(step): weights.stat().st_mtime - timed.began for step, weights in saved(where).items()}
+            entry = results.run(line, where, config.faithful_steps, title)
+            saved_at = {str(step): file.stat().st_mtime - entry["began"] for step, file in saved(where).items()}
             entry |= {"title": title, "side": side, "where": str(where), "scored": scored, "saved_at": saved_at}
             results.add(entry)
         entries.append(entry)
@@ -367,11 +365,6 @@ def step_tflop(base: str | Path, resolution: int, batch: int = 1) -> dict[str, f
             work()
         counted[name] = counter.get_total_flops() / 1e12
     return counted
-
-
-def caching_limit(counted: dict[str, float]) -> float:
-    """How many times faster steps can get when the frozen encoders leave them, by arithmetic alone."""
-    return sum(counted.values()) / counted["train"]
 
 
 def measured(config: BenchTrainConfig) -> tuple[BenchTrainConfig, list[dict]]:

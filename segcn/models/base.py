@@ -201,6 +201,7 @@ def load_base(
     _check_layout(folder)
     hub = {key: value for key, value in hub.items() if value is not None}
     unvaried = {key: value for key, value in hub.items() if key != "variant"}
+    own_tokenizer = {} if tokenizer_name else {"subfolder": "tokenizer"}
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **hub)
@@ -219,7 +220,7 @@ def load_base(
         vae=lay_out(vae, device),
         vae_config=dict(vae.config),
         text_encoder=text_encoder,
-        tokenizer=load_tokenizer(folder, tokenizer_name, unvaried),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer_name or folder, **own_tokenizer, **unvaried),
         unet=lay_out(unet, device),
         scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **unvaried),
         dtype=dtype,
@@ -247,12 +248,6 @@ def latent_factor(folder: str | Path) -> int:
 
 def _factor(vae_config: dict[str, Any]) -> int:
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
-
-
-def load_tokenizer(folder: str | Path, name: str | None = None, hub: dict | None = None) -> CLIPTokenizer:
-    """The base's tokenizer, or another one by name."""
-    where = {} if name else {"subfolder": "tokenizer"}
-    return CLIPTokenizer.from_pretrained(name or folder, **where, **(hub or {}))
 
 
 def base_fingerprint(folder: str | Path) -> str:

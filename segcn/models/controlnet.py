@@ -1,4 +1,4 @@
-"""ControlNets: make one from a U-Net, and load one."""
+"""ControlNets: make one from a U-Net, check that one fits a base, and load one."""
 
 import math
 from pathlib import Path
@@ -7,10 +7,12 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 
-from segcn.models.base import WIDE, lay_out
+from segcn.models.base import WIDE, Base, lay_out
 from segcn.utils.errors import UserError
 
 SILU_GAIN = 1.68  # 1 / the root mean square of SiLU of a standard normal
+FILES = "config.json and diffusion_pytorch_model.safetensors"
+SHARED_SIZES = ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block")  # with the U-Net
 
 
 def make_controlnet(unet: UNet2DConditionModel, latent_factor: int = 8) -> ControlNetModel:
@@ -49,6 +51,26 @@ def load_controlnet(
         return lay_out(ControlNetModel.from_pretrained(folder, torch_dtype=dtype), device)
     except OSError as error:
         raise UserError(
-            f"{folder}: expected a ControlNet (config.json and diffusion_pytorch_model.safetensors), found none in such"
-            f" a folder, nor on the hub ({str(error).splitlines()[0]})"
+            f"{folder}: expected a ControlNet ({FILES}), found none in such a folder, nor on the hub"
+            f" ({str(error).splitlines()[0]})"
         ) from None
+
+
+def check_controlnet(name: str, base: Base) -> None:
+    """UserError where --controlnet_model_name_or_path is no ControlNet or does not fit the base."""
+    try:
+        found = ControlNetModel.load_config(name)
+    except OSError:
+        raise UserError(
+            f"--controlnet_model_name_or_path {name}: expected a ControlNet ({FILES}), found none in such a folder,"
+            " nor on the hub"
+        ) from None
+    expected = {"_class_name": "ControlNetModel", "conditioning_channels": 3}
+    expected |= {key: base.unet.config[key] for key in SHARED_SIZES}
+    for key, value in expected.items():
+        here, there = (list(v) if isinstance(v, tuple) else v for v in (found.get(key, value), value))
+        if here != there:
+            raise UserError(
+                f"--controlnet_model_name_or_path {name}: its {key} is {here}, and {there} fits the base {base.folder};"
+                " leave the flag out to begin with a copy of the base's encoder"
+            )

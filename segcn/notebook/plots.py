@@ -37,10 +37,9 @@ from segcn.data.visualize import (
 )
 from segcn.evaluate.evaluator import faithfulness
 from segcn.models.segmenter import Segmenter
-from segcn.train.checkpoint import fractions, read_best, validation_scores
+from segcn.train.checkpoint import read_best
 from segcn.train.config import TrainConfig
-from segcn.train.launch import training_command, training_lines
-from segcn.train.log import LOG, read_log
+from segcn.train.log import LOG, fractions, read_log, training_command, training_lines, validation_scores
 from segcn.train.loss import valid_cells
 from segcn.train.validation import convergence_step
 from segcn.utils.args import arguments_of, make

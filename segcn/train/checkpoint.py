@@ -27,8 +27,7 @@ from segcn.data.metadata import Split
 from segcn.models.base import Base
 from segcn.models.controlnet import load_controlnet
 from segcn.train.config import FREE_TO_CHANGE, TrainConfig
-from segcn.train.launch import STOPPED
-from segcn.train.log import LOG, Log, read_log
+from segcn.train.log import LOG, STOPPED, Log, read_log, validation_scores
 from segcn.utils import io
 from segcn.utils.args import to_json
 from segcn.utils.errors import UserError
@@ -279,17 +278,6 @@ def load_ema(ema: EMAModel, folder: Path, step: int) -> None:
     stored = next(folder / name for name in (EMA, "controlnet") if (folder / name).is_dir())
     for shadow, weight in zip(ema.shadow_params, load_controlnet(stored).parameters(), strict=True):
         shadow.copy_(weight)
-
-
-def validation_scores(entries: list[dict]) -> dict[int, dict]:
-    """The faithfulness in a log's entries, by step."""
-    return {entry["step"]: entry["faithfulness"] for entry in entries if "faithfulness" in entry}
-
-
-def fractions(entries: list[dict]) -> tuple[list[int], list[float]]:
-    """The steps, and the faithfulness there as a share of the ceiling."""
-    found = validation_scores(entries)
-    return list(found), [score["of_ceiling"] for score in found.values()]
 
 
 def record_best(output_dir: Path) -> list[str]:

@@ -14,13 +14,13 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,17 @@ BLOCK_BYTES = 2**26  # of one file, at most; it is put together in memory
 CAPTIONS = 256  # of one file
 OPEN_FILES = 256  # at once: most systems allow a process 1024
 SPARE = 10**9  # bytes of the disk that stay free
-LAYOUT, TEXTS = "layout.json", "captions.json"
+SHAPES, TEXTS = "layout.json", "captions.json"
+BAD_ROWS = ".bad.json"  # ends the name of the file beside a file of draws
+
+
+class Block(NamedTuple):
+    """A file of the cache: consecutive rows of a draw, or consecutive captions."""
+
+    path: Path
+    dtype: np.dtype  # of an entry
+    places: range
+    draw: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +68,8 @@ class CacheLayout:
     def entry(self) -> np.dtype:
         """One draw of one row: moments, class ids, and which pixels are in frame, packed."""
         (channels, height, width), side = self.latent_shape, self.resolution
-        frame = ("frame", np.uint8, (-(-side * side // 8),))
-        return np.dtype(
-            [("moments", np.float16, (2 * channels, height, width)), ("mask", np.uint8, (side, side)), frame]
-        )
+        moments, mask = (np.float16, (2 * channels, height, width)), (np.uint8, (side, side))
+        return np.dtype([("moments", *moments), ("mask", *mask), ("frame", np.uint8, (-(-side * side // 8),))])
 
     @property
     def embedding(self) -> np.dtype:
@@ -73,33 +81,33 @@ class CacheLayout:
         """Disk space of one draw of all rows."""
         return self.rows * self.entry.itemsize
 
-    def text_bytes(self, captions: int) -> int:
-        """Disk space of the embeddings."""
-        return captions * self.embedding.itemsize
-
     @property
-    def block(self) -> int:
+    def block_rows(self) -> int:
         """Rows of one file: a kill costs a process at most a 64th of a draw, or a few seconds."""
         least, most = BLOCK_ROWS
         return max(1, min(max(least, self.rows // 64), most, BLOCK_BYTES // self.entry.itemsize))
 
-    def draws(self, folder: Path, draws: int) -> list[tuple[Path, int, range]]:
-        """The file, the draw and the rows of each block."""
-        pairs = [(draw, rows) for draw in range(draws) for rows in _blocks(self.rows, self.block)]
-        return [(folder / f"draw{draw:04}-row{rows.start:08}.npy", draw, rows) for draw, rows in pairs]
+    def draw_blocks(self, folder: Path, draws: int) -> list[Block]:
+        """The files of the first `draws` draws."""
+        starts = range(self.rows)[:: self.block_rows]
+        return [
+            Block(
+                folder / f"draw{draw:04}-row{first:08}.npy",
+                self.entry,
+                range(self.rows)[first:][: self.block_rows],
+                draw,
+            )
+            for draw in range(draws)
+            for first in starts
+        ]
 
-    def text(self, folder: Path, captions: int) -> list[tuple[Path, range]]:
-        """The file and the captions of each block."""
-        return [(folder / f"text{block.start:08}.npy", block) for block in _blocks(captions, CAPTIONS)]
-
-    def files(self, folder: Path, draws: int, captions: int) -> tuple[list[tuple], list[tuple]]:
-        """The path, number of entries and type of each file of draws, and of each file of embeddings."""
-        of_draws = [(path, len(rows), self.entry) for path, _, rows in self.draws(folder, draws)]
-        return of_draws, [(path, len(block), self.embedding) for path, block in self.text(folder, captions)]
-
-
-def _blocks(count: int, size: int) -> Iterator[range]:
-    return (range(first, min(first + size, count)) for first in range(0, count, size))
+    def text_blocks(self, folder: Path, captions: int) -> list[Block]:
+        """The files of the embeddings of so many captions."""
+        places = range(captions)
+        return [
+            Block(folder / f"text{first:08}.npy", self.embedding, places[first : first + CAPTIONS])
+            for first in places[::CAPTIONS]
+        ]
 
 
 class LatentCache:
@@ -107,13 +115,13 @@ class LatentCache:
 
     def __init__(self, folder: Path, draws: int):
         self.folder, self.draws = folder, draws
-        found = read_json(folder / LAYOUT)
+        found = read_json(folder / SHAPES)
         shapes = tuple(found["latent_shape"]), found["resolution"], tuple(found["text_shape"])
         self.layout = CacheLayout(found["rows"], *shapes)
         captions = read_json(folder / TEXTS)
-        self._files, self._text = self.layout.files(folder, draws, len(captions))
-        for file in [*self._files, *self._text]:
-            open_block(*file)
+        self._draws, self._text = self.layout.draw_blocks(folder, draws), self.layout.text_blocks(folder, len(captions))
+        for block in [*self._draws, *self._text]:
+            open_block(block)
         self._open = lru_cache(OPEN_FILES)(open_block)
         hashes = np.array([rng.seed_of(caption) for caption in captions])
         self._order = np.argsort(hashes)
@@ -125,9 +133,8 @@ class LatentCache:
 
     def entry(self, draw: int, row: int) -> np.void:
         """moments float16 [2C,h,w], mask uint8 [R,R] and frame uint8 [R*R/8], packed, of a draw of a row."""
-        files = len(self._files) // self.draws
-        block, place = divmod(row, self.layout.block)
-        return self._open(*self._files[draw * files + block])[place]
+        block, place = divmod(row, self.layout.block_rows)
+        return self._open(self._draws[draw * (len(self._draws) // self.draws) + block])[place]
 
     def good(self, row: int) -> int:
         """The row itself, or the next one that could be read."""
@@ -142,7 +149,7 @@ class LatentCache:
         if found == len(self._hashes) or self._hashes[found] != key:
             raise KeyError(caption)
         block, place = divmod(int(self._order[found]), CAPTIONS)
-        return self._open(*self._text[block])[place]
+        return self._open(self._text[block])[place]
 
 
 def read_json(path: Path) -> Any:
@@ -153,15 +160,14 @@ def read_json(path: Path) -> Any:
         raise damaged(path, "JSON", error) from None
 
 
-def open_block(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
-    """A memory-mapped file of `count` entries; UserError where it is missing, cut off or of other shapes."""
-    expected = np.empty(0, dtype)
+def open_block(block: Block) -> np.ndarray:
+    """The file, memory-mapped; UserError where it is missing, cut off or of other shapes."""
     try:
-        array = np.load(path, mmap_mode="r")
-        if (array.dtype, array.shape) != (expected.dtype, (count, *expected.shape[1:])):
+        array = np.load(block.path, mmap_mode="r")
+        if (array.dtype, array.shape) != (block.dtype.base, (len(block.places), *block.dtype.shape)):
             raise ValueError(f"{array.dtype} {array.shape}")
     except Exception as error:  # the header of a damaged file may raise anything
-        raise damaged(path, f"{count} entries", error) from None
+        raise damaged(block.path, f"{len(block.places)} entries", error) from None
     return array
 
 
@@ -236,7 +242,10 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
         asked = json.loads(run.read_text()).get("cache_draws")
     assert config.max_train_steps is not None
     seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
-    visits, texts = seen * accelerator.num_processes / len(dataset), layout.text_bytes(len(cached_captions(dataset)))
+    visits, texts = (
+        seen * accelerator.num_processes / len(dataset),
+        len(cached_captions(dataset)) * layout.embedding.itemsize,
+    )
     found = [0]
     if accelerator.is_main_process:
         asked, budget = 1 if dataset.still else asked, config.cache_budget_gb * 1e9
@@ -246,7 +255,7 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
     log.say(
         f"{draws} draw(s) of each row are cached in {folder}: {_gb(draws * layout.draw_bytes)}, and {_gb(texts)} of"
         f" text; each draw is seen {visits / draws:.1f} times in {config.max_train_steps} steps; --cache none draws"
-        " anew each time."
+        " again each time."
     )
     return dataclasses.replace(config, cache_draws=draws)
 
@@ -275,9 +284,7 @@ def resolve_draws(
 
 def free_bytes(folder: Path) -> int:
     """Free space of the disk on which a folder is or will be."""
-    while not folder.exists():
-        folder = folder.absolute().parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(next(path for path in [folder, *folder.absolute().parents] if path.exists())).free
 
 
 def _gb(size: float) -> str:
@@ -293,11 +300,11 @@ def build(
     there are more of them, or the disk does not take the files.
     """
     layout, captions = layout_of(dataset, base), cached_captions(dataset)
-    files = [file for kind in layout.files(folder, draws, len(captions)) for file in kind]
-    existing = [file for file in files if file[0].exists()]
-    for file in existing:
-        open_block(*file)  # one that is damaged is named before hours of encoding
-    missing = len(files) - len(existing)
+    draw_blocks, text_blocks = layout.draw_blocks(folder, draws), layout.text_blocks(folder, len(captions))
+    existing = [block for block in [*draw_blocks, *text_blocks] if block.path.exists()]
+    for block in existing:
+        open_block(block)  # one that is damaged is named before hours of encoding
+    missing = len(draw_blocks) + len(text_blocks) - len(existing)
     log(f"Encoding {missing} missing files of the latent cache." if missing else f"Reusing the latent cache {folder}.")
     check_bad_rows(read_bad_rows(folder, layout, draws), bad_limit, layout.rows, folder)
     accelerator.wait_for_everyone()
@@ -306,11 +313,11 @@ def build(
             with suppress(FileNotFoundError):
                 if time.time() - leftover.stat().st_mtime > 3600:
                     leftover.unlink()
-        write_file(folder / LAYOUT, json.dumps(dataclasses.asdict(layout)))
+        write_file(folder / SHAPES, json.dumps(dataclasses.asdict(layout)))
         write_file(folder / TEXTS, json.dumps(captions, indent=0))
     process = Process(accelerator.process_index, accelerator.num_processes)
-    _write_text(_missing_share(layout.text(folder, len(captions)), process), layout, captions, base)
-    _write_draws(_missing_share(layout.draws(folder, draws), process), layout, dataset, base, log, bad_limit)
+    write_text_blocks(_missing_share(text_blocks, process), captions, base)
+    write_draw_blocks(_missing_share(draw_blocks, process), dataset, base, log, bad_limit)
     accelerator.wait_for_everyone()
     cache = LatentCache(folder, draws)
     check_bad_rows(cache.bad, bad_limit, layout.rows, folder)
@@ -319,9 +326,9 @@ def build(
     return cache
 
 
-def _missing_share(files: list[tuple], process: Process) -> list[tuple]:
-    """Of (path, ...) those of this process that are missing; which are its own does not depend on what exists."""
-    return [files[place] for place in process.share(len(files)) if not files[place][0].exists()]
+def _missing_share(blocks: list[Block], process: Process) -> list[Block]:
+    """Those of this process that are missing; which are its own does not depend on what exists."""
+    return [blocks[place] for place in process.share(len(blocks)) if not blocks[place].path.exists()]
 
 
 def write_file(path: Path, content: np.ndarray | str) -> None:
@@ -338,44 +345,40 @@ def write_file(path: Path, content: np.ndarray | str) -> None:
         ) from None
 
 
-def _write_text(files: list[tuple], layout: CacheLayout, captions: list[str], base: Base) -> None:
+def write_text_blocks(blocks: list[Block], captions: list[str], base: Base) -> None:
     """Embed the captions of these files, 64 at a time."""
-    for path, block in files:
-        array = np.empty(len(block), layout.embedding)
-        for first in range(0, len(block), 64):
-            some = captions[block.start : block.stop][first : first + 64]
+    for path, dtype, places, _ in blocks:
+        array = np.empty(len(places), dtype)
+        for first in range(0, len(places), 64):
+            some = [captions[place] for place in places[first : first + 64]]
             array[first : first + 64] = encode_text(base, some).float().cpu().numpy()
         write_file(path, array)
 
 
-def _write_draws(
-    files: list[tuple], layout: CacheLayout, dataset: PairedDataset, base: Base, log, bad_limit: int
-) -> None:
+def write_draw_blocks(blocks: list[Block], dataset: PairedDataset, base: Base, log: Callable, bad_limit: int) -> None:
     """Encode the draws of these files, while threads read what comes next."""
-    keys = ((draw, row) for _, draw, rows in files for row in rows)
-    progress, done = Progress("encoded", sum(len(rows) for _, _, rows in files), log), 0
+    keys = ((block.draw, row) for block in blocks for row in block.places)
+    progress, done = Progress("encoded", sum(len(block.places) for block in blocks), log), 0
     bad: dict[int, str] = {}
-    at_once = max(1, min(ENCODED_AT_ONCE, ENCODED_AT_ONCE * 256**2 // layout.resolution**2))
+    at_once = max(1, min(ENCODED_AT_ONCE, ENCODED_AT_ONCE * 256**2 // dataset.resolution**2))
     with closing(read_ahead(dataset, keys)) as samples:  # an error must not leave its threads to the garbage collector
-        for path, _, rows in files:
-            array = np.zeros(len(rows), layout.entry)  # the entries of bad rows stay 0
-            found_bad: dict[int, str] = {}
+        for path, dtype, rows, _ in blocks:
+            array = np.zeros(len(rows), dtype)  # the entries of bad rows stay 0
             for first in range(0, len(rows), at_once):
                 chunk = array[first : first + at_once]
-                found = list(enumerate(islice(samples, len(chunk))))
-                found_bad |= {rows[first + place]: str(e) for place, e in found if isinstance(e, UserError)}
-                bad |= found_bad
+                found = list(islice(samples, len(chunk)))
+                bad |= {rows[first + n]: str(error) for n, error in enumerate(found) if isinstance(error, UserError)}
                 check_bad_rows(bad, bad_limit, len(dataset) + 1)
-                good = [(place, sample) for place, sample in found if isinstance(sample, Sample)]
+                good = [(n, sample) for n, sample in enumerate(found) if isinstance(sample, Sample)]
                 if good:
                     images = torch.stack([sample.image for _, sample in good])
                     moments = encode_moments(base.vae, images).float().cpu().numpy()
-                    for (place, sample), moment in zip(good, moments, strict=True):
-                        chunk[place] = moment, sample.mask.numpy(), np.packbits(sample.valid.numpy())
+                    for (n, sample), moment in zip(good, moments, strict=True):
+                        chunk[n] = moment, sample.mask.numpy(), np.packbits(sample.valid.numpy())
                 done += len(chunk)
                 progress(done)
-            if found_bad:  # written before the file of draws, which is then never without it
-                write_file(_bad_rows_path(path), json.dumps(found_bad))
+            if bad.keys() & set(rows):  # written before the file of draws, which is then never without it
+                write_file(path.with_suffix(BAD_ROWS), json.dumps({row: bad[row] for row in rows if row in bad}))
             write_file(path, array)
 
 
@@ -410,12 +413,8 @@ def parse_limit(text: str) -> int:
 
 def read_bad_rows(folder: Path, layout: CacheLayout, draws: int) -> dict[int, str]:
     """The rows that could not be read when the cache was built, and why."""
-    paths = (_bad_rows_path(path) for path, _, _ in layout.draws(folder, draws))
+    paths = (block.path.with_suffix(BAD_ROWS) for block in layout.draw_blocks(folder, draws))
     return {int(row): why for path in paths if path.is_file() for row, why in read_json(path).items()}
-
-
-def _bad_rows_path(path: Path) -> Path:
-    return path.with_suffix(".bad.json")
 
 
 def check_bad_rows(bad: dict[int, str], limit: int, rows: int, built: Path | None = None) -> None:

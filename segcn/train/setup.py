@@ -28,7 +28,7 @@ from segcn.data.doctor.report import find_report
 from segcn.data.metadata import Split, check_split, read_split
 from segcn.data.transforms import AugmentConfig
 from segcn.models.base import Base, computes_fast, keep_freed_memory, load_base, pick_device, precisions
-from segcn.models.controlnet import load_controlnet, make_controlnet
+from segcn.models.controlnet import check_controlnet, load_controlnet, make_controlnet
 from segcn.train import latent_cache
 from segcn.train.batches import Examples, make_examples
 from segcn.train.checkpoint import WAIT, averaged, claim_run_folder
@@ -43,7 +43,6 @@ from segcn.utils.paths import RUN_FILE
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # of diffusion_loss
 AugmentFunction = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]  # image, mask, seed
-SHARED_SIZES = ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block")  # with the U-Net
 
 
 @dataclass
@@ -60,6 +59,7 @@ class Run:
     schedule: torch.optim.lr_scheduler.LambdaLR
     examples: Examples
     loss: Loss
+    finite: FiniteCheck
     log: Log
     repeats: np.ndarray | None  # how often each row occurs in an epoch; None: once
     ema: EMAModel | None  # the average of the weights, with --use_ema
@@ -69,10 +69,6 @@ class Run:
     step: int = 0
     saved: int = 0  # the step of the newest checkpoint
     stop_signal: list[int] = field(default_factory=list)
-    finite: FiniteCheck = field(init=False)
-
-    def __post_init__(self):
-        self.finite = FiniteCheck(self.accelerator, self.output_dir)
 
     def final_controlnet(self) -> AbstractContextManager[ControlNetModel]:
         """The ControlNet as it generates and is written: with its averaged weights, where there are any."""
@@ -108,7 +104,8 @@ def prepare(
     if accelerator.is_main_process:
         check_rows(config, split, output_dir, log)
     base = load_frozen(config, accelerator)
-    check_trainable(config, base)
+    if config.controlnet_model_name_or_path:
+        check_controlnet(config.controlnet_model_name_or_path, base)
     repeats = make_repeats(config, split, accelerator, log)
     shown = sampler.Stream(len(split), config.seed, repeats).start(config.num_train_epochs)
     config = dataclasses.replace(config, max_train_steps=total_steps(config, shown, accelerator.num_processes))
@@ -133,7 +130,8 @@ def prepare(
     controlnet, optimizer = accelerator.prepare(controlnet, optimizer)
     weights = accelerator.unwrap_model(controlnet).parameters()
     ema = EMAModel(weights, decay=config.ema_decay, foreach=True) if config.use_ema else None
-    made = (controlnet, optimizer, schedule, examples, loss or diffusion_loss)
+    finite = FiniteCheck(accelerator, output_dir)
+    made = (controlnet, optimizer, schedule, examples, loss or diffusion_loss, finite)
     return Run(config, accelerator, output_dir, split, base, *made, log, repeats, ema, cache_seconds, held_out)
 
 
@@ -142,6 +140,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     check_values(config)
     AugmentConfig.parse(config.augment)
     parse_limit(config.on_bad_sample)
+    check_schedule(config.lr_scheduler)
     prompts, images = config.validation_prompt or [], config.validation_image or []
     if bool(images) != bool(prompts):
         raise UserError("--validation_image and --validation_prompt go together")
@@ -152,25 +151,19 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, dataset_name=config.dataset)
 
 
-def half_precision() -> tuple[str, bool]:
-    """bf16, or fp16 where the GPU lacks it (V100), and whether the device that is trained on is fast in it."""
-    device = torch.device(pick_device())
-    if device.type == "cuda" and not computes_fast(torch.bfloat16, device):
-        return "fp16", True
-    return "bf16", computes_fast(torch.bfloat16, device)
-
-
 def fit_memory(config: TrainConfig, half: str | None = None, fast: bool = True) -> tuple[TrainConfig, list[str]]:
     """The config as --memory_preset sets it, and what to say about that.
 
-    half: bf16, or fp16 where the device lacks bf16; fast: whether it computes in it by itself, else only the frozen
-    weights are held in it; None: as the device is. A flag that differs from the default of --preset was given, and
-    stays.
+    half: bf16, or fp16 where the GPU lacks bf16 (V100); fast: whether it computes in it by itself, else only the
+    frozen weights are held in it; None: as the device is. A flag that differs from the default of --preset was given,
+    and stays.
     """
     if config.memory_preset is None:
         return config, []
     if half is None:
-        half, fast = half_precision()
+        device = torch.device(pick_device())
+        bf16, gpu = computes_fast(torch.bfloat16, device), device.type == "cuda"
+        half, fast = "fp16" if gpu and not bf16 else "bf16", gpu or bf16
     images, flags = MEMORY_PRESETS[config.memory_preset]
     defaults = dataclasses.asdict(TrainConfig()) | preset_defaults(TrainConfig, config.preset)
     given = {name for name, default in defaults.items() if getattr(config, name) != default}
@@ -261,30 +254,6 @@ def make_noise_schedule(config: TrainConfig, base: Base) -> DDPMScheduler:
                 " says nothing about the image"
             )
     return DDPMScheduler.from_config(base.scheduler.config, **changes)
-
-
-def check_trainable(config: TrainConfig, base: Base) -> None:
-    """UserError for an unknown schedule, or a ControlNet to begin with that is none or does not fit the base."""
-    check_schedule(config.lr_scheduler)
-    name = config.controlnet_model_name_or_path
-    if name is None:
-        return
-    try:
-        found = ControlNetModel.load_config(name)
-    except OSError:
-        raise UserError(
-            f"--controlnet_model_name_or_path {name}: expected a ControlNet (config.json and "
-            "diffusion_pytorch_model.safetensors), found none in such a folder, nor on the hub"
-        ) from None
-    expected = {"_class_name": "ControlNetModel", "conditioning_channels": 3}
-    expected |= {key: base.unet.config[key] for key in SHARED_SIZES}
-    for key, value in expected.items():
-        here, there = (list(v) if isinstance(v, tuple) else v for v in (found.get(key, value), value))
-        if here != there:
-            raise UserError(
-                f"--controlnet_model_name_or_path {name}: its {key} is {here}, and {there} fits the base {base.folder};"
-                " leave the flag out to begin with a copy of the base's encoder"
-            )
 
 
 def make_trainable(config: TrainConfig, base: Base, new_controlnet: Callable | None = None) -> ControlNetModel:

@@ -26,10 +26,10 @@ from segcn.evaluate.evaluator import check_classes, measure
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline, generate
 from segcn.models.segmenter import Segmenter, SegmenterConfig, load_segmenter, segmenter_of
-from segcn.train.checkpoint import fractions, record_best, validation_scores
+from segcn.train.checkpoint import record_best
 from segcn.train.config import TrainConfig
 from segcn.train.latent_cache import cache_root
-from segcn.train.log import read_log
+from segcn.train.log import fractions, read_log, validation_scores
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
 
