@@ -321,6 +321,7 @@ MASKS = {
     "2-bit grey": (low_bit(2), np.where(MASK == 7, 1, MASK)), "4-bit grey": (low_bit(4), np.where(MASK == 7, 1, MASK)),
     "2-bit grey TIFF, white is 0": (white_is_zero(2), np.where(MASK == 7, 1, MASK)),
     "4-bit grey TIFF, white is 0": (white_is_zero(4), np.where(MASK == 7, 1, MASK)),
+    "8-bit grey TIFF, white is 0": (encoded(MASK, "TIFF", tiffinfo={262: 0}), MASK),
     "I;16": (encoded(MASK.astype(np.uint16), "PNG"), MASK),
     "I;16 TIFF": (encoded(MASK.astype(np.uint16), "TIFF"), MASK),
     "I;16B TIFF": (encoded(Image.frombytes("I;16B", MASK.shape[::-1], MASK.astype(">u2").tobytes()), "TIFF"), MASK),
