@@ -4,7 +4,6 @@ A checkpoint is committed (utils/io.py): it is complete with its manifest or doe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -109,10 +108,10 @@ def find_latest(output_dir: Path, log: Callable[[str], None] = print) -> Path | 
 
 def prune(output_dir: Path, limit: int | None, keep: Collection[str] = ()) -> None:
     """Delete the oldest checkpoints beyond `limit`, but none named in `keep`; called after a newer one is committed."""
-    beyond = list(steps(output_dir).values())[: -max(limit, 1)] if limit is not None else []
-    for folder in beyond:
-        if folder.name not in keep:
-            io.discard(folder)
+    if limit is not None:
+        for folder in list(steps(output_dir).values())[: -max(limit, 1)]:
+            if folder.name not in keep:
+                io.discard(folder)
 
 
 def save(run: Run, only_best: bool = False) -> None:
@@ -308,7 +307,7 @@ def read_best(output_dir: str | Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-@contextlib.contextmanager
+@contextmanager
 def end_on_signals() -> Iterator[None]:
     """Around a whole training: a signal ends it with exit code 143, and its folder is free again when it ends."""
     before = handle_signals(lambda *_: sys.exit(STOPPED))

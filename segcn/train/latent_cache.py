@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,8 +68,8 @@ class CacheLayout:
     def entry(self) -> np.dtype:
         """One draw of one row: moments, class ids, and which pixels are in frame, packed."""
         (channels, height, width), side = self.latent_shape, self.resolution
-        moments, mask = (np.float16, (2 * channels, height, width)), (np.uint8, (side, side))
-        return np.dtype([("moments", *moments), ("mask", *mask), ("frame", np.uint8, (-(-side * side // 8),))])
+        moments, frame = (2 * channels, height, width), (-(-side * side // 8),)
+        return np.dtype([("moments", "f2", moments), ("mask", "u1", (side, side)), ("frame", "u1", frame)])
 
     @property
     def embedding(self) -> np.dtype:
@@ -89,25 +89,18 @@ class CacheLayout:
 
     def draw_blocks(self, folder: Path, draws: int) -> list[Block]:
         """The files of the first `draws` draws."""
-        starts = range(self.rows)[:: self.block_rows]
-        return [
-            Block(
-                folder / f"draw{draw:04}-row{first:08}.npy",
-                self.entry,
-                range(self.rows)[first:][: self.block_rows],
-                draw,
-            )
-            for draw in range(draws)
-            for first in starts
-        ]
+        entry, pairs = self.entry, product(range(draws), pieces(self.rows, self.block_rows))
+        return [Block(folder / f"draw{draw:04}-row{rows.start:08}.npy", entry, rows, draw) for draw, rows in pairs]
 
     def text_blocks(self, folder: Path, captions: int) -> list[Block]:
         """The files of the embeddings of so many captions."""
-        places = range(captions)
-        return [
-            Block(folder / f"text{first:08}.npy", self.embedding, places[first : first + CAPTIONS])
-            for first in places[::CAPTIONS]
-        ]
+        parts = pieces(captions, CAPTIONS)
+        return [Block(folder / f"text{part.start:08}.npy", self.embedding, part) for part in parts]
+
+
+def pieces(count: int, size: int) -> list[range]:
+    """The numbers below `count`, `size` at a time."""
+    return [range(count)[first : first + size] for first in range(0, count, size)]
 
 
 class LatentCache:
@@ -242,10 +235,8 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
         asked = json.loads(run.read_text()).get("cache_draws")
     assert config.max_train_steps is not None
     seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
-    visits, texts = (
-        seen * accelerator.num_processes / len(dataset),
-        len(cached_captions(dataset)) * layout.embedding.itemsize,
-    )
+    visits = seen * accelerator.num_processes / len(dataset)
+    texts = len(cached_captions(dataset)) * layout.embedding.itemsize  # bytes
     found = [0]
     if accelerator.is_main_process:
         asked, budget = 1 if dataset.still else asked, config.cache_budget_gb * 1e9

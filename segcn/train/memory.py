@@ -219,10 +219,8 @@ def memory_budget(config: TrainConfig, device: torch.device) -> float:
 
 def whole_run(run: Run, config: TrainConfig, shown: Trial) -> list[str]:
     """Pace, and the time of the whole run: its steps, and its cache as if none existed yet."""
-    split, processes = (
-        read_split(config.dataset, "train").first(config.max_train_samples),
-        run.accelerator.num_processes,
-    )
+    split = read_split(config.dataset, "train").first(config.max_train_samples)
+    processes = run.accelerator.num_processes
     repeats = None if config.max_train_steps else make_repeats(run.config, split, run.accelerator, run.log)
     rows_shown = sampler.Stream(len(split), config.seed, repeats).start(config.num_train_epochs)
     steps = total_steps(config, rows_shown, processes)
