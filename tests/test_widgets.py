@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +26,14 @@ SETTINGS = make(SampleConfig, "tiny", num_inference_steps=2)
 HOUSE = 8
 
 
-@pytest.fixture(autouse=True)
-def settled(monkeypatch):
-    monkeypatch.setattr(widgets, "SETTLING", 0)
-
-
 @pytest.fixture(scope="module")
 def split(landscapes):
     return read_split(landscapes, "test")
 
 
 @pytest.fixture
-def panel(pipeline, split, tmp_path):
+def panel(pipeline, split, tmp_path, monkeypatch):
+    monkeypatch.setattr(widgets, "SETTLING", 0)
     return widgets.Panel(pipeline, split, tmp_path / "painted", SETTINGS)
 
 
@@ -114,7 +111,7 @@ def test_a_row_that_would_spoil_the_data_set_is_refused(tmp_path, split):
     other.save(tmp_path / "palette.json")
     with pytest.raises(UserError, match="palette"):  # of a folder without rows
         save_row(tmp_path, *pair(), "caption", split.palette)
-    assert Palette.load(tmp_path / "palette.json").fingerprint == other.fingerprint
+    assert Palette.load(tmp_path / "palette.json") == other
     (tmp_path / "palette.json").unlink()
     save_row(tmp_path, *pair(), "caption", split.palette)
     header, row = metadata.read_text().splitlines()
@@ -157,7 +154,7 @@ def test_a_mask_comes_from_a_row_a_path_or_an_upload_and_a_bad_one_changes_nothi
     assert "Error: <b>empty</b>.png: the mask cannot be read" in panel.status.value
     for path in ("nowhere.png", str(tmp_path)):
         panel.picker.path.value = path
-        assert panel.status.value.startswith(f"Error: {path}"), panel.status.value
+        await_status(panel, f"Error: {path}")
     assert (panel.canvas.mask == mask.T).all()
 
 
@@ -291,6 +288,12 @@ def test_the_mask_is_laid_over_the_picture(quick_panel, split):
     assert (shown == colorize(row_mask(split, 0), split.palette)).all()
 
 
+def every_widget(widget):
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from every_widget(child)
+
+
 def test_html_in_a_prompt_stays_text(quick_panel):
     prompt = "<img src=x onerror=alert(1)> & <b>a lake</b>"
     quick_panel.controls.prompt.value = prompt
@@ -339,20 +342,8 @@ def test_stop_drops_the_picture_at_work_and_keeps_those_before(panel, monkeypatc
 
 
 @pytest.mark.slow
-def test_on_the_embedded_base_a_picture_is_there_within_three_seconds(landscapes, tmp_path):
-    split = read_split(landscapes, "test")
+def test_on_the_embedded_base_an_image_is_there_within_three_seconds(split, tmp_path):
     settings = make(SampleConfig, "tiny", resolution=128, controlnet_model_name_or_path=str(BASE / "controlnet"))
     panel = widgets.Panel(load_pipeline(settings, split.palette), split, tmp_path, settings)
-    times = []
-    for _ in range(3):
-        began = time.monotonic()
-        press(panel, panel.generate_button)
-        times.append(time.monotonic() - began)
+    assert min(timeit.repeat(lambda: press(panel, panel.generate_button), repeat=3, number=1)) < 3
     assert images(panel)[0].image.shape == (128, 128, 3)
-    assert min(times) < 3, times
-
-
-def every_widget(widget):
-    yield widget
-    for child in getattr(widget, "children", ()):
-        yield from every_widget(child)
