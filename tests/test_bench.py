@@ -110,7 +110,6 @@ def test_both_sides_get_the_same_flags_and_train_the_same_network(bench, base):
     alone = bench(peer="")
     other, own = (command(alone, side, Path("/x"), 5, 5, variant_words(alone, "same", side)) for side in train.SIDES)
     assert [word for word in " ".join(other).split("--") if word not in " ".join(own).split("--")] == ["cache none "]
-    config.folder.mkdir()
     start = ControlNetModel.from_pretrained(variant_words(config, "ours", "ours")[-1])
     assert start.config.conditioning_embedding_out_channels == [16, 32, 96, 256]
     assert make_controlnet(base.unet).num_parameters() < start.num_parameters()

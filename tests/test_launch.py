@@ -203,7 +203,7 @@ def job(tmp_path):
 
 
 def calls(folder, name):
-    return (folder / f"{name}.calls").read_text() if (folder / f"{name}.calls").is_file() else ""
+    return "".join(path.read_text() for path in folder.glob(f"{name}.calls"))
 
 
 def test_a_job_out_of_time_commits_and_goes_back_into_the_queue(job, tmp_path):
@@ -217,14 +217,10 @@ def test_a_job_out_of_time_commits_and_goes_back_into_the_queue(job, tmp_path):
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_a_job_that_ends_by_itself_is_not_requeued(job, tmp_path, code):
-    assert job(worker=f"import sys; sys.exit({code})").wait(120) == code
-    assert "requeue" not in calls(tmp_path, "scontrol")
-
-
-def test_a_job_starts_one_launcher_a_node_with_the_command_as_given(job, tmp_path):
-    job("--output_dir", "a run", worker="").wait(120)
+def test_a_job_starts_a_launcher_a_node_and_is_not_requeued_when_it_ends_by_itself(job, tmp_path, code):
+    assert job("--output_dir", "a run", worker=f"import sys; sys.exit({code})").wait(120) == code
     launched = calls(tmp_path, "accelerate")
+    assert "requeue" not in calls(tmp_path, "scontrol")
     for words in ("--num_machines 2", "--num_processes 8", "--machine_rank 1", "--main_process_ip localhost"):
         assert words in launched
     assert launched.endswith("-m segcn.train --output_dir a run\n") and f"{CLUSTER}/two_nodes.yaml" in launched

@@ -43,18 +43,15 @@ def test_the_presets_switch_off_step_by_step_what_saves_memory(gb, eight_bit, ch
     assert config.mixed_precision == config.frozen_precision == "bf16"
 
 
-def test_a_preset_says_what_it_set_and_keeps_what_was_given():
+def test_a_preset_says_what_it_set_keeps_what_was_given_and_takes_the_precision_that_the_device_has():
     config, lines = fitted("--memory_preset", "8", "--train_batch_size", "2", "--mixed_precision", "fp16")
     assert (config.train_batch_size, config.gradient_accumulation_steps) == (2, 1)
     assert config.mixed_precision == config.frozen_precision == "fp16"
     assert lines[0] == ("--memory_preset 8: --use_8bit_adam, --gradient_checkpointing, --frozen_precision fp16.")
     assert lines[1] == "  As given instead: --mixed_precision fp16."
     assert fit_memory(config, "bf16", True)[0] == config
-
-
-def test_a_preset_takes_fp16_on_a_v100_and_only_holds_weights_in_half_on_a_slow_cpu():
-    assert fitted("--memory_preset", "8", half="fp16")[0].mixed_precision == "fp16"
-    slow = fitted("--memory_preset", "8", fast=False)[0]
+    assert fitted("--memory_preset", "8", half="fp16")[0].mixed_precision == "fp16"  # a V100
+    slow = fitted("--memory_preset", "8", fast=False)[0]  # a CPU
     assert slow.mixed_precision is None and slow.frozen_precision == "bf16"
     small = make(TrainConfig, "tiny", memory_preset=8)
     assert fit_memory(small, "bf16", False)[0].train_batch_size == 16, "small images need no smaller batch"
@@ -126,15 +123,12 @@ def test_the_proposed_batch_fits_by_the_measured_slope_and_keeps_the_effective_b
     assert best_batch(TrainConfig(train_batch_size=8), ran_out, 24 * GB, GB) == (1, None)
 
 
-def test_processes_share_the_memory_of_a_processor(monkeypatch):
+def test_processes_share_the_memory_of_a_processor_whose_peak_counts_from_its_reset(monkeypatch):
     monkeypatch.setattr(memory, "total_bytes", lambda device: 24 * GB)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert memory.memory_budget(TrainConfig(), torch.device("cpu")) == 12 * GB
-    assert memory.memory_budget(TrainConfig(memory_preset=8), torch.device("cpu")) == 8 * GB
-
-
-def test_the_peak_of_this_process_is_measured_from_where_it_was_reset():
     device = torch.device("cpu")
+    assert memory.memory_budget(TrainConfig(), device) == 12 * GB
+    assert memory.memory_budget(TrainConfig(memory_preset=8), device) == 8 * GB
     keep_freed_memory(device)  # a reset gives it back
     torch.ones(30_000_000)
     memory.reset_peak(device)

@@ -106,15 +106,17 @@ def test_unknown_parameters_and_wrong_types_are_refused_by_name():
     check_cells([cell])
     check_cells([cell, "# Parameters\nlimit = 3\nscale = 2\nname = 'a'\nfast = True\n"])
     check_cells([cell, "import os"])
-    for given, message in (
-        ("limits = 3", "unknown parameter limits; this notebook has limit, scale, name, fast"),
-        ("limit = 'three'", "parameter limit: expected int, found 'three'"),
-        ("limit = True", "parameter limit: expected int, found True"),
-        ("name = 2", "parameter name: expected str, found 2; papermill takes texts as they are by -r name"),
-        ("fast = 1", "parameter fast: expected bool, found 1"),
-    ):
+    for given, message in {
+        "limits = 3": "unknown parameter limits; this notebook has limit, scale, name, fast",
+        "limit = 'three'": "parameter limit: expected int, found 'three'",
+        "limit = True": "parameter limit: expected int, found True",
+        "name = 2": "parameter name: expected str, found 2; papermill takes texts as they are by -r name",
+        "fast = 1": "parameter fast: expected bool, found 1",
+    }.items():
         with pytest.raises(UserError, match=re.escape(message)):
             check_cells([cell, f"# Parameters\n{given}\n"])
+    message = "--limit: expected 1, found 0; see --more, or run segcn validate DATA --limit 3"
+    assert with_parameters(message, {"limit"}) == message[2:], "flags within a command stay flags"
 
 
 def execute(name, folder, **parameters):
@@ -136,12 +138,6 @@ def test_an_error_is_one_line_that_names_the_parameter(parameters, line, tmp_pat
     assert raised.value.traceback == [f"Error: {raised.value.evalue}"] and "\n" not in raised.value.evalue
     with pytest.raises(UserError, match=re.escape(f"01_inspect_data.ipynb: {line}")):
         running.execute(ROOT / "notebooks" / "01_inspect_data.ipynb", tmp_path, parameters)
-
-
-def test_flags_within_a_command_stay_flags():
-    message = "--limit: expected 1, found 0; see --more, or run segcn validate DATA --limit 3"
-    expected = "limit: expected 1, found 0; see --more, or run segcn validate DATA --limit 3"
-    assert with_parameters(message, {"limit"}) == expected
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_logits_have_the_size_of_any_image_and_predictions_are_class_ids_whateve
     assert torch.equal(together, apart)
 
 
-def test_a_fresh_segmenter_depends_on_its_seed_alone():
+def test_a_fresh_segmenter_depends_on_its_seed_alone_and_a_trained_one_on_its_arguments(split, tmp_path):
     torch.manual_seed(1)
     first, state = build_segmenter(3, 8, seed=4), torch.get_rng_state()
     torch.manual_seed(2)
@@ -84,6 +84,10 @@ def test_a_fresh_segmenter_depends_on_its_seed_alone():
     assert not torch.equal(first.head.weight, other.head.weight)
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state)
+    for name, seed in {"first": 0, "second": 0, "third": 1}.items():
+        train_segmenter(split, replace(SHORT, seed=seed), tmp_path / name, quiet)
+    one, same, another = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second", "third"))
+    assert one == same != another
 
 
 def test_unlabelled_pixels_leave_the_loss_and_those_of_an_image_count_by_its_weight():
@@ -99,30 +103,19 @@ def test_unlabelled_pixels_leave_the_loss_and_those_of_an_image_count_by_its_wei
     assert torch.equal(segmentation_loss(logits, mask, ones), segmentation_loss(logits, mask, ones, torch.ones(2)))
 
 
-def test_rare_classes_weigh_more_and_the_average_pixel_one(split):
+def test_rare_classes_weigh_more_the_average_pixel_one_and_absent_ones_keep_what_is_learned_finite(split, tmp_path):
     weights = class_weights(class_pixels(split))
     masks = np.stack([np.array(Image.open(record.mask)) for record in split.records])
     share = np.array([(masks == label).sum() for label in range(3)]) / (masks != IGNORE).sum()
     assert np.argsort(weights).tolist() == np.argsort(-share).tolist()
     assert float((weights.numpy() * share).sum()) == pytest.approx(1)
-
-
-def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(split, tmp_path):
-    def weights(name, seed):
-        train_segmenter(split, replace(SHORT, seed=seed), tmp_path / name, quiet)
-        return (tmp_path / name / "model.safetensors").read_bytes()
-
-    assert weights("first", 0) == weights("second", 0) != weights("third", 1)
-
-
-def test_a_class_that_never_occurs_keeps_the_weights_finite(split, tmp_path):
     Palette((*PALETTE.labels, Label(7, "house", (1, 2, 3)))).save(split.folder / "palette.json")
     segmenter = train_segmenter(read_split(split.folder), SHORT, tmp_path / "segmenter", quiet)
     assert segmenter.num_classes == 8
     assert all(tensor.isfinite().all() for tensor in segmenter.state_dict().values())
 
 
-def test_the_segmenter_of_the_same_rows_and_settings_is_trained_once(split, tmp_path):
+def test_the_segmenter_of_the_same_rows_and_settings_is_trained_once_and_again_where_it_is_damaged(split, tmp_path):
     said = []
     trained = segmenter_of(split, SHORT, tmp_path, said.append)
     assert said[0].startswith("segmenter: step 3/3, loss ") and "stored in" in said[-1]
@@ -137,14 +130,10 @@ def test_the_segmenter_of_the_same_rows_and_settings_is_trained_once(split, tmp_
     folders = {folder, shared_folder(tmp_path, other, SHORT), shared_folder(tmp_path, split, replace(SHORT, seed=1))}
     assert len(folders) == 3
     assert segmenter_of(other, SHORT, tmp_path, quiet).settings["rows"] == 4
-
-
-def test_a_damaged_segmenter_is_not_loaded_and_is_trained_again(split, tmp_path):
-    folder, said = shared_folder(tmp_path, split, SHORT), []
-    segmenter_of(split, SHORT, tmp_path, quiet)
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"model\.safetensors does not match"):
         load_segmenter(folder)
+    said.clear()
     segmenter_of(split, SHORT, tmp_path, said.append)
     assert "training it again" in said[0] and load_segmenter(folder).num_classes == 3
 

@@ -15,7 +15,6 @@ from runs import log_of, weights
 
 from segcn.data.metadata import read_split
 from segcn.models.controlnet import make_controlnet
-from segcn.train.batches import Plan
 from segcn.train.config import TrainConfig
 from segcn.train.loop import train
 from segcn.train.setup import make_schedule, prepare
@@ -64,27 +63,11 @@ def test_the_old_flags_train_and_resume(quick, tmp_path):
     assert [entry["step"] for entry in log_of(cut)] == [1, 2, 3, 4]
 
 
-def test_changed_settings_are_shown_and_refused(quick, straight):
-    before = weights(straight)
-    with pytest.raises(UserError, match=r"learning_rate: was 0\.002, is 0\.1"):
-        train(quick(straight, learning_rate=0.1))
-    assert weights(straight) == before
-
-
 def test_a_folder_of_something_else_is_left_alone(quick, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds no run"):
         train(quick(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_without_the_cache_the_network_sees_the_same(quick, tmp_path):
-    cached, direct = (prepare(quick(tmp_path / cache, cache=cache)).examples[1, 5] for cache in ("latents", "none"))
-    for name in ("control", "cells", "noise", "posterior"):
-        assert torch.equal(cached[name], direct[name]), name
-    assert cached["timestep"] == direct["timestep"]
-    out = train(quick(tmp_path / "uncached", cache="none", max_train_steps=2))
-    assert [entry["step"] for entry in log_of(out)] == [1, 2]
 
 
 def test_a_balanced_run_that_was_cut_ends_with_the_same_bytes(quick, tmp_path, capsys):
@@ -118,17 +101,6 @@ def test_what_cannot_be_is_named_before_anything_is_written(quick, tmp_path, wro
     with pytest.raises(UserError, match=message):
         train(quick(tmp_path / "out", **wrong))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_order_of_rows_does_not_depend_on_the_number_of_processes(world):
-    whole = [key for batch in Plan(10, 7, 0, 9, 1, 8) for key in batch]
-    parts = [list(Plan(10, 7, 0, 9, 1, 8 // world, rank, world)) for rank in range(world)]
-    shared = [key for step in zip(*parts, strict=True) for batch in step for key in batch]
-    assert shared == whole
-    assert sorted(row for _, row in whole[:10]) == list(range(10))
-    later = [key for batch in Plan(10, 7, 4, 9, 1, 8) for key in batch]
-    assert later == whole[4 * 8 :]
 
 
 def break_data(folder, fault):
