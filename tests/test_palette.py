@@ -182,7 +182,7 @@ def test_jpeg_mixed_and_broken_masks_are_refused_by_name(tmp_path):
     paths = write(tmp_path, blocks([0, 1]))
     jpeg = tmp_path / "photo.jpg"
     Image.new("RGB", (8, 8)).save(jpeg)
-    with pytest.raises(UserError, match=r"photo.jpg: .*compression changes labels"):
+    with pytest.raises(UserError, match=r"photo.jpg: .*lossy format, which changes labels"):
         propose([*paths, jpeg])
     color = write(tmp_path / "rgb", blocks([0, 1]), SAVED["RGB"])
     with pytest.raises(UserError, match=r"one kind, found colors in .*rgb/000.png and class ids in .*000.png"):
@@ -358,7 +358,7 @@ def test_a_written_mask_is_ids_that_show_their_colors_and_from_its_colors_the_id
     ("0.png", np.array([[0, 300, 511]], np.uint16), r"value 300 \(1 pixels\), value 511"),
     ("0.png", [[SKY.color, (9, 8, 7), (9, 8, 7)]], r"color \[9, 8, 7\] \(2 pixels\)"),
     ("0.jpg", colorize(np.random.default_rng(0).choice(np.uint8([0, 1, 7]), (16, 16)), PALETTE),
-     "JPEG compression changes labels"),
+     "lossy format, which changes labels"),
     ("0.png", RENUMBERED, "value 0 has the color of 'tree', id 1"),
 ])  # fmt: skip
 def test_what_the_palette_lacks_is_counted_and_its_cause_named(tmp_path, name, image, words):

@@ -20,6 +20,8 @@ MIRRORED_WORD = re.compile(
     r"(?<![^\W\d_])((?i:top|bottom|upper|lower)?)(left|right|Left|Right|LEFT|RIGHT)"
     r"((?i:most|wards?|hand|handed|side)?)(?![^\W\d_])"
 )
+LETTER = re.compile(r"(?:^|(?<=[ _.-]))[LRlr](?=$|[ _.-])")  # L_lung, kidney-r
+OTHER_LETTER = str.maketrans("LRlr", "RLrl")
 FUNCTION_WORDS = {"a", "an", "and", "at", "by", "in", "of", "on", "the", "to", "with"}
 
 
@@ -82,6 +84,25 @@ def mirrored(caption: str) -> str:
     Mirrored twice it is the same again. Meanings are not known: "right behind" becomes "left behind".
     """
     return MIRRORED_WORD.sub(lambda found: found[1] + MIRRORED[found[2]] + found[3], caption)
+
+
+def mirrored_ids(palette: Palette) -> np.ndarray | None:
+    """The id of each class in a mirrored image, uint8 [256]: left and right lung change places; else the same id.
+
+    By the palette's `mirror`, else by the names: left and right, or L and R at an end. None where a class of one side
+    has no partner: its images cannot be mirrored.
+    """
+    table, id_of = np.arange(256, dtype=np.uint8), {label.name: label.id for label in palette.labels}
+    partners = {label.mirror: label.id for label in palette.labels if label.mirror is not None}
+    for label in palette.labels:
+        own = label.mirror if label.mirror is not None else partners.get(label.id)
+        name = mirrored(label.name)
+        letters = LETTER.sub(lambda found: found[0].translate(OTHER_LETTER), label.name)
+        own = id_of.get(name if name != label.name else letters) if own is None else own
+        if own is None and name != label.name:
+            return None
+        table[label.id] = label.id if own is None else own
+    return table
 
 
 def cannot_be_mirrored(caption: str) -> bool:

@@ -46,11 +46,25 @@ class ImportConfig:
     caption: str | None = flag(
         None, "for rows without one; {classes} becomes those in the mask: 'a scene of {classes}'"
     )
+    threshold: int | None = flag(None, "masks of dark and light: light is class 1, from this value on", low=1, high=255)
+    unlabelled: list[int] = flag([], "values of the masks that mean unlabelled, such as 0 or 255", low=0, high=65535)
+    window: str = flag("", "LOW,HIGH: numbers of deep images that become black and white; or percentiles: 1%%,99%%")
+    merge_masks: str | None = flag(
+        None,
+        "one binary mask an object, in a folder named as its image: its class is one for all, or the file's name",
+        ("one", "name"),
+    )
+    skip_unpaired: bool = flag(False, "leave out images without a mask, masks without an image, rows without a mask")
     test: int = flag(0, "rows for test/, drawn at random from a SOURCE without splits; 0: none", low=0)
     image_column: str | None = flag(None, "column of the images; none: file_name, or image")
     conditioning_image_column: str | None = flag(
         None, "column of the masks; none: conditioning_image_file_name, or conditioning_image"
     )
     caption_column: str | None = flag(None, "column of the captions; none: text")
+    split_column: str | None = flag(None, "column of the splits; none: split, where there is one")
+    group_column: str | None = flag(None, "column of patients or the like: --test takes whole groups")
+    slice_axis: int = flag(2, "axis along which NIfTI volumes are cut into slices", low=0, high=2)
     image_suffix: str = flag("", "ending of the images' names that their masks do not have: _leftImg8bit")
     mask_suffix: str = flag("", "ending of the masks' names that their images do not have: _mask")
+    image_prefix: str = flag("", "beginning of the images' names that their masks do not have: img_")
+    mask_prefix: str = flag("", "beginning of the masks' names that their images do not have: mask_")

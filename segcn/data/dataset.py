@@ -1,6 +1,7 @@
 """A row and an epoch in, tensors out: image, control, mask, valid pixels, caption and the original."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from segcn.data.captions import mirrored
+from segcn.data.captions import mirrored, mirrored_ids
 from segcn.data.config import FITS
 from segcn.data.masks import colorize, read_mask
 from segcn.data.metadata import Split, read_row
@@ -51,7 +52,9 @@ class PairedDataset(Dataset):
         function: Augment | None = None,
     ):
         self.split, self.resolution = split, resolution
-        self.augment, self.function, self.seed = augment, function, seed
+        self.mirrored_ids = mirrored_ids(split.palette)
+        self.augment = augment if self.mirrored_ids is not None else replace(augment, hflip=0.0)
+        self.function, self.seed = function, seed
         self.fit = known_fit(fit)
 
     def __len__(self) -> int:
@@ -77,6 +80,8 @@ class PairedDataset(Dataset):
         drawn = self.draw(row, epoch)
         image, mask, valid = apply(original, torch.from_numpy(ids)[None], drawn, self.resolution)
         mask, valid = mask[0], valid[0]
+        if drawn.flip and self.mirrored_ids is not None:
+            mask = torch.from_numpy(self.mirrored_ids)[mask.long()]
         if self.function is not None:
             image, mask = self._changed(image, mask, rng.seed_of("augment function", self.seed, epoch, row))
             image, mask = image * valid, torch.where(valid, mask, IGNORE)

@@ -1,28 +1,34 @@
 """Which files of a data set may be opened (regular ones inside its folder), and images of known formats and sizes."""
 
+import hashlib
+import json
 import os
 import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from segcn.utils.errors import UserError
-from segcn.utils.paths import MAX_PIXELS, SYMLINKS
+from segcn.utils.io import write_text
+from segcn.utils.paths import MAX_PIXELS, OUTPUTS, SYMLINKS
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")  # none of them runs a program
 OUTSIDE = re.compile(r"\\|://|^[/~]|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)")
+KEPT_DIGESTS = 500  # files read at once, from which on their digests are kept
 LISTED_AFTER = 100  # names in a folder
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 KINDS |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 ORIENTATION = 0x0112  # the EXIF tag
 warnings.filterwarnings("ignore", module=r"PIL\.")  # images that it only warns of are refused here
 Image.init()
+PAGED = ("TIFF", "GIF")  # formats of which people have stacks and films
 READABLE = tuple(name for name in FORMATS if name in Image.OPEN)
 
 
@@ -45,6 +51,11 @@ def open_image(path: str | Path, what: str = "image", max_pixels: int = MAX_PIXE
             width, height = image.size
             if width * height > max_pixels:
                 raise Image.DecompressionBombError(f"{width} x {height} pixels, the limit is {max_pixels:,}")
+            pages = getattr(image, "n_frames", 1) if image.format in PAGED else 1
+            if pages > 1:
+                raise Unreadable(
+                    f"{path}: expected one {what}, found {pages} pages: save each as a file", "undecodable"
+                )
             yield image
     except UserError:
         raise
@@ -63,11 +74,18 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An open photo as RGB, turned by its EXIF orientation."""
+    """An open photo as RGB, turned by its EXIF orientation; of 16 bits the upper 8, alpha is left out.
+
+    Unreadable where it holds fractions, or numbers that 16 bits do not hold.
+    """
+    name, numbers = getattr(image, "filename", "an image"), np.asarray(image) if image.mode[0] in "IF" else None
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if numbers is not None:
+        if image.mode == "F" or numbers.min() < 0 or numbers.max() >= 2**16:
+            expected = f"{name}: expected numbers of 8 or 16 bits, found {numbers.min():g} to {numbers.max():g}"
+            raise Unreadable(f"{expected}: segcn import SOURCE OUT --window LOW,HIGH scales them", "undecodable")
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -106,3 +124,33 @@ class Boundary:
         except (OSError, ValueError):
             return "missing", f"expected a file, found none at {name!r} (looked for {path})"
         return None
+
+
+def digests(folder: Path, names: Sequence[str]) -> list[str]:
+    """A digest of the bytes of each file in a folder, "missing" where one cannot be read.
+
+    Of many files they are kept in outputs/cache: a file is read again when its size or time has changed.
+    """
+    kept = OUTPUTS / "cache" / "digests" / f"{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]}.json"
+    known: dict[str, list] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(kept.read_text(encoding="utf-8"))
+
+    def state(name: str) -> list:
+        try:
+            with open(f"{folder}/{name}", "rb") as file:
+                status = os.fstat(file.fileno())
+                found = [status.st_size, status.st_mtime_ns]
+                if known.get(name, [])[:2] == found:
+                    return known[name]
+                return [*found, hashlib.file_digest(file, "sha256").hexdigest()[:16]]
+        except (OSError, ValueError):
+            return [0, 0, "missing"]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(names, pool.map(state, names), strict=True))
+    if sum(known.get(name) != one for name, one in found.items()) >= KEPT_DIGESTS:
+        with suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps(known | found))
+    return [found[name][2] for name in names]

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from segcn.data.files import open_image
 from segcn.data.palette import IGNORE, Label, Palette
 from segcn.utils.errors import UserError
 
-LOSSY = ("JPEG", "MPO")  # formats that change labels
+LOSSY = ("JPEG", "MPO", "AVIF")  # formats that change labels; WebP does unless it says that it is lossless
 LOW_BIT_GREY = {"L;2": 85, "L;4": 17}  # Pillow stretches 2- and 4-bit grey files to 0..255 by these factors
 Color = tuple[int, int, int]
 
@@ -61,7 +61,7 @@ def read_stored_mask(path: str | Path) -> StoredMask:
         colored = image.mode not in ("P", "PA", "L", "LA", "1") and not image.mode.startswith("I")
         values = np.array(image.convert("RGB") if colored else image)
         own_palette = tuple(image.getpalette() or ()) if image.mode == "P" else ()
-        lossy = image.format in LOSSY
+        lossy = is_lossy(image)
     if colored:
         values = color_codes(values)
     elif values.ndim == 3:
@@ -73,13 +73,31 @@ def read_stored_mask(path: str | Path) -> StoredMask:
     return StoredMask(path, values, colored, lossy, own_palette)
 
 
+def is_lossy(image: ImageFile.ImageFile) -> bool:
+    """Whether the format of an open file changes labels."""
+    if image.format != "WEBP":
+        return image.format in LOSSY
+    with open(image.filename, "rb") as file:
+        return b"VP8L" not in file.read(4096)
+
+
+def lossy_error(path: str | Path) -> UserError:
+    """What a mask of such a format is refused with."""
+    return UserError(
+        f"{path}: expected a mask, found a lossy format, which changes labels: save it as PNG again, from the original"
+        " labels. Masks of two classes, dark and light, are read by: segcn import SOURCE OUT --threshold 128"
+    )
+
+
 def read_mask(path: str | Path, palette: Palette) -> np.ndarray:
     """Read a mask file as class ids, uint8 [H, W]; labels marked ignore are read as 255.
 
     Palette, grey, 1-bit and 16-bit files hold ids; RGB files are read through the palette's colors (alpha is
-    unused). UserError names the values or colors that the palette lacks, with their pixel counts.
+    unused). UserError names the values or colors that the palette lacks, with their pixel counts, and a lossy file.
     """
     stored = read_stored_mask(path)
+    if stored.lossy:
+        raise lossy_error(path)
     if stored.colored:
         return _ids_of_colors(stored, palette)
     classes = palette.class_of_id
@@ -174,7 +192,7 @@ def _undeclared_error(stored: StoredMask, pixels: dict[int, int], expected: str)
     found = ", ".join(f"{name} ({pixels[value]} pixels)" for value, name in names.items())
     more = f" and {len(pixels) - 5} more" if len(pixels) > 5 else ""
     fix = "declare it there, or give unlabelled pixels the value 255 (in RGB: the color of a label with ignore)"
-    if stored.lossy:
-        fix = "JPEG compression changes labels: save masks as PNG, from the original labels"
+    if stored.colored and all(len(set(color_of(value))) == 1 for value in pixels):
+        fix = "are these class ids in three channels? segcn import SOURCE OUT reads them so"
     undeclared = f"found {found}{more} that palette.json does not declare"
     return UserError(f"{stored.path}: expected {expected}, {undeclared}; {fix}")

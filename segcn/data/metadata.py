@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from segcn.data.files import Boundary, read_image
+from segcn.data.files import Boundary, digests, read_image
 from segcn.data.masks import read_mask, write_mask
 from segcn.data.palette import Palette, find_palette
 from segcn.utils.errors import UserError, refuse_failed
@@ -95,18 +95,25 @@ class Split:
         """The split cut after so many rows; None: all of it."""
         return replace(self, records=self.records[:rows])
 
+    def requested(self) -> "Split":
+        """The rows with the masks that their images were generated from, where filtering has edited the written ones.
+
+        These are in requested_masks/ beside masks/; a row that has none there is as it is.
+        """
+        if not (self.folder / "requested_masks").is_dir():
+            return self
+        names = [record.mask_name.replace("masks/", "requested_masks/", 1) for record in self.records]
+        records = (record._replace(mask_name=name) if Path(record.folder, name).is_file() else record
+                   for record, name in zip(self.records, names, strict=True))  # fmt: skip
+        return replace(self, records=tuple(records))
+
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the metadata, the palette, any file's size or time."""
+        """16 hexadecimal digits that change with the metadata, the palette and any file's bytes, wherever they are."""
         digest = hashlib.sha256(self.metadata.read_bytes() + self.palette.fingerprint.encode())
-        for record in self.records:
-            for name in (record.image_name, record.mask_name):
-                try:
-                    status = os.stat(f"{record.folder}/{name}")
-                    state = f"{status.st_size} {status.st_mtime_ns}"
-                except (OSError, ValueError):
-                    state = "missing"
-                digest.update(f"{name} {state}\n".encode())
+        names = [name for record in self.records for name in (record.image_name, record.mask_name)]
+        for name, content in zip(names, digests(self.folder, names), strict=True):
+            digest.update(f"{name} {content}\n".encode())
         return digest.hexdigest()[:16]
 
 
@@ -288,7 +295,7 @@ def read_lines(metadata: Path) -> Iterator[Line]:
             yield Line(number, fields[image], fields[mask], (fields[text],), Problem("metadata", "", fault))
 
 
-def read_csv(path: Path) -> Iterator[tuple[int, list[str], str | None]]:
+def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str], str | None]]:
     """Yield (first line, fields, fault) of the header, then of every row that is not blank; after a fault it reads on.
 
     fault: None, or what is wrong: text that is not UTF-8, a double quote that is left open, another number of fields
@@ -296,7 +303,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, list[str], str | None]]:
     """
     first, header = 1, None
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, strict=True, delimiter=delimiter)
         while True:
             try:
                 fields = next(reader)
@@ -398,8 +405,14 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) 
     write_whole(path, lambda file: file.write_bytes(text.getvalue().encode()))
 
 
-def write_metadata(folder: str | Path, rows: Iterable[tuple[str, str, str | Sequence[str]]]) -> Path:
+def write_metadata(
+    folder: str | Path,
+    rows: Iterable[tuple[str, str, str | Sequence[str]]],
+    more: Sequence[dict[str, str]] = (),
+) -> Path:
     """Write rows of (image file, mask file, caption or captions), whole or not at all.
+
+    more: further columns of each row.
 
     It is metadata.csv, or metadata.jsonl where a row has several captions (then each has a list: `datasets` wants one
     type in a column); line breaks in captions become spaces. The order of the columns matters: `datasets` takes the
@@ -411,11 +424,16 @@ def write_metadata(folder: str | Path, rows: Iterable[tuple[str, str, str | Sequ
         written.append((image, mask, [" ".join(caption.split()) for caption in captions]))
     if all(len(captions) <= 1 for _, _, captions in written):
         path = Path(folder) / METADATA[0]
-        write_csv(path, COLUMNS, ((image, mask, captions[0]) for image, mask, captions in written))
+        names = list(dict.fromkeys(name for one in more for name in one))
+        cells = [[one.get(name, "") for name in names] for one in more] or [[]] * len(written)
+        lines = ((image, mask, captions[0], *own) for (image, mask, captions), own in zip(written, cells, strict=True))
+        write_csv(path, (*COLUMNS, *names), lines)
     else:
         path = Path(folder) / METADATA[1]
-        lines = [json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n" for row in written]
-        write_whole(path, lambda file: file.write_bytes("".join(lines).encode()))
+        own = more or [{}] * len(written)
+        objects = (dict(zip(COLUMNS, row, strict=True)) | one for row, one in zip(written, own, strict=True))
+        text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in objects)
+        write_whole(path, lambda file: file.write_bytes(text.encode()))
     return path
 
 

@@ -18,6 +18,7 @@ FORM = '{"labels": [{"id": 0, "name": "sky", "color": [135, 206, 235]}, ...]}'
 class Label:
     """One class: its id in the masks, its name, its color in the control image; `ignore`: unlabelled.
 
+    mirror: the id that the class has in a mirrored image, of the right lung that of the left one; none: by its name.
     UserError for what is out of range.
     """
 
@@ -25,6 +26,7 @@ class Label:
     name: str
     color: tuple[int, int, int]
     ignore: bool = False
+    mirror: int | None = None
 
     def __post_init__(self):
         if not isinstance(self.ignore, bool):
@@ -55,6 +57,10 @@ class Palette:
             for value in values:
                 if (count := values.count(value)) > 1:
                     raise UserError(f"expected a different {key} for every label, found {value!r} {count} times")
+        mirrors = {label.id: label.mirror for label in self.labels if label.mirror is not None}
+        for id, other in mirrors.items():
+            if other not in self.ids or mirrors.get(other, id) != id:
+                raise UserError(f"label {id}: expected as mirror the id of a label whose mirror is {id}, found {other}")
 
     @classmethod
     def load(cls, path: str | Path) -> "Palette":
@@ -119,7 +125,9 @@ class Palette:
         lines = []
         for label in self.labels:
             entry = {"id": label.id, "name": label.name, "color": list(label.color)}
-            lines.append(json.dumps(entry | ({"ignore": True} if label.ignore else {}), ensure_ascii=False))
+            entry |= {"ignore": True} if label.ignore else {}
+            entry |= {} if label.mirror is None else {"mirror": label.mirror}
+            lines.append(json.dumps(entry, ensure_ascii=False))
         return '{"labels": [\n  ' + ",\n  ".join(lines) + "\n]}"
 
 
@@ -146,12 +154,13 @@ def palette_table(palette: Palette) -> str:
 
 def _label_of(entry: dict) -> Label:
     entry = {"color" if key == "colour" else key: value for key, value in dict(entry).items()}
-    unknown = set(entry) - {"id", "name", "color", "ignore"}
+    unknown = set(entry) - {"id", "name", "color", "ignore", "mirror"}
     if unknown:
-        raise UserError(f"label {entry}: expected the keys id, name, color and ignore, found also {sorted(unknown)}")
+        expected = "expected the keys id, name, color, ignore and mirror"
+        raise UserError(f"label {entry}: {expected}, found also {sorted(unknown)}")
     color = entry["color"]
     color = tuple(color) if isinstance(color, list) else color
-    return Label(entry["id"], entry["name"], color, entry.get("ignore", False))
+    return Label(entry["id"], entry["name"], color, entry.get("ignore", False), entry.get("mirror"))
 
 
 def _is_byte(value: object) -> bool:

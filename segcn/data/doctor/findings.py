@@ -1,4 +1,4 @@
-"""What is wrong with a data set: pure functions from the facts about its rows and files to findings."""
+"""What `segcn validate` finds wrong: pure functions from the facts about rows and files to findings."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -14,6 +14,8 @@ from segcn.data.config import DoctorConfig
 from segcn.data.doctor.scan import Case, Facts, ImageFacts, MaskFacts, dhash, scan_dataset
 from segcn.data.palette import IGNORE, Palette
 
+LEAST_LEVELS = 4  # between the darkest and the brightest value of an image that shows something
+DEEP = 2**13  # the largest number of a 16-bit image, from which on it is not called dark
 NEAR = 4  # bits of 64 in which the hashes of near-duplicates differ at most
 BLOCK = 1 << 18  # pairs of hashes compared at once: they fit a cache
 FAULTS = {  # kind: (severity, title, what to do)
@@ -27,6 +29,17 @@ FAULTS = {  # kind: (severity, title, what to do)
     "size": ("error", "mask of another size than its image", "resize the mask with NEAREST"),
     "rotation": ("error", "mask not turned as its image is", "turn the mask, or remove the image's EXIF orientation"),
     "lossy_mask": ("error", "mask in a lossy format", "save it as PNG again, from the original labels"),
+    "flat": (
+        "error",
+        "image without content",
+        "one color, or nearly: convert it again; segcn import --window for scans",
+    ),
+    "dark": (
+        "error",
+        "image that comes out dark",
+        "it uses few of its 16 bits: segcn import SOURCE OUT --window LOW,HIGH",
+    ),
+    "white_masks": ("error", "masks of 0 and 255 alone", "255 is unlabelled: segcn import reads such masks as 0 and 1"),
     "labels": ("error", "label that palette.json lacks", "add the class, or turn those pixels to 255"),
     "caption": ("error", "caption that is empty or no text", "write one, or remove the row"),
     "leak": ("error", "same image in two splits", "keep it in one split, else the test measures memory"),
@@ -34,6 +47,12 @@ FAULTS = {  # kind: (severity, title, what to do)
     "near_duplicate": ("warning", "nearly the same image in two splits", "look at both; keep one where they match"),
     "duplicate": ("warning", "same image in two rows", "keep one, unless the captions differ on purpose"),
     "exif": ("warning", "EXIF orientation", "store it upright: segcn turns images, not masks; others turn neither"),
+    "alpha": ("warning", "image with transparent pixels", "alpha is left out: their hidden color is used"),
+    "unlabelled": (
+        "warning",
+        "most pixels are unlabelled",
+        "is 255 a class? say so in palette.json: id 255, ignore true",
+    ),
     "caption_words": ("warning", "caption without a word", "datasets reads a number as int, and diffusers stops"),
     "caption_long": ("warning", "caption too long for the tokenizer", "put what matters first; the rest is cut off"),
     "class_absent": ("warning", "class that never occurs", "remove it from palette.json, or add rows that show it"),
@@ -148,6 +167,14 @@ def _file_findings(case: Case, image: ImageFacts | None, mask: MaskFacts | None)
             yield _of(case, facts.fault.kind, facts.fault.message, name)
         if facts is not None and facts.orientation != 1:
             yield _of(case, "exif", f"stored with EXIF orientation {facts.orientation}", name)
+    if image is not None and image.fault is None:
+        if image.deepest is not None and image.deepest < DEEP:
+            yield _of(case, "dark", f"its largest number is {image.deepest} of 65535", record.image_name)
+        elif image.levels < LEAST_LEVELS:
+            message = f"its darkest and brightest value are {image.levels} of 255 apart"
+            yield _of(case, "flat", message, record.image_name)
+        if image.transparent:
+            yield _of(case, "alpha", "some pixels are transparent", record.image_name)
     if mask is not None and mask.lossy:
         seen = f"; {mask.fault.message}" if mask.fault is not None else ""
         yield _of(case, "lossy_mask", f"{mask.lossy} compression changes labels{seen}", record.mask_name)
@@ -161,9 +188,10 @@ def _file_findings(case: Case, image: ImageFacts | None, mask: MaskFacts | None)
 
 
 def _decoded(facts: Facts) -> list[tuple[Case, ImageFacts]]:
-    """The rows whose images could be decoded."""
+    """The rows whose images could be decoded, and show something."""
     found = ((case, facts.images.get(case.record.image)) for case in facts.cases if case.readable)
-    return [(case, image) for case, image in found if image is not None and image.fault is None]
+    return [(case, image) for case, image in found
+            if image is not None and image.fault is None and image.levels >= LEAST_LEVELS]  # fmt: skip
 
 
 def copy_findings(facts: Facts) -> Iterator[Finding]:
@@ -208,6 +236,13 @@ def split_findings(facts: Facts, classes: dict[str, list[dict]]) -> Iterator[Fin
     """Splits with another palette than the first one, and classes of the palette that no mask of a split shows."""
     first, *_ = facts.splits
     for name, split in facts.splits.items():
+        shown = {entry["id"]: entry["share"] for entry in classes[name] if entry["masks"]}
+        if IGNORE in shown and IGNORE not in split.palette.ids:
+            if len(shown) == 2 and len(split.palette.class_names) > 1:
+                message = f"the masks of {name} hold {min(shown)} and 255 alone, and 255 means unlabelled"
+                yield Finding("white_masks", message, name)
+            elif shown[IGNORE] > 0.5:
+                yield Finding("unlabelled", f"{shown[IGNORE]:.0%} of the pixels of {name} are 255", name)
         if split.palette.fingerprint != facts.splits[first].palette.fingerprint:
             yield Finding("palette", f"{name} has another palette.json than {first}", name)
         for entry in classes[name]:

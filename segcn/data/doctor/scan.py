@@ -17,7 +17,7 @@ from PIL import Image
 
 from segcn.data.config import DoctorConfig
 from segcn.data.files import ORIENTATION, Unreadable, open_image, read_image, upright
-from segcn.data.masks import LOSSY, count_ids, read_mask
+from segcn.data.masks import count_ids, is_lossy, read_mask
 from segcn.data.metadata import Problem, Record, Split, find_splits, scan_split
 from segcn.data.palette import Palette
 from segcn.utils.errors import UserError
@@ -36,6 +36,9 @@ class ImageFacts:
     checksum: int = 0  # CRC-32 of the sampled pixels
     all_pixels: int = 0  # CRC-32 of all pixels, where another file has the same sampled ones
     thumb: np.ndarray | None = None  # uint8 [8, 9], grey
+    levels: int = 255  # between the darkest and the brightest sampled value
+    deepest: int | None = None  # of an image of more than 8 bits: its largest number
+    transparent: bool = False  # some of its pixels, whose color is used nevertheless
 
     @property
     def identity(self) -> tuple:
@@ -171,9 +174,13 @@ def image_facts(path: Path, max_pixels: int) -> ImageFacts:
     try:
         with open_image(path, max_pixels=max_pixels) as image:
             orientation, photo = image.getexif().get(ORIENTATION, 1), upright(image)
+            deepest = int(np.asarray(image).max()) if image.mode[0] == "I" else None
+            transparent = image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255
             sampled = photo.resize(SAMPLED, Image.Resampling.NEAREST)
             thumb = np.asarray(sampled.resize((9, 8), Image.Resampling.BOX).convert("L"))
-            return ImageFacts(None, photo.size, orientation, zlib.crc32(sampled.tobytes()), thumb=thumb)
+            lows, highs = zip(*sampled.getextrema(), strict=True)
+            levels, checksum = max(highs) - min(lows), zlib.crc32(sampled.tobytes())
+            return ImageFacts(None, photo.size, orientation, checksum, 0, thumb, levels, deepest, transparent)
     except Unreadable as error:
         return ImageFacts(_fault(path, error))
 
@@ -183,7 +190,7 @@ def mask_facts(path: Path, palette: Palette, max_pixels: int) -> MaskFacts:
     lossy = ""
     try:
         with open_image(path, "mask", max_pixels) as image:  # the header: too large a mask takes no memory
-            lossy = image.format if image.format in LOSSY else ""
+            lossy = str(image.format) if is_lossy(image) else ""
             late = image.format == "PNG" and "exif" not in image.info  # asking for it would decode the file
             orientation = 1 if late else image.getexif().get(ORIENTATION, 1)
         mask = read_mask(path, palette)

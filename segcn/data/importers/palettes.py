@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from segcn.data.config import PaletteConfig
-from segcn.data.files import READABLE, Boundary
-from segcn.data.masks import Color, code_of, color_of, read_stored_mask
+from segcn.data.files import READABLE, Boundary, open_image
+from segcn.data.masks import Color, code_of, color_of, lossy_error, read_stored_mask
 from segcn.data.metadata import METADATA, find_splits, read_lines
 from segcn.data.palette import IGNORE, Label, Palette
 from segcn.utils.errors import UserError
@@ -29,6 +31,8 @@ FOLDER = Path(__file__).parents[1] / "palettes"
 TWINS = {"ade20k": "ade20k-from-0", "cityscapes": "cityscapes-labelids", "coco-stuff": "coco-stuff-from-0"}
 TWINS |= {second: first for first, second in TWINS.items()}  # two ways to number the same classes
 TELL_APART = 4  # of 255: colors closer than this in every channel look the same
+MOST_UNLABELLED = 0.5  # of the pixels, that may be 255 without anybody saying what it means
+LEAST_MASKS, MANY_COLORS, SMOOTHED = 3, 6, 16  # masks, colors and grey values, from which on they may be no classes
 TABLE_LINES = 30  # labels in the table
 
 
@@ -55,7 +59,9 @@ def make_palette(config: PaletteConfig, log: Callable[[str], None] = print) -> P
     if os.path.lexists(target):
         raise UserError(f"{target} is there and is never overwritten: remove it, or name another file with --output")
     if config.dataset_name:
-        found = survey(mask_files(dataset, log), log)
+        found, _, said = choose_reading(survey(mask_files(dataset, log), log), palette)
+        for line in said:
+            log(f"{line}, by segcn import")
         if palette is None:
             palette = propose(found, [name.strip() for name in config.names.split(",")] if config.names else None)
             warnings = _smoothing_warnings(found)
@@ -137,8 +143,17 @@ class Survey:
         return ", ".join(shown) + (f" and {len(ranked) - 5} more" if len(ranked) > 5 else "")
 
 
-def survey(paths: Iterable[Path], log: Callable[[str], None] = print) -> Survey:
-    """Count every mask; UserError names a file that is no mask, or two of different kinds."""
+def light_pixels(path: Path, threshold: int) -> np.ndarray:
+    """Which pixels of a mask, in grey, are `threshold` or lighter, bool [H, W]."""
+    with open_image(path, "mask") as image:
+        return np.asarray(image if image.mode[0] in "IF" else image.convert("L")) >= threshold
+
+
+def survey(paths: Iterable[Path], log: Callable[[str], None] = print, threshold: int | None = None) -> Survey:
+    """Count every mask; UserError names a file that is no mask, or two of different kinds.
+
+    threshold: masks are read as 1 where they are so light, else 0. Masks whose colors are all grey hold ids.
+    """
     unique = list(dict.fromkeys(paths))
     if not unique:
         raise UserError("expected masks, found none")
@@ -146,7 +161,9 @@ def survey(paths: Iterable[Path], log: Callable[[str], None] = print) -> Survey:
     found: dict[bool, Survey] = {}  # by whether they are colored
     first: dict[bool, Path] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, (path, (colored, pixels, own)) in enumerate(zip(unique, pool.map(_values_of, unique), strict=True)):
+        for done, (path, (colored, pixels, own)) in enumerate(
+            zip(unique, pool.map(_values_of, unique, repeat(threshold)), strict=True)
+        ):
             counted = found.setdefault(colored, Survey(colored))
             first.setdefault(colored, path)
             counted.pixels.update(pixels)
@@ -162,14 +179,116 @@ def survey(paths: Iterable[Path], log: Callable[[str], None] = print) -> Survey:
     return next(iter(found.values()))
 
 
-def _values_of(path: Path) -> tuple[bool, dict[int, int], dict[int, Color]]:
+def is_grey(found: Survey) -> bool:
+    """Whether all colors are grey: then they are class ids in three channels, unless a palette has these colors."""
+    return found.colored and all(len(set(color_of(value))) == 1 for value in found.pixels)
+
+
+def in_one_channel(found: Survey) -> Survey:
+    """A survey of grey colors as one of the values in each channel."""
+    pixels, files = ({color_of(value)[0]: n for value, n in each.items()} for each in (found.pixels, found.files))
+    return Survey(False, Counter(pixels), Counter(files), {color_of(key)[0]: at for key, at in found.example.items()})
+
+
+class Reading(NamedTuple):
+    """How masks become class ids where they do not hold them: stored value -> id, or light pixels 1 and dark ones 0."""
+
+    ids: dict[int, int]
+    threshold: int | None = None
+
+    def read(self, path: Path) -> np.ndarray:
+        """A mask file as class ids, uint8 [H, W]."""
+        if self.threshold is not None:
+            return light_pixels(path, self.threshold).astype(np.uint8)
+        stored = read_stored_mask(path)
+        table = np.full(IGNORE + 1, IGNORE, np.uint8)
+        table[list(self.ids)] = list(self.ids.values())
+        return table[stored.values & 255 if stored.colored else stored.values]
+
+
+def choose_reading(
+    found: Survey, palette: Palette | None, unlabelled: Sequence[int] = (), threshold: int | None = None
+) -> tuple[Survey, Reading | None, list[str]]:
+    """How to read these masks: the survey as read, the reading (None: as stored), and what to say about it.
+
+    A value of `unlabelled` is read as 255. 255 itself is unlabelled where a palette or `unlabelled` says so, or where
+    it is at most half of the pixels beside two classes or more; masks of 255 and one other value are binary. UserError
+    where the values are no labels, or somebody must say what 255 means.
+    """
+    if threshold is not None:
+        return found, Reading({}, threshold), [f"masks: {threshold} and lighter is class 1, darker is class 0"]
+    if (
+        found.colored
+        and palette is not None
+        and {found.value_of(label) for label in palette.labels} >= set(found.pixels)
+    ):
+        return found, None, []
+    grey = is_grey(found)
+    found, said = (in_one_channel(found) if grey else found), []
+    if found.colored:
+        _refuse_segments(found)
+        return found, None, []
+    _refuse_smoothed(found)
+    ids = {value: IGNORE if value in unlabelled else value for value in found.pixels}
+    declared = palette is not None and IGNORE in palette.ids
+    classes = [value for value, id in ids.items() if id != IGNORE]
+    if IGNORE in found.pixels and not declared and IGNORE not in unlabelled:
+        two = palette is None or set(palette.ids) <= {0, 1}
+        share = found.pixels[IGNORE] / found.pixels.total()
+        if len(classes) == 1 and two:
+            ids |= {classes[0]: 0, IGNORE: 1}
+            said.append(f"masks: {classes[0]} and 255 alone, read as binary: {classes[0]} is class 0, 255 is class 1")
+        elif share > MOST_UNLABELLED:
+            raise UserError(
+                f"255 covers {share:.0%} of the pixels of the masks: does it mean unlabelled, or is it a class? Say"
+                " --unlabelled 255, or give each class an id below 255"
+            )
+    if grey and not said:
+        said.append("masks: grey in three channels, read as class ids")
+    said += [
+        f"masks: {value} is read as unlabelled" for value in unlabelled if value in found.pixels and value != IGNORE
+    ]
+    if all(value == id for value, id in ids.items()) and not grey:
+        return found, None, []
+    read = Survey(False)
+    for value, id in ids.items():
+        read.pixels[id] += found.pixels[value]
+        read.files[id] += found.files[value]
+        read.example.setdefault(id, found.example[value])
+    return read, Reading(ids), said
+
+
+def _refuse_segments(found: Survey) -> None:
+    """UserError where nearly every color is in one file alone: segments of panoptic masks, not classes."""
+    alone, masks = sum(count == 1 for count in found.files.values()), len(set(found.example.values()))
+    if masks >= LEAST_MASKS and len(found.files) >= MANY_COLORS and alone > 0.8 * len(found.files):
+        raise UserError(
+            f"{alone} of {len(found.files)} colors are in one mask alone: these are segments (panoptic masks or"
+            f" instances), not classes: {found.listed(found.pixels)}. Give each pixel the id of its segment's category"
+        )
+
+
+def _refuse_smoothed(found: Survey) -> None:
+    """UserError where nearly all pixels have one of two values, and the rest lies between them."""
+    low, high = min(found.pixels), max(found.pixels)
+    near = sum(n for value, n in found.pixels.items() if min(value - low, high - value) <= (high - low) / 16)
+    if len(found.pixels) > SMOOTHED and near > 0.8 * found.pixels.total():
+        raise UserError(
+            f"{len(found.pixels)} grey values, {near / found.pixels.total():.0%} of the pixels near {low} and {high},"
+            " as of a mask of two classes that was resized by another filter than NEAREST: segcn import --threshold"
+            f" {(low + high + 1) // 2} reads it as dark and light"
+        )
+
+
+def _values_of(path: Path, threshold: int | None) -> tuple[bool, dict[int, int], dict[int, Color]]:
     """Of a mask whether it is colored, the pixels of each value, and their colors by its own palette; UserError."""
+    if threshold is not None:
+        light = int(light_pixels(path, threshold).sum())
+        stored = read_stored_mask(path)
+        return False, {value: n for value, n in ((0, stored.values.size - light), (1, light)) if n}, {}
     stored = read_stored_mask(path)
     if stored.lossy:
-        raise UserError(
-            f"{path}: expected a mask, found a JPEG, whose compression changes labels: name the folder of the"
-            " masks alone; masks that are JPEG must be saved as PNG again, from the original labels"
-        )
+        raise lossy_error(path)
     pixels = stored.pixels
     if len(pixels) > IGNORE + 1 - stored.colored:
         top = sorted(pixels.items(), key=lambda item: (-item[1], item[0]))[:5]

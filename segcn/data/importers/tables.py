@@ -22,8 +22,11 @@ class Row(NamedTuple):
 
     where: str
     image: Path | bytes
-    mask: Path | bytes
+    mask: Path | bytes | tuple[Path, ...]  # several: one binary file an object
     captions: tuple[str, ...]
+    split: str = ""
+    more: tuple[tuple[str, str], ...] = ()  # further columns of a table and what they hold
+    group: str = ""  # rows of a group, such as a patient, stay on one side of a split
 
 
 def file_rows(table: Path, config: ImportConfig) -> list[Row]:
@@ -32,7 +35,7 @@ def file_rows(table: Path, config: ImportConfig) -> list[Row]:
     UserError names the first line that is wrong and how many more are.
     """
     rows: dict[tuple, Row] = {}
-    count, problems, columns = 0, [], None
+    count, problems, left, columns = 0, [], [], None
     try:
         for line, fields, fault in (_csv_rows if table.suffix.lower() == ".csv" else _json_rows)(table):
             where, count = f"{table}, line {line}", count + 1
@@ -40,6 +43,9 @@ def file_rows(table: Path, config: ImportConfig) -> list[Row]:
                 problems.append(f"{where}: {fault}")
                 continue
             columns = columns or choose_columns(fields, config, where)
+            if config.skip_unpaired and not all(fields.get(column) for column in columns[:2]):
+                left.append(line)
+                continue
             try:
                 row = _row(where, fields, columns, table.parent, config)
             except UserError as error:
@@ -50,7 +56,10 @@ def file_rows(table: Path, config: ImportConfig) -> list[Row]:
             rows[row.image, row.mask] = first._replace(captions=captions)
     except OSError as error:
         raise UserError(f"{table}: cannot be read: {error}") from None
-    refuse_failed(problems, count)
+    empty = bool(problems) and "expected a file, found ''" in problems[0]
+    refuse_failed(problems, count, fix="; --skip_unpaired leaves such rows out" if empty else "")
+    if left:
+        print(f"{table}: left out: {len(left)} rows without an image or a mask, in line {left[0]} and so on")
     return list(rows.values())
 
 
@@ -102,11 +111,19 @@ def captions_of(cell: Any, config: ImportConfig) -> tuple[str, ...]:
 
 def _row(where: str, fields: dict[str, Any], columns: list[str], folder: Path, config: ImportConfig) -> Row:
     image, mask, text = columns
-    column = image
+    column, split = image, config.split_column or ("split" if "split" in fields else "")
+    if split and split not in fields:
+        raise UserError(f"{where}: expected a column {split}, found {', '.join(fields)}; name it by --split_column")
+    if config.group_column and config.group_column not in fields:
+        raise UserError(f"{where}: expected a column {config.group_column}, found {', '.join(fields)}: --group_column")
+    more = tuple((name, str(cell)) for name, cell in fields.items()
+                 if name not in (*columns, split) and isinstance(cell, str | int | float))  # fmt: skip
     try:
         image_file, column = _file_of(fields.get(image), folder), mask
         mask_file, column = _file_of(fields.get(mask), folder), text
-        return Row(where, image_file, mask_file, captions_of(fields.get(text) if text else None, config))
+        captions = captions_of(fields.get(text) if text else None, config)
+        group = str(fields.get(config.group_column, "")) if config.group_column else ""
+        return Row(where, image_file, mask_file, captions, str(fields.get(split) or "") if split else "", more, group)
     except UserError as error:
         raise UserError(f"{where}: {f'column {column}: ' if column else ''}{error}") from None
 
@@ -131,7 +148,7 @@ def _file_of(cell: Any, folder: Path) -> Path | bytes:
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any], str | None]]:
     """(line, fields, fault) of every row that is not blank; UserError where the header is wrong."""
-    rows = read_csv(table)
+    rows = read_csv(table, find_delimiter(table))
     _, header, fault = next(rows, (1, [], None))
     if len(set(header)) < len(header):
         fault = f"expected different columns, found {','.join(header)}"
@@ -139,6 +156,13 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any], str | None]]:
         raise UserError(f"{table}, line 1: {fault}")
     for line, fields, fault in rows:
         yield line, dict(zip(header, fields, strict=False)), fault
+
+
+def find_delimiter(table: Path) -> str:
+    """What separates the columns in the first line of a table: a comma, a semicolon or a tab."""
+    with table.open(encoding="utf-8-sig", errors="replace") as file:
+        first = file.readline()
+    return max(",;\t", key=lambda sign: (first.count(sign), sign == ","))
 
 
 def _json_rows(table: Path) -> Iterator[tuple[int, dict[str, Any], str | None]]:
