@@ -13,7 +13,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from segcn.utils.args import RESUME, flags_parser, main_guard, parse, stoppable, suggest
+from segcn.utils.args import (
+    RESUME,
+    flags_parser,
+    main_guard,
+    make,
+    parse,
+    preset_of_base,
+    stoppable,
+    suggest,
+)
 from segcn.utils.errors import UserError
 from segcn.utils.paths import OUTPUTS, use_writable_home
 
@@ -58,6 +67,8 @@ COMMANDS = {
                         DATA + "DoctorConfig", "segcn.cli:validate_dataset", ("dataset_name",), stopped=NOTHING),
     "palette": Command("write a palette.json for masks that have none: a ready one, or one proposed from them",
                        DATA + "PaletteConfig", "segcn.data.importers.palettes:make_palette", ("dataset_name",)),
+    "check": Command("does a base fit a data set? reconstructions, captions, memory and time",
+                     "segcn.evaluate.config:CheckConfig", "segcn.cli:check_dataset", ("dataset_name",)),
     "bench": Command("compare training (train) or generation (generate) with diffusers"),
     "bench train": Command("time training and diffusers' train_controlnet.py in turns",
                            "segcn.bench.config:BenchTrainConfig", "segcn.bench.train:bench_train"),
@@ -188,6 +199,26 @@ def validate_dataset(config: Any) -> None:
     from segcn.data.doctor.report import validate
 
     sys.exit(1 if validate(config).errors else 0)
+
+
+def check_dataset(config: Any) -> None:
+    """`segcn check`: the base with held-out rows, then two steps of a training."""
+    from segcn.data.metadata import hold_out, read_named_split
+    from segcn.evaluate.base_check import BASE_CHECK, check_base
+    from segcn.models.base import load_base, pick_device
+    from segcn.models.segmenter import SegmenterConfig, segmenter_of
+    from segcn.train.config import TrainConfig
+    from segcn.train.loop import micro_steps
+    from segcn.train.memory import preflight
+
+    name, out = config.pretrained_model_name_or_path, Path(config.output_dir)
+    given = {name: getattr(config, name) for name in ("dataset_name", "resolution", "fit", "output_dir")}
+    training = make(TrainConfig, preset_of_base(name), pretrained_model_name_or_path=name, **given)
+    rows, held_out = (read_named_split(config.dataset_name, part) for part in hold_out(config.dataset_name))
+    segmenter = segmenter_of(rows, SegmenterConfig(resolution=training.resolution, fit=config.fit))
+    checked = check_base(held_out, load_base(name, pick_device()), training.resolution, config.fit, segmenter)
+    checked.write(out / BASE_CHECK)
+    preflight(training, micro_steps, check=False)
 
 
 def bench_generation(config: Any) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from segcn.data.config import FITS
 from segcn.utils.args import flag
+from segcn.utils.paths import BASE, OUTPUTS
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,22 @@ class EvaluateConfig:
     resolution: int | None = flag(None, "image size for the segmenter in pixels; none: that of --synthetic", low=1)
     fit: str = flag("crop", "how images become square: crop, pad or stretch; with --segmenter: as it was trained", FITS)
     seed: int = flag(0, "seed of the segmenter's training")
+    allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Does a base fit a data set? Reconstructions, captions, small classes; then memory and time of a training.
+
+    A segmenter that is trained on the training rows compares reconstructions of held-out rows with their originals; the
+    same one is used by segcn train --faithfulness_rows and segcn evaluate.
+    """
+
+    dataset_name: str = flag("", "data set folder", required=True)
+    pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
+    resolution: int | None = flag(None, "image size in pixels; none: that of the preset that fits the base", low=1)
+    fit: str = flag("crop", "how images become square: crop, pad or stretch", FITS)
+    output_dir: str = flag(str(OUTPUTS / "check"), "folder of base_check.png")
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
 
 

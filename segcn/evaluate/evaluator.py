@@ -5,7 +5,8 @@ processes, and what was computed of an image is kept on disk and used after an i
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from segcn.data.dataset import PairedDataset, Sample, to_uint8
+from segcn.data.masks import read_mask
 from segcn.data.metadata import Split
 from segcn.data.palette import IGNORE, Palette
 from segcn.data.transforms import AUGMENTS
@@ -88,10 +90,15 @@ class Observer:
         return _merged(found)
 
     def pairs(self, split: Split) -> PairedDataset:
-        """The rows as the segmenter sees them: made square as its `fit` says, at its resolution, not augmented."""
+        """The rows as the segmenter sees them: made square as its `fit` says, at its resolution, not augmented.
+
+        Their masks are those that the images were generated from, also where filtering has edited the written ones.
+        """
         settings = self.segmenter.settings
         resolution = settings.get("resolution", SegmenterConfig.resolution)
-        return PairedDataset(split, resolution, AUGMENTS["none"], 0, settings.get("fit", SegmenterConfig.fit))
+        return PairedDataset(
+            split.requested(), resolution, AUGMENTS["none"], 0, settings.get("fit", SegmenterConfig.fit)
+        )
 
     def _group(self, pairs: PairedDataset, rows: range, parts: tuple[str, ...], pool: ThreadPoolExecutor) -> Seen:
         path = (
@@ -326,7 +333,8 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
     few = metrics.few_images(min(len(splits["real"]), len(splits["synthetic"])), distance["features"], extractor.name)
     result: dict[str, Any] = {
         "segmenter": observer.segmenter.settings,
-        "sets": {name: {"folder": str(split.folder), "images": len(split), "fingerprint": split.fingerprint}
+        "sets": {name: {"folder": str(split.folder), "images": len(split), "fingerprint": split.fingerprint,
+                        "requested_masks": (split.folder / "requested_masks").is_dir()}
                  for name, split in splits.items()},
         "settings": {"bootstrap_draws": bootstrap.DRAWS, "level": bootstrap.LEVEL, "least_crop": LEAST_CROP},
         "notes": {"iou": metrics.IOU_RULE},
@@ -341,9 +349,78 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
         "text": _text_scores(seen, observer.readers),
         "color": _color_shift(near, far),
         "copies": copies,
-        "warnings": [few] if few else [],
+        "filtering": filtering_of(splits["synthetic"], far["pixels"][:, :, 0] > 0),
     }  # fmt: skip
-    return result
+    return result | {"warnings": [*([few] if few else []), *_doubts(result, weights_digest(observer.segmenter))]}
+
+
+def filtering_of(split: Split, classes: torch.Tensor) -> dict | None:
+    """How a generated set was filtered, by its manifest; None where it was not.
+
+    classes [N, K]: which classes the mask of each of its images holds. Counts of images asked for, kept, regenerated
+    (kept, but not at the first attempt) and dropped; of classes, and of words of the prompts, the share of the dropped
+    and of all images that have it, those first that were dropped most often.
+    """
+    settings, manifest = (split.folder / name for name in ("generation.json", "manifest.jsonl"))
+    if not (settings.is_file() and manifest.is_file()):
+        return None
+    records = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not any("miou" in record for record in records):
+        return None
+    dropped = [record for record in records if not record["kept"]]
+    lost = [set(np.unique(read_mask(split.folder / record["conditioning_image_file_name"], split.palette)).tolist())
+            for record in dropped]  # fmt: skip
+    kept = [set(torch.where(one)[0].tolist()) for one in classes]
+    found = {label.name: _shares([label.id in one for one in lost], [label.id in one for one in kept])
+             for label in split.palette.labels if not label.ignore}  # fmt: skip
+    texts = [[set(re.findall(r"\w+", one["text"].lower())) for one in some]
+             for some in (dropped, [record for record in records if record["kept"]])]  # fmt: skip
+    words = {word: _shares(*([word in one for one in some] for some in texts)) for word in set().union(*texts[0])}
+    made = json.loads(settings.read_text(encoding="utf-8"))
+    return {
+        "asked": len(records), "kept": len(records) - len(dropped), "dropped": len(dropped),
+        "regenerated": sum(record["kept"] and record["attempt"] > 0 for record in records),
+        "min_miou": made.get("min_miou"), "ignore_disagreement": made.get("ignore_disagreement", False),
+        "segmenter_weights": made.get("segmenter_weights"), "classes": _most_dropped(found),
+        "words": _most_dropped(words),
+    }  # fmt: skip
+
+
+def _shares(dropped: list[bool], kept: list[bool]) -> list[float]:
+    """Of the dropped and of all images, the share for which it is true."""
+    every = [*dropped, *kept]
+    return [round(sum(one) / len(one), 3) if one else 0.0 for one in (dropped, every)]
+
+
+def _most_dropped(shares: dict[str, list[float]], most: int = 6) -> dict[str, list[float]]:
+    """Those that are more frequent among the dropped images by 0.1 and more, the most frequent first."""
+    gaps = {name: dropped - all_of_them for name, (dropped, all_of_them) in shares.items()}
+    return {
+        name: shares[name] for name in sorted(gaps, key=lambda name: (-gaps[name], name))[:most] if gaps[name] >= 0.1
+    }
+
+
+def _doubts(found: dict, weights: str) -> Iterator[str]:
+    """Why a number is better than it may be believed, a sentence each."""
+    filtering, scored = found["filtering"], found["faithfulness"]["synthetic"]["miou"].value
+    if filtering and filtering["segmenter_weights"] == weights:
+        yield (
+            "The segmenter that scores these images has filtered them: the scores flatter them. Leave out --segmenter, "
+            "or give another one."
+        )
+    if filtering and filtering["ignore_disagreement"] and not found["sets"]["synthetic"]["requested_masks"]:
+        yield (
+            "Filtering has edited the masks of these images and the requested ones were not kept (an older set): they "
+            "are scored against the edited masks, which flatters them."
+        )
+    share = found["of_ceiling"].value
+    if share is not None and (share >= 1 or scored > 0.995):
+        reason = "they were filtered by a segmenter, and " if filtering else ""
+        yield (
+            f"The images reach {share:.3f} of the ceiling (mIoU {scored:.3f}): {reason}they are as easy to segment as "
+            "real ones, or easier, for want of variety, noise and hard cases. This is no sign of quality: look at the "
+            "images, and at recall and coverage."
+        )
 
 
 def _crop_distances(near: Seen, far: Seen, palette: Palette, extractor: Extractor) -> dict:

@@ -28,6 +28,7 @@ from segcn.utils.html import figure_img, render
 from segcn.utils.io import write_text
 
 WIDTH = 100  # characters a line
+FAR = 0.5  # precision or coverage, below which images are called far from the real ones
 SPREADS = ("precision", "recall", "density", "coverage")
 DISTANCES = ("frechet_distance", "kernel_distance")
 
@@ -70,7 +71,28 @@ def _lines(metrics: dict) -> Iterator[str]:
         delta = within(metrics, "color", "delta_e", digits=3)
         yield f"mean color shift (CIE L*a*b*): {channels}, delta E {delta}"
     if metrics["copies"]:
-        yield f"memorization test: {within(metrics, 'copies', 'nearer_than_real')} (0.5 = none)"
+        far = far_from_real(metrics)
+        yield f"memorization test: {within(metrics, 'copies', 'nearer_than_real')} ({far or '0.5 = none'})"
+    if metrics.get("filtering"):
+        yield filtering_line(metrics["filtering"])
+
+
+def filtering_line(found: dict) -> str:
+    """How many images filtering kept and dropped, and what the dropped ones have more often than all of them."""
+    again, dropped = f"{found['regenerated']} of them regenerated", f"{found['dropped']} dropped"
+    text = f"filtering: {found['asked']} images asked for, {found['kept']} kept ({again}), {dropped}"
+    for kind, title in (("classes", "classes of the dropped"), ("words", "words of their prompts")):
+        shares = [f"{name} {dropped:.0%} (of all {every:.0%})" for name, (dropped, every) in found[kind].items()]
+        text += f"; {title}: {', '.join(shares)}" if shares else ""
+    return text
+
+
+def far_from_real(metrics: dict) -> str:
+    """Why the memorization test says nothing, where images are far from all real ones: they are no copies, nor good."""
+    precision, coverage = (metrics["distance"][key] for key in ("precision", "coverage"))
+    if min(precision, coverage) >= FAR:
+        return ""
+    return f"says nothing: far from all real images, precision {precision:.2f}, coverage {coverage:.2f}"
 
 
 def _side_by_side(columns: list[list[str]]) -> list[str]:
@@ -430,13 +452,19 @@ def summary(metrics: dict) -> Iterator[str]:
     yield f"Masks are followed to {share} of what real images reach (mIoU {found} of {ceiling}){without}."
     apart = (metrics["intervals"]["distance"]["kernel_distance"] or [0])[0] > 0
     verdict = "they differ from real images" if apart else "no difference from real images is seen"
+    if metrics["filtering"]:
+        line = filtering_line(metrics["filtering"])
+        yield f"{line[0].upper()}{line[1:]}."
     title = f"{metrics['distance']['names'][1]} ({metrics['distance']['extractor']})"
     yield f"{title}: {within(metrics, 'distance', 'kernel_distance', digits=3)}, {verdict} by these features."
     if metrics["copies"]:
         low, high = metrics["intervals"]["copies"]["nearer_than_real"]
         verdict = "closer to training images than real test images are: look at the pairs below" if low > 0.5 else (
             "no closer to training images than real test images are")  # fmt: skip
-        yield f"Memorization test: {low:.2f} to {high:.2f} (0.5 = none); they are {verdict}."
+        far = far_from_real(metrics)
+        yield f"Memorization test: {low:.2f} to {high:.2f} (0.5 = none); " + (
+            f"it {far}." if far and low <= 0.5 else f"they are {verdict}."
+        )
     for name in metrics["text"].get("synthetic", {}):
         real = number(metrics["text"]["real"][name])
         yield f"{name}: {within(metrics, 'text', 'synthetic', name)}; of real images {real}."

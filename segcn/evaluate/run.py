@@ -13,10 +13,12 @@ from segcn.data.metadata import Split, find_splits, hold_out, read_named_split, 
 from segcn.evaluate.config import EvaluateConfig
 from segcn.evaluate.evaluator import METRICS_FILE, PARTS_OF, Evaluation, Log, Observer, evaluate
 from segcn.evaluate.report import write_evaluation_report
+from segcn.models.base import weights_digest
 from segcn.models.features import Reader, clip_reader, open_extractor
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter, segmenter_of
 from segcn.utils.errors import UserError
 from segcn.utils.io import Process, one_at_a_time, this_process
+from segcn.utils.paths import RUN_FILE
 
 CaptionReader = Callable[[Path, Split, Path, Log], Reader | None]
 CHANGE_NO_NUMBER = ("output_dir", "cache_dir", "batch_size", "allow_symlinks")
@@ -43,6 +45,10 @@ def evaluate_folders(
         torch.set_num_threads(os.cpu_count() or 1)  # torchrun sets 1: what is trained depends on it
     with one_at_a_time(cache / ".networks.lock"):  # one process trains what the others then load
         segmenter = _segmenter(config, splits, cache, log)
+        made = splits["synthetic"].folder / "generation.json"
+        if made.is_file() and json.loads(made.read_text()).get("segmenter_weights") == weights_digest(segmenter):
+            log(f"--segmenter {config.segmenter} filtered these images: one that is trained on real rows scores them.")
+            segmenter = _segmenter(replace(config, segmenter=None), splits, cache, log)
         extractor = open_extractor(segmenter, config.inception_weights)
         readers = open_readers(config.clip, Path(config.real), splits.get("train"), cache, caption_reader, log)
     observer = Observer(segmenter, extractor, readers, cache, config.batch_size)
@@ -52,11 +58,30 @@ def evaluate_folders(
             return None
     floor, reconstructions, train = (splits.get(name) for name in ("floor", "reconstructions", "train"))
     evaluation = evaluate(splits["real"], splits["synthetic"], observer, floor, reconstructions, train, log=log)
+    evaluation.metrics["warnings"] += trained_on_held_out(config, splits)
     kept = {name: value for name, value in asdict(config).items() if name not in CHANGE_NO_NUMBER}
     evaluation.metrics["settings"] |= kept
     log(f"Wrote {evaluation.write(folder)}.")
     log(f"Wrote {write_evaluation_report(evaluation, folder)}.")
     return evaluation
+
+
+def trained_on_held_out(config: EvaluateConfig, splits: dict[str, Split]) -> list[str]:
+    """A warning where the ControlNet of the generated set was trained on rows that count as held out here."""
+    if "test" in find_splits(config.real) or "train" not in splits:
+        return []
+    try:
+        made = json.loads((splits["synthetic"].folder / "generation.json").read_text())
+        trained = json.loads((Path(made["controlnet"]) / RUN_FILE).read_text())
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    kept, used = len(splits["train"]), trained.get("max_train_samples")
+    if Path(trained["dataset_name"]).absolute() != Path(config.real).absolute() or (used is not None and used <= kept):
+        return []
+    return [
+        f"{config.real} has no test/, so its last {len(splits['real'])} rows count as held out; but the ControlNet was "
+        f"trained on them, too: the scores flatter it. Move rows to test/, or train with --max_train_samples {kept}."
+    ]
 
 
 def _share(observer: Observer, splits: dict[str, Split], process: Process, log: Log) -> None:
@@ -92,10 +117,11 @@ def refuse_another(folder: Path, synthetic: Split) -> None:
     if not path.is_file():
         return
     try:
-        measured = json.loads(path.read_text())["sets"]["synthetic"]["folder"]
+        known = json.loads(path.read_text())["sets"]["synthetic"]
+        measured, same = known["folder"], known.get("fingerprint") == synthetic.fingerprint
     except (OSError, ValueError, KeyError, TypeError):
-        measured = "something else, or by an older version"
-    if measured != str(synthetic.folder):
+        measured, same = "something else, or by an older version", False
+    if not same and measured != str(synthetic.folder):
         raise UserError(
             f"{path} is the evaluation of {measured}, not of {synthetic.folder}: choose another --output_dir, or move"
             " it away"

@@ -10,9 +10,11 @@ from segcn.utils.io import this_process
 
 def generate_share_of_process(config: GenerateConfig) -> Path | None:
     """Generate the share of this process; returns the data set in the first one."""
-    from segcn.generate.writer import generate_dataset
+    from segcn.generate.writer import generate_dataset, reconstruct_controls
 
     process = this_process()
+    if config.reconstruct:
+        return reconstruct_controls(config) if process.rank == 0 else None
     out = generate_dataset(config, process=process)
     return out if process.rank == 0 else None
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from segcn.data.captions import classes_of, mirrored
+from segcn.data.captions import classes_of, mirrored, mirrored_ids
 from segcn.data.dataset import read_framed_mask
 from segcn.data.importers.palettes import is_dataset, mask_files
 from segcn.data.masks import read_mask
@@ -93,10 +93,13 @@ class Conditions:
         side = resolution or mask.shape[0]
         if resolution is None and mask.shape[0] != mask.shape[1]:
             raise UserError(f"{file}: --augment_masks moves squares, found {_size(mask)}: give a side by --resolution")
-        drawn = draw(self.augment, self.config.seed, replicate, row, prompt, fit)
+        swapped = mirrored_ids(self.palette)
+        augment = self.augment if swapped is not None else replace(self.augment, hflip=0.0)
+        drawn = draw(augment, self.config.seed, replicate, row, prompt, fit)
         blank = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, *mask.shape)
         moved = apply(blank, torch.from_numpy(mask)[None], drawn, side)[1][0]
-        return moved.numpy(), Box(0, 0, side, side), drawn
+        ids = swapped[moved.numpy()] if drawn.flip and swapped is not None else moved.numpy()
+        return ids, Box(0, 0, side, side), drawn
 
     def prompt(self, row: int, replicate: int) -> str:
         """The text of an image before its mask is read: of several captions of a row, each replicate takes the next."""

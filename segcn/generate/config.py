@@ -19,7 +19,7 @@ class SampleConfig:
         "tiny": {"num_inference_steps": 14, "guidance_scale": 3.5, "guidance_end": 0.4, "scheduler": "unipc"},
     }
 
-    preset: str = flag("tiny", "defaults to start from: tiny (the embedded base) or sd15", ("tiny", "sd15"))
+    preset: str = flag("tiny", "defaults: tiny (embedded base) or sd15; none: what fits the base", ("tiny", "sd15"))
     pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
     controlnet_model_name_or_path: str | None = flag(
         None, "ControlNet folder; none: the newest trained one whose palette matches, else the shipped one"
@@ -82,6 +82,7 @@ class GenerateConfig(SampleConfig):
     replicates: int = flag(1, "images of each row", low=1)
     augment_masks: str | None = flag(None, "draw a new layout for each image as in training: affine,degrees=20")
     batch_size: int = flag(16, "images generated at once", low=1)
+    reconstruct: bool = flag(False, "the real images through the autoencoder: for segcn evaluate --reconstructions")
     without_control: bool = flag(False, "ignore the mask: the floor of an evaluation")
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
     min_miou: float | None = flag(None, "regenerate an image with a lower mIoU; none: keep all", low=0, high=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,8 @@ def infer(config: InferConfig) -> Path:
     pipeline = load_pipeline(config, palette)
     mask, frame = framed or read_framed_mask(mask_path, pipeline.palette, config.resolution, config.fit)
     columns = [(seed, 0) for seed in config.seeds] or [(config.seed, row) for row in range(config.num_images)]
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(seed for seed, _ in columns))
+    print(f"Generating with {pipeline}, seed {seeds}.", file=sys.stderr)
     images: dict[tuple[str, int, int], np.ndarray] = {}
     for seed in dict.fromkeys(seed for seed, _ in columns):
         settings = dataclasses.replace(config, seed=seed)

@@ -32,6 +32,7 @@ from segcn.generate.config import SampleConfig
 from segcn.models.base import (
     DTYPES,
     Base,
+    base_fingerprint,
     decode,
     encode_text,
     keep_freed_memory,
@@ -64,6 +65,9 @@ class Pipeline:
     controlnet: ControlNetModel | None
     palette: Palette
     controlnet_folder: str
+
+    def __str__(self) -> str:
+        return f"base {self.base.folder}, ControlNet {self.controlnet_folder or 'none'}"
 
     @cached_property
     def controlnet_digest(self) -> str:
@@ -116,12 +120,11 @@ def find_controlnet(base_folder: str, palette: Palette | None = None) -> str:
 
     UserError where there is neither.
     """
-    found = []
+    found, base = [], base_fingerprint(base_folder)
     for run in OUTPUTS.glob(f"**/{RUN_FILE}"):
         settings = json.loads(run.read_text())
-        same_base = Path(settings["pretrained_model_name_or_path"]).absolute() == Path(base_folder).absolute()
         same_palette = palette is None or settings["palette_fingerprint"] == palette.fingerprint
-        if (run.parent / WEIGHTS).is_file() and same_base and same_palette:
+        if (run.parent / WEIGHTS).is_file() and same_palette and settings["base_fingerprint"] == base:
             found.append((run.stat().st_mtime, str(run.parent)))
     if found:
         return max(found)[1]
@@ -171,6 +174,11 @@ def generate(
     control = None if masks is None else to_control(masks, pipeline.palette).to(noise.device, base.dtype)
     latents = denoising_loop(pipeline, noise, negative, text, control, settings, on_step, sampler)
     return to_uint8(decode(base.vae, latents))
+
+
+def noise_of(row: int, replicate: int, attempt: int) -> int:
+    """What the noise of an image depends on besides the seed: for the first image of a row, the row itself."""
+    return rng.seed_of("picture", row, replicate, attempt) if replicate or attempt else row
 
 
 def first_noise(base: Base, rows: list[int], settings: SampleConfig, size: tuple[int, int]) -> torch.Tensor:

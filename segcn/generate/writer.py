@@ -22,15 +22,16 @@ import torch
 from torch import distributed
 
 from segcn.data.dataset import PairedDataset, to_uint8
-from segcn.data.metadata import Split, finish_dataset, write_pair
+from segcn.data.masks import read_mask, write_mask
+from segcn.data.metadata import Split, finish_dataset, read_named_split, write_pair
 from segcn.data.palette import Palette, palette_table
 from segcn.data.transforms import AUGMENTS, boxes
 from segcn.generate.conditions import Condition, Conditions, check_masks, read_conditions
 from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
-from segcn.generate.filtering import Filter, Generated, draw_filtering, generate_filtered, open_filter
-from segcn.generate.pipeline import Pipeline, check_sampling, generate, load_pipeline
-from segcn.models.base import Base, reconstruct, weights_digest
-from segcn.utils import io, rng
+from segcn.generate.filtering import Filter, Generated, draw_filtering, generate_filtered, likely_cause, open_filter
+from segcn.generate.pipeline import Pipeline, check_sampling, generate, load_pipeline, noise_of
+from segcn.models.base import Base, load_base, pick_device, reconstruct, weights_digest
+from segcn.utils import io
 from segcn.utils.errors import UserError
 from segcn.utils.html import render
 from segcn.utils.io import Process, write_whole
@@ -44,7 +45,7 @@ FIGURE = "filtering.png"
 FLAT = 1000  # images of a job that are put into one folder; of a larger job, each folder holds so many
 WRITERS = 4  # threads that write images while the next ones are generated
 CHANGE_NO_IMAGE = (
-    "allow_symlinks", "batch_size", "controlnet_model_name_or_path", "limit", "output_dir", "segmenter",
+    "allow_symlinks", "batch_size", "controlnet_model_name_or_path", "limit", "output_dir", "reconstruct", "segmenter",
     "torch_compile",
 )  # fmt: skip
 COMPARED_BY_CONTENT = frozenset(
@@ -183,6 +184,7 @@ def generate_dataset(
     with _locked(config, process, log) as out:
         pipeline = pipeline or load_pipeline(config, conditions.palette)
         job = Job(len(conditions), len(conditions.files), config.replicates, config.batch_size)
+        log(f"Generating with {pipeline}, seed {config.seed}.")
         manifest = Manifest(out, job, process.rank)
         batches = [batch for batch in job.batches(process) if manifest.missing(batch)]
         rows = (image // config.replicates for batch in batches for image in manifest.missing(batch))
@@ -304,14 +306,15 @@ def generate_batch(task: Task, batch: range) -> dict[int, tuple[Condition, Gener
     return results
 
 
-def noise_of(row: int, replicate: int, attempt: int) -> int:
-    """What the noise of an image depends on besides the seed: for the first image of a row, the row itself."""
-    return rng.seed_of("picture", row, replicate, attempt) if replicate or attempt else row
-
-
 def write_image(task: Task, image: int, condition: Condition, generated: Generated) -> None:
-    """Write mask, then image, then the record: what is recorded exists."""
+    """Write mask, then image, then the record: what is recorded exists.
+
+    Where --ignore_disagreement edits masks, the requested ones are kept in requested_masks/.
+    """
     names = task.job.names(image, generated.kept)
+    if task.config.ignore_disagreement:
+        path, requested = task.out / names[1].replace("masks/", "requested_masks/"), condition.frame.cut(condition.mask)
+        write_whole(path, lambda file: write_mask(file, requested, task.conditions.palette), task.out / WORK)
     write_pair(task.out, names, generated.image, generated.mask, task.conditions.palette, work=task.out / WORK)
     record: dict[str, Any] = {"image": image, "row": condition.row, "replicate": condition.replicate}
     record |= {"attempt": generated.attempt, "kept": generated.kept}
@@ -354,16 +357,28 @@ def finish_set(task: Task, process: Process, settings: dict[str, Any], log: Call
         write_whole(out / FIGURE, lambda path: figure.savefig(path, format="png", bbox_inches="tight"), work)
         log(f"{kept} images kept, {len(scored) - kept} dropped: see {out / FIGURE}")
     if not kept:
+        assert task.criterion is not None
         raise UserError(
             f"{out}: no image reached --min_miou {config.min_miou}; the best has"
-            f" {max(record['miou'] for record in scored)}, see {out / FIGURE}. Generate into another --output_dir with"
-            " a lower one, or with a ControlNet that follows masks better."
+            f" {max(record['miou'] for record in scored)}, see {out / FIGURE}."
+            f" {likely_cause(config, task.pipeline.base, task.criterion, scored)} Use another --output_dir then."
         )
     write_data_card(out, config, settings, kept, scored, palette, work)
     rows = ((record["file_name"], record["conditioning_image_file_name"], record["text"])
             for record in records_of(out) if record["kept"])  # fmt: skip
     finish_dataset(out, rows, palette, work)
     manifest.clear()
+
+
+def reconstruct_controls(config: GenerateConfig) -> Path:
+    """`segcn generate --reconstruct`: the real images of --controls through the autoencoder of the base."""
+    out = Path(config.output_dir)
+    if not config.output_dir or (out.exists() and any(out.iterdir())):
+        raise UserError(f"--output_dir {out}: expected a folder that is empty or not there yet")
+    split = read_named_split(config.controls, config.split).first(config.limit)
+    resolution = config.resolution or min(read_mask(split[0].mask, split.palette).shape)
+    base = load_base(config.pretrained_model_name_or_path, pick_device())
+    return reconstruct_dataset(split, base, out, resolution, config.batch_size, config.fit)
 
 
 def reconstruct_dataset(
