@@ -30,7 +30,7 @@ from segcn.utils.errors import UserError
 
 
 def fitted(*words, half="bf16", fast=True):
-    return fit_memory(parse(TrainConfig, list(words), "train"), half, fast)
+    return fit_memory(parse(TrainConfig, ["--preset", "sd15", *words], "train"), half, fast)
 
 
 @pytest.mark.parametrize(("gb", "eight_bit", "checkpointing", "batch"), [

@@ -14,8 +14,11 @@ from diffusers import ControlNetModel
 from kills import forked, train_quietly
 from runs import log_of, tree, weights
 
+from segcn.generate import pipeline
+from segcn.models import segmenter
 from segcn.train import checkpoint
 from segcn.train import loop as training
+from segcn.train.log import STOPPED
 from segcn.train.loop import train
 from segcn.utils import io
 from segcn.utils.errors import UserError
@@ -23,6 +26,19 @@ from segcn.utils.errors import UserError
 FILE = "diffusion_pytorch_model.safetensors"
 # no line of the log falls on a checkpoint
 ODD = {"gradient_accumulation_steps": 2, "logging_steps": 4, "use_ema": True, "snr_gamma": 5.0}
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """As in a process that ignores none: under nohup SIGHUP is ignored, in a job of a script's background SIGINT."""
+    usual = dict.fromkeys((signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1), signal.SIG_DFL)
+    usual[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    checkpoint.heard_signals.cache_clear()
+    yield
+    checkpoint.heard_signals.cache_clear()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +260,40 @@ def test_fifty_runs_killed_at_random_moments_end_with_the_same_bytes(warm, quick
     counts = {"gradient_accumulation_steps": accumulate, "dataloader_num_workers": workers}
     settings = ODD | counts | {"checkpointing_steps": 2, "checkpoints_total_limit": 2}
     kill_and_resume(warm, quick, tmp_path, 12 + (workers == 2), settings, random.Random(accumulate + workers))
+
+
+def test_a_copied_checkout_goes_on_with_its_run_its_cache_and_its_controlnet(
+    quick, landscapes, random_base, tmp_path, monkeypatch, capsys
+):
+    here, there = tmp_path / "here", tmp_path / "elsewhere"
+    for source, name in ((landscapes, "data"), (random_base, "base")):
+        shutil.copytree(source, here / name)
+
+    def config(place, steps):
+        places = {"dataset_name": str(place / "data"), "pretrained_model_name_or_path": str(place / "base")}
+        return quick(place / "outputs" / "run", cache_dir=str(place / "cache"), max_train_steps=steps, **places)
+
+    train(config(here, 3))
+    shutil.copytree(here, there, copy_function=shutil.copyfile)  # with other times than the files had
+    capsys.readouterr()
+    train(config(there, 4))
+    said = capsys.readouterr().out
+    assert "Training steps 4 to 4" in said and "checked when this run began" in said
+    assert "Encoding" not in said and "Changed" not in said
+    monkeypatch.setattr(pipeline, "OUTPUTS", there / "outputs")
+    assert pipeline.find_controlnet(str(there / "base")) == str(there / "outputs" / "run")
+
+
+def test_a_signal_acts_while_a_segmenter_is_trained(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(segmenter, "SAID_EVERY", 0.0)
+    compute = segmenter.segmentation_loss
+
+    def interrupted(*given):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return compute(*given)
+
+    monkeypatch.setattr(segmenter, "segmentation_loss", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        train(quick(tmp_path / "run", faithfulness_rows=2, validation_steps=3))
+    assert ended.value.code == STOPPED
+    assert "Stopped while the segmenter was trained; rerun" in capsys.readouterr().out

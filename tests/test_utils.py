@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -195,3 +196,24 @@ def test_progress_is_a_bar_in_a_terminal_and_a_line_now_and_then_in_a_log(monkey
     assert "rows encoded" in progress.bar.desc and progress.bar.n == 1
     progress(2)
     assert progress.bar.disable and "per second" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("cells", "preset", "resolution"), [(16, "tiny", 128), (64, "sd15", 512), (None, "sd15", 512)])
+def test_without_a_preset_the_one_that_fits_the_base_is_taken(tmp_path, cells, preset, resolution):
+    (tmp_path / "unet").mkdir()
+    if cells:
+        (tmp_path / "unet" / "config.json").write_text(json.dumps({"sample_size": cells}))
+    words = ["--pretrained_model_name_or_path", str(tmp_path), "--dataset_name", "data"]
+    config = parse(TrainConfig, words, "segcn train")
+    assert (config.preset, config.resolution) == (preset, resolution)
+    assert parse(TrainConfig, [*words, "--preset=tiny"], "segcn train").preset == "tiny"
+    assert parse(GenerateConfig, words[:2], "segcn generate").preset == preset
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+                                              ({"GOMP_SPINCOUNT": "7"}, "7")])  # fmt: skip
+def test_waiting_threads_give_their_core_back_unless_the_user_says_otherwise(given, found):
+    program = "import os, segcn; print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))} | given
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == found

@@ -259,6 +259,15 @@ def base_fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def folder_digest(folder: str | Path) -> str:
+    """16 hexadecimal digits that change with any file in a model's folder, not those below it, or a hub's name."""
+    files = sorted(path for path in Path(folder).glob("*") if path.is_file())
+    digest = hashlib.sha256() if files else hashlib.sha256(str(folder).encode())
+    for path in files:
+        digest.update(path.name.encode() + _sampled(path))
+    return digest.hexdigest()[:16]
+
+
 def _sampled(path: Path, blocks: int = 64, block: int = 2**16) -> bytes:
     """A whole file or, over 4 MiB, its size and evenly spaced blocks of 64 KiB: enough to distinguish gigabytes."""
     size = path.stat().st_size

@@ -5,6 +5,7 @@ They find out whether generated images follow their masks."""
 import hashlib
 import json
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 SEGMENTER_AUGMENT = replace(AugmentConfig.none(), hflip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
 BUILDING = threading.Lock()  # PyTorch draws initial weights from one generator of the whole process
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # where a folder says nothing
+SAID_EVERY = 5.0  # seconds at most between two lines of a training: a signal acts there
 NEVER = -1e4  # logit of a class that the network does not know
 
 
@@ -242,7 +244,7 @@ def fit(
     optimizer = torch.optim.AdamW(segmenter.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
     segmenter.train()
-    losses = []
+    losses, said = [], time.monotonic()
     for step, (image, *labels) in enumerate(batches, start=1):
         image, labels = image.to(device, memory_format=torch.channels_last), [label.to(device) for label in labels]
         loss = segmentation_loss(segmenter(image), labels[0], class_weights, *labels[1:])
@@ -251,7 +253,8 @@ def fit(
         optimizer.zero_grad()
         schedule.step()
         losses.append(loss.detach())
-        if step % 25 == 0 or step == config.steps:
+        if step % 25 == 0 or step == config.steps or time.monotonic() - said > SAID_EVERY:
+            said = time.monotonic()
             log(f"segmenter: step {step}/{config.steps}, loss {loss.item():.3f}")
     # Class weights make rare classes learn soon, but also spill over their boundaries. Dividing the probabilities by
     # them afterwards (logit adjustment, arXiv:2007.07314) raises mIoU by 0.015.

@@ -30,7 +30,7 @@ class UtilityConfig:
         "segmenter_steps": "the segmenters",
     }  # fmt: skip
 
-    preset: str = flag("tiny", "defaults to start from: tiny (the embedded base) or sd15", ("tiny", "sd15"))
+    preset: str = flag("tiny", "defaults: tiny (embedded base) or sd15; none: what fits the base", ("tiny", "sd15"))
     dataset_name: str = flag("", "data set of real images with train/ and test/")
     pretrained_model_name_or_path: str = flag(
         str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout", aliases=("--base",)

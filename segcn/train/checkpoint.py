@@ -23,9 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from segcn.data.metadata import Split
-from segcn.models.base import Base
+from segcn.models.base import Base, folder_digest
 from segcn.models.controlnet import load_controlnet
-from segcn.train.config import FREE_TO_CHANGE, TrainConfig
+from segcn.train.config import FREE_TO_CHANGE, MODELS_BY_CONTENT, TrainConfig
 from segcn.train.log import LOG, STOPPED, Log, read_log, validation_scores
 from segcn.utils import io
 from segcn.utils.args import to_json
@@ -63,6 +63,8 @@ def claim_run_folder(
         "processes": accelerator.num_processes,
         **functions,
     }
+    places = {name: getattr(config, name) for name in MODELS_BY_CONTENT}
+    resolved |= {f"{name}_content": folder_digest(place) if place else None for name, place in places.items()}
     path = output_dir / RUN_FILE
     allowed = {config.logging_dir, io.LOCK, io.aside(path).name}  # what a kill before the first line leaves
     if not path.is_file() and output_dir.exists() and {entry.name for entry in output_dir.iterdir()} - allowed:
@@ -333,11 +335,18 @@ def ignore_signals(_worker: int) -> None:
 
 
 def handle_signals(handler) -> dict[int, Any]:
-    """Set the handler of every signal that stops a training, and return those before; nohup's SIGHUP stays ignored."""
-    stopping = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        stopping.add(signal.SIGHUP)
-    return {number: signal.signal(number, handler) for number in stopping}
+    """Set the handler of every signal that stops a training, and return those before.
+
+    One that is ignored, such as SIGHUP under nohup and SIGINT of a job in the background, stays ignored.
+    """
+    return {number: signal.signal(number, handler) for number in heard_signals()}
+
+
+@functools.cache
+def heard_signals() -> tuple[int, ...]:
+    """The signals that stop a training, without those that this process ignored when it first asked."""
+    stopping = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    return tuple(number for number in stopping if signal.getsignal(number) != signal.SIG_IGN)
 
 
 def stop_if_asked(run: Run) -> None:

@@ -53,7 +53,9 @@ a Slurm script that requeues itself, are in
   {Path(__file__).parent / "cluster"}
 """
 
-    preset: str = flag("sd15", "defaults: sd15 (diffusers' own) or tiny (for the embedded base)", ("sd15", "tiny"))
+    preset: str = flag(
+        "sd15", "defaults: sd15 (diffusers' own) or tiny (embedded base); none: what fits the base", ("sd15", "tiny")
+    )
     # data and models
     pretrained_model_name_or_path: str = flag(
         str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout, or its name on the hub"
@@ -178,7 +180,9 @@ MEMORY_PRESETS = {  # GB: images of 512 px in a micro-batch, and what is switche
     24: (4, {}),
 }
 # Settings that may differ when a run is resumed: neither data nor loss change (only the end of a schedule moves).
-FREE_TO_CHANGE = {
+MODELS_BY_CONTENT = ("controlnet_model_name_or_path", "segmenter", "tokenizer_name")
+FREE_TO_CHANGE = {  # the data set and the base are compared by their content, too
+    *MODELS_BY_CONTENT, "dataset_name", "pretrained_model_name_or_path",
     "allow_changes", "allow_symlinks", "cache_budget_gb", "cache_dir", "checkpointing_steps",
     "checkpoints_total_limit", "dataloader_num_workers", "hub_model_id", "hub_token", "logging_dir", "logging_steps",
     "max_train_steps", "num_train_epochs", "num_validation_images", "on_bad_sample", "output_dir", "preflight",

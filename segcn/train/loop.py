@@ -13,9 +13,9 @@ from segcn.train.batches import Plan
 from segcn.train.checkpoint import catch_signals, end_on_signals, ignore_signals, resume, save, stop_if_asked
 from segcn.train.config import TrainConfig
 from segcn.train.export import finish_training
-from segcn.train.loss import min_snr_weights
+from segcn.train.loss import Loss, min_snr_weights
 from segcn.train.memory import preflight
-from segcn.train.setup import AugmentFunction, Loss, Run, prepare
+from segcn.train.setup import AugmentFunction, Run, prepare
 from segcn.train.validation import begin_validation, validate_if_due
 
 
@@ -28,8 +28,9 @@ def train(
 ) -> Path | None:
     """Train as configured and return the run folder, a ControlNet that plain diffusers opens; rerun to resume.
 
-    loss: replaces `diffusion_loss`, with its signature. augment(image, mask, seed) -> (image, mask): applied after the
-    paired affine. make_controlnet(unet): the ControlNet to begin with. Returns None after a --preflight.
+    loss: replaces `diffusion_loss`, with its signature; --snr_gamma still weights what it returns. augment(image, mask,
+    seed) -> (image, mask): applied after the paired affine. make_controlnet(unet): the ControlNet to begin with.
+    Returns None after a --preflight.
     """
     if config.preflight:
         preflight(config, micro_steps)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from accelerate import Accelerator
 
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_text
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # such as diffusion_loss
 
 
 def diffusion_loss(

@@ -107,8 +107,11 @@ class Trial:
     seconds: float = math.nan  # of the second step
 
 
-def preflight(config: TrainConfig, learn: Learn) -> None:
-    """Take two steps on the config's own data, models and machine, aside, and print what was measured."""
+def preflight(config: TrainConfig, learn: Learn, check: bool = True) -> None:
+    """Take two steps on the config's own data, models and machine, aside, and print what was measured.
+
+    check: whether to say how well the base fits the data set, too.
+    """
     fitted = fit_memory(resolve(config))[0]
     accelerator = make_accelerator(fitted, Path(config.output_dir))
     sizes = (1, max(2, fitted.train_batch_size))
@@ -128,7 +131,7 @@ def preflight(config: TrainConfig, learn: Learn) -> None:
     try:
         reset_peak(accelerator.device)
         before = peak_bytes(accelerator.device)  # of Python and its libraries
-        run = prepare(trial)
+        run = prepare(trial, check=check)
         for line in preflight_report(run, fitted, measure_steps(run, learn, sizes, before), before):
             run.log.say(line)
     except (RuntimeError, MemoryError) as error:

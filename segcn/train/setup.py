@@ -27,6 +27,7 @@ from segcn.data.dataset import PairedDataset
 from segcn.data.doctor.report import find_report
 from segcn.data.metadata import Split, check_split, read_split
 from segcn.data.transforms import AugmentConfig
+from segcn.evaluate.base_check import BASE_CHECK, check_base
 from segcn.models.base import Base, computes_fast, keep_freed_memory, load_base, pick_device, precisions
 from segcn.models.controlnet import check_controlnet, load_controlnet, make_controlnet
 from segcn.train import latent_cache
@@ -35,13 +36,12 @@ from segcn.train.checkpoint import WAIT, averaged, claim_run_folder
 from segcn.train.config import MEMORY_PRESETS, OBSOLETE, TrainConfig, total_steps
 from segcn.train.latent_cache import cache_root, parse_limit, source_digest
 from segcn.train.log import Log
-from segcn.train.loss import FiniteCheck, diffusion_loss
+from segcn.train.loss import FiniteCheck, Loss, diffusion_loss
 from segcn.train.validation import HeldOutScorer, held_out_rows
 from segcn.utils.args import check_values, preset_defaults, to_json
 from segcn.utils.errors import UserError
 from segcn.utils.paths import RUN_FILE
 
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # of diffusion_loss
 AugmentFunction = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]  # image, mask, seed
 
 
@@ -85,8 +85,12 @@ def prepare(
     loss: Loss | None = None,
     augment: AugmentFunction | None = None,
     new_controlnet: Callable | None = None,
+    check: bool = True,
 ) -> Run:
-    """Check data and settings, load the models, build the cache; the functions are those of `train`."""
+    """Check data and settings, load the models, build the cache; the functions are those of `train`.
+
+    check: whether a new run says how well the base fits the data set.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)  # only our own lines in the log
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -117,6 +121,9 @@ def prepare(
     functions = {"loss": loss, "augment_function": augment, "make_controlnet": new_controlnet}
     digests = {name: function and source_digest(function) for name, function in functions.items()}
     claim_run_folder(output_dir, config, split, base, accelerator, log, digests)
+    if check and accelerator.is_main_process and not (output_dir / BASE_CHECK).exists():
+        checked = check_base(split, base, config.resolution, config.fit)
+        checked.write(None if config.preflight else output_dir / BASE_CHECK, log.say)
     if config.report_to != "none":
         values = json.loads(to_json(config)).items()
         shown_values = {key: value for key, value in values if isinstance(value, int | float | str)}

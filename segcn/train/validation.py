@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +31,7 @@ from segcn.models.segmenter import Segmenter, SegmenterConfig, load_segmenter, s
 from segcn.train.checkpoint import record_best
 from segcn.train.config import TrainConfig
 from segcn.train.latent_cache import cache_root
-from segcn.train.log import fractions, read_log, validation_scores
+from segcn.train.log import STOPPED, fractions, read_log, validation_scores
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
 
@@ -158,7 +160,7 @@ def begin_validation(run: Run) -> None:
     run.log.start_clock(run.step)
     if run.accelerator.is_main_process and run.held_out is not None:
         cache, device = cache_root(run.config), run.accelerator.device
-        run.scorer = open_scorer(run.config, run.held_out, run.split, cache, device, run.log.say)
+        run.scorer = open_scorer(run.config, run.held_out, run.split, cache, device, partial(say_or_stop, run))
         real, asked = run.scorer.ceiling, run.config.faithfulness_rows
         if not any("ceiling" in entry for entry in read_log(run.log.path)):
             run.log.write({"step": 0, "ceiling": real})
@@ -173,6 +175,14 @@ def begin_validation(run: Run) -> None:
             rows, seconds = len(run.scorer.rows), found[-1]["seconds"]
             times = math.ceil(run.total_steps / every) - run.step // every
             run.log.say(f"Faithfulness on {rows} rows every {every} steps: about {seconds:.0f} s each, {times} times.")
+
+
+def say_or_stop(run: Run, line: str) -> None:
+    """A line of the segmenter's training, which a signal ends: what is saved of the ControlNet is the newest step."""
+    run.log.say(line)
+    if run.stop_signal:
+        run.log.say("Stopped while the segmenter was trained; rerun the same command to resume.")
+        sys.exit(STOPPED)
 
 
 def validate_if_due(run: Run) -> bool:

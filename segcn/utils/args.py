@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from segcn.utils.errors import UserError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PRECISIONS = ("no", "fp16", "bf16")
+SMALL = 32  # latent cells a side, up to which a base counts as small
 RESUME = "Stopped. What is finished is kept; rerun the same command to resume."
 NUMBERS = {int: ("a whole number", "N"), float: ("a number", "X")}
 Config = TypeVar("Config", bound="DataclassInstance")
@@ -68,6 +70,15 @@ def preset_defaults(kind: type, preset: str) -> dict[str, Any]:
             f"--preset: expected one of {', '.join(presets)}, found {preset!r}.{suggest(str(preset), presets)}"
         )
     return presets[preset] | {"preset": preset} if presets else {}
+
+
+def preset_of_base(folder: str | Path) -> str:
+    """The preset that fits a base: tiny for one of small images, such as the embedded one, else sd15."""
+    try:
+        side = json.loads((Path(folder) / "unet" / "config.json").read_text())["sample_size"]  # latent cells
+        return "tiny" if side <= SMALL else "sd15"
+    except (OSError, ValueError, KeyError, TypeError):  # a name on the hub
+        return "sd15"
 
 
 def make(kind: type[Config], preset: str | None = None, **values: Any) -> Config:
@@ -122,8 +133,10 @@ def parse(kind: type[Config], arguments: list[str], program: str, places: Sequen
             print(help_text(kind, program, places, preset and preset[1]), flush=True)
         sys.exit(0)
     reader = _reader(kind, program)
-    if "preset" in {field.name for field in fields(kind)}:
-        reader.set_defaults(**preset_defaults(kind, reader.parse_known_args(arguments)[0].preset))
+    if hasattr(kind, "PRESETS"):
+        named, base = reader.parse_known_args(arguments)[0], "pretrained_model_name_or_path"
+        given = any(re.match(r"--preset(=|$)", word) for word in arguments)
+        reader.set_defaults(**preset_defaults(kind, named.preset if given else preset_of_base(getattr(named, base))))
     config, rest = reader.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
@@ -198,8 +211,9 @@ def flags_parser(
         add_help=False,
     )
     defaults = {field.name: getattr(kind(), field.name) for field in fields(kind)}
-    chosen = preset or defaults.get("preset")
-    acting = {name: defaults | preset_defaults(kind, name) for name in {chosen: 0} | getattr(kind, "PRESETS", {})}
+    presets = getattr(kind, "PRESETS", {})
+    chosen = preset or (preset_of_base(defaults["pretrained_model_name_or_path"]) if presets else None)
+    acting = {name: defaults | preset_defaults(kind, name) for name in {chosen: 0} | presets}
     group, sections = parser.add_argument_group("flags"), getattr(kind, "SECTIONS", {})
     for field in fields(kind):
         if field.name in sections:
@@ -231,6 +245,8 @@ def _text(value: Any) -> str:
     """A value as it is typed on a command line; paths below the repository are shortened."""
     if isinstance(value, list):
         return " ".join(map(_text, value))
+    if value is None:
+        return "none"
     return f"{value:g}" if isinstance(value, float) else str(value).replace(f"{ROOT}/", "")
 
 
@@ -257,7 +273,7 @@ def arguments_of(config: Any) -> list[str]:
 
 @contextlib.contextmanager
 def stoppable(
-    message: str | int = RESUME, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGHUP)
+    message: str | int = RESUME, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 ) -> Iterator[None]:
     """In the block these signals act as Ctrl-C, and each ends the program with a message or an exit code.
 

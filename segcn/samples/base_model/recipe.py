@@ -153,6 +153,8 @@ def export_base(out: Path, recipe: BaseRecipe, vae, tokenizer, denoiser) -> Path
         vae.to(memory_format=torch.contiguous_format).half().save_pretrained(folder / "vae")
         denoiser.text_encoder.half().save_pretrained(folder / "text_encoder")
         denoiser.unet.half().save_pretrained(folder / "unet")
+        config = folder / "text_encoder" / "config.json"  # transformers opens it in the precision that is said here
+        config.write_text(config.read_text().replace('"float16"', '"float32"'))
         write_rest(folder, tokenizer, training.build_scheduler())
         (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
