@@ -43,6 +43,7 @@ TOY = {  # what makes a command quick; everything else is as the page says
     " --train_batch_size 2 --faithful_steps 2 --checkpointing_steps 1 --faithfulness_rows 1"
     " --pretrained_model_name_or_path $MODEL_DIR",
     "segcn bench generate": "--limit 2 --plain_steps 2 --plain_guidance_scales 1.5 --batch_size 2 --segmenter judge",
+    "segcn check": "--resolution 64",
     "segcn evaluate --real": "--segmenter judge",
     "segcn evaluate utility": "--resolution 64 --controlnet_steps 1 --controlnet_more_steps 1 --num_inference_steps 2"
     " --segmenter_steps 2 --images 4 --fractions 1 --ratios 1 --seeds 2 --segmenter_width 8 --min_miou 0"
