@@ -186,7 +186,7 @@ def yolo_names(folder: Path) -> list[str]:
             if names:
                 return [str(names[k]) for k in sorted(names)] if isinstance(names, dict) else list(map(str, names))
         if (place / "classes.txt").is_file():
-            return (place / "classes.txt").read_text().split("\n")[: -1 or None]
+            return (place / "classes.txt").read_text().splitlines()
     return []
 
 
