@@ -25,7 +25,7 @@ from diffusers.training_utils import EMAModel
 from segcn.data import sampler
 from segcn.data.dataset import PairedDataset
 from segcn.data.doctor.report import find_report
-from segcn.data.metadata import Split, check_split, read_split
+from segcn.data.metadata import Split, check_split, find_splits, hold_out, read_split
 from segcn.data.transforms import AugmentConfig
 from segcn.evaluate.base_check import BASE_CHECK, check_base
 from segcn.models.base import Base, computes_fast, keep_freed_memory, load_base, pick_device, precisions
@@ -105,6 +105,12 @@ def prepare(
         log.say(line)
     split = read_split(config.dataset, "train").first(config.max_train_samples)
     held_out = held_out_rows(config, split)
+    if config.max_train_samples is None and "test" not in find_splits(config.dataset) and len(split) > 2:
+        kept = hold_out(config.dataset)[0].partition(":")[2].strip("]")
+        log.say(
+            f"No test/: all {len(split)} rows are trained on. segcn evaluate calls those from {kept} on held out:"
+            f" --max_train_samples {kept} leaves them out."
+        )
     if accelerator.is_main_process:
         check_rows(config, split, output_dir, log)
     base = load_frozen(config, accelerator)
