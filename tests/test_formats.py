@@ -219,3 +219,17 @@ def test_a_class_dict_gives_the_palette(tmp_path):
     (tmp_path / "in" / "class_dict.csv").write_text("name,r,g,b\nground,10,20,30\ntree,0,200,0\ncar,250,0,0\n")
     found, names = brought(tmp_path / "in", tmp_path / "out")
     assert np.array_equal(found[0], boxes(1, 2)) and names == ("ground", "tree", "car")
+
+
+def test_label_studios_brushes_are_joined_by_their_task(tmp_path):
+    photos(tmp_path / "in" / "images")
+    (tmp_path / "in" / "tasks.json").write_text(json.dumps([
+        {"id": 11, "data": {"image": "/data/upload/1/0c4ff5ab-a.png"}}, {"id": 12, "data": {"image": "b.png"}},
+        {"id": 13, "data": {"image": "not-labelled.png"}},
+    ]))  # fmt: skip
+    for task, tag, id in ((11, "left dog", 1), (11, "cat", 2), (12, "cat", 2)):
+        brush = (boxes(1, 2) == id).astype(np.uint8) * 255
+        Image.fromarray(brush).save(tmp_path / "in" / f"task-{task}-annotation-5-by-1-tag-{tag}-0.png")
+    found, names = brought(tmp_path / "in", tmp_path / "out")
+    assert names == ("background", "cat", "left dog")
+    assert np.array_equal(found[0], boxes(2, 1)) and np.array_equal(found[1], boxes(0, 1))

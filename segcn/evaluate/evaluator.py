@@ -330,6 +330,7 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
     if "train" in seen:
         vectors = (seen[name]["features"] for name in ("synthetic", "real", "train"))
         copies = {"extractor": extractor.name} | metrics.memorization(*vectors)
+    scorer = weights_digest(observer.segmenter)
     few = metrics.few_images(min(len(splits["real"]), len(splits["synthetic"])), distance["features"], extractor.name)
     result: dict[str, Any] = {
         "segmenter": observer.segmenter.settings,
@@ -349,15 +350,15 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
         "text": _text_scores(seen, observer.readers),
         "color": _color_shift(near, far),
         "copies": copies,
-        "filtering": filtering_of(splits["synthetic"], far["pixels"][:, :, 0] > 0),
+        "filtering": filtering_of(splits["synthetic"], far["pixels"][:, :, 0] > 0, scorer),
     }  # fmt: skip
-    return result | {"warnings": [*([few] if few else []), *_doubts(result, weights_digest(observer.segmenter))]}
+    return result | {"warnings": [*([few] if few else []), *_doubts(result)]}
 
 
-def filtering_of(split: Split, classes: torch.Tensor) -> dict | None:
+def filtering_of(split: Split, classes: torch.Tensor, scorer: str) -> dict | None:
     """How a generated set was filtered, by its manifest; None where it was not.
 
-    classes [N, K]: which classes the mask of each of its images holds. Counts of images asked for, kept, regenerated
+    classes [N, K]: which classes the mask of each of its images holds; scorer: the digest of the segmenter that scores. Counts of images asked for, kept, regenerated
     (kept, but not at the first attempt) and dropped; of classes, and of words of the prompts, the share of the dropped
     and of all images that have it, those first that were dropped most often.
     """
@@ -381,7 +382,7 @@ def filtering_of(split: Split, classes: torch.Tensor) -> dict | None:
         "asked": len(records), "kept": len(records) - len(dropped), "dropped": len(dropped),
         "regenerated": sum(record["kept"] and record["attempt"] > 0 for record in records),
         "min_miou": made.get("min_miou"), "ignore_disagreement": made.get("ignore_disagreement", False),
-        "segmenter_weights": made.get("segmenter_weights"), "classes": _most_dropped(found),
+        "segmenter_weights": made.get("segmenter_weights"), "scored_by": scorer, "classes": _most_dropped(found),
         "words": _most_dropped(words),
     }  # fmt: skip
 
@@ -400,10 +401,10 @@ def _most_dropped(shares: dict[str, list[float]], most: int = 6) -> dict[str, li
     }
 
 
-def _doubts(found: dict, weights: str) -> Iterator[str]:
+def _doubts(found: dict) -> Iterator[str]:
     """Why a number is better than it may be believed, a sentence each."""
     filtering, scored = found["filtering"], found["faithfulness"]["synthetic"]["miou"].value
-    if filtering and filtering["segmenter_weights"] == weights:
+    if filtering and filtering["segmenter_weights"] == filtering["scored_by"]:
         yield (
             "The segmenter that scores these images has filtered them: the scores flatter them. Leave out --segmenter, "
             "or give another one."

@@ -1,4 +1,4 @@
-"""Annotations of other tools as rows: COCO, YOLO, LabelMe and CVAT; volumes and stacks of pages cut into slices.
+"""Annotations of other tools as rows: COCO, YOLO, LabelMe, CVAT, Label Studio; volumes and stacks of pages cut into slices.
 
 A pixel gets the class of the shape that covers it, the smallest shape in front; what no shape covers is class 0."""
 
@@ -23,6 +23,7 @@ from segcn.data.importers.tables import Row, captions_of
 from segcn.data.palette import IGNORE, Label, Palette
 from segcn.utils.errors import UserError
 
+BRUSH = re.compile(r"task-(\d+)-annotation-\d+-by-.*?-tag-(.+)-\d+\.png")
 VOLUMES, DICOM = (".nii", ".nii.gz"), ".dcm"
 
 
@@ -268,6 +269,54 @@ def cvat_shape(shape: ElementTree.Element, size: tuple[int, int], where: str) ->
     mask = np.zeros(size, bool)
     mask[top : top + height, left : left + width] = bits.reshape(height, width)
     return mask
+
+
+# Label Studio's brushes: a PNG of each label of a task, and the tasks' .json
+
+
+def is_label_studio(path: Path) -> bool:
+    """Whether a .json file has Label Studio's tasks."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, list) and bool(found) and isinstance(found[0], dict) and {"id", "data"} <= set(found[0])
+
+
+def label_studio(path: Path) -> tuple[Palette, Callable, int]:
+    """The same of task-1-annotation-2-by-3-tag-NAME-0.png below the folder of the tasks' file."""
+    brushes: dict[int, list[tuple[str, Path]]] = {}
+    for place in sorted(path.parent.rglob("task-*-tag-*.png")):
+        if found := BRUSH.fullmatch(place.name):
+            brushes.setdefault(int(found[1]), []).append((found[2], place))
+    tasks = [task for task in json.loads(path.read_bytes()) if task["id"] in brushes]
+    if not tasks:
+        raise UserError(
+            f"{path}: expected brushes of its tasks, such as task-1-annotation-2-by-3-tag-NAME-0.png, found none"
+        )
+
+    def images() -> Iterator[Annotated]:
+        for task in tasks:
+            name = Path(str(next(iter(task["data"].values())))).name
+            places = [path.parent, path.parent / "images"]
+            try:
+                image = find_image(name, *places)
+            except UserError:  # an upload has a code before its name
+                image = find_image(name.partition("-")[2], *places)
+            shapes = [Shape(label, brushed(place)) for label, place in brushes[task["id"]]]
+            yield Annotated(f"{path}, task {task['id']}", image, shapes)
+
+    names = sorted({label for some in brushes.values() for label, _ in some})
+    return class_palette(names), images, len(tasks)
+
+
+def brushed(path: Path) -> np.ndarray:
+    """Where a brush has painted, bool [H, W]."""
+    try:
+        with Image.open(path, formats=READABLE) as image:
+            return np.asarray(image.convert("L")) > 127
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 # Volumes (NIfTI) and stacks (TIFF of several pages), cut into slices

@@ -20,7 +20,9 @@ from segcn.data.importers.formats import (
     cvat,
     has_texts,
     is_coco,
+    is_label_studio,
     is_labelme,
+    label_studio,
     labelme,
     read_volume,
     sliced_rows,
@@ -170,6 +172,8 @@ def _annotations_in(folder: Path, config: ImportConfig) -> dict[str, Source] | N
     files = [path for path in files if path.name[0] != "."]
     if found := [path for path in files if path.parent == folder and is_labelme(path)]:
         return {"": _annotated(folder, labelme(found), config)}
+    if found := [path for path in files if is_label_studio(path)]:
+        return {"": _annotated(folder, label_studio(found[0]), config)}
     sources: dict[str, Source] = {}
     for path in (path for path in files if is_coco(path)):
         word = re.split(r"[_.\d-]", path.stem.lower())
@@ -260,13 +264,14 @@ def _pairs(folder: Path, images: Path, masks: Path, captions: Path, config: Impo
             lines = note.read_text(encoding="utf-8-sig").splitlines() if note else None
             mask = labels[stem]
             mask = tuple(mask) if isinstance(mask, list) else mask.absolute()
-            rows.append(Row(str(photo), photo.absolute(), mask, captions_of(lines, config)))
+            series = photo.parent.relative_to(images).as_posix() if photo.suffix.lower() == DICOM else ""
+            rows.append(Row(str(photo), photo.absolute(), mask, captions_of(lines, config), group=series))
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"{note}: expected UTF-8 text: {error}")
         except UserError as error:
             problems.append(f"{photo}: {error} (looked for {notes[0]} and {notes[1]})")
     refuse_failed(problems, len(photos), "pairs")
-    return Source(folder, len(rows), lambda: rows)
+    return Source(folder, len(rows), lambda: rows, grouped=len({row.group for row in rows}) > 1)
 
 
 def _volumes(folder: Path, pairs: list[tuple[str, Path, Path]], config: ImportConfig) -> Source:
