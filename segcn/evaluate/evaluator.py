@@ -358,9 +358,9 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
 def filtering_of(split: Split, classes: torch.Tensor, scorer: str) -> dict | None:
     """How a generated set was filtered, by its manifest; None where it was not.
 
-    classes [N, K]: which classes the mask of each of its images holds; scorer: the digest of the segmenter that scores. Counts of images asked for, kept, regenerated
-    (kept, but not at the first attempt) and dropped; of classes, and of words of the prompts, the share of the dropped
-    and of all images that have it, those first that were dropped most often.
+    classes [N, K]: which classes the mask of each of its images holds; scorer: the digest of the segmenter that scores.
+    Counts of images asked for, kept, regenerated (kept, but not at the first attempt) and dropped; of classes, and of
+    words of the prompts, the share of the dropped and of all images that have it, those first that were dropped most.
     """
     settings, manifest = (split.folder / name for name in ("generation.json", "manifest.jsonl"))
     if not (settings.is_file() and manifest.is_file()):

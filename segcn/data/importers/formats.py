@@ -1,4 +1,4 @@
-"""Annotations of other tools as rows: COCO, YOLO, LabelMe, CVAT, Label Studio; volumes and stacks of pages cut into slices.
+"""Annotations of other tools as rows: COCO, YOLO, LabelMe, CVAT, Label Studio; volumes and stacks cut into slices.
 
 A pixel gets the class of the shape that covers it, the smallest shape in front; what no shape covers is class 0."""
 
