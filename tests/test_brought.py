@@ -2,7 +2,9 @@
 
 import csv
 import json
+import struct
 import unicodedata
+import zlib
 
 import numpy as np
 import pyarrow
@@ -328,3 +330,19 @@ def test_a_palette_in_the_folder_above_is_warned_of(tmp_path):
         {"id": label.id, "name": label.name, "color": list(label.color)} for label in THREE.labels
     ]}))  # fmt: skip
     assert any("Warning: it lies in the folder above" in line for line in brought(folder, tmp_path / "out")[1])
+
+
+def test_colors_of_16_bits_that_come_out_dark_are_an_error(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + line.astype(">u2").tobytes() for line in photo(0).astype(np.uint16) * 16)
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 16, 2, 0, 0, 0)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    (tmp_path / "masks").mkdir()
+    write_mask(tmp_path / "masks" / "0.png", ids(0), THREE)
+    finish_dataset(tmp_path, [("images/0.png", "masks/0.png", "a scan")], THREE)
+    assert [one.kind for one in examine(DoctorConfig(str(tmp_path)), str).errors] == ["dark"]

@@ -34,11 +34,7 @@ FAULTS = {  # kind: (severity, title, what to do)
         "image without content",
         "one color, or nearly: convert it again; segcn import --window for scans",
     ),
-    "dark": (
-        "error",
-        "image that comes out dark",
-        "it uses few of its 16 bits: segcn import SOURCE OUT --window LOW,HIGH",
-    ),
+    "dark": ("error", "image that comes out dark", "few of 16 bits are used: segcn import --window, or save 8 bits"),
     "white_masks": ("error", "masks of 0 and 255 alone", "255 is unlabelled: segcn import reads such masks as 0 and 1"),
     "labels": ("error", "label that palette.json lacks", "add the class, or turn those pixels to 255"),
     "caption": ("error", "caption that is empty or no text", "write one, or remove the row"),

@@ -173,6 +173,7 @@ def image_facts(path: Path, max_pixels: int) -> ImageFacts:
     """Size, orientation, checksum and thumb of an image, or its fault."""
     try:
         with open_image(path, max_pixels=max_pixels) as image:
+            cut = image.mode == "RGB" and ";16" in str(image.tile)  # of 16 bits a channel Pillow keeps 8
             orientation, photo = image.getexif().get(ORIENTATION, 1), upright(image)
             deepest = int(np.asarray(image).max()) if image.mode[0] == "I" else None
             transparent = image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255
@@ -180,6 +181,7 @@ def image_facts(path: Path, max_pixels: int) -> ImageFacts:
             thumb = np.asarray(sampled.resize((9, 8), Image.Resampling.BOX).convert("L"))
             lows, highs = zip(*sampled.getextrema(), strict=True)
             levels, checksum = max(highs) - min(lows), zlib.crc32(sampled.tobytes())
+            deepest = 256 * max(highs) + 255 if cut else deepest
             return ImageFacts(None, photo.size, orientation, checksum, 0, thumb, levels, deepest, transparent)
     except Unreadable as error:
         return ImageFacts(_fault(path, error))
