@@ -346,3 +346,19 @@ def test_colors_of_16_bits_that_come_out_dark_are_an_error(tmp_path):
     write_mask(tmp_path / "masks" / "0.png", ids(0), THREE)
     finish_dataset(tmp_path, [("images/0.png", "masks/0.png", "a scan")], THREE)
     assert [one.kind for one in examine(DoctorConfig(str(tmp_path)), str).errors] == ["dark"]
+
+
+def test_masks_of_many_classes_are_no_smoothed_ones_and_other_numbers_are_named(tmp_path):
+    def many(k):
+        mask = ids(k) % 2
+        mask[0, :8] = np.arange(2 + 8 * (k % 3), 10 + 8 * (k % 3))
+        mask[1, 0] = 255
+        return mask
+
+    folder = pairs(tmp_path / "in", many)
+    assert same(brought(folder, tmp_path / "out")[0], [many(k) for k in range(4)])
+    deep = pairs(tmp_path / "deep", lambda k: np.where(ids(k) == 2, np.uint16(65535), ids(k)))
+    found, _ = brought(deep, tmp_path / "o2", unlabelled=[65535])
+    assert same(found, [np.where(ids(k) == 2, 255, ids(k)) for k in range(4)])
+    with pytest.raises(UserError, match=r"found value 65535 \("):
+        brought(deep, tmp_path / "o3")

@@ -32,7 +32,7 @@ TWINS = {"ade20k": "ade20k-from-0", "cityscapes": "cityscapes-labelids", "coco-s
 TWINS |= {second: first for first, second in TWINS.items()}  # two ways to number the same classes
 TELL_APART = 4  # of 255: colors closer than this in every channel look the same
 MOST_UNLABELLED = 0.5  # of the pixels, that may be 255 without anybody saying what it means
-LEAST_MASKS, MANY_COLORS, SMOOTHED = 3, 6, 16  # masks, colors and grey values, from which on they may be no classes
+LEAST_MASKS, MANY_COLORS, SMOOTHED = 3, 6, 16  # masks, colors, values in a mask: from there on they may be no classes
 TABLE_LINES = 30  # labels in the table
 
 
@@ -201,7 +201,7 @@ class Reading(NamedTuple):
         if self.threshold is not None:
             return light_pixels(path, self.threshold).astype(np.uint8)
         stored = read_stored_mask(path)
-        table = np.full(IGNORE + 1, IGNORE, np.uint8)
+        table = np.full(max(IGNORE, *self.ids) + 1, IGNORE, np.uint8)
         table[list(self.ids)] = list(self.ids.values())
         return table[stored.values & 255 if stored.colored else stored.values]
 
@@ -228,8 +228,10 @@ def choose_reading(
     if found.colored:
         _refuse_segments(found)
         return found, None, []
-    _refuse_smoothed(found)
+    if palette is None or not set(found.pixels) <= {*palette.ids, IGNORE}:
+        _refuse_smoothed(found)
     ids = {value: IGNORE if value in unlabelled else value for value in found.pixels}
+    _refuse_beyond(found, [value for value, id in ids.items() if not 0 <= id <= IGNORE])
     declared = palette is not None and IGNORE in palette.ids
     classes = [value for value, id in ids.items() if id != IGNORE]
     if IGNORE in found.pixels and not declared and IGNORE not in unlabelled:
@@ -259,9 +261,9 @@ def choose_reading(
 
 
 def _refuse_segments(found: Survey) -> None:
-    """UserError where nearly every color is in one file alone: segments of panoptic masks, not classes."""
+    """UserError where every color but one is in one file alone: segments of panoptic masks, not classes."""
     alone, masks = sum(count == 1 for count in found.files.values()), len(set(found.example.values()))
-    if masks >= LEAST_MASKS and len(found.files) >= MANY_COLORS and alone > 0.8 * len(found.files):
+    if masks >= LEAST_MASKS and len(found.files) >= MANY_COLORS and alone >= len(found.files) - 1:  # black is shared
         raise UserError(
             f"{alone} of {len(found.files)} colors are in one mask alone: these are segments (panoptic masks or"
             f" instances), not classes: {found.listed(found.pixels)}. Give each pixel the id of its segment's category"
@@ -269,10 +271,14 @@ def _refuse_segments(found: Survey) -> None:
 
 
 def _refuse_smoothed(found: Survey) -> None:
-    """UserError where nearly all pixels have one of two values, and the rest lies between them."""
+    """UserError where masks hold many values, and nearly all pixels have one of two that lie far apart.
+
+    Masks of many classes hold few of them each.
+    """
     low, high = min(found.pixels), max(found.pixels)
     near = sum(n for value, n in found.pixels.items() if min(value - low, high - value) <= (high - low) / 16)
-    if len(found.pixels) > SMOOTHED and near > 0.8 * found.pixels.total():
+    a_file = found.files.total() / max(found.files.values())  # values that a mask holds, about
+    if high - low > IGNORE // 2 and a_file > SMOOTHED and near > 0.8 * found.pixels.total():
         raise UserError(
             f"{len(found.pixels)} grey values, {near / found.pixels.total():.0%} of the pixels near {low} and {high},"
             " as of a mask of two classes that was resized by another filter than NEAREST: segcn import --threshold"
@@ -302,12 +308,16 @@ def _values_of(path: Path, threshold: int | None) -> tuple[bool, dict[int, int],
     return stored.colored, pixels, stored.own_colors
 
 
+def _refuse_beyond(found: Survey, values: list[int]) -> None:
+    """UserError where there are values that cannot be class ids."""
+    if values:
+        expected = "expected class ids from 0 to 254, and 255 for unlabelled"
+        raise UserError(f"{expected}, found {found.listed(values)}: renumber the classes, or merge rare ones")
+
+
 def _refuse_no_ids(found: Survey) -> None:
     """UserError where the values cannot be class ids, whatever the palette."""
-    beyond = [value for value in found.pixels if not 0 <= value <= IGNORE]
-    if beyond:
-        expected = "expected class ids from 0 to 254, and 255 for unlabelled"
-        raise UserError(f"{expected}, found {found.listed(beyond)}: renumber the classes, or merge rare ones")
+    _refuse_beyond(found, [value for value in found.pixels if not 0 <= value <= IGNORE])
     if set(found.pixels) <= {0, IGNORE} and IGNORE in found.pixels:
         raise UserError(
             f"expected class ids, found no values but {' and '.join(map(str, sorted(found.pixels)))}, and 255 means"

@@ -140,9 +140,11 @@ def _of_folder(folder: Path, config: ImportConfig, nested: bool) -> dict[str, So
         raise UserError(f"{folder}: expected one metadata file, found {' and '.join(METADATA)}; name the one you mean")
     if tables:
         return _of_file(tables[0], config)
-    if annotated := _annotations_in(folder, config):
+    pair = _pair_folders(folder)
+    masks = pair is not None and any(path.suffix.lower() in SUFFIXES for path in pair[1].rglob("*"))
+    if not masks and (annotated := _annotations_in(folder, config)):
         return annotated
-    if pair := _pair_folders(folder):
+    if pair:
         return _of_pairs(folder, *pair, config)
     if not nested and (splits := _split_folders(folder)):
         found = {name: _of_folder(below, config, nested=True) for name, below in splits.items()}
