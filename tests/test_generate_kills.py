@@ -53,7 +53,7 @@ def generate_quietly(config, rank, world, port, change=0):
 def was_killed(warm, config, world, seconds=None, victim=None, change=0):
     """Generate as `world` processes; whether a kill cut that: of all after `seconds`, or of one at a change.
 
-    Where one dies the others are killed, as torchrun does it.
+    Where one dies the others are killed, as torchrun does it; one may have failed by itself meanwhile, without its peer.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -71,7 +71,7 @@ def was_killed(warm, config, world, seconds=None, victim=None, change=0):
         process.kill()
         process.join()
     codes = {process.exitcode for process in running}
-    assert codes <= {0, -signal.SIGKILL}
+    assert codes == {0} or -signal.SIGKILL in codes, codes
     return codes != {0}
 
 
