@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from runs import ALONE
 
+from segcn.data.captions import without_classes
 from segcn.data.dataset import PairedDataset, read_control_mask, read_framed_mask, to_control, to_image, to_uint8
 from segcn.data.files import read_image
 from segcn.data.masks import read_mask, write_mask
@@ -35,6 +36,7 @@ from segcn.data.sampler import (
 )
 from segcn.data.transforms import AUGMENTS, AugmentConfig, Draw, apply, draw
 from segcn.models.base import encode_text
+from segcn.samples.landscapes.scene import palette
 from segcn.train import latent_cache
 from segcn.train.batches import Examples, Plan, make_class_weights
 from segcn.train.setup import prepare
@@ -147,12 +149,33 @@ def test_no_caption_comes_with_an_image_that_it_does_not_fit_and_every_one_is_li
     assert set(rewriting.captions()) == {*skipping.captions(), *turned}
 
 
+@pytest.mark.parametrize(("caption", "left"), [
+    ("a winter landscape at dusk with mountains, a lake and a red house", "a winter landscape at dusk"),
+    ("a winter landscape at dusk with a red barn and a lake", "a winter landscape at dusk with a red barn"),
+    ("a landscape with a River and a red barn, seen from above", "a landscape with a red barn, seen from above"),
+    ("a photo of houses, in spring", "a photo, in spring"), ("two Trees", ""), ("", ""),
+    ("a roadside inn; a treehouse", "a roadside inn; a treehouse"), ("by day,  at noon", "by day,  at noon"),
+])  # fmt: skip
+def test_phrases_that_name_a_class_leave_a_caption_and_nothing_else_does(caption, left):
+    assert without_classes(caption, palette()) == left
+
+
+def test_words_of_a_class_are_kept_in_the_file_and_leave_the_label_contract_alone(tmp_path):
+    palette().save(tmp_path / "palette.json")
+    assert Palette.load(tmp_path / "palette.json") == palette()
+    bare = Palette(tuple(dataclasses.replace(label, words=()) for label in palette().labels))
+    assert bare != palette() and bare.fingerprint == palette().fingerprint
+    (tmp_path / "palette.json").write_text('{"labels": [{"id": 0, "name": "a", "color": [0, 0, 0], "words": "lake"}]}')
+    with pytest.raises(UserError, match="words, a list of texts, found 'lake'"):
+        Palette.load(tmp_path / "palette.json")
+
+
 @pytest.mark.parametrize("augment", ["affine", "affine,sided_captions=rewrite,fill=cover"])
 def test_with_and_without_the_cache_a_step_gets_the_same(captioned, base, tmp_path, augment):
     """Also the text: in the first K epochs the draws are the same, afterwards the captions go on changing."""
     dataset = PairedDataset(captioned, 32, AugmentConfig.parse(augment), seed=3)
-    cache = latent_cache.build(tmp_path / "cache", dataset, base, 4, ALONE, print)
-    shape, settings = (12, 4, 4), {"seed": 3, "empty_prompts": 0.2, "timesteps": 1000}
+    cache = latent_cache.build(tmp_path / "cache", dataset, base, 4, ALONE, print, class_dropout=True)
+    shape, settings = (12, 4, 4), {"seed": 3, "empty_prompts": 0.2, "class_dropout": 0.5, "timesteps": 1000}
     cached, direct = (Examples(dataset, kept, base.latent_factor, shape, settings) for kept in (cache, None))
     for key in [(epoch, row) for epoch in range(4) for row in range(3)]:
         one, other = cached[key], direct[key]
@@ -164,7 +187,7 @@ def test_with_and_without_the_cache_a_step_gets_the_same(captioned, base, tmp_pa
     assert told_later == set(captioned[0].captions) and cached[29, 0]["text"].shape == text.shape
     with pytest.raises(KeyError, match="never said"):
         cache.text_of("never said")
-    assert json.loads((tmp_path / "cache" / "captions.json").read_text())[0] == ""
+    assert json.loads(next((tmp_path / "cache").glob("captions-*.json")).read_text())[0] == ""
     assert isinstance(cache.text_of(""), np.memmap)
 
 

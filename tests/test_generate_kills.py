@@ -53,7 +53,7 @@ def generate_quietly(config, rank, world, port, change=0):
 def was_killed(warm, config, world, seconds=None, victim=None, change=0):
     """Generate as `world` processes; whether a kill cut that: of all after `seconds`, or of one at a change.
 
-    Where one dies the others are killed, as torchrun does it; one may have failed by itself meanwhile, without its peer.
+    Where one dies the others are killed, as torchrun does it; one may have failed meanwhile, for want of the dead one.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -3,6 +3,8 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -22,6 +24,7 @@ MIRRORED_WORD = re.compile(
 )
 LETTER = re.compile(r"(?:^|(?<=[ _.-]))[LRlr](?=$|[ _.-])")  # L_lung, kidney-r
 OTHER_LETTER = str.maketrans("LRlr", "RLrl")
+PHRASES = re.compile(r"(\s*[,;]\s*(?:and\s+)?|\s+(?:and|with|of|showing|containing)\s+)", re.IGNORECASE)  # between them
 FUNCTION_WORDS = {"a", "an", "and", "at", "by", "in", "of", "on", "the", "to", "with"}
 
 
@@ -66,6 +69,33 @@ def classes_of(mask: np.ndarray, palette: Palette) -> str:
     pixels, names = count_ids(mask), {label.id: label.name for label in palette.labels}
     found = [names[id] for id in np.argsort(-pixels, kind="stable").tolist() if pixels[id] and id != IGNORE]
     return listed(found or ["nothing labelled"])
+
+
+def without_classes(caption: str, palette: Palette) -> str:
+    """The caption without the phrases that name a class of the palette: its name or one of its `words`, or the plural.
+
+    "a winter landscape at dusk with mountains, a lake and a red house" becomes "a winter landscape at dusk": it
+    says how the image looks, and leaves to the mask what is where.
+    """
+    pattern = _class_words(palette)
+    parts = PHRASES.split(caption.strip())  # phrase, connector, phrase, ...
+    kept = [number for number in range(0, len(parts), 2) if not pattern.search(parts[number])]
+    if len(kept) == (len(parts) + 1) // 2:
+        return caption
+    text = parts[kept[0]] if kept else ""
+    for before, number in pairwise(kept):
+        first, last = parts[before + 1], parts[number - 1]  # the connectors on both sides of what was cut out
+        comma = first.strip() in ",;" or (first.strip().lower() == "of" and last.strip() in ",;")
+        text += (last if comma or number - before == 2 else first) + parts[number]
+    return text
+
+
+@lru_cache
+def _class_words(palette: Palette) -> re.Pattern:
+    """Finds a name or word of a class, also in the plural."""
+    names = [word for label in palette.labels if not label.ignore for word in (label.name, *label.words)]
+    words = [re.escape(re.sub(r"[\W_]+", " ", name).strip()).replace(r"\ ", r"[\W_]+") for name in names]
+    return re.compile(rf"(?<![^\W_])(?:{'|'.join(filter(None, words)) or '(?!)'})(?:e?s)?(?![^\W_])", re.IGNORECASE)
 
 
 def article_of(word: str) -> str:

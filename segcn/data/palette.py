@@ -19,6 +19,7 @@ class Label:
     """One class: its id in the masks, its name, its color in the control image; `ignore`: unlabelled.
 
     mirror: the id that the class has in a mirrored image, of the right lung that of the left one; none: by its name.
+    words: what captions call the class besides its name: lake and river for water.
     UserError for what is out of range.
     """
 
@@ -27,6 +28,7 @@ class Label:
     color: tuple[int, int, int]
     ignore: bool = False
     mirror: int | None = None
+    words: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not isinstance(self.ignore, bool):
@@ -40,6 +42,8 @@ class Label:
             raise UserError(f"label {self.id}: expected a name, found {self.name!r}")
         if not isinstance(self.color, tuple) or len(self.color) != 3 or not all(map(_is_byte, self.color)):
             raise UserError(f"label {self.name!r}: expected a color, three numbers from 0 to 255, found {self.color!r}")
+        if not isinstance(self.words, tuple) or not all(isinstance(word, str) and word.strip() for word in self.words):
+            raise UserError(f"label {self.name!r}: expected words, a list of texts, found {self.words!r}")
 
 
 @dataclass(frozen=True)
@@ -118,15 +122,16 @@ class Palette:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with any id, name, color or ignore."""
-        return hashlib.sha256(self._json().encode()).hexdigest()[:16]
+        """16 hexadecimal digits that change with any id, name, color, ignore or mirror; words are only for captions."""
+        return hashlib.sha256(self._json(words=False).encode()).hexdigest()[:16]
 
-    def _json(self) -> str:
+    def _json(self, words: bool = True) -> str:
         lines = []
         for label in self.labels:
             entry = {"id": label.id, "name": label.name, "color": list(label.color)}
             entry |= {"ignore": True} if label.ignore else {}
             entry |= {} if label.mirror is None else {"mirror": label.mirror}
+            entry |= {"words": list(label.words)} if words and label.words else {}
             lines.append(json.dumps(entry, ensure_ascii=False))
         return '{"labels": [\n  ' + ",\n  ".join(lines) + "\n]}"
 
@@ -154,13 +159,15 @@ def palette_table(palette: Palette) -> str:
 
 def _label_of(entry: dict) -> Label:
     entry = {"color" if key == "colour" else key: value for key, value in dict(entry).items()}
-    unknown = set(entry) - {"id", "name", "color", "ignore", "mirror"}
+    unknown = set(entry) - {"id", "name", "color", "ignore", "mirror", "words"}
     if unknown:
-        expected = "expected the keys id, name, color, ignore and mirror"
+        expected = "expected the keys id, name, color, ignore, mirror and words"
         raise UserError(f"label {entry}: {expected}, found also {sorted(unknown)}")
     color = entry["color"]
     color = tuple(color) if isinstance(color, list) else color
-    return Label(entry["id"], entry["name"], color, entry.get("ignore", False), entry.get("mirror"))
+    words = entry.get("words", ())
+    words = tuple(words) if isinstance(words, list) else words
+    return Label(entry["id"], entry["name"], color, entry.get("ignore", False), entry.get("mirror"), words)
 
 
 def _is_byte(value: object) -> bool:

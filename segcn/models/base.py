@@ -302,10 +302,15 @@ def sample_latents(vae_config: dict[str, Any], moments: torch.Tensor, noise: tor
     return (mean + std * noise) * vae_config["scaling_factor"]
 
 
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents [B,C,h,w] -> image [B,3,H,W] in about [-1,1], with their gradient."""
+    return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float()
+
+
+@torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Scaled latents [B,C,h,w] -> image [B,3,H,W] in about [-1,1]."""
-    with torch.no_grad():
-        return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float()
+    """The same without gradient."""
+    return decode_latents(vae, latents)
 
 
 def reconstruct(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:

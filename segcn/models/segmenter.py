@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # a third of the step, and blurs the boundaries that are to be found.
 SEGMENTER_AUGMENT = replace(AugmentConfig.none(), hflip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
 BUILDING = threading.Lock()  # PyTorch draws initial weights from one generator of the whole process
+REWARD_SEGMENTER = "reward_segmenter.json"  # in a ControlNet's folder: which segmenter rewarded its training
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # where a folder says nothing
 SAID_EVERY = 5.0  # seconds at most between two lines of a training: a signal acts there
 NEVER = -1e4  # logit of a class that the network does not know

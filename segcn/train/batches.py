@@ -5,21 +5,25 @@ import torch
 from torch.utils.data import Dataset
 
 from segcn.data import sampler
+from segcn.data.captions import without_classes
 from segcn.data.dataset import PairedDataset, to_control
 from segcn.data.metadata import Split
 from segcn.data.sampler import Stream, cell_weights, class_weights
 from segcn.models.base import Base
 from segcn.train import latent_cache
-from segcn.train.config import TrainConfig
+from segcn.train.config import TrainConfig, reward_timesteps
 from segcn.train.latent_cache import LatentCache, cache_root
 from segcn.train.loss import valid_cells
 from segcn.utils import rng
 from segcn.utils.errors import UserError
 
+REWARDED = 0.5  # share of the rows of a batch
 EXAMPLE_DEFAULTS = {
     "empty_prompts": 0.0,  # share of captions replaced by the empty one
+    "class_dropout": 0.0,  # share of captions without the phrases that name classes
     "empty_controls": 0.0,  # share of controls replaced by black
     "class_weights": None,  # float32 [K] by class id; None: no weights
+    "reward": None,  # (low, high): half of the rows also get a timestep from low to high, for --reward_weight
 }
 
 
@@ -49,30 +53,43 @@ class Examples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | str | int]:
         visit, row = key
         seed, settings = self.settings["seed"], self.settings
-        empty = rng.uniform("caption drop", seed, visit, row) < settings["empty_prompts"]
-        example, mask, valid = (self._read if self.cache is None else self._cached)(visit, row, empty)
+        example, mask, valid = (self._read if self.cache is None else self._cached)(visit, row)
         example["cells"] = valid_cells(valid[None], self.factor)[0]
         if rng.uniform("control drop", seed, visit, row) < settings["empty_controls"]:
             example["control"] = torch.zeros_like(example["control"])
         if settings["class_weights"] is not None:
             example["weights"] = cell_weights(mask, settings["class_weights"], self.factor)
+        if settings["reward"] is not None:
+            low, high = settings["reward"]
+            chosen = rng.uniform("reward", seed, visit, row) < REWARDED
+            timestep = low + rng.integer(high - low, "reward timestep", seed, visit, row)
+            example |= {"mask": mask, "reward_timestep": timestep if chosen else -1}
         return example | {
             "posterior": rng.normal(self.latent_shape, "posterior", seed, visit, row),
             "noise": rng.normal(self.latent_shape, "noise", seed, visit, row),
             "timestep": rng.integer(settings["timesteps"], "timestep", seed, visit, row),
         }
 
-    def _read(self, visit: int, row: int, empty: bool) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    def _dropped(self, caption: str, visit: int, row: int) -> str:
+        """The caption, the empty one, or the one without its classes."""
+        seed, settings = self.settings["seed"], self.settings
+        if rng.uniform("caption drop", seed, visit, row) < settings["empty_prompts"]:
+            return ""
+        if rng.uniform("class drop", seed, visit, row) < settings["class_dropout"]:
+            return without_classes(caption, self.dataset.split.palette)
+        return caption
+
+    def _read(self, visit: int, row: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """Image, control and caption, class ids uint8 [R,R], valid pixels bool [R,R]."""
         try:
             sample = self.dataset.sample(row, visit)
         except UserError as error:
             raise BadSample(f"{error}\nThe file was good when it was checked. Fix it, then rerun to resume.") from None
-        caption = "" if empty else sample.caption
+        caption = self._dropped(sample.caption, visit, row)
         example = {"image": sample.image, "control": sample.control, "caption": caption, "row": row}
         return example, sample.mask, sample.valid
 
-    def _cached(self, visit: int, row: int, empty: bool) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    def _cached(self, visit: int, row: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """The same, with moments in place of the image and the text's embedding in place of the caption."""
         cache, side = self.cache, self.dataset.resolution
         assert cache is not None
@@ -80,7 +97,7 @@ class Examples(Dataset):
         entry = cache.entry(draw, used)
         mask = torch.from_numpy(np.array(entry["mask"]))
         valid = torch.from_numpy(np.unpackbits(entry["frame"], count=side * side)).bool().view(side, side)
-        caption = "" if empty else self.dataset.caption(used, visit, self.dataset.draw(used, draw).flip)
+        caption = self._dropped(self.dataset.caption(used, visit, self.dataset.draw(used, draw).flip), visit, row)
         example = {
             "moments": torch.from_numpy(entry["moments"].astype(np.float32)),
             "control": to_control(mask, self.dataset.split.palette) * valid,
@@ -119,15 +136,19 @@ def make_examples(config: TrainConfig, dataset: PairedDataset, base: Base, accel
     if config.cache == "latents":
         folder, limit = latent_cache.cache_folder(config, dataset, base), latent_cache.parse_limit(config.on_bad_sample)
         assert config.cache_draws is not None
-        cache = latent_cache.build(folder, dataset, base, config.cache_draws, accelerator, log.say, limit)
+        cuts = config.caption_class_dropout > 0
+        cache = latent_cache.build(folder, dataset, base, config.cache_draws, accelerator, log.say, limit, cuts)
         if not (config.validation_image or config.faithfulness_rows):
-            base.vae = base.text_encoder = None
+            base.text_encoder = None
+            base.vae = base.vae if config.reward_weight else None
     settings = {
         "seed": config.seed,
         "empty_prompts": config.proportion_empty_prompts,
+        "class_dropout": config.caption_class_dropout,
         "empty_controls": config.proportion_empty_controls,
         "timesteps": base.scheduler.config.num_train_timesteps,
         "class_weights": make_class_weights(config, dataset.split, accelerator),
+        "reward": reward_timesteps(config) if config.reward_weight else None,
     }
     side = config.resolution // base.latent_factor
     return Examples(dataset, cache, base.latent_factor, (base.unet.config.in_channels, side, side), settings)

@@ -1,6 +1,7 @@
 """Settings of `segcn train`: the flags of diffusers' train_controlnet.py under their names, and our own."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -80,6 +81,9 @@ a Slurm script that requeues itself, are in
     augment: str = flag("affine", "affine or none, and changes to its fields (below), such as affine,degrees=20")
     class_balance: float = flag(0.0, "repeat rows with classes rarer than this share; 0: off", low=0, high=1)
     proportion_empty_prompts: float = flag(0.0, "share of captions replaced by the empty one", low=0, high=1)
+    caption_class_dropout: float = flag(
+        0.0, "share of captions without the phrases that name classes: the mask says what is where", low=0, high=1
+    )
     proportion_empty_controls: float = flag(0.0, "share of masks replaced by an empty control", low=0, high=1)
     # the loss
     prediction_type: str | None = flag(
@@ -90,6 +94,14 @@ a Slurm script that requeues itself, are in
     rescale_betas_zero_snr: bool = flag(False, "zero terminal SNR (arXiv:2305.08891); for bases that predict v")
     snr_gamma: float | None = flag(None, "Min-SNR weights of the loss (arXiv:2303.09556); 5 is usual; none: off")
     class_weighting: float = flag(0.0, "weight the loss by class, 1 / (share of pixels)^this, such as 0.5; 0: off")
+    reward_weight: float = flag(
+        0.0, "weight of the consistency reward (arXiv:2404.07987); 1 is usual; 0: off: takes memory and time", low=0
+    )
+    reward_start: float = flag(0.5, "share of the training after which it rewards", low=0, high=1)
+    reward_timesteps: str = flag("200,700", "LOW,HIGH: the timesteps of the rewarded half of each batch")
+    reward_segmenter: str | None = flag(
+        None, "trained segmenter folder that rewards, and never scores; none: trained on the training rows"
+    )
     # optimization
     max_train_steps: int | None = flag(None, "optimizer steps; none: --num_train_epochs", low=1)
     num_train_epochs: int = flag(1, "epochs, if --max_train_steps is not given", low=1)
@@ -180,7 +192,7 @@ MEMORY_PRESETS = {  # GB: images of 512 px in a micro-batch, and what is switche
     24: (4, {}),
 }
 # Settings that may differ when a run is resumed: neither data nor loss change (only the end of a schedule moves).
-MODELS_BY_CONTENT = ("controlnet_model_name_or_path", "segmenter", "tokenizer_name")
+MODELS_BY_CONTENT = ("controlnet_model_name_or_path", "reward_segmenter", "segmenter", "tokenizer_name")
 FREE_TO_CHANGE = {  # the data set and the base are compared by their content, too
     *MODELS_BY_CONTENT, "dataset_name", "pretrained_model_name_or_path",
     "allow_changes", "allow_symlinks", "cache_budget_gb", "cache_dir", "checkpointing_steps",
@@ -190,6 +202,14 @@ FREE_TO_CHANGE = {  # the data set and the base are compared by their content, t
     "validation_prompt", "validation_steps",
     *OBSOLETE,
 }  # fmt: skip
+
+
+def reward_timesteps(config: TrainConfig) -> tuple[int, int]:
+    """Lowest and highest of --reward_timesteps; UserError unless they are two numbers in rising order."""
+    found = re.fullmatch(r"(\d+),(\d+)", config.reward_timesteps.replace(" ", ""))
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"--reward_timesteps: expected LOW,HIGH such as 200,700, found {config.reward_timesteps!r}")
+    return int(found[1]), int(found[2])
 
 
 def total_steps(config: TrainConfig, shown: int, num_processes: int = 1) -> int:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
+from segcn.data.captions import without_classes
 from segcn.data.dataset import PairedDataset, Sample
 from segcn.models.base import Base, encode_moments, encode_text, weights_digest
 from segcn.train.config import TrainConfig
@@ -92,10 +93,10 @@ class CacheLayout:
         entry, pairs = self.entry, product(range(draws), pieces(self.rows, self.block_rows))
         return [Block(folder / f"draw{draw:04}-row{rows.start:08}.npy", entry, rows, draw) for draw, rows in pairs]
 
-    def text_blocks(self, folder: Path, captions: int) -> list[Block]:
-        """The files of the embeddings of so many captions."""
-        parts = pieces(captions, CAPTIONS)
-        return [Block(folder / f"text{part.start:08}.npy", self.embedding, part) for part in parts]
+    def text_blocks(self, texts: Path, captions: int) -> list[Block]:
+        """The files of the embeddings of so many captions, beside the file that lists them."""
+        parts, name = pieces(captions, CAPTIONS), texts.stem.replace("captions", "text")
+        return [Block(texts.with_name(f"{name}{part.start:08}.npy"), self.embedding, part) for part in parts]
 
 
 def pieces(count: int, size: int) -> list[range]:
@@ -106,13 +107,14 @@ def pieces(count: int, size: int) -> list[range]:
 class LatentCache:
     """The memory-mapped files of a cache that `build` made; UserError names one that is missing or damaged."""
 
-    def __init__(self, folder: Path, draws: int):
-        self.folder, self.draws = folder, draws
+    def __init__(self, folder: Path, draws: int, texts: str = TEXTS):
+        self.folder, self.draws, self.texts = folder, draws, texts
         found = read_json(folder / SHAPES)
         shapes = tuple(found["latent_shape"]), found["resolution"], tuple(found["text_shape"])
         self.layout = CacheLayout(found["rows"], *shapes)
-        captions = read_json(folder / TEXTS)
-        self._draws, self._text = self.layout.draw_blocks(folder, draws), self.layout.text_blocks(folder, len(captions))
+        captions = read_json(folder / texts)
+        self._draws = self.layout.draw_blocks(folder, draws)
+        self._text = self.layout.text_blocks(folder / texts, len(captions))
         for block in [*self._draws, *self._text]:
             open_block(block)
         self._open = lru_cache(OPEN_FILES)(open_block)
@@ -122,7 +124,7 @@ class LatentCache:
         self.bad = read_bad_rows(folder, self.layout, draws)  # rows that could not be read, and why
 
     def __reduce__(self):
-        return LatentCache, (self.folder, self.draws)  # a process that reads data opens the files itself
+        return LatentCache, (self.folder, self.draws, self.texts)  # a process that reads data opens the files itself
 
     def entry(self, draw: int, row: int) -> np.void:
         """moments float16 [2C,h,w], mask uint8 [R,R] and frame uint8 [R*R/8], packed, of a draw of a row."""
@@ -220,9 +222,11 @@ def layout_of(dataset: PairedDataset, base: Base) -> CacheLayout:
     return CacheLayout(len(dataset), (base.unet.config.in_channels, side, side), dataset.resolution, text_shape)
 
 
-def cached_captions(dataset: PairedDataset) -> list[str]:
-    """What is embedded: the empty caption, and every one that a sample may have."""
-    return list(dict.fromkeys(["", *dataset.captions()]))
+def cached_captions(dataset: PairedDataset, class_dropout: bool = False) -> list[str]:
+    """What is embedded: the empty caption, and every one that a sample may have, also without its classes."""
+    captions = list(dataset.captions())
+    cut = (without_classes(caption, dataset.split.palette) for caption in captions) if class_dropout else ()
+    return list(dict.fromkeys(["", *captions, *cut]))
 
 
 def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accelerator, log) -> TrainConfig:
@@ -236,7 +240,7 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
     assert config.max_train_steps is not None
     seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
     visits = seen * accelerator.num_processes / len(dataset)
-    texts = len(cached_captions(dataset)) * layout.embedding.itemsize  # bytes
+    texts = len(cached_captions(dataset, config.caption_class_dropout > 0)) * layout.embedding.itemsize  # bytes
     found = [0]
     if accelerator.is_main_process:
         asked, budget = 1 if dataset.still else asked, config.cache_budget_gb * 1e9
@@ -283,15 +287,24 @@ def _gb(size: float) -> str:
 
 
 def build(
-    folder: Path, dataset: PairedDataset, base: Base, draws: int, accelerator, log: Callable, bad_limit: int = 0
+    folder: Path,
+    dataset: PairedDataset,
+    base: Base,
+    draws: int,
+    accelerator,
+    log: Callable,
+    bad_limit: int = 0,
+    class_dropout: bool = False,
 ) -> LatentCache:
     """Write the files that are missing, each process its share; all processes must see `folder`.
 
-    bad_limit: rows that may be unreadable: they are marked, and the next good rows are used instead. UserError where
-    there are more of them, or the disk does not take the files.
+    bad_limit: rows that may be unreadable: they are marked, and the next good rows are used instead. class_dropout:
+    embed each caption without its classes, too. UserError where more rows are bad, or the disk does not take the files.
     """
-    layout, captions = layout_of(dataset, base), cached_captions(dataset)
-    draw_blocks, text_blocks = layout.draw_blocks(folder, draws), layout.text_blocks(folder, len(captions))
+    layout, captions = layout_of(dataset, base), cached_captions(dataset, class_dropout)
+    digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:8]  # the palette's words may change
+    texts = folder / (f"captions-{digest}-.json" if class_dropout else TEXTS)
+    draw_blocks, text_blocks = layout.draw_blocks(folder, draws), layout.text_blocks(texts, len(captions))
     existing = [block for block in [*draw_blocks, *text_blocks] if block.path.exists()]
     for block in existing:
         open_block(block)  # one that is damaged is named before hours of encoding
@@ -305,12 +318,12 @@ def build(
                 if time.time() - leftover.stat().st_mtime > 3600:
                     leftover.unlink()
         write_file(folder / SHAPES, json.dumps(dataclasses.asdict(layout)))
-        write_file(folder / TEXTS, json.dumps(captions, indent=0))
+        write_file(texts, json.dumps(captions, indent=0))
     process = Process(accelerator.process_index, accelerator.num_processes)
     write_text_blocks(_missing_share(text_blocks, process), captions, base)
     write_draw_blocks(_missing_share(draw_blocks, process), dataset, base, log, bad_limit)
     accelerator.wait_for_everyone()
-    cache = LatentCache(folder, draws)
+    cache = LatentCache(folder, draws, texts.name)
     check_bad_rows(cache.bad, bad_limit, layout.rows, folder)
     for row, why in sorted(cache.bad.items()):
         log(f"Bad row {row}, the next good one is used instead: {why}")

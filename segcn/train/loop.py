@@ -15,6 +15,7 @@ from segcn.train.config import TrainConfig
 from segcn.train.export import finish_training
 from segcn.train.loss import Loss, min_snr_weights
 from segcn.train.memory import preflight
+from segcn.train.reward import clean_estimate, reward_losses
 from segcn.train.setup import AugmentFunction, Run, prepare
 from segcn.train.validation import begin_validation, validate_if_due
 
@@ -79,6 +80,10 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
     text = batch["text"] if "text" in batch else encode_text(base, batch["caption"])  # [B,L,D]
     clean = sample_latents(base.vae_config, moments.to(device), batch["posterior"].to(device))  # [B,C,h,w]
     noise, timestep = batch["noise"].to(device), batch["timestep"].to(device)
+    late = run.step >= run.config.reward_start * run.total_steps
+    rewards = run.reward_segmenter if late else None  # the segmenter, once it rewards
+    if rewards is not None:
+        timestep = torch.where(batch["reward_timestep"].to(device) < 0, timestep, batch["reward_timestep"].to(device))
     noisy = base.scheduler.add_noise(clean, noise, timestep)
     text, control = text.to(device, torch.float32), batch["control"].to(device)
     down, middle = run.controlnet(noisy, timestep, text, controlnet_cond=control, return_dict=False)
@@ -94,6 +99,10 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
     losses = run.loss(prediction, target, batch["cells"].to(device), weights)
     if run.config.snr_gamma is not None:
         losses = losses * min_snr_weights(compute_snr(base.scheduler, timestep), run.config.snr_gamma, base.predicts_v)
+    if rewards is not None and (rows := torch.where(batch["reward_timestep"] >= 0)[0].to(device)).numel():
+        clean = clean_estimate(base.scheduler, noisy[rows], prediction.float()[rows], timestep[rows])
+        found = reward_losses(base, rewards, clean, batch["mask"].to(device)[rows])
+        losses = losses.index_add(0, rows, run.config.reward_weight * found)
     return losses
 
 

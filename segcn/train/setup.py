@@ -30,13 +30,15 @@ from segcn.data.transforms import AugmentConfig
 from segcn.evaluate.base_check import BASE_CHECK, check_base
 from segcn.models.base import Base, computes_fast, keep_freed_memory, load_base, pick_device, precisions
 from segcn.models.controlnet import check_controlnet, load_controlnet, make_controlnet
+from segcn.models.segmenter import AnySegmenter
 from segcn.train import latent_cache
 from segcn.train.batches import Examples, make_examples
 from segcn.train.checkpoint import WAIT, averaged, claim_run_folder
-from segcn.train.config import MEMORY_PRESETS, OBSOLETE, TrainConfig, total_steps
+from segcn.train.config import MEMORY_PRESETS, OBSOLETE, TrainConfig, reward_timesteps, total_steps
 from segcn.train.latent_cache import cache_root, parse_limit, source_digest
 from segcn.train.log import Log
 from segcn.train.loss import FiniteCheck, Loss, diffusion_loss
+from segcn.train.reward import open_reward_segmenter
 from segcn.train.validation import HeldOutScorer, held_out_rows
 from segcn.utils.args import check_values, preset_defaults, to_json
 from segcn.utils.errors import UserError
@@ -65,6 +67,7 @@ class Run:
     ema: EMAModel | None  # the average of the weights, with --use_ema
     cache_seconds: float  # spent on the latent cache
     held_out: Split | None  # rows that images are generated from and scored while training
+    reward_segmenter: AnySegmenter | None  # frozen, with --reward_weight
     scorer: HeldOutScorer | None = None  # on the main process, once it is needed
     step: int = 0
     saved: int = 0  # the step of the newest checkpoint
@@ -134,6 +137,7 @@ def prepare(
         values = json.loads(to_json(config)).items()
         shown_values = {key: value for key, value in values if isinstance(value, int | float | str)}
         accelerator.init_trackers(config.tracker_project_name, shown_values)
+    reward_segmenter = open_reward_segmenter(config, split, output_dir, accelerator, log)
     began = time.monotonic()
     examples = make_examples(config, dataset, base, accelerator, log)
     cache_seconds = time.monotonic() - began
@@ -145,7 +149,8 @@ def prepare(
     ema = EMAModel(weights, decay=config.ema_decay, foreach=True) if config.use_ema else None
     finite = FiniteCheck(accelerator, output_dir)
     made = (controlnet, optimizer, schedule, examples, loss or diffusion_loss, finite)
-    return Run(config, accelerator, output_dir, split, base, *made, log, repeats, ema, cache_seconds, held_out)
+    counted = (log, repeats, ema, cache_seconds, held_out, reward_segmenter)
+    return Run(config, accelerator, output_dir, split, base, *made, *counted)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -154,6 +159,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     AugmentConfig.parse(config.augment)
     parse_limit(config.on_bad_sample)
     check_schedule(config.lr_scheduler)
+    reward_timesteps(config)
     prompts, images = config.validation_prompt or [], config.validation_image or []
     if bool(images) != bool(prompts):
         raise UserError("--validation_image and --validation_prompt go together")

@@ -23,6 +23,7 @@ LANDSCAPE_CLASSES = (
     (3, "mountain", (122, 98, 88)), (4, "grass", (80, 160, 70)), (5, "water", (30, 90, 200)),
     (6, "road", (90, 90, 90)), (7, "tree", (20, 85, 40)), (8, "house", (195, 60, 50)),
 )  # fmt: skip
+LANDSCAPE_WORDS = {5: ("lake", "river")}  # what captions call a class besides its name
 SAMPLE_ROWS = {"train": 1024, "test": 128}
 HELD_OUT_SEED = 7373  # of no sample set, of no training, and of no rows on which settings were chosen
 
@@ -287,7 +288,8 @@ def describe(season, time, named):
 
 def palette() -> Palette:
     """The palette of the nine classes."""
-    return Palette(tuple(Label(*entry) for entry in LANDSCAPE_CLASSES))
+    labels = (Label(*entry, words=LANDSCAPE_WORDS.get(entry[0], ())) for entry in LANDSCAPE_CLASSES)
+    return Palette(tuple(labels))
 
 
 def write_landscapes(
