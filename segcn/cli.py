@@ -76,6 +76,8 @@ COMMANDS = {
                               "segcn.bench.config:BenchGenerateConfig", "segcn.cli:bench_generation"),
     "train": Command("train a ControlNet; the same as accelerate launch -m segcn.train",
                      "segcn.train.config:TrainConfig", "segcn.train.loop:train"),
+    "adapt": Command("teach the base a domain from images alone: a LoRA, or its own weights",
+                     "segcn.train.config:AdaptConfig", "segcn.train.loop:train", ("dataset_name",)),
     "infer": Command("one mask and one or more prompts to a PNG that records its settings",
                      GENERATE + "InferConfig", "segcn.generate.infer:infer", stopped=NOTHING),
     "generate": Command("masks to a data set of new images; the same as accelerate launch -m segcn.generate",
@@ -212,11 +214,12 @@ def check_dataset(config: Any) -> None:
     from segcn.train.memory import preflight
 
     name, out = config.pretrained_model_name_or_path, Path(config.output_dir)
-    given = {name: getattr(config, name) for name in ("dataset_name", "resolution", "fit", "output_dir")}
+    given = {name: getattr(config, name) for name in ("dataset_name", "lora", "resolution", "fit", "output_dir")}
     training = make(TrainConfig, preset_of_base(name), pretrained_model_name_or_path=name, **given)
     rows, held_out = (read_named_split(config.dataset_name, part) for part in hold_out(config.dataset_name))
     segmenter = segmenter_of(rows, SegmenterConfig(resolution=training.resolution, fit=config.fit))
-    checked = check_base(held_out, load_base(name, pick_device()), training.resolution, config.fit, segmenter)
+    base = load_base(name, pick_device(), lora=config.lora)
+    checked = check_base(held_out, base, training.resolution, config.fit, segmenter)
     checked.write(out / BASE_CHECK)
     preflight(training, micro_steps, check=False)
 

@@ -80,8 +80,9 @@ def test_the_help_shows_the_defaults_that_act(name, capsys):
             parse(kind, ["--help", *words], "segcn")
         shown = re.split(r"^  --", capsys.readouterr().out, flags=re.MULTILINE)[1:]
         texts = {re.match(r"\w+", text)[0]: " ".join(text.split()) for text in shown}
-        assert set(texts) >= {field.name for field in dataclasses.fields(kind)}
-        for name, value in vars(acting).items():
+        hidden = set(getattr(kind, "HIDDEN", ()))
+        assert set(texts) >= {field.name for field in dataclasses.fields(kind)} - hidden and not set(texts) & hidden
+        for name, value in ((name, value) for name, value in vars(acting).items() if name not in hidden):
             default = re.search(r"default: ([^;)]+)", texts[name])
             if default:
                 assert default[1] == (f"--{name}" if value is True else typed(value)), name

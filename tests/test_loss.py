@@ -124,8 +124,8 @@ def test_the_average_follows_the_weights_and_leaves_them_as_they_were():
         layer.weight.fill_(2.0)
         for _ in range(5):
             ema.step(layer.parameters())
-    with averaged(layer, ema) as shown:
-        assert (shown.weight > 1.5).all() and (shown.weight < 2.0).all()
+    with averaged(list(layer.parameters()), ema):
+        assert (layer.weight > 1.5).all() and (layer.weight < 2.0).all()
     assert (layer.weight == 2.0).all()
 
 
@@ -135,7 +135,7 @@ def test_fused_and_plain_adam_agree():
         torch.manual_seed(0)
         layer = torch.nn.Linear(8, 8)
         config = TrainConfig(fused_adam=fused, learning_rate=1e-2)
-        optimizer = setup.make_optimizer(config, layer, SimpleNamespace(num_processes=1))
+        optimizer = setup.make_optimizer(config, list(layer.parameters()), SimpleNamespace(num_processes=1))
         for step in range(5):
             layer(torch.arange(8.0) + step).square().mean().backward()
             optimizer.step()

@@ -61,7 +61,7 @@ def test_a_preset_says_what_it_set_keeps_what_was_given_and_takes_the_precision_
 def test_the_accounting_of_the_optimizer_is_what_it_holds(eight_bit):
     network = torch.nn.Sequential(torch.nn.Linear(300, 70), torch.nn.Linear(70, 5))
     config = make(TrainConfig, use_8bit_adam=eight_bit)
-    optimizer = make_optimizer(config, network, SimpleNamespace(num_processes=1))
+    optimizer = make_optimizer(config, list(network.parameters()), SimpleNamespace(num_processes=1))
     network(torch.ones(1, 300)).sum().backward()
     optimizer.step()
     held = [(name, value) for state in optimizer.state.values() for name, value in state.items()]

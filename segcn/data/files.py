@@ -25,6 +25,7 @@ KEPT_DIGESTS = 500  # files read at once, from which on their digests are kept
 LISTED_AFTER = 100  # names in a folder
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 KINDS |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+DEEP = 2**13  # the largest number of a 16-bit image, from which on it is not called dark
 ORIENTATION = 0x0112  # the EXIF tag
 warnings.filterwarnings("ignore", module=r"PIL\.")  # images that it only warns of are refused here
 Image.init()

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from segcn.data.files import Boundary, digests, read_image
 from segcn.data.masks import read_mask, write_mask
-from segcn.data.palette import Palette, find_palette
+from segcn.data.palette import IGNORE, Palette, find_palette
 from segcn.utils.errors import UserError, refuse_failed
 from segcn.utils.io import write_whole
 from segcn.utils.progress import Progress
@@ -59,7 +59,7 @@ class Record(NamedTuple):
     line: int
     folder: str
     image_name: str  # as written, relative to the folder
-    mask_name: str
+    mask_name: str  # "": without one
     captions: tuple[str, ...]  # one of them is drawn in each epoch
 
     @property
@@ -110,8 +110,10 @@ class Split:
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the metadata, the palette and any file's bytes, wherever they are."""
-        digest = hashlib.sha256(self.metadata.read_bytes() + self.palette.fingerprint.encode())
-        names = [name for record in self.records for name in (record.image_name, record.mask_name)]
+        found = [(record.image_name, record.captions) for record in self.records]  # of a folder without metadata
+        written = self.metadata.read_bytes() if self.metadata.is_file() else repr(found).encode()
+        digest = hashlib.sha256(written + self.palette.fingerprint.encode())
+        names = [name for record in self.records for name in (record.image_name, record.mask_name) if name]
         for name, content in zip(names, digests(self.folder, names), strict=True):
             digest.update(f"{name} {content}\n".encode())
         return digest.hexdigest()[:16]
@@ -208,7 +210,7 @@ def check_split(split: Split, log: Callable[[str], None] | None = None) -> None:
 
 
 def read_row(split: Split, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """The image, uint8 [H, W, 3], and the class ids, uint8 [H, W], of a row.
+    """The image, uint8 [H, W, 3], and the class ids, uint8 [H, W], of a row; all 255 where it has no mask.
 
     UserError names the line and the column of a file that can't be read, or of a mask of another size.
     """
@@ -216,7 +218,7 @@ def read_row(split: Split, row: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = read_image(record.image)
         column = COLUMNS[1]
-        mask = read_mask(record.mask, split.palette)
+        mask = read_mask(record.mask, split.palette) if record.mask_name else np.full(image.shape[:2], IGNORE, np.uint8)
         if mask.shape != image.shape[:2]:
             expected, found = "{1} x {0}".format(*image.shape), "{1} x {0}".format(*mask.shape)
             raise UserError(f"expected a mask of its image's size, {expected}, found {found} in {record.mask_name!r}")

@@ -51,6 +51,7 @@ class CheckConfig:
     fit: str = flag("crop", "how images become square: crop, pad or stretch", FITS)
     output_dir: str = flag(str(OUTPUTS / "check"), "folder of base_check.png")
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
+    lora: str | None = flag(None, "LoRA of the base: a folder that segcn adapt or diffusers wrote")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,13 @@ from segcn.data.config import FITS
 from segcn.utils.args import PRECISIONS, flag
 from segcn.utils.paths import BASE
 
-MODELS = {"preset", "pretrained_model_name_or_path", "controlnet_model_name_or_path", "palette"}  # fields: which models
+MODELS = {
+    "preset",
+    "pretrained_model_name_or_path",
+    "lora",
+    "controlnet_model_name_or_path",
+    "palette",
+}  # fields: which models
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class SampleConfig:
 
     preset: str = flag("tiny", "defaults: tiny (embedded base) or sd15; none: what fits the base", ("tiny", "sd15"))
     pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
+    lora: str | None = flag(None, "LoRA of the base: a folder that segcn adapt or diffusers wrote")
     controlnet_model_name_or_path: str | None = flag(
         None, "ControlNet folder; none: the newest trained one whose palette matches, else the shipped one"
     )

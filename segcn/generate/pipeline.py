@@ -67,7 +67,8 @@ class Pipeline:
     controlnet_folder: str
 
     def __str__(self) -> str:
-        return f"base {self.base.folder}, ControlNet {self.controlnet_folder or 'none'}"
+        lora = f" with {self.base.lora}" if self.base.lora else ""
+        return f"base {self.base.folder}{lora}, ControlNet {self.controlnet_folder or 'none'}"
 
     @cached_property
     def controlnet_digest(self) -> str:
@@ -93,7 +94,8 @@ def load_pipeline(settings: SampleConfig, palette: Palette | None = None) -> Pip
     device, dtype = pick_device(), DTYPES[settings.mixed_precision]
     if settings.torch_compile and device == "cpu":
         raise UserError("--torch_compile: expected a GPU, found none: a CPU compiles for minutes and gains a tenth")
-    folder = settings.controlnet_model_name_or_path or find_controlnet(settings.pretrained_model_name_or_path, palette)
+    base_folder, lora = settings.pretrained_model_name_or_path, settings.lora
+    folder = settings.controlnet_model_name_or_path or find_controlnet(base_folder, palette, lora)
     own = Path(folder) / "palette.json"
     if palette is None:
         if not Path(folder).is_dir():
@@ -103,7 +105,8 @@ def load_pipeline(settings: SampleConfig, palette: Palette | None = None) -> Pip
         palette = Palette.load(own)
     elif own.is_file() and Palette.load(own).fingerprint != palette.fingerprint:
         raise UserError(f"{folder} was trained with another palette than that of the masks: compare {own}")
-    base = load_base(settings.pretrained_model_name_or_path, device, dtype)
+    base = load_base(base_folder, device, dtype, lora=lora)
+    check_trained_together(folder, base)
     if (Path(folder) / "scheduler").is_dir():  # it was trained with another noise schedule than the base
         base.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     controlnet = load_controlnet(folder, device, dtype).eval()
@@ -115,16 +118,16 @@ def load_pipeline(settings: SampleConfig, palette: Palette | None = None) -> Pip
     return Pipeline(base, controlnet, palette, str(folder))
 
 
-def find_controlnet(base_folder: str, palette: Palette | None = None) -> str:
+def find_controlnet(base_folder: str, palette: Palette | None = None, lora: str | None = None) -> str:
     """The newest finished ControlNet below outputs/ for this base and palette, else the one shipped with the base.
 
-    UserError where there is neither.
+    lora: what is added to the base. UserError where there is neither.
     """
-    found, base = [], base_fingerprint(base_folder)
+    found, base = [], base_fingerprint(base_folder, lora)
     for run in OUTPUTS.glob(f"**/{RUN_FILE}"):
         settings = json.loads(run.read_text())
         same_palette = palette is None or settings["palette_fingerprint"] == palette.fingerprint
-        if (run.parent / WEIGHTS).is_file() and same_palette and settings["base_fingerprint"] == base:
+        if (run.parent / WEIGHTS).is_file() and same_palette and trained_for(run.parent, settings, base_folder) == base:
             found.append((run.stat().st_mtime, str(run.parent)))
     if found:
         return max(found)[1]
@@ -134,6 +137,26 @@ def find_controlnet(base_folder: str, palette: Palette | None = None) -> str:
     raise UserError(
         f"no ControlNet for {base_folder} and this palette: train one, or name one by --controlnet_model_name_or_path"
     )
+
+
+def trained_for(run: Path, settings: dict[str, Any], base_folder: str) -> str | None:
+    """The fingerprint of the base that a run's ControlNet belongs to: with --train_unet of what came of `base_folder`."""
+    kind = settings.get("train_unet")
+    if kind and not (run / {"lora": "lora", "decoder": "base"}[kind]).is_dir():
+        return None
+    if kind == "decoder":
+        return base_fingerprint(run / "base")
+    return base_fingerprint(base_folder, str(run / "lora")) if kind else settings["base_fingerprint"]
+
+
+def check_trained_together(folder: str | Path, base: Base) -> None:
+    """UserError for a ControlNet that was trained with its U-Net, without what was trained of that."""
+    record = Path(folder) / RUN_FILE
+    settings = json.loads(record.read_text()) if record.is_file() else {}
+    kind = settings.get("train_unet")
+    if kind and settings["base_fingerprint"] == base.fingerprint:
+        use = f"--lora {folder}/lora" if kind == "lora" else f"--pretrained_model_name_or_path {folder}/base"
+        raise UserError(f"{folder}: this ControlNet was trained together with its U-Net: add {use}")
 
 
 def check_sampling(settings: SampleConfig) -> None:

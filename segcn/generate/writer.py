@@ -49,7 +49,7 @@ CHANGE_NO_IMAGE = (
     "torch_compile",
 )  # fmt: skip
 COMPARED_BY_CONTENT = frozenset(
-    {"pretrained_model_name_or_path", "controlnet", "controls"}
+    {"pretrained_model_name_or_path", "lora", "controlnet", "controls"}
 )  # recorded; their content is compared instead
 
 
@@ -377,7 +377,7 @@ def reconstruct_controls(config: GenerateConfig) -> Path:
         raise UserError(f"--output_dir {out}: expected a folder that is empty or not there yet")
     split = read_named_split(config.controls, config.split).first(config.limit)
     resolution = config.resolution or min(read_mask(split[0].mask, split.palette).shape)
-    base = load_base(config.pretrained_model_name_or_path, pick_device())
+    base = load_base(config.pretrained_model_name_or_path, pick_device(), lora=config.lora)
     return reconstruct_dataset(split, base, out, resolution, config.batch_size, config.fit)
 
 

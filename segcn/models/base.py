@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionM
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from segcn.models.lora import fuse_lora, lora_file
 from segcn.utils.errors import UserError
 
 WIDE = 320  # channels of the first block of Stable Diffusion's U-Net
@@ -166,10 +167,11 @@ class Base:
     unet: UNet2DConditionModel
     scheduler: DDPMScheduler
     dtype: torch.dtype  # in which it computes; its weights may be stored in a narrower one, see `hold`
+    lora: str | None = None  # what was added to its weights
 
     @cached_property
     def fingerprint(self) -> str:
-        return base_fingerprint(self.folder)
+        return base_fingerprint(self.folder, self.lora)
 
     @property
     def predicts_v(self) -> bool:
@@ -191,12 +193,13 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     tokenizer_name: str | None = None,
     held: torch.dtype | None = None,
+    lora: str | None = None,
     **hub: str | None,
 ) -> Base:
     """Load a base in Stable Diffusion 1.x/2.x layout, frozen; the safety checker is never loaded.
 
-    held: in what the weights of its U-Net are stored; none: `dtype`, as the rest. hub: revision and variant, of a base
-    by name. UserError if a part of the layout is missing.
+    held: in what the weights of its U-Net are stored; none: `dtype`, as the rest. lora: a LoRA that is added to them.
+    hub: revision and variant, of a base by name. UserError if a part of the layout is missing.
     """
     _check_layout(folder)
     hub = {key: value for key, value in hub.items() if value is not None}
@@ -204,7 +207,12 @@ def load_base(
     own_tokenizer = {} if tokenizer_name else {"subfolder": "tokenizer"}
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **hub)
+    exact = torch.float32 if lora else dtype  # a LoRA's changes are small: they are added before weights are rounded
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=exact, **hub)
+    if lora:
+        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=exact, **hub)
+        fuse_lora(lora, unet, text_encoder)
+        unet, text_encoder = unet.to(dtype), text_encoder.to(dtype)
     if held not in (None, dtype):
         hold(unet, held)
     # Copy the weights out of the memory-mapped file, which counts as ours while one is left there; before the other
@@ -212,7 +220,8 @@ def load_base(
     for parameter in unet.parameters():
         parameter.data = parameter.data.clone()
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **hub)
-    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **hub)
+    if not lora:
+        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **hub)
     for part in (vae, text_encoder, unet):
         part.requires_grad_(False).eval().to(device)
     return Base(
@@ -224,6 +233,7 @@ def load_base(
         unet=lay_out(unet, device),
         scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **unvaried),
         dtype=dtype,
+        lora=lora,
     )
 
 
@@ -250,12 +260,18 @@ def _factor(vae_config: dict[str, Any]) -> int:
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
-def base_fingerprint(folder: str | Path) -> str:
-    """16 hexadecimal digits that change with any config's text and any training of the weights, or a hub's name."""
+def base_fingerprint(folder: str | Path, lora: str | None = None) -> str:
+    """16 hexadecimal digits that change with any config's text and any training of the weights, or a hub's name.
+
+    lora: what is added to the weights.
+    """
     digest = hashlib.sha256() if Path(folder).is_dir() else hashlib.sha256(str(folder).encode())
     for path in sorted(Path(folder).glob("*/*")):
         if path.parent.name in LAYOUT and path.is_file():
             digest.update(path.relative_to(folder).as_posix().encode() + _sampled(path))
+    if lora:
+        file = lora_file(lora)
+        digest.update(_sampled(file) if file else lora.encode())
     return digest.hexdigest()[:16]
 
 
@@ -319,8 +335,11 @@ def reconstruct(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
     return decode(vae, mean * vae.config.scaling_factor)
 
 
-def encode_text(base: Base, captions: list[str]) -> torch.Tensor:
-    """Captions -> embeddings [B,L,D], cut at the tokenizer's length L."""
+def encode_text(base: Base, captions: list[str], trained: nn.Module | None = None) -> torch.Tensor:
+    """Captions -> embeddings [B,L,D], cut at the tokenizer's length L.
+
+    trained: the base's text encoder as it is trained, which then gets gradients.
+    """
     assert base.text_encoder is not None
     tokens = base.tokenizer(
         captions,
@@ -329,5 +348,5 @@ def encode_text(base: Base, captions: list[str]) -> torch.Tensor:
         truncation=True,
         return_tensors="pt",
     )
-    with torch.no_grad():
-        return base.text_encoder(tokens.input_ids.to(base.text_encoder.device))[0]
+    with torch.set_grad_enabled(trained is not None):
+        return (trained or base.text_encoder)(tokens.input_ids.to(base.text_encoder.device))[0]

@@ -121,6 +121,13 @@ class Workspace:
         """The ControlNet of this run, once its training is finished."""
         return str(self.controlnet) if (self.controlnet / WEIGHTS).is_file() else None
 
+    def trained_base(self) -> dict[str, str | None]:
+        """The base that this run's ControlNet was trained on or with, and its LoRA."""
+        kind, own = self.trained("train_unet"), {"lora": self.controlnet / "lora", "decoder": self.controlnet / "base"}
+        base = own["decoder"] if kind == "decoder" and own["decoder"].is_dir() else self.base
+        made = str(own["lora"]) if kind == "lora" and own["lora"].is_dir() else self.trained("lora")
+        return {"pretrained_model_name_or_path": str(base), "lora": made}
+
     def trained(self, name: str):
         """A setting of the training in `controlnet`, such as its resolution or fit; without one, the preset's."""
         recorded, default = self.controlnet / RUN_FILE, getattr(make(TrainConfig, self.preset), name)
@@ -152,7 +159,7 @@ def generate_config(ws: Workspace, **settings) -> GenerateConfig:
     given = {name: value for name, value in settings.items() if value or name == "seed"}
     if "controlnet_model_name_or_path" in given:
         given["controlnet_model_name_or_path"] = str(from_root(given["controlnet_model_name_or_path"]))
-    own = {"pretrained_model_name_or_path": str(ws.base), "controlnet_model_name_or_path": ws.trained_controlnet(),
+    own = {**ws.trained_base(), "controlnet_model_name_or_path": ws.trained_controlnet(),
            "controls": str(ws.dataset), "split": ws.split_names[1], "output_dir": str(ws.generated),
            "resolution": ws.trained("resolution"), "fit": ws.trained("fit")}  # fmt: skip
     return make(GenerateConfig, ws.preset, **own | given)

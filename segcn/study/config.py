@@ -35,6 +35,7 @@ class UtilityConfig:
     pretrained_model_name_or_path: str = flag(
         str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout", aliases=("--base",)
     )
+    lora: str | None = flag(None, "LoRA of the base: a folder that segcn adapt or diffusers wrote")
     output_dir: str = flag(str(OUTPUTS / "utility"), "folder of the study; everything is kept there")
     resolution: int = flag(128, "image size in pixels", low=1)
     fit: str = flag("crop", "how images become square: crop, pad or stretch", FITS)

@@ -117,7 +117,7 @@ class StudyPlan:
 
     @cached_property
     def base(self) -> str:
-        return base_fingerprint(self.config.pretrained_model_name_or_path)
+        return base_fingerprint(self.config.pretrained_model_name_or_path, self.config.lora)
 
     def controlnet(self, fraction: float) -> TrainConfig:
         """How the ControlNet of a fraction is trained: as the preset says, on its rows alone.
@@ -129,7 +129,8 @@ class StudyPlan:
         steps = config.controlnet_more_steps if smaller else config.controlnet_steps
         settings = make(
             TrainConfig, config.preset, dataset_name=str(rows.folder), seed=config.seed, fit=config.fit,
-            pretrained_model_name_or_path=config.pretrained_model_name_or_path, cache_dir=str(config.folder / "cache"),
+            pretrained_model_name_or_path=config.pretrained_model_name_or_path, lora=config.lora,
+            cache_dir=str(config.folder / "cache"),
             controlnet_model_name_or_path=smaller.output_dir if smaller else None, resolution=config.resolution,
             augment=config.augment, max_train_steps=steps, checkpointing_steps=100, checkpoints_total_limit=1,
             cache_draws=max(1, min(16, steps * 16 // (4 * len(rows)))),  # each is seen four times or more
@@ -144,7 +145,8 @@ class StudyPlan:
         _, segmenter = self.segmenter(Arm(fraction, 0.0), 0)
         settings = make(
             GenerateConfig, config.preset, controls=str(rows.folder), split="train", seed=config.seed,
-            pretrained_model_name_or_path=config.pretrained_model_name_or_path, segmenter=str(segmenter),
+            pretrained_model_name_or_path=config.pretrained_model_name_or_path, lora=config.lora,
+            segmenter=str(segmenter),
             controlnet_model_name_or_path=controlnet, resolution=config.resolution, fit=config.fit,
             limit=min(config.images, len(rows)), replicates=-(-config.images // len(rows)),
             **{name: getattr(config, name) for name in GENERATED if getattr(config, name) != ""},

@@ -38,7 +38,7 @@ METHOD = (
     " the segmenter might have given; which rows were drawn, and the one ControlNet of each fraction, are taken as they"
     " are."
 )
-WITHOUT_EFFECT = ("dataset_name", "output_dir", "pretrained_model_name_or_path", "allow_symlinks")
+WITHOUT_EFFECT = ("dataset_name", "output_dir", "pretrained_model_name_or_path", "lora", "allow_symlinks")
 
 
 def metrics_of(

@@ -24,6 +24,8 @@ EXAMPLE_DEFAULTS = {
     "empty_controls": 0.0,  # share of controls replaced by black
     "class_weights": None,  # float32 [K] by class id; None: no weights
     "reward": None,  # (low, high): half of the rows also get a timestep from low to high, for --reward_weight
+    "captions": False,  # text as it is, not embedded: the text encoder is trained
+    "images": False,  # the image and its valid pixels besides the moments: the decoder is trained
 }
 
 
@@ -87,6 +89,7 @@ class Examples(Dataset):
             raise BadSample(f"{error}\nThe file was good when it was checked. Fix it, then rerun to resume.") from None
         caption = self._dropped(sample.caption, visit, row)
         example = {"image": sample.image, "control": sample.control, "caption": caption, "row": row}
+        example |= {"valid": sample.valid} if self.settings["images"] else {}
         return example, sample.mask, sample.valid
 
     def _cached(self, visit: int, row: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
@@ -104,6 +107,11 @@ class Examples(Dataset):
             "text": torch.from_numpy(cache.text_of(caption).astype(np.float32)),
             "row": used,
         }
+        if self.settings["captions"]:
+            example["caption"] = caption
+            del example["text"]
+        if self.settings["images"]:
+            example |= {"image": self.dataset.sample(used, draw).image, "valid": valid}
         return example, mask, valid
 
 
@@ -138,11 +146,13 @@ def make_examples(config: TrainConfig, dataset: PairedDataset, base: Base, accel
         assert config.cache_draws is not None
         cuts = config.caption_class_dropout > 0
         cache = latent_cache.build(folder, dataset, base, config.cache_draws, accelerator, log.say, limit, cuts)
-        if not (config.validation_image or config.faithfulness_rows):
-            base.text_encoder = None
-            base.vae = base.vae if config.reward_weight else None
+        if not (config.validation_image or config.validation_prompt or config.faithfulness_rows):
+            base.text_encoder = base.text_encoder if "text_encoder" in config.trains else None
+            base.vae = base.vae if config.reward_weight or "vae_decoder" in config.trains else None
     settings = {
         "seed": config.seed,
+        "captions": "text_encoder" in config.trains,
+        "images": "vae_decoder" in config.trains,
         "empty_prompts": config.proportion_empty_prompts,
         "class_dropout": config.caption_class_dropout,
         "empty_controls": config.proportion_empty_controls,

@@ -10,23 +10,22 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import ControlNetModel
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from segcn.data.metadata import Split
 from segcn.models.base import Base, folder_digest
-from segcn.models.controlnet import load_controlnet
 from segcn.train.config import FREE_TO_CHANGE, MODELS_BY_CONTENT, TrainConfig
 from segcn.train.log import LOG, STOPPED, Log, read_log, validation_scores
+from segcn.train.networks import EMA, read_networks, write_networks
 from segcn.utils import io
 from segcn.utils.args import to_json
 from segcn.utils.errors import UserError
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from segcn.train.setup import Run
 
 BEST = "best.json"
-EMA = "controlnet_ema"  # folder of the averaged weights in a checkpoint
 SHARED_NUMBERS = 256  # of an optimizer's tensor that parameters may share: quantization maps of 8-bit optimizers
 WAIT = timedelta(hours=3)  # of the other processes, while one validates
 
@@ -61,6 +59,7 @@ def claim_run_folder(
         "palette_fingerprint": split.palette.fingerprint,
         "mixed_precision": accelerator.mixed_precision,  # accelerate's own where the flag is not given
         "processes": accelerator.num_processes,
+        "trains": config.trains,
         **functions,
     }
     places = {name: getattr(config, name) for name in MODELS_BY_CONTENT}
@@ -71,7 +70,7 @@ def claim_run_folder(
         raise UserError(f"{output_dir} is not empty and holds no run of segcn: choose another --output_dir.")
     if accelerator.is_main_process:
         io.lock(output_dir, log.say)
-    defaults = dataclasses.asdict(TrainConfig())
+    defaults = dataclasses.asdict(type(config)()) | {"trains": ["controlnet"]}
     try:
         io.same_settings(path, resolved, FREE_TO_CHANGE, config.allow_changes, log.say, defaults=defaults, write=False)
     except UserError as error:
@@ -79,7 +78,8 @@ def claim_run_folder(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         io.write_text(path, json.dumps(resolved, indent=1) + "\n")
-        split.palette.save(output_dir / "palette.json")
+        if "controlnet" in config.trains:
+            split.palette.save(output_dir / "palette.json")
 
 
 def steps(output_dir: Path) -> dict[int, Path]:
@@ -133,7 +133,7 @@ def save(run: Run, only_best: bool = False) -> None:
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process:
-        tensors = [*run.controlnet.state_dict().values()] * (1 if run.ema is None else 2)
+        tensors = [*run.weights] * (1 if run.ema is None else 2)
         tensors += [value for _, value in leaves(run.optimizer.state_dict()["state"])]
         needed = 2**20 + sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))  # a little more
         name = f"checkpoint-{run.step}"
@@ -146,11 +146,10 @@ def save(run: Run, only_best: bool = False) -> None:
 
 def write(run: Run, state: dict, folder: Path) -> None:
     """The files of a checkpoint: safetensors and JSON only."""
-    controlnet = run.accelerator.unwrap_model(run.controlnet)
-    controlnet.save_pretrained(folder / "controlnet")
+    write_networks(run.own_networks, folder)
     if run.ema is not None:
-        with averaged(controlnet, run.ema):
-            controlnet.save_pretrained(folder / EMA)
+        with run.averaged() as networks:
+            write_networks(networks, folder, EMA)
     save_optimizer(run.optimizer.optimizer, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
 
@@ -163,10 +162,12 @@ def resume(run: Run) -> None:
     if folder is None:
         return run.log.rewind(0)
     state = json.loads((folder / "state.json").read_text())
-    weights = load_controlnet(folder / "controlnet").state_dict()
-    run.accelerator.unwrap_model(run.controlnet).load_state_dict(weights)
     if run.ema is not None:
-        load_ema(run.ema, folder, state["step"])
+        run.ema.optimization_step = state["step"]
+        read_networks(run.own_networks, folder, EMA)
+        for shadow, weight in zip(run.ema.shadow_params, run.weights, strict=True):
+            shadow.copy_(weight.detach())
+    read_networks(run.own_networks, folder)
     restore_optimizer(run, folder, state)
     if run.accelerator.scaler is not None and "scaler" in state:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -259,26 +260,17 @@ def leaves(tree: dict, path: tuple = ()):
 
 
 @contextmanager
-def averaged(controlnet: ControlNetModel, ema: EMAModel | None) -> Iterator[ControlNetModel]:
-    """The ControlNet with the averaged weights for a while; without an average as it is."""
+def averaged(weights: Sequence[torch.nn.Parameter], ema: EMAModel | None) -> Iterator[None]:
+    """The trained weights are their averages for a while; without an average they stay as they are."""
     if ema is None:
-        yield controlnet
+        yield
         return
-    ema.store(controlnet.parameters())
-    ema.copy_to(controlnet.parameters())
+    ema.store(weights)
+    ema.copy_to(weights)
     try:
-        yield controlnet
+        yield
     finally:
-        ema.restore(controlnet.parameters())
-
-
-@torch.no_grad()
-def load_ema(ema: EMAModel, folder: Path, step: int) -> None:
-    """Take over the average of a checkpoint at an optimizer step, or where it has none its weights."""
-    ema.optimization_step = step
-    stored = next(folder / name for name in (EMA, "controlnet") if (folder / name).is_dir())
-    for shadow, weight in zip(ema.shadow_params, load_controlnet(stored).parameters(), strict=True):
-        shadow.copy_(weight)
+        ema.restore(weights)
 
 
 def record_best(output_dir: Path) -> list[str]:

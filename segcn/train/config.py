@@ -11,6 +11,24 @@ from segcn.utils.args import PRECISIONS, flag
 from segcn.utils.errors import UserError
 from segcn.utils.paths import BASE, OUTPUTS
 
+OBSOLETE = (
+    "enable_xformers_memory_efficient_attention", "set_grads_to_none", "dataset_config_name", "image_column",
+    "conditioning_image_column", "caption_column", "image_interpolation_mode",
+)  # fmt: skip
+UNET_PARTS = ("lora", "decoder", "all")  # what can be trained of a U-Net
+LORA_TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -38,6 +56,7 @@ class TrainConfig:
         "preset": "data and models",
         "resolution": "the image and its augmentation",
         "prediction_type": "the loss",
+        "train_unet": "what is trained of the base",
         "max_train_steps": "optimization",
         "checkpointing_steps": "checkpoints",
         "logging_steps": "validation and logging",
@@ -63,6 +82,7 @@ a Slurm script that requeues itself, are in
     )
     controlnet_model_name_or_path: str | None = flag(None, "ControlNet to start from; none: a copy of the base")
     tokenizer_name: str | None = flag(None, "tokenizer folder, if it is not the base's")
+    lora: str | None = flag(None, "LoRA of the base, a folder that segcn adapt or diffusers wrote; frozen, too")
     revision: str | None = flag(None, "revision of the base on the hub")
     variant: str | None = flag(None, "variant of the base's weight files, such as fp16")
     dataset_name: str | None = flag(None, "data set folder, or its metadata.csv")
@@ -102,6 +122,11 @@ a Slurm script that requeues itself, are in
     reward_segmenter: str | None = flag(
         None, "trained segmenter folder that rewards, and never scores; none: trained on the training rows"
     )
+    # the base
+    train_unet: str | None = flag(None, "train it too: a lora, or its decoder in full; none: frozen", UNET_PARTS[:2])
+    lora_rank: int = flag(16, "rank of a LoRA that is trained", low=1)
+    lora_alpha: int | None = flag(None, "its weight is this / rank; none: the rank, so 1", low=1)
+    lora_targets: list[str] = flag(LORA_TARGETS, "ends of the names of the U-Net's layers that get one")
     # optimization
     max_train_steps: int | None = flag(None, "optimizer steps; none: --num_train_epochs", low=1)
     num_train_epochs: int = flag(1, "epochs, if --max_train_steps is not given", low=1)
@@ -180,11 +205,56 @@ a Slurm script that requeues itself, are in
             raise UserError("--dataset_name: expected a data set folder or its metadata.csv, found nothing")
         return found
 
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """What is trained: controlnet, and of the base one of lora, decoder and all, or vae_decoder."""
+        return ("controlnet", *([self.train_unet] if self.train_unet else []))
 
-OBSOLETE = (
-    "enable_xformers_memory_efficient_attention", "set_grads_to_none", "dataset_config_name", "image_column",
-    "conditioning_image_column", "caption_column", "image_interpolation_mode",
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class AdaptConfig(TrainConfig):
+    """Teach the base a domain, from images alone: a LoRA of its U-Net, or its own weights."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "sd15": {},
+        "tiny": TrainConfig.PRESETS["tiny"] | {
+            "max_train_steps": 1000, "learning_rate": 1e-3, "checkpointing_steps": 250, "validation_steps": 250,
+            "caption_class_dropout": 0.0,
+        },
+    }  # fmt: skip
+    SECTIONS: ClassVar[dict[str, str]] = TrainConfig.SECTIONS | {
+        "snr_gamma": "the loss", "lora_rank": "what is trained of the base", "unlock": "what else is trained",
+    }  # fmt: skip
+    HIDDEN: ClassVar[tuple[str, ...]] = (  # flags of segcn train that need masks or a ControlNet
+        "controlnet_model_name_or_path", "lora", "class_balance", "proportion_empty_controls", "class_weighting",
+        "train_unet", "faithfulness_rows", "segmenter", "validation_image", "caption_class_dropout",
+        "reward_weight", "reward_start", "reward_timesteps", "reward_segmenter", "prediction_type",
+        "rescale_betas_zero_snr", *OBSOLETE,
+    )  # fmt: skip
+
+    dataset_name: str | None = flag(None, "folder of images, or a data set, whose masks are not used")
+    output_dir: str = flag(str(OUTPUTS / "adapted"), "run folder: checkpoints, log, and the LoRA or the new base")
+    learning_rate: float = flag(1e-4, "peak learning rate", low=0)
+    proportion_empty_prompts: float = flag(0.1, "share of captions replaced by the empty one", low=0, high=1)
+    validation_prompt: list[str] | None = flag(None, "prompts to generate images from while training")
+    validation_steps: int = flag(500, "optimizer steps between validation images", low=1)
+    tracker_project_name: str = flag("adapt_base", "name of the run in the trackers")
+    unlock: str | None = flag(
+        None, "train weights of the U-Net in full, its decoder or all of it; none: a LoRA", UNET_PARTS[1:]
+    )
+    lora_text_encoder: bool = flag(False, "a LoRA of the text encoder, too; texts are then encoded in every step")
+    merge: bool = flag(False, "write a base with the LoRA in its weights, in place of the LoRA")
+    vae_decoder: bool = flag(
+        False, "train the autoencoder's decoder instead; its encoder, and so every latent, stays as it is"
+    )
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        if self.vae_decoder:
+            return ("vae_decoder",)
+        return (self.unlock or "lora", *(["text_encoder"] if self.lora_text_encoder else []))
+
+
 MEMORY_PRESETS = {  # GB: images of 512 px in a micro-batch, and what is switched on besides half precision
     8: (1, {"use_8bit_adam": True, "gradient_checkpointing": True}),
     12: (1, {"gradient_checkpointing": True}),
@@ -195,7 +265,7 @@ MEMORY_PRESETS = {  # GB: images of 512 px in a micro-batch, and what is switche
 MODELS_BY_CONTENT = ("controlnet_model_name_or_path", "reward_segmenter", "segmenter", "tokenizer_name")
 FREE_TO_CHANGE = {  # the data set and the base are compared by their content, too
     *MODELS_BY_CONTENT, "dataset_name", "pretrained_model_name_or_path",
-    "allow_changes", "allow_symlinks", "cache_budget_gb", "cache_dir", "checkpointing_steps",
+    "allow_changes", "allow_symlinks", "cache_budget_gb", "cache_dir", "checkpointing_steps", "lora", "merge",
     "checkpoints_total_limit", "dataloader_num_workers", "hub_model_id", "hub_token", "logging_dir", "logging_steps",
     "max_train_steps", "num_train_epochs", "num_validation_images", "on_bad_sample", "output_dir", "preflight",
     "push_to_hub", "report_to", "resume_from_checkpoint", "tracker_project_name", "validation_image",

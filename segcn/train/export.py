@@ -1,21 +1,25 @@
-"""The finished ControlNet where plain diffusers finds it, its model card README.md, and the upload to the hub."""
+"""What was trained where plain diffusers finds it, its model card README.md, and the upload to the hub."""
 
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, StableDiffusionPipeline
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
 from segcn.data.metadata import Split
 from segcn.data.palette import palette_table
+from segcn.models.base import LAYOUT, load_base
+from segcn.models.lora import LORA_WEIGHTS, changed_layers, save_lora
 from segcn.train.checkpoint import read_best
 from segcn.train.config import TrainConfig
 from segcn.train.log import LOG, read_log
+from segcn.train.networks import LatentDecoder, Networks, in_full
 from segcn.train.setup import Run
 from segcn.utils.errors import UserError
 from segcn.utils.html import render
@@ -31,15 +35,19 @@ LICENSES = {"stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2"
 
 
 def finish_training(run: Run) -> Path:
-    """Write the ControlNet where `ControlNetModel.from_pretrained(output_dir)` finds it, and its model card."""
+    """Write what was trained where plain diffusers finds it, and its model card.
+
+    A ControlNet is at the root of the run folder, what was trained of the base in its lora/ or base/; of `segcn adapt`
+    the LoRA or the base is at the root.
+    """
     accelerator, output_dir = run.accelerator, run.output_dir
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with run.final_controlnet() as controlnet:
-            export(controlnet, output_dir)
+        with run.averaged() as networks:
+            for line in export_networks(run.config, networks, output_dir):
+                run.log.say(line)
         if run.config.prediction_type or run.config.rescale_betas_zero_snr:
             run.base.scheduler.save_pretrained(output_dir / "scheduler")  # images must be generated with this one
-        run.log.say(f"Done: {output_dir} opens with ControlNetModel.from_pretrained.")
         kind = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "CPU"
         machine = f"{accelerator.num_processes} x {kind}, precision {accelerator.mixed_precision}"
         if not write_model_card(output_dir, run.config, run.split, run.step, machine):
@@ -48,6 +56,65 @@ def finish_training(run: Run) -> Path:
     if accelerator.is_main_process and run.config.push_to_hub:
         run.log.say(f"Uploaded to {upload(run)}.")
     return output_dir
+
+
+def export_networks(config: TrainConfig, networks: Networks, output_dir: Path) -> list[str]:
+    """Write the trained networks; a line for each, which says how it is used."""
+    controlnet, merge, said = networks.get("controlnet"), getattr(config, "merge", False), []
+    lora, folder, both = output_dir, output_dir, f"segcn generate --controlnet_model_name_or_path {output_dir}"
+    if isinstance(controlnet, ControlNetModel):
+        export(controlnet, output_dir)
+        said.append(f"Done: {output_dir} opens with ControlNetModel.from_pretrained.")
+        lora, folder = output_dir / "lora", output_dir / "base"
+    if "lora" in config.trains:
+        lora = output_dir / "lora" if merge else lora
+        save_lora(output_dir / ".lora", networks)
+        lora.mkdir(exist_ok=True)
+        os.replace(output_dir / ".lora" / LORA_WEIGHTS, lora / LORA_WEIGHTS)
+        (output_dir / ".lora").rmdir()
+        if said:
+            said.append(f"Its LoRA is in {lora}: use both by {both} --lora {lora}")
+        elif not merge:
+            said.append(f"Done: {output_dir} opens with pipe.load_lora_weights; segcn train takes it as --lora.")
+    if in_full(config) or merge:
+        write_base(config, networks, folder, lora if merge else None)
+        flag = "--pretrained_model_name_or_path"
+        if said:
+            said.append(f"Its base is in {folder}: use both by {both} {flag} {folder}")
+        else:
+            said.append(f"Done: {folder} opens with StableDiffusionPipeline.from_pretrained; segcn takes it as {flag}.")
+    return said
+
+
+def write_base(config: TrainConfig, networks: Networks, folder: Path, lora: Path | None = None) -> None:
+    """Write the base with the weights that were trained, in float32, as a folder that plain pipelines open."""
+    hub = {"revision": config.revision, "variant": config.variant}
+    name, added = config.pretrained_model_name_or_path, str(lora) if lora else config.lora
+    base = load_base(name, "cpu", torch.float32, config.tokenizer_name, None, added, **hub)
+    assert base.vae is not None
+    if lora is None:
+        parts: dict[str, torch.nn.Module] = {"unet": base.unet, "vae": LatentDecoder(base.vae)}
+        for part, network in networks.items():
+            if part in parts:
+                parts[part].load_state_dict(changed_layers(network), strict=False)
+    for network in (base.unet, base.vae):
+        network.to(memory_format=torch.contiguous_format)
+    pipe = StableDiffusionPipeline(
+        base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    staged = folder / ".base"
+    shutil.rmtree(staged, ignore_errors=True)
+    pipe.save_pretrained(staged)
+    for path in [staged / "model_index.json", *staged.rglob("config.json")]:  # without the path that it came from
+        written = json.loads(path.read_text())
+        written.pop("_name_or_path", None)
+        path.write_text(json.dumps(written, indent=2) + "\n")
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == "model_index.json"):
+        if (folder / path.name).is_dir():
+            shutil.rmtree(folder / path.name)
+        os.replace(path, folder / path.name)
+    staged.rmdir()
 
 
 def export(controlnet: ControlNetModel, folder: Path) -> None:
@@ -68,9 +135,16 @@ def write_model_card(output_dir: Path, config: TrainConfig, split: Split, step: 
     if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
     folder, name, sheet = config.pretrained_model_name_or_path, public_name(output_dir), newest_sheet(output_dir)
-    base = public_name(folder)
+    base, trains = public_name(folder), config.trains
+    lora = "lora" in trains and not getattr(config, "merge", False)
+    kinds = {"decoder": "the decoder of its U-Net", "all": "its U-Net", "vae_decoder": "the decoder of its autoencoder"}
+    what = f"A LoRA for {base}." if lora else f"{base} with a LoRA in its weights."
+    changed = [kinds[kind] for kind in trains if kind in kinds]
     text = render(
-        "train/templates/card.md",
+        f"train/templates/{'card' if 'controlnet' in trains else 'adapted_card'}.md",
+        lora=lora,
+        what=f"{base}, of which {changed[0]} was trained further." if changed else what,
+        trained=changed[0] if changed else f"rank {config.lora_rank}, layers {', '.join(config.lora_targets)}",
         mark=CARD_MARK,
         name=name,
         base=base,
@@ -87,7 +161,8 @@ def write_model_card(output_dir: Path, config: TrainConfig, split: Split, step: 
         figures=card_figures(output_dir),
     )
     data = ModelCardData(license=license_of(folder), library_name="diffusers", base_model=base)
-    card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"), tags=list(TAGS))
+    tags = TAGS if "controlnet" in trains else [tag for tag in TAGS if tag != "controlnet"] + ["lora"] * lora
+    card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"), tags=list(tags))
     write_text(path, str(card))
     return True
 
@@ -132,6 +207,10 @@ def upload(run: Run) -> str:
     name, sheet = run.config.hub_model_id or output_dir.absolute().name, newest_sheet(output_dir)
     published = [*output_dir.glob("diffusion_pytorch_model*.safetensors*"), *([sheet] if sheet else [])]
     published += output_dir.glob("scheduler/scheduler_config.json")
+    published += [path for part in ("", "lora/") for path in output_dir.glob(f"{part}{LORA_WEIGHTS}")]
+    if "controlnet" not in run.config.trains or (output_dir / "base").is_dir():
+        own = output_dir if "controlnet" not in run.config.trains else output_dir / "base"
+        published += [*own.glob("model_index.json"), *(path for part in LAYOUT for path in own.glob(f"{part}/*"))]
     files = sorted(path.relative_to(output_dir).as_posix() for path in published)
     try:
         name = api.create_repo(name, exist_ok=True).repo_id
@@ -139,12 +218,12 @@ def upload(run: Run) -> str:
             repo_id=name,
             folder_path=output_dir,
             allow_patterns=["config.json", "README.md", "palette.json", *files],
-            commit_message=f"ControlNet after {run.step} steps",
+            commit_message=f"{', '.join(run.config.trains)} after {run.step} steps",
         )
     except (OSError, ValueError, HTTPError) as error:  # offline, no token, no such name: the hub's errors are these
         raise UserError(
             f"--push_to_hub {name}: {type(error).__name__}: {str(error).splitlines()[0]}\n"
-            f"The finished ControlNet is in {output_dir}. Once `hf auth login` is done and the hub answers, rerun the"
+            f"What was trained is in {output_dir}. Once `hf auth login` is done and the hub answers, rerun the"
             " same command to upload it, without training again"
         ) from None
     return name

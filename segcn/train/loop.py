@@ -13,7 +13,7 @@ from segcn.train.batches import Plan
 from segcn.train.checkpoint import catch_signals, end_on_signals, ignore_signals, resume, save, stop_if_asked
 from segcn.train.config import TrainConfig
 from segcn.train.export import finish_training
-from segcn.train.loss import Loss, min_snr_weights
+from segcn.train.loss import Loss, decoder_loss, min_snr_weights
 from segcn.train.memory import preflight
 from segcn.train.reward import clean_estimate, reward_losses
 from segcn.train.setup import AugmentFunction, Run, prepare
@@ -50,15 +50,16 @@ def train(
 
 def micro_steps(run: Run) -> Iterator[bool]:
     """Train on each micro-batch that is left, and yield whether that completed an optimizer step."""
-    config, controlnet, accelerator = run.config, run.controlnet, run.accelerator
-    controlnet.train()
+    config, networks, accelerator = run.config, run.networks.values(), run.accelerator
+    for network in networks:
+        network.train()
     for batch in micro_batches(run):
-        with accelerator.accumulate(controlnet):
+        with accelerator.accumulate(*networks):
             losses = step_losses(run, batch)
             accelerator.backward(losses.mean())
             run.finite.add(batch["row"], losses)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(controlnet.parameters(), config.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(run.weights, config.max_grad_norm)
                 run.finite.check(norm, run.step + 1)
                 run.log.norm = norm
             run.optimizer.step()
@@ -66,7 +67,7 @@ def micro_steps(run: Run) -> Iterator[bool]:
         run.log.losses.append(losses.mean().detach())
         if accelerator.sync_gradients:
             if run.ema is not None:
-                run.ema.step(accelerator.unwrap_model(controlnet).parameters())
+                run.ema.step(run.weights)
             run.schedule.step()
             run.step += 1
             run.log.step(run.step, run.total_steps, float(run.schedule.get_last_lr()[0]))
@@ -77,7 +78,10 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
     """The losses of a micro-batch's samples, float32 [B]; `batch` as `Examples` collates it."""
     base, device, dtype = run.base, run.accelerator.device, run.base.dtype
     moments = batch["moments"] if "moments" in batch else encode_moments(base.vae, batch["image"])  # [B,2C,h,w]
-    text = batch["text"] if "text" in batch else encode_text(base, batch["caption"])  # [B,L,D]
+    if "vae" in run.networks:
+        return decoder_losses(run, batch, moments)
+    trained_text = run.networks.get("text_encoder")
+    text = batch["text"] if "text" in batch else encode_text(base, batch["caption"], trained_text)  # [B,L,D]
     clean = sample_latents(base.vae_config, moments.to(device), batch["posterior"].to(device))  # [B,C,h,w]
     noise, timestep = batch["noise"].to(device), batch["timestep"].to(device)
     late = run.step >= run.config.reward_start * run.total_steps
@@ -85,15 +89,13 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
     if rewards is not None:
         timestep = torch.where(batch["reward_timestep"].to(device) < 0, timestep, batch["reward_timestep"].to(device))
     noisy = base.scheduler.add_noise(clean, noise, timestep)
-    text, control = text.to(device, torch.float32), batch["control"].to(device)
-    down, middle = run.controlnet(noisy, timestep, text, controlnet_cond=control, return_dict=False)
-    prediction = base.unet(
-        noisy.to(dtype),
-        timestep,
-        text.to(dtype),
-        down_block_additional_residuals=[residual.to(dtype) for residual in down],
-        mid_block_additional_residual=middle.to(dtype),
-    ).sample
+    text, residuals = text.to(device, torch.float32), {}
+    if run.controlnet is not None:
+        control = batch["control"].to(device)
+        down, middle = run.controlnet(noisy, timestep, text, controlnet_cond=control, return_dict=False)
+        residuals["down_block_additional_residuals"] = [residual.to(dtype) for residual in down]
+        residuals["mid_block_additional_residual"] = middle.to(dtype)
+    prediction = run.unet(noisy.to(dtype), timestep, text.to(dtype), **residuals).sample
     target = base.scheduler.get_velocity(clean, noise, timestep) if base.predicts_v else noise
     weights = batch["weights"].to(device) if "weights" in batch else None
     losses = run.loss(prediction, target, batch["cells"].to(device), weights)
@@ -104,6 +106,14 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
         found = reward_losses(base, rewards, clean, batch["mask"].to(device)[rows])
         losses = losses.index_add(0, rows, run.config.reward_weight * found)
     return losses
+
+
+def decoder_losses(run: Run, batch: dict, moments: torch.Tensor) -> torch.Tensor:
+    """The losses of what the autoencoder's decoder makes of its own latents, float32 [B]."""
+    device, config = run.accelerator.device, run.base.vae_config
+    latents = sample_latents(config, moments.to(device), batch["posterior"].to(device)) / config["scaling_factor"]
+    image = run.networks["vae"](latents.to(run.base.dtype))
+    return decoder_loss(image, batch["image"].to(device), batch["valid"].to(device))
 
 
 def micro_batches(run: Run) -> DataLoader:

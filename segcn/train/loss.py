@@ -36,6 +36,21 @@ def min_snr_weights(snr: torch.Tensor, gamma: float, predicts_v: bool) -> torch.
     return snr.clamp(max=gamma) / (snr + 1 if predicts_v else snr)
 
 
+def decoder_loss(image: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error of the pixels plus that of the differences of neighbors (Mathieu et al. 2015,
+    arXiv:1511.05440): edges and grain stay, in place of averages of them, without a perceptual network.
+
+    image, target: [B,3,H,W] in [-1,1]. valid: bool [B,H,W], the pixels in frame. Returns float32 [B].
+    """
+    error, inside = image.float() - target.float(), valid.float()
+    total = (error.abs().mean(1) * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    for axis in (2, 3):
+        steps = target.diff(dim=axis) - image.float().diff(dim=axis)
+        both = inside.narrow(axis - 1, 1, inside.shape[axis - 1] - 1) * inside.narrow(axis - 1, 0, steps.shape[axis])
+        total = total + (steps.abs().mean(1) * both).sum((1, 2)) / both.sum((1, 2)).clamp(min=1)
+    return total
+
+
 def valid_cells(valid: torch.Tensor, factor: int) -> torch.Tensor:
     """bool [B,H,W] -> bool [B,H/factor,W/factor]: a latent cell counts if all its pixels are in frame."""
     return -F.max_pool2d(-valid.float()[:, None], factor)[:, 0] == 1

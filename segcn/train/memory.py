@@ -180,9 +180,10 @@ def two_steps(run: Run, learn: Learn, size: int) -> Trial:
 def parts(run: Run) -> dict[str, int]:
     """Bytes of the run's components by the accounting."""
     encoders = [part for part in (run.base.vae, run.base.text_encoder) if part is not None]
+    frozen = nn.ParameterList([weight for weight in run.base.unet.parameters() if not weight.requires_grad])
     return accounting(
-        run.base.unet,
-        run.accelerator.unwrap_model(run.controlnet),
+        frozen,
+        nn.ParameterList(run.weights),
         encoders,
         half_copies=run.accelerator.native_amp,
         use_8bit_adam=run.config.use_8bit_adam,

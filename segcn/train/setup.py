@@ -7,9 +7,10 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from segcn.data.dataset import PairedDataset
 from segcn.data.doctor.report import find_report
 from segcn.data.metadata import Split, check_split, find_splits, hold_out, read_split
 from segcn.data.transforms import AugmentConfig
+from segcn.data.unlabelled import check_images, unlabelled_split
 from segcn.evaluate.base_check import BASE_CHECK, check_base
 from segcn.models.base import Base, computes_fast, keep_freed_memory, load_base, pick_device, precisions
 from segcn.models.controlnet import check_controlnet, load_controlnet, make_controlnet
@@ -38,6 +40,7 @@ from segcn.train.config import MEMORY_PRESETS, OBSOLETE, TrainConfig, reward_tim
 from segcn.train.latent_cache import cache_root, parse_limit, source_digest
 from segcn.train.log import Log
 from segcn.train.loss import FiniteCheck, Loss, diffusion_loss
+from segcn.train.networks import Networks, check_trained, in_full, trained_parts
 from segcn.train.reward import open_reward_segmenter
 from segcn.train.validation import HeldOutScorer, held_out_rows
 from segcn.utils.args import check_values, preset_defaults, to_json
@@ -56,7 +59,7 @@ class Run:
     output_dir: Path
     split: Split
     base: Base
-    controlnet: torch.nn.Module
+    networks: dict[str, torch.nn.Module]  # that are trained: controlnet, and parts of the base
     optimizer: AcceleratedOptimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     examples: Examples
@@ -73,9 +76,31 @@ class Run:
     saved: int = 0  # the step of the newest checkpoint
     stop_signal: list[int] = field(default_factory=list)
 
-    def final_controlnet(self) -> AbstractContextManager[ControlNetModel]:
-        """The ControlNet as it generates and is written: with its averaged weights, where there are any."""
-        return averaged(self.accelerator.unwrap_model(self.controlnet), self.ema)
+    @property
+    def controlnet(self) -> torch.nn.Module | None:
+        """The ControlNet; None where the base alone is trained."""
+        return self.networks.get("controlnet")
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        """The U-Net, which is trained or frozen."""
+        return self.networks.get("unet", self.base.unet)
+
+    @cached_property
+    def own_networks(self) -> dict[str, torch.nn.Module]:
+        """The trained networks without what lets several processes train them."""
+        return {name: self.accelerator.unwrap_model(network) for name, network in self.networks.items()}
+
+    @cached_property
+    def weights(self) -> list[torch.nn.Parameter]:
+        """Every weight that is trained."""
+        return trained_weights(self.own_networks)
+
+    @contextmanager
+    def averaged(self) -> Iterator[dict[str, torch.nn.Module]]:
+        """The networks as they generate and are written: with their averaged weights, where there are any."""
+        with averaged(self.weights, self.ema):
+            yield self.own_networks
 
     @property
     def total_steps(self) -> int:
@@ -106,9 +131,11 @@ def prepare(
             log.say(f"--{known.name} has no effect: {known.metadata['help']}.")
     for line in fitted:
         log.say(line)
-    split = read_split(config.dataset, "train").first(config.max_train_samples)
+    paired = "controlnet" in config.trains  # with masks
+    split = read_split(config.dataset, "train") if paired else unlabelled_split(config.dataset)
+    split = split.first(config.max_train_samples)
     held_out = held_out_rows(config, split)
-    if config.max_train_samples is None and "test" not in find_splits(config.dataset) and len(split) > 2:
+    if paired and config.max_train_samples is None and "test" not in find_splits(config.dataset) and len(split) > 2:
         kept = hold_out(config.dataset)[0].partition(":")[2].strip("]")
         log.say(
             f"No test/: all {len(split)} rows are trained on. segcn evaluate calls those from {kept} on held out:"
@@ -141,14 +168,16 @@ def prepare(
     began = time.monotonic()
     examples = make_examples(config, dataset, base, accelerator, log)
     cache_seconds = time.monotonic() - began
-    controlnet = make_trainable(config, base, new_controlnet)
-    optimizer = make_optimizer(config, controlnet, accelerator)
+    networks = {"controlnet": make_trainable(config, base, new_controlnet)} if "controlnet" in config.trains else {}
+    networks |= trained_parts(config, base)  # after the ControlNet, which begins as a copy of the base
+    weights = trained_weights(networks)
+    optimizer = make_optimizer(config, weights, accelerator)
     schedule = make_schedule(config, optimizer)
-    controlnet, optimizer = accelerator.prepare(controlnet, optimizer)
-    weights = accelerator.unwrap_model(controlnet).parameters()
+    *prepared, optimizer = accelerator.prepare(*networks.values(), optimizer)
+    networks = dict(zip(networks, prepared, strict=True))
     ema = EMAModel(weights, decay=config.ema_decay, foreach=True) if config.use_ema else None
     finite = FiniteCheck(accelerator, output_dir)
-    made = (controlnet, optimizer, schedule, examples, loss or diffusion_loss, finite)
+    made = (networks, optimizer, schedule, examples, loss or diffusion_loss, finite)
     counted = (log, repeats, ema, cache_seconds, held_out, reward_segmenter)
     return Run(config, accelerator, output_dir, split, base, *made, *counted)
 
@@ -158,9 +187,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
     check_values(config)
     AugmentConfig.parse(config.augment)
     parse_limit(config.on_bad_sample)
+    check_trained(config)
     check_schedule(config.lr_scheduler)
     reward_timesteps(config)
     prompts, images = config.validation_prompt or [], config.validation_image or []
+    if "controlnet" not in config.trains:
+        return dataclasses.replace(config, dataset_name=config.dataset)
     if bool(images) != bool(prompts):
         raise UserError("--validation_image and --validation_prompt go together")
     if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
@@ -184,7 +216,7 @@ def fit_memory(config: TrainConfig, half: str | None = None, fast: bool = True) 
         bf16, gpu = computes_fast(torch.bfloat16, device), device.type == "cuda"
         half, fast = "fp16" if gpu and not bf16 else "bf16", gpu or bf16
     images, flags = MEMORY_PRESETS[config.memory_preset]
-    defaults = dataclasses.asdict(TrainConfig()) | preset_defaults(TrainConfig, config.preset)
+    defaults = dataclasses.asdict(type(config)()) | preset_defaults(type(config), config.preset)
     given = {name for name, default in defaults.items() if getattr(config, name) != default}
     wanted: dict[str, Any] = flags | ({"mixed_precision": half} if fast else {})
     if not given & {"train_batch_size", "gradient_accumulation_steps"}:
@@ -225,9 +257,14 @@ def make_accelerator(config: TrainConfig, output_dir: Path) -> Accelerator:
 
 def check_rows(config: TrainConfig, split: Split, output_dir: Path, log: Log) -> None:
     """Decode every file before step 0, unless the doctor did, or this run when it began; nothing has changed since."""
+    paired = "controlnet" in config.trains
     run, rows = output_dir / RUN_FILE, f"{len(split)} rows, {len(split.palette.class_names)} classes"
+    rows = rows if paired else f"{len(split)} images"
     if run.is_file() and json.loads(run.read_text()).get("data_fingerprint") == split.fingerprint:
         return log.say(f"{rows}: checked when this run began.")
+    if not paired:
+        check_images(split, log.say)
+        return log.say(f"{rows}: every one decodes.")
     report = find_report(read_split(config.dataset, "train"))
     if report is None:
         check_split(split, log.say)
@@ -251,9 +288,11 @@ def make_repeats(config: TrainConfig, split: Split, accelerator, log: Log) -> np
 def load_frozen(config: TrainConfig, accelerator: Accelerator) -> Base:
     """The base on this process's device, its U-Net held in --frozen_precision."""
     held, computed = precisions(config.frozen_precision, accelerator.mixed_precision, accelerator.device)
+    if in_full(config):
+        held = computed = torch.float32
     hub = {"revision": config.revision, "variant": config.variant}
     name, tokenizer = config.pretrained_model_name_or_path, config.tokenizer_name
-    base = load_base(name, accelerator.device, computed, tokenizer, held, **hub)
+    base = load_base(name, accelerator.device, computed, tokenizer, held, config.lora, **hub)
     if config.memory_preset is None:
         keep_freed_memory(accelerator.device)  # not sooner: the encoders' memory shall be given back
     base.scheduler = make_noise_schedule(config, base)
@@ -289,7 +328,12 @@ def make_trainable(config: TrainConfig, base: Base, new_controlnet: Callable | N
     return controlnet
 
 
-def make_optimizer(config: TrainConfig, controlnet: ControlNetModel, accelerator: Accelerator):
+def trained_weights(networks: Networks) -> list[torch.nn.Parameter]:
+    """The weights of networks that are trained."""
+    return [weight for network in networks.values() for weight in network.parameters() if weight.requires_grad]
+
+
+def make_optimizer(config: TrainConfig, weights: list[torch.nn.Parameter], accelerator: Accelerator):
     """AdamW, fused, or in 8 bits (Dettmers et al. 2022, arXiv:2110.02861)."""
     effective = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     settings: dict[str, Any] = {
@@ -301,8 +345,8 @@ def make_optimizer(config: TrainConfig, controlnet: ControlNetModel, accelerator
     if config.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(controlnet.parameters(), **settings)
-    return torch.optim.AdamW(controlnet.parameters(), fused=config.fused_adam or None, **settings)
+        return AdamW8bit(weights, **settings)
+    return torch.optim.AdamW(weights, fused=config.fused_adam or None, **settings)
 
 
 def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:

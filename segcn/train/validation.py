@@ -20,13 +20,14 @@ import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import ControlNetModel
 
-from segcn.data.dataset import PairedDataset, read_control_mask, to_image
+from segcn.data.dataset import PairedDataset, read_control_mask, to_image, to_uint8
 from segcn.data.metadata import Split, find_splits, hold_out, read_split
 from segcn.data.transforms import AUGMENTS
 from segcn.data.visualize import write_sheet
 from segcn.evaluate.evaluator import check_classes, measure
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline, generate
+from segcn.models.base import reconstruct
 from segcn.models.segmenter import Segmenter, SegmenterConfig, load_segmenter, segmenter_of
 from segcn.train.checkpoint import record_best
 from segcn.train.config import TrainConfig
@@ -199,7 +200,8 @@ def agreed(run: Run, answer: Callable[[], bool]) -> bool:
 
 def validates(run: Run) -> bool:
     """Whether anything is generated while training."""
-    return bool(run.config.validation_image) or run.held_out is not None
+    asked = run.config.validation_image or run.config.validation_prompt or "vae" in run.networks
+    return bool(asked) or run.held_out is not None
 
 
 def validate_now(run: Run) -> bool:
@@ -209,8 +211,10 @@ def validate_now(run: Run) -> bool:
     """
     config, began = run.config, time.monotonic()
     settings = make(SampleConfig, config.preset, pretrained_model_name_or_path=run.base.folder, seed=config.seed)
-    with run.final_controlnet() as controlnet:
-        pipeline = Pipeline(run.base, frozen_twin(controlnet, run.base.dtype), run.split.palette, "")
+    with run.averaged() as networks:
+        controlnet = networks.get("controlnet")
+        twin = frozen_twin(controlnet, run.base.dtype) if isinstance(controlnet, ControlNetModel) else None
+        pipeline = Pipeline(run.base, twin, run.split.palette, "")
         lines, generated = generate_sheet(run, pipeline, settings, lambda step: bool(run.stop_signal))
     if run.stop_signal:
         return False
@@ -242,6 +246,8 @@ def generate_sheet(
 ) -> tuple[list, np.ndarray | None]:
     """The lines of the sheet, masks first, each uint8 [N, R, R, 3]; and the images of the held-out rows, if any."""
     config, palette, generated = run.config, run.split.palette, None
+    if run.controlnet is None:
+        return base_sheet(run, pipeline, settings, on_step), None
     if run.scorer is not None:
         generated = generate_rows(run.scorer, pipeline, settings, config.train_batch_size, on_step)
     if run.stop_signal:
@@ -258,6 +264,21 @@ def generate_sheet(
         seeded = dataclasses.replace(settings, seed=config.seed + number)
         lines.append(generate(pipeline, masks, prompts, list(range(count)), seeded, None, on_step))
     return lines, generated
+
+
+def base_sheet(run: Run, pipeline: Pipeline, settings: SampleConfig, on_step: Callable) -> list[np.ndarray]:
+    """The lines of a sheet without masks: an image of each prompt; or images above what the autoencoder leaves."""
+    config = run.config
+    if "vae" in run.networks:
+        pairs = PairedDataset(run.split, config.resolution, AUGMENTS["none"], 0, config.fit)
+        images = torch.stack([pairs.sample(row, 0).image for row in range(min(SHEET_ROWS, len(pairs)))])
+        return [to_uint8(images), to_uint8(reconstruct(run.base.vae, images))]
+    prompts, lines = config.validation_prompt or [], []
+    for number in range(config.num_validation_images):
+        seeded = dataclasses.replace(settings, seed=config.seed + number)
+        size = config.resolution, config.resolution
+        lines.append(generate(pipeline, None, prompts, list(range(len(prompts))), seeded, size, on_step))
+    return lines
 
 
 def sheet_path(run: Run) -> Path:

@@ -140,10 +140,11 @@ def parse(kind: type[Config], arguments: list[str], program: str, places: Sequen
     config, rest = reader.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
-    for word in rest:
+    hidden = {f"--{no}{name}" for name in getattr(kind, "HIDDEN", ()) for no in ("", "no_")}
+    for word in [*rest, *(word for word in arguments if word.partition("=")[0] in hidden)]:
         if word.startswith("-"):
             name = word.partition("=")[0]
-            hint = suggest(name.replace("-", "_").replace("__", "--", 1), reader._option_string_actions)
+            hint = suggest(name.replace("-", "_").replace("__", "--", 1), set(reader._option_string_actions) - hidden)
             raise UserError(f"{program}: unknown flag {name}.{hint} {program} --help lists all flags.")
     free = [name for name in places if not getattr(config, name)]
     if len(rest) > len(free):
@@ -200,7 +201,10 @@ def help_text(kind: type, program: str, places: Sequence[str] = (), preset: str 
 def flags_parser(
     kind: type, program: str, places: Sequence[str] = (), preset: str | None = None
 ) -> argparse.ArgumentParser:
-    """An argparse parser to show and to complete the flags of a config; its SECTIONS name the first flag of each."""
+    """An argparse parser to show and to complete the flags of a config.
+
+    Its SECTIONS name the first flag of each; its HIDDEN fields, which keep their defaults, are no flags.
+    """
     width = min(shutil.get_terminal_size((100, 24)).columns, 100)
     parser = argparse.ArgumentParser(
         program,
@@ -215,7 +219,7 @@ def flags_parser(
     chosen = preset or (preset_of_base(defaults["pretrained_model_name_or_path"]) if presets else None)
     acting = {name: defaults | preset_defaults(kind, name) for name in {chosen: 0} | presets}
     group, sections = parser.add_argument_group("flags"), getattr(kind, "SECTIONS", {})
-    for field in fields(kind):
+    for field in (field for field in fields(kind) if field.name not in getattr(kind, "HIDDEN", ())):
         if field.name in sections:
             group = parser.add_argument_group(sections[field.name])
         value = acting[chosen][field.name]
@@ -259,7 +263,7 @@ def to_json(config: Any) -> str:
 def arguments_of(config: Any) -> list[str]:
     """The command line that gives this config."""
     words: list[str] = []
-    for field in fields(config):
+    for field in (field for field in fields(config) if field.name not in getattr(config, "HIDDEN", ())):
         value = getattr(config, field.name)
         if value is False and field.default is True:
             words.append(f"--no_{field.name}")

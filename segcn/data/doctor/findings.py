@@ -12,10 +12,10 @@ import numpy as np
 from segcn.data.captions import common_words
 from segcn.data.config import DoctorConfig
 from segcn.data.doctor.scan import Case, Facts, ImageFacts, MaskFacts, dhash, scan_dataset
+from segcn.data.files import DEEP
 from segcn.data.palette import IGNORE, Palette
 
 LEAST_LEVELS = 4  # between the darkest and the brightest value of an image that shows something
-DEEP = 2**13  # the largest number of a 16-bit image, from which on it is not called dark
 NEAR = 4  # bits of 64 in which the hashes of near-duplicates differ at most
 BLOCK = 1 << 18  # pairs of hashes compared at once: they fit a cache
 FAULTS = {  # kind: (severity, title, what to do)
