@@ -1,6 +1,7 @@
 """Promise: a base learns a domain from images alone; it opens in plain diffusers; a killed run ends the same."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -9,15 +10,18 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from kills import train_quietly
 from PIL import Image
-from runs import log_of, tree
+from runs import log_of, tree, weights
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+from segcn.data.metadata import read_split
 from segcn.data.unlabelled import check_images, unlabelled_split
 from segcn.generate.config import SampleConfig
-from segcn.generate.pipeline import diffusers_pipeline
+from segcn.generate.pipeline import diffusers_pipeline, load_pipeline
 from segcn.models.base import base_fingerprint, encode_text, load_base
 from segcn.models.lora import TEXT_TARGETS, add_lora, has_lora, restore_lora
 from segcn.train.config import AdaptConfig
+from segcn.train.log import training_lines
 from segcn.train.loop import train
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
@@ -195,3 +199,48 @@ def test_a_lora_that_is_none_or_another_bases_is_named(random_base, lora, tmp_pa
             load_base(random_base, lora=str(name))
     with pytest.raises(UserError, match=r"--lora .*: expected a LoRA for this base"):
         load_base(BASE, lora=str(lora))
+
+
+UNET = {"lora": SMALL, "decoder": {}}
+
+
+@pytest.mark.parametrize("kind", UNET)
+def test_a_controlnet_trained_with_its_unet_resumes_and_generates_with_it(
+    quick, landscapes, tmp_path, monkeypatch, capsys, kind
+):
+    settings = {"train_unet": kind, "use_ema": True, **UNET[kind]}
+    whole = train(quick(tmp_path / "whole", **settings))
+    said = capsys.readouterr().out
+    train(quick(tmp_path / "cut", **settings, max_train_steps=3))
+    cut = train(quick(tmp_path / "cut", **settings))
+    assert log_of(cut) == log_of(whole) and weights(cut) == weights(whole)
+    for part in ("checkpoint-6", "lora", "base/unet"):
+        assert tree(cut / part) == tree(whole / part)
+    assert bool(tree(whole / "lora")) == (kind == "lora") and bool(tree(whole / "base")) == (kind == "decoder")
+    base = {"pretrained_model_name_or_path": quick("x").pretrained_model_name_or_path}
+    own = {"lora": str(whole / "lora")} if kind == "lora" else {"pretrained_model_name_or_path": str(whole / "base")}
+    flag, place = next(iter(own.items()))
+    assert f"segcn generate --controlnet_model_name_or_path {whole} --{flag} {place}" in said
+    palette = read_split(landscapes, "test").palette
+    monkeypatch.setattr("segcn.generate.pipeline.OUTPUTS", tmp_path)
+    shutil.rmtree(cut)
+    assert load_pipeline(make(SampleConfig, "tiny", **base | own), palette).controlnet_folder == str(whole)
+    with pytest.raises(UserError, match=f"trained together with its U-Net: add --{flag} {place}"):
+        load_pipeline(make(SampleConfig, "tiny", **base, controlnet_model_name_or_path=str(whole)), palette)
+    with pytest.raises(UserError, match="no ControlNet"):  # it is not taken for one of the base alone
+        load_pipeline(make(SampleConfig, "tiny", **base), palette)
+
+
+def test_two_processes_train_a_controlnet_with_its_unet_as_one(quick, tmp_path):
+    smooth = {"adam_epsilon": 1e-2, "train_unet": "lora", "lora_rank": 2}
+    one = train(quick(tmp_path / "one", train_batch_size=4, **smooth))
+    list(training_lines(quick(tmp_path / "two", train_batch_size=2, **smooth), 2))
+    for left, right in zip(log_of(one), log_of(tmp_path / "two"), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+        assert left["gradient_norm"] == pytest.approx(right["gradient_norm"], rel=1e-4)
+    for part in ("lora/" + LORA, "diffusion_pytorch_model.safetensors"):
+        begun = one / "checkpoint-3" / ("controlnet/" + part if "diffusion" in part else part)
+        start, *ends = (load_file(path) for path in (begun, one / part, tmp_path / "two" / part))
+        moved = max((start[key] - ends[0][key]).abs().max() for key in start)
+        apart = max((ends[0][key] - ends[1][key]).abs().max() for key in start)
+        assert moved > 0 and apart < moved / 1000, f"{part}: {apart} apart, {moved} moved in three steps"
