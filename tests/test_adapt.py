@@ -1,6 +1,7 @@
 """Promise: a base learns a domain from images alone; it opens in plain diffusers; a killed run ends the same."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -95,6 +96,23 @@ def test_a_merged_base_is_the_base_with_its_lora(adapt, lora, random_base, tmp_p
     assert np.abs(there - drawn(load_base(merged))).max() < 1e-4
     texts = [path.read_text() for path in merged.rglob("*.json") if "checkpoint" not in str(path)]
     assert not any(str(tmp_path) in text for text in texts if "output_dir" not in text)
+
+
+@pytest.mark.parametrize("settings", [{}, {"unlock": "all"}, {"train_unet": "lora"}, {"train_unet": "decoder"}])
+def test_the_code_on_the_card_generates(adapt, quick, random_base, landscapes, tmp_path, monkeypatch, settings):
+    made = quick if "train_unet" in settings else adapt
+    folder = train(made(tmp_path / "out", max_train_steps=1, hub_model_id="someone/hearts", **settings))
+    text = (folder / "README.md").read_text()
+    assert ("- lora" in text) == (made is adapt and not settings) and str(tmp_path) not in text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone" / "hearts").symlink_to(folder)
+    (tmp_path / "base").symlink_to(random_base)
+    Image.open(read_split(landscapes, "test")[0].mask).convert("RGB").save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code.replace('pipe("', 'pipe(num_inference_steps=1, height=64, width=64, prompt="'), found)
+    assert found["image"].size == (64, 64)
 
 
 KINDS = {

@@ -23,7 +23,7 @@ from segcn.train.config import TrainConfig
 from segcn.train.latent_cache import CacheLayout
 from segcn.utils.paths import ROOT
 
-PAGES = ("README.md", "data/README.md", "data/base/README.md")
+PAGES = ("README.md", "data/README.md", "data/base/README.md", "segcn/train/README.md")
 STARTS = ("segcn ", "pip ", "accelerate ", "sbatch ", "jupyter ", "papermill ", "voila ")
 SECRETS = {name: f"canary-{name.lower()}-5150" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
 ELSEWHERE = {  # what is run in another place, and a word that it has there
@@ -39,6 +39,7 @@ TOY = {  # what makes a command quick; everything else is as the page says
     "accelerate launch": "--resolution=64 --max_train_steps=2",
     "papermill notebooks": "-p max_train_steps 2 -p train_batch_size 2 -p resolution 64 -p faithfulness_rows 0"
     " -r more_flags '--max_train_samples 8'",
+    "segcn adapt": "--resolution 64 --max_train_steps 2 --train_batch_size 2",
     "segcn bench train": "--resolution 64 --rounds 1 --warmup_steps 1 --measured_steps 1 --max_train_samples 8"
     " --train_batch_size 2 --faithful_steps 2 --checkpointing_steps 1 --faithfulness_rows 1"
     " --pretrained_model_name_or_path $MODEL_DIR",
@@ -129,6 +130,7 @@ def write_pictures(folder):
         write_mask(folder / "photos" / "masks" / f"{k}.png", mask, palette)
         Image.fromarray(mask).save(folder / "MASKS" / f"{k}.png")
         (folder / "SOURCE" / "captions" / f"{k}.txt").write_text(f"image {k}")
+    shutil.copytree(folder / "photos" / "images", folder / "IMAGES")
     for name in ("SOURCE", "photos_and_masks", "old", "FOLDER/photos"):
         shutil.copytree(folder / "photos", folder / name, dirs_exist_ok=True)
     palette.save(folder / "photos_and_masks" / "palette.json")

@@ -58,7 +58,10 @@ class BaseCheck:
         if self.miou:
             share = f", mIoU of a segmenter {self.miou[1]:.3f} (originals {self.miou[0]:.3f})"
         yes = "The base fits these images" if self.miou else "The base's autoencoder fits these images"
-        no = "The base does NOT fit these images, and no ControlNet can make up for that: use one that has seen such"
+        no = (
+            "The base does NOT fit these images, and no ControlNet can make up for that: segcn adapt IMAGES"
+            " --vae_decoder teaches its autoencoder, segcn adapt IMAGES its U-Net; or use one that has seen such images"
+        )
         lines = [
             f"Base check: reconstructions of {len(self.psnr)} rows: PSNR {np.median(self.psnr):.1f} dB,"
             f" color shift delta E {self.shift['delta_e']:.1f}{share}.",

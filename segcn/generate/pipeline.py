@@ -140,7 +140,7 @@ def find_controlnet(base_folder: str, palette: Palette | None = None, lora: str 
 
 
 def trained_for(run: Path, settings: dict[str, Any], base_folder: str) -> str | None:
-    """The fingerprint of the base that a run's ControlNet belongs to: with --train_unet of what came of `base_folder`."""
+    """The fingerprint of the base that a run's ControlNet belongs to: with --train_unet, what became of the base."""
     kind = settings.get("train_unet")
     if kind and not (run / {"lora": "lora", "decoder": "base"}[kind]).is_dir():
         return None

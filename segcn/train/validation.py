@@ -311,5 +311,5 @@ def warn_if_slow(run: Run, seconds: float) -> None:
         run.log.say(
             f"Validation takes {seconds:.1f} s, more than a fifth of the {pace * every:.1f} s of training before each:"
             f" a larger --validation_steps ({math.ceil(seconds / pace / LARGEST_SHARE)} or more) or fewer"
-            " --faithfulness_rows lowers it."
+            f" {'--faithfulness_rows' if run.held_out else '--num_validation_images'} lowers it."
         )
