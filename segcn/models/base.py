@@ -212,7 +212,8 @@ def load_base(
     if lora:
         text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=exact, **hub)
         fuse_lora(lora, unet, text_encoder)
-        unet, text_encoder = unet.to(dtype), text_encoder.to(dtype)
+        for network in (unet, text_encoder):
+            nn.Module.to(network, dtype)  # diffusers' own warns
     if held not in (None, dtype):
         hold(unet, held)
     # Copy the weights out of the memory-mapped file, which counts as ours while one is left there; before the other
