@@ -1,1 +1,1 @@
-"""The embedded defaults: procedural landscapes and the recipe of the small base model."""
+"""The sample sets (landscapes, Earth, echocardiograms) and the recipe of the small base model."""

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,12 @@ VERSION = 1  # of the images; changes whenever a pixel does
 
 @dataclass(frozen=True)
 class SamplePair:
-    """An image (uint8 [R, R, 3]), its class ids (uint8 [R, R]) and its caption."""
+    """An image (uint8 [R, R, 3]), its class ids (uint8 [R, R]) and its caption; more: further columns of its row."""
 
     image: np.ndarray
     mask: np.ndarray
     caption: str
+    more: dict[str, str] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -109,19 +110,21 @@ def write_folder(folder: Path, jobs: list[tuple], workers: int) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     workers = min(workers or os.cpu_count() or 1, 1 + len(jobs) // 32)
     progress, rows = Progress(f"{folder.name}: drawn", len(jobs)), list[tuple[str, str, str]]()
+    columns = list[dict[str, str]]()
     with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
-        for caption in pool.imap(write_sample, jobs, chunksize=8) if pool else map(write_sample, jobs):
+        for caption, more in pool.imap(write_sample, jobs, chunksize=8) if pool else map(write_sample, jobs):
             rows.append((*sample_names(len(rows)), caption))
+            columns.append(more)
             progress(len(rows))
     print(f"{folder}: {len(jobs)} pairs drawn", flush=True)
-    write_metadata(folder, rows)
+    write_metadata(folder, rows, columns)
 
 
-def write_sample(job: tuple[Callable[[int, int, int], SamplePair], Palette, Path, int, int, int]) -> str:
-    """Draw and write one pair; returns its caption. One argument, as it runs in a process of its own."""
+def write_sample(job: tuple[Callable[[int, int, int], SamplePair], Palette, Path, int, int, int]) -> tuple[str, dict]:
+    """Draw and write one pair; returns its caption and further columns. One argument, as a process of its own takes."""
     draw, palette, folder, seed, index, resolution = job
     pair = draw(seed, index, resolution)
     image_name, mask_name = sample_names(index)
     Image.fromarray(pair.image).save(folder / image_name)
     write_mask(folder / mask_name, pair.mask, palette)
-    return pair.caption
+    return pair.caption, pair.more
