@@ -140,6 +140,13 @@ def test_an_adaptation_that_is_killed_ends_with_the_same_bytes(adapt, warm, tmp_
     assert all((tmp_path / "cut" / n).read_bytes() == (tmp_path / "straight" / n).read_bytes() for n in finished)
 
 
+def test_a_preflight_of_an_adaptation_measures_it(adapt, tmp_path, capsys):
+    assert train(adapt(tmp_path / "out", preflight=True)) is None
+    said = capsys.readouterr().out
+    assert all(words in said for words in ("frozen U-Net", "trained weights", "peak", "s a step", "Proposed"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_text_encoder_that_was_trained_is_the_one_that_is_loaded(adapt, random_base, tmp_path):
     folder = train(adapt(tmp_path / "out", lora_text_encoder=True))
     trained = load_base(random_base)

@@ -32,12 +32,11 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from segcn.data import sampler
-from segcn.data.metadata import read_split
 from segcn.models.base import give_freed_memory_back
 from segcn.train import latent_cache
 from segcn.train.config import MEMORY_PRESETS, TrainConfig, total_steps
 from segcn.train.latent_cache import cache_root
-from segcn.train.setup import Run, fit_memory, make_accelerator, make_repeats, prepare, resolve
+from segcn.train.setup import Run, fit_memory, make_accelerator, make_repeats, prepare, resolve, training_split
 from segcn.utils.errors import UserError
 
 GB = 10**9
@@ -181,7 +180,7 @@ def parts(run: Run) -> dict[str, int]:
     """Bytes of the run's components by the accounting."""
     encoders = [part for part in (run.base.vae, run.base.text_encoder) if part is not None]
     frozen = nn.ParameterList([weight for weight in run.base.unet.parameters() if not weight.requires_grad])
-    return accounting(
+    counted = accounting(
         frozen,
         nn.ParameterList(run.weights),
         encoders,
@@ -189,6 +188,8 @@ def parts(run: Run) -> dict[str, int]:
         use_8bit_adam=run.config.use_8bit_adam,
         use_ema=run.config.use_ema,
     )
+    alone = set(run.networks) == {"controlnet"}
+    return {name if alone or name != "ControlNet" else "trained weights": size for name, size in counted.items()}
 
 
 def preflight_report(run: Run, config: TrainConfig, trials: list[Trial], before: int) -> list[str]:
@@ -223,7 +224,7 @@ def memory_budget(config: TrainConfig, device: torch.device) -> float:
 
 def whole_run(run: Run, config: TrainConfig, shown: Trial) -> list[str]:
     """Pace, and the time of the whole run: its steps, and its cache as if none existed yet."""
-    split = read_split(config.dataset, "train").first(config.max_train_samples)
+    split = training_split(config)
     processes = run.accelerator.num_processes
     repeats = None if config.max_train_steps else make_repeats(run.config, split, run.accelerator, run.log)
     rows_shown = sampler.Stream(len(split), config.seed, repeats).start(config.num_train_epochs)

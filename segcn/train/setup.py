@@ -131,11 +131,14 @@ def prepare(
             log.say(f"--{known.name} has no effect: {known.metadata['help']}.")
     for line in fitted:
         log.say(line)
-    paired = "controlnet" in config.trains  # with masks
-    split = read_split(config.dataset, "train") if paired else unlabelled_split(config.dataset)
-    split = split.first(config.max_train_samples)
+    split = training_split(config)
     held_out = held_out_rows(config, split)
-    if paired and config.max_train_samples is None and "test" not in find_splits(config.dataset) and len(split) > 2:
+    if (
+        "controlnet" in config.trains
+        and config.max_train_samples is None
+        and "test" not in find_splits(config.dataset)
+        and len(split) > 2
+    ):
         kept = hold_out(config.dataset)[0].partition(":")[2].strip("]")
         log.say(
             f"No test/: all {len(split)} rows are trained on. segcn evaluate calls those from {kept} on held out:"
@@ -180,6 +183,13 @@ def prepare(
     made = (networks, optimizer, schedule, examples, loss or diffusion_loss, finite)
     counted = (log, repeats, ema, cache_seconds, held_out, reward_segmenter)
     return Run(config, accelerator, output_dir, split, base, *made, *counted)
+
+
+def training_split(config: TrainConfig) -> Split:
+    """The rows to train on; without masks where no ControlNet is trained."""
+    paired = "controlnet" in config.trains
+    split = read_split(config.dataset, "train") if paired else unlabelled_split(config.dataset)
+    return split.first(config.max_train_samples)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
