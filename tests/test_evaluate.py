@@ -3,6 +3,7 @@
 Notebook 05 holds mIoU and its interval against what it computes by hand.
 """
 
+import html
 import json
 import os
 import re
@@ -320,6 +321,79 @@ def test_the_best_and_worst_images_of_a_class_are_those_with_the_best_and_worst_
     assert image.shape == (32, 3 * 32 + 2 * 3, 3)
     wanted_mask = read_mask(blurred.splits["synthetic"][chosen[0][0]].mask, PALETTE)
     assert (image[:, 35:67] == PALETTE.table[wanted_mask]).all()
+
+
+@pytest.fixture(scope="module")
+def recaptioned(folder, changed):
+    """The evaluation of good images beside bad ones of half of the masks, whose captions name no class, and others."""
+    sets, made = {}, {"seed": 0, "without_class_words": False, "mix_prompts": False}
+    for name, changes in {"cut": {"without_class_words": True}, "mixed": {"mix_prompts": True, "seed": 1}}.items():
+        split = write_rectangles(folder / name, ROWS, seed=7)
+        lines = [(row.image_name, row.mask_name, "" + name) for row in split.records[: ROWS // 2]]
+        write_metadata(split.folder, lines)
+        (split.folder / "generation.json").write_text(json.dumps(made | changes))
+        for record in split.records[: ROWS // 2]:
+            image = Image.open(record.image)
+            (swapped(image) if name == "cut" else moved(image)).save(record.image)
+        sets[name] = read_split(split.folder)
+    (folder / "as_they_are").mkdir()
+    (folder / "as_they_are" / "generation.json").write_text(json.dumps(made | {"controls": "a b", "split": "test"}))
+    others = {"without_classes": sets["cut"], "other_captions": sets["mixed"]}
+    return changed("as_they_are", lambda image: image.filter(ImageFilter.GaussianBlur(1)), **others)
+
+
+def test_captions_without_classes_and_of_other_rows_have_rows_of_their_own_in_every_report(recaptioned, tmp_path):
+    metrics = recaptioned.metrics
+    table, page = metrics_table(metrics), text_of(report_html(recaptioned))
+    for name, title in (("without_classes", "captions without classes"), ("other_captions", "another row's caption")):
+        assert metrics["faithfulness"][name]["images"] == ROWS // 2
+        for place in (("faithfulness", name, "miou"), ("shares_of_ceiling", name, "miou"),
+                      ("shares_of_with_mask", name, "miou"), ("faithfulness", name, "boundary_f")):  # fmt: skip
+            value, (low, high) = at(metrics, *place)
+            assert low <= value <= high and low < high
+            assert f"{value:.3f} [{low:.3f}, {high:.3f}]" in table + page
+        assert title in table and title.replace("'", "&#39;") in page
+    share = metrics["shares_of_with_mask"]
+    assert share["without_classes"]["miou"] < 0.6 < share["other_captions"]["miou"]
+    assert "Does a mask suffice without classes in the caption? No: mIoU is" in page
+    assert "Is the mask followed under another row&#39;s caption?" in page and not metrics["not_given"]
+    recaptioned.write(tmp_path)
+    lines = comparison(tmp_path, tmp_path)
+    assert "of those with mask, captions without classes" in lines and "mIoU, another row's caption" in lines
+
+
+def test_images_with_other_captions_are_compared_with_those_of_the_same_masks(recaptioned, observer):
+    halved = recaptioned.splits["synthetic"].first(ROWS // 2)
+    scores = [
+        faithfulness(recaptioned.splits["other_captions"], observer.segmenter),
+        faithfulness(halved, observer.segmenter),
+    ]
+    share = recaptioned.metrics["shares_of_with_mask"]["other_captions"]["miou"]
+    assert share == pytest.approx(scores[0]["miou"] / scores[1]["miou"])
+    same = evaluate(halved, halved, observer, without_classes=halved, log=len).metrics
+    assert at(same, "shares_of_with_mask", "without_classes", "miou") == (1, [1, 1])  # paired image by image
+
+
+def test_a_set_with_other_captions_that_cannot_be_compared_is_named(recaptioned, real, observer):
+    (said,) = (line for line in recaptioned.metrics["warnings"] if "may mislead" in line)
+    assert "another row's caption" in said and said.endswith("with mask: seed.")
+    cut = recaptioned.splits["without_classes"]
+    wrong = {"without_classes": recaptioned.splits["other_captions"], "other_captions": cut}
+    found = evaluate(real, recaptioned.splits["synthetic"], observer, **wrong, log=len).metrics["warnings"]
+    for flag in ("--without_class_words", "--mix_prompts"):
+        assert any(f"was generated without {flag}" in line for line in found)
+    found = evaluate(real, real, observer, without_classes=real, log=len).metrics["warnings"]
+    assert any("nothing was cut from its captions" in line and '"words"' in line for line in found)
+
+
+def test_a_report_without_these_sets_says_the_command_that_makes_them(recaptioned, real, observer):
+    found = evaluate(real, recaptioned.splits["synthetic"], observer, log=len)
+    for text in (metrics_table(found.metrics), html.unescape(text_of(report_html(found)))):
+        text = " ".join(text.split())
+        for name, flag in (("without_classes", "--without_class_words"), ("other_captions", "--mix_prompts")):
+            assert f"segcn generate --controls 'a b' --split test --limit 48 --output_dir DIR {flag}" in text
+            assert f"segcn evaluate --{name} DIR" in text
+    assert "Does a mask suffice without classes in the caption? Not measured; segcn generate" in text
 
 
 def test_two_runs_are_compared_with_paired_intervals(observer, real, blurred, tmp_path):

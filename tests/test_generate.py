@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -17,7 +18,7 @@ from malformed import png_begun
 from PIL import Image
 from runs import tree
 
-from segcn.data.captions import classes_of
+from segcn.data.captions import classes_of, without_classes
 from segcn.data.dataset import PairedDataset
 from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import check_split, read_split, write_metadata
@@ -25,7 +26,7 @@ from segcn.data.palette import Label, Palette
 from segcn.data.transforms import AUGMENTS
 from segcn.generate import writer
 from segcn.generate.conditions import read_conditions
-from segcn.generate.pipeline import find_controlnet
+from segcn.generate.pipeline import find_controlnet, generate
 from segcn.generate.writer import differences, generate_dataset, reconstruct_dataset, records_of
 from segcn.models.base import latent_factor, load_base
 from segcn.models.controlnet import make_controlnet
@@ -153,6 +154,37 @@ def test_mixed_prompts_are_the_captions_exchanged_between_the_rows(write, quick_
     assert mixed[::2] != own and mixed[::2] != mixed[1::2]
     with pytest.raises(UserError, match="leave out --prompt"):
         write(mix_prompts=True, replicates=2, prompt="a lake")
+
+
+def test_without_class_words_captions_keep_how_it_looks(write, quick_images, own, landscapes):
+    palette = read_split(landscapes, "test").palette
+    out = write(without_class_words=True)
+    cut = [without_classes(text, palette) for text in own]
+    assert [record["text"] for record in records_of(out)] == cut != own
+    assert all(re.fullmatch(r"an? \w+ landscape (by|at) \w+", text) for text in cut)
+    assert json.loads((out / "generation.json").read_text())["without_class_words"] is True
+    assert "the phrases that name them are cut out" in (out / "README.md").read_text()
+    with pytest.raises(UserError, match="without_class_words: was True, is False"):
+        write()
+    with pytest.raises(UserError, match=r"--without_class_words cuts the captions.*\{caption\}"):
+        write(without_class_words=True, prompt="a view")
+
+
+def test_an_empty_prompt_is_generated_from_and_its_row_gets_a_caption(
+    config, write, pipeline, landscapes, opened, tmp_path
+):
+    data = shutil.copytree(landscapes / "test", tmp_path / "data")
+    shutil.copy(landscapes / "palette.json", data)
+    rows = [(record.image_name, record.mask_name, "a lake") for record in read_split(data).records]
+    write_metadata(data, [*rows[:2], (*rows[2][:2], "fog, a lake")])
+    out = write(controls=str(data), without_class_words=True)
+    assert [record["text"] for record in records_of(out)] == ["", "", "fog"]
+    split = read_split(out)  # every row of a data set has a caption
+    named = [classes_of(read_mask(row.mask, split.palette), split.palette) for row in split.records]
+    assert [row.caption for row in split.records] == [*named[:2], "fog"] == [row["text"] for row in opened(out)]
+    masks = np.stack([read_mask(row.mask, split.palette) for row in split.records])
+    images = [Image.open(row.image) for row in split.records]
+    assert np.array_equal(images, generate(pipeline, masks, ["", "", "fog"], [0, 1, 2], config))
 
 
 def test_varied_words_are_exchanged_within_their_group_and_nothing_else_of_a_caption_changes(config, own):

@@ -1,19 +1,21 @@
 """Promise: no number comes from what it judges, and a number that is too good says why."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 from test_evaluate import QUICK
 from test_segmenter import PALETTE, quiet, write_rectangles
 
 from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import read_split, write_metadata
+from segcn.evaluate import evaluator, run
 from segcn.evaluate.config import EvaluateConfig
-from segcn.evaluate.evaluator import Observer, evaluate
+from segcn.evaluate.evaluator import Observer, evaluate, faithfulness
 from segcn.evaluate.report import metrics_table, report_html
 from segcn.evaluate.run import evaluate_folders, read_splits, trained_on_held_out
 from segcn.generate import filtering, writer
@@ -21,7 +23,7 @@ from segcn.generate.__main__ import generate_share_of_process
 from segcn.generate.filtering import likely_cause, open_filter
 from segcn.models.base import weights_digest
 from segcn.models.features import open_extractor
-from segcn.models.segmenter import load_segmenter, train_segmenter
+from segcn.models.segmenter import REWARD_FOLDER, REWARD_SEGMENTER, load_segmenter, train_segmenter
 from segcn.utils.errors import UserError
 from segcn.utils.paths import RUN_FILE
 
@@ -106,6 +108,75 @@ def test_a_set_is_not_scored_by_the_segmenter_that_filtered_it(folder, filtered)
     assert evaluate_folders(other, log=quiet).metrics["segmenter"]["seed"] == 0
     flattered = evaluate(read_split(folder / "data" / "test"), filtered, observer(folder, 1), log=quiet)
     assert any("has filtered them" in line for line in flattered.metrics["warnings"])
+
+
+@pytest.fixture
+def rewarded(folder, tmp_path):
+    """A set of a ControlNet whose training segmenter-1 has rewarded: a function of how its images look."""
+    run = tmp_path / "run"
+    (run / "checkpoint-6" / "controlnet").mkdir(parents=True)
+    shutil.copytree(folder / "segmenter-1", run / REWARD_FOLDER)
+    digest = weights_digest(load_segmenter(folder / "segmenter-1", "cpu"))
+    (run / REWARD_SEGMENTER).write_text(json.dumps({"weights": digest, "weight": 1.0, "folder": None}))
+    out = write_rectangles(tmp_path / "set", 16, seed=7).folder
+    made = {"controlnet": str(run / "checkpoint-6" / "controlnet"), "reward_segmenter_weights": digest}
+    (out / "generation.json").write_text(json.dumps(made))
+    return read_split(out)
+
+
+@pytest.fixture
+def trained(folder, monkeypatch):
+    """The segmenter that an evaluation trains is the one of its seed, without the training."""
+    take = lambda split, settings, *rest: load_segmenter(folder / f"segmenter-{settings.seed}", "cpu")  # noqa: E731
+    monkeypatch.setattr(run, "segmenter_of", take)
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_set_is_not_scored_by_the_segmenter_that_rewarded_its_controlnet(folder, rewarded, tmp_path):
+    digest, lines = json.loads((rewarded.folder / "generation.json").read_text())["reward_segmenter_weights"], []
+    config = EvaluateConfig(str(folder / "data"), str(rewarded.folder), segmenter=str(folder / "segmenter-1"))
+    found = evaluate_folders(replace(config, output_dir=str(tmp_path / "same")), log=lines.append)
+    assert any("segmenter-1 rewarded the training: one that is trained on real rows" in line for line in lines)
+    assert weights_digest(found.observer.segmenter) != digest
+    assert found.metrics["reward"]["scored_by"] != found.metrics["reward"]["weights"] == digest
+    flattered = evaluate(read_split(folder / "data" / "test"), rewarded, observer(folder, 1), log=quiet).metrics
+    assert any("has rewarded the training of their ControlNet" in line for line in flattered["warnings"])
+    assert flattered["reward"]["of_ceiling_by_reward"] is None
+
+
+@pytest.mark.usefixtures("trained")
+def test_where_the_one_to_be_trained_has_rewarded_the_next_seed_scores(folder, rewarded, tmp_path):
+    digests = [weights_digest(load_segmenter(folder / f"segmenter-{seed}", "cpu")) for seed in (0, 1)]
+    (rewarded.folder / "generation.json").write_text(json.dumps({"reward_segmenter_weights": digests[0]}))
+    splits = read_splits(EvaluateConfig(str(folder / "data"), str(rewarded.folder)))
+    for given in ({}, {"segmenter": str(folder / "segmenter-0")}):
+        config = EvaluateConfig(str(folder / "data"), str(rewarded.folder), **given)
+        assert weights_digest(run.independent_segmenter(config, splits, tmp_path, quiet)) == digests[1]
+
+
+def test_the_report_has_the_figures_of_both_segmenters_and_says_when_they_part(folder, rewarded, monkeypatch):
+    real = read_split(folder / "data" / "test")
+    for record in rewarded.records:
+        image = Image.open(record.image).filter(ImageFilter.GaussianBlur(2))
+        image.save(record.image)
+    found = evaluate(real, read_split(rewarded.folder), observer(folder, 0), log=quiet)
+    reward = found.metrics["reward"]
+    expected = [
+        faithfulness(split, load_segmenter(folder / "segmenter-1", "cpu"))["miou"] for split in (rewarded, real)
+    ]
+    assert reward["of_ceiling_by_reward"] == pytest.approx(expected[0] / expected[1])
+    assert reward["of_ceiling"] == found.metrics["of_ceiling"] != reward["of_ceiling_by_reward"]
+    low, high = found.metrics["intervals"]["reward"]["of_ceiling_by_reward"]
+    line = f"{reward['of_ceiling_by_reward']:.3f} [{low:.3f}, {high:.3f}] of the ceiling by the segmenter that rewarded"
+    for text in (metrics_table(found.metrics), report_html(found)):
+        assert line in " ".join(text.split())
+    for least, parted in ((9.0, False), (-1.0, True)):
+        monkeypatch.setattr(evaluator, "PARTED", least)
+        warnings = evaluate(real, rewarded, observer(folder, 0), log=quiet).metrics["warnings"]
+        assert any("they part by more than" in line for line in warnings) == parted
+    shutil.rmtree(rewarded.folder.parent / "run")
+    gone = evaluate(real, rewarded, observer(folder, 0), log=quiet).metrics
+    assert gone["reward"]["of_ceiling_by_reward"] is None and "not at hand" in " ".join(metrics_table(gone).split())
 
 
 def test_a_perfect_score_comes_with_its_reason(folder):

@@ -19,6 +19,12 @@ class EvaluateConfig:
     real: str = flag("", "data set of real images; its test split, or else its last eighth, is compared with")
     synthetic: str = flag("", "generated data set")
     floor: str | None = flag(None, "the same rows generated without their masks (segcn generate --without_control)")
+    without_classes: str | None = flag(
+        None, "the same rows, their captions without class names (segcn generate --without_class_words)"
+    )
+    other_captions: str | None = flag(
+        None, "the same rows, each with another one's caption (segcn generate --mix_prompts)"
+    )
     reconstructions: str | None = flag(None, "the real images through the base's autoencoder")
     segmenter: str | None = flag(
         None,

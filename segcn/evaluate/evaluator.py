@@ -5,11 +5,10 @@ processes, and what was computed of an image is kept on disk and used after an i
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from segcn.data.dataset import PairedDataset, Sample, to_uint8
-from segcn.data.masks import read_mask
 from segcn.data.metadata import Split
 from segcn.data.palette import IGNORE, Palette
 from segcn.data.transforms import AUGMENTS
 from segcn.evaluate import bootstrap, metrics
+from segcn.evaluate.provenance import RECAPTIONED, filtering_of, generation_of, recaption_command, unlike
 from segcn.models.base import one_core, weights_digest
 from segcn.models.features import Extractor, Reader
-from segcn.models.segmenter import AnySegmenter, SegmenterConfig, predict
+from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_rewarding, predict
 from segcn.utils.errors import UserError
 from segcn.utils.io import Process, write_text, write_whole
 from segcn.utils.progress import Progress
@@ -44,16 +43,22 @@ ROWS = {
     "real": "real (ceiling)",
     "reconstructions": "reconstructions",
     "synthetic": "with mask",
+    "without_classes": "captions without classes",
+    "other_captions": "another row's caption",
     "floor": "no mask (floor)",
 }
+REWARDED = ("real", "synthetic")  # looked at by the segmenter that rewarded, too
 EVERYTHING = ("faithfulness", "features", "crops", "text")
 PARTS_OF = {
     "real": EVERYTHING,
     "synthetic": EVERYTHING,
     "reconstructions": ("faithfulness",),
+    "without_classes": ("faithfulness", "text"),
+    "other_captions": ("faithfulness", "text"),
     "floor": ("faithfulness", "text"),
     "train": ("features",),
 }
+PARTED = 0.02  # of the ceiling, by which the segmenter that rewarded a training and the one that scores may differ
 METRICS_FILE, DRAWS_FILE = "metrics.json", "draws.safetensors"
 
 
@@ -284,25 +289,34 @@ def evaluate(
     train: Split | None = None,
     log: Log = print,
     metrics: dict[str, Metric] | None = None,
+    without_classes: Split | None = None,
+    other_captions: Split | None = None,
 ) -> Evaluation:
     """Measure agreement with masks and captions, distances from real images, memorization, and colors.
 
     real: held-out images, which give the ceiling; synthetic: generated from masks; floor: generated without them;
     reconstructions: real images through the autoencoder alone; train: the rows that the ControlNet learned from, to
     look for copies. metrics: functions of your own by name, each of (predicted, mask), class ids uint8 [R, R], one
-    image at a time; their means are reported with intervals. UserError names the row of a broken image, or says which
+    image at a time; their means are reported with intervals. without_classes, other_captions: generated from the masks
+    and captions that name no class, or those of other rows. UserError names the row of a broken image, or says which
     palettes or classes differ.
     """
-    given = {"real": real, "reconstructions": reconstructions, "synthetic": synthetic, "floor": floor, "train": train}
+    given = {"real": real, "reconstructions": reconstructions, "synthetic": synthetic,
+             "without_classes": without_classes, "other_captions": other_captions, "floor": floor, "train": train,
+    }  # fmt: skip
     splits = {name: split for name, split in given.items() if split is not None}
     for name, split in splits.items():
         check_classes(split, real.palette, observer.segmenter)
         if name in ("real", "synthetic"):
             check_count(split)
     seen = {name: observer.observe(split, PARTS_OF[name], log) for name, split in splits.items()}
+    rewarding = rewarding_observer(synthetic, observer)
+    by_reward = (
+        {name: rewarding.observe(splits[name], ("faithfulness",), log) for name in REWARDED} if rewarding else {}
+    )
     custom = {name: observer.mean_metrics(splits[name], metrics) for name in ROWS if name in splits and metrics}
     with one_core():
-        nest = estimates(splits, seen, observer) | {"custom": custom}
+        nest = estimates(splits, seen, observer, by_reward) | {"custom": custom}
     found = bootstrap.values_of(nest) | {"intervals": bootstrap.intervals_of(nest)}
     for name, scores in found["faithfulness"].items():
         value = "-" if scores["miou"] is None else f"{scores['miou']:.3f}"
@@ -310,8 +324,11 @@ def evaluate(
     return Evaluation(found, splits, seen, observer, bootstrap.draws_of(nest))
 
 
-def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observer) -> dict:
-    """Every number as an Estimate, nested as in metrics.json."""
+def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observer, by_reward: dict[str, Seen]) -> dict:
+    """Every number as an Estimate, nested as in metrics.json.
+
+    by_reward: what the segmenter that rewarded the training saw in the real and the generated images, where it is kept.
+    """
     palette, scored = splits["real"].palette, [name for name in ROWS if name in splits]
     near, far, extractor = seen["real"], seen["synthetic"], observer.extractor
     assert extractor is not None
@@ -343,6 +360,7 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
         "faithfulness": found,
         "of_ceiling": shares["synthetic"]["miou"],
         "shares_of_ceiling": shares,
+        "shares_of_with_mask": _shares_of_with_mask(seen, found, palette),
         "confusion": {name: seen[name]["confusion"].tolist() for name in scored},
         "reliability": {name: metrics.calibration(seen[name]["bins"]) for name in scored},
         "distance": distance,
@@ -351,54 +369,59 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
         "color": _color_shift(near, far),
         "copies": copies,
         "filtering": filtering_of(splits["synthetic"], far["pixels"][:, :, 0] > 0, scorer),
+        "reward": _reward(splits["synthetic"], scorer, shares["synthetic"]["miou"], by_reward, palette),
+        "not_given": {name: recaption_command(splits, name) for name in RECAPTIONED if name not in splits},
     }  # fmt: skip
+    result["recaptioned"] = {name: unlike(splits, name) for name in RECAPTIONED if name in splits}
     return result | {"warnings": [*([few] if few else []), *_doubts(result)]}
 
 
-def filtering_of(split: Split, classes: torch.Tensor, scorer: str) -> dict | None:
-    """How a generated set was filtered, by its manifest; None where it was not.
+def rewarding_observer(synthetic: Split, observer: Observer) -> Observer | None:
+    """Looks with the segmenter that rewarded the training; None: none did, it is gone, or it scores."""
+    made, settings = generation_of(synthetic), observer.segmenter.settings
+    digest = made.get("reward_segmenter_weights")
+    if digest in (None, weights_digest(observer.segmenter)) or not made.get("controlnet"):
+        return None
+    look = (settings.get("resolution", SegmenterConfig.resolution), settings.get("fit", SegmenterConfig.fit))
+    found = open_rewarding(made["controlnet"], synthetic.palette, *look)
+    if found is None or weights_digest(found) != digest:
+        return None
+    return replace(observer, segmenter=found, extractor=None, readers=())
 
-    classes [N, K]: which classes the mask of each of its images holds; scorer: the digest of the segmenter that scores.
-    Counts of images asked for, kept, regenerated (kept, but not at the first attempt) and dropped; of classes, and of
-    words of the prompts, the share of the dropped and of all images that have it, those first that were dropped most.
+
+def _reward(
+    split: Split, scorer: str, of_ceiling: bootstrap.Estimate, by_reward: dict[str, Seen], palette: Palette
+) -> dict | None:
+    """The share of the ceiling by the segmenter that rewarded the training, beside the score; None: none rewarded."""
+    digest, share = generation_of(split).get("reward_segmenter_weights"), None
+    if digest is None:
+        return None
+    if by_reward:
+        near, far = (metrics.mask_scores(one["pixels"], one["edges"], palette)["miou"] for one in by_reward.values())
+        share = bootstrap.ratio(far, near)
+    return {"weights": digest, "scored_by": scorer, "of_ceiling_by_reward": share, "of_ceiling": of_ceiling}
+
+
+def _shares_of_with_mask(seen: dict[str, Seen], found: dict, palette: Palette) -> dict:
+    """mIoU and boundary F of images with other captions as a share of those with the captions as they are.
+
+    Where the latter hold an image of each of these masks, these alone are compared, image by image.
     """
-    settings, manifest = (split.folder / name for name in ("generation.json", "manifest.jsonl"))
-    if not (settings.is_file() and manifest.is_file()):
-        return None
-    records = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not any("miou" in record for record in records):
-        return None
-    dropped = [record for record in records if not record["kept"]]
-    lost = [set(np.unique(read_mask(split.folder / record["conditioning_image_file_name"], split.palette)).tolist())
-            for record in dropped]  # fmt: skip
-    kept = [set(torch.where(one)[0].tolist()) for one in classes]
-    found = {label.name: _shares([label.id in one for one in lost], [label.id in one for one in kept])
-             for label in split.palette.labels if not label.ignore}  # fmt: skip
-    texts = [[set(re.findall(r"\w+", one["text"].lower())) for one in some]
-             for some in (dropped, [record for record in records if record["kept"]])]  # fmt: skip
-    words = {word: _shares(*([word in one for one in some] for some in texts)) for word in set().union(*texts[0])}
-    made = json.loads(settings.read_text(encoding="utf-8"))
-    return {
-        "asked": len(records), "kept": len(records) - len(dropped), "dropped": len(dropped),
-        "regenerated": sum(record["kept"] and record["attempt"] > 0 for record in records),
-        "min_miou": made.get("min_miou"), "ignore_disagreement": made.get("ignore_disagreement", False),
-        "segmenter_weights": made.get("segmenter_weights"), "scored_by": scorer, "classes": _most_dropped(found),
-        "words": _most_dropped(words),
-    }  # fmt: skip
+    shares, asked = {}, seen["synthetic"]
+    for name in RECAPTIONED:
+        if name in seen:
+            rows, scores = _partners(asked, seen[name]), found["synthetic"]
+            if rows is not None:
+                scores = metrics.mask_scores(asked["pixels"][rows], asked["edges"][rows], palette)
+            shares[name] = {kind: bootstrap.ratio(found[name][kind], scores[kind]) for kind in ("miou", "boundary_f")}
+    return shares
 
 
-def _shares(dropped: list[bool], kept: list[bool]) -> list[float]:
-    """Of the dropped and of all images, the share for which it is true."""
-    every = [*dropped, *kept]
-    return [round(sum(one) / len(one), 3) if one else 0.0 for one in (dropped, every)]
-
-
-def _most_dropped(shares: dict[str, list[float]], most: int = 6) -> dict[str, list[float]]:
-    """Those that are more frequent among the dropped images by 0.1 and more, the most frequent first."""
-    gaps = {name: dropped - all_of_them for name, (dropped, all_of_them) in shares.items()}
-    return {
-        name: shares[name] for name in sorted(gaps, key=lambda name: (-gaps[name], name))[:most] if gaps[name] >= 0.1
-    }
+def _partners(asked: Seen, others: Seen) -> list[int] | None:
+    """For each image of `others` the row of one with the same mask; None where any has none."""
+    rows = {key: row for row, key in reversed(list(enumerate(asked["mask"].tolist())))}
+    found = [rows[key] for key in others["mask"].tolist() if key in rows]
+    return found if len(found) == len(others["mask"]) else None
 
 
 def _doubts(found: dict) -> Iterator[str]:
@@ -414,6 +437,23 @@ def _doubts(found: dict) -> Iterator[str]:
             "Filtering has edited the masks of these images and the requested ones were not kept (an older set): they "
             "are scored against the edited masks, which flatters them."
         )
+    reward = found["reward"]
+    if reward and reward["weights"] == reward["scored_by"]:
+        yield (
+            "The segmenter that scores these images has rewarded the training of their ControlNet: the scores flatter "
+            "them. Leave out --segmenter, or give another one."
+        )
+    elif reward and reward["of_ceiling_by_reward"]:
+        share, by_reward = (reward[key].value for key in ("of_ceiling", "of_ceiling_by_reward"))
+        if None not in (share, by_reward) and abs(by_reward - share) > PARTED:
+            yield (
+                f"By the segmenter that rewarded the training the images reach {by_reward:.3f} of the ceiling, by the "
+                f"one that scores {share:.3f}: they part by more than {PARTED}. The ControlNet may have learnt to "
+                "please the former; the score alone counts."
+            )
+    for name, reasons in found["recaptioned"].items():
+        if reasons:
+            yield f"The row {ROWS[name]!r} may mislead: {'; '.join(reasons)}."
     share = found["of_ceiling"].value
     if share is not None and (share >= 1 or scored > 0.995):
         reason = "they were filtered by a segmenter, and " if filtering else ""
@@ -447,11 +487,9 @@ def _text_scores(seen: dict[str, Seen], readers: tuple[Reader, ...]) -> dict:
 
 def _color_shift(real: Seen, synthetic: Seen) -> dict:
     """Of images of the same masks where each generated one has a real partner, else of all images."""
-    rows = {key: row for row, key in reversed(list(enumerate(real["mask"].tolist())))}
-    partners = [rows[key] for key in synthetic["mask"].tolist() if key in rows]
-    same = len(partners) == len(synthetic["mask"])
-    shift = metrics.color_estimate(real["color"], synthetic["color"], partners if same else None)
-    return {"same_masks": same} | shift
+    partners = _partners(real, synthetic)
+    shift = metrics.color_estimate(real["color"], synthetic["color"], partners)
+    return {"same_masks": partners is not None} | shift
 
 
 def write_metrics(found: dict, path: str | Path) -> None:

@@ -22,6 +22,7 @@ from segcn.data.visualize import ACCENT, grid, heat_map, legend, name_classes, s
 from segcn.evaluate.bootstrap import LEVEL, Estimate, difference
 from segcn.evaluate.evaluator import DRAWS_FILE, LEAST_CROP, METRICS_FILE, ROWS, Evaluation
 from segcn.evaluate.metrics import COMPARED, NEIGHBORS
+from segcn.evaluate.provenance import RECAPTIONED
 from segcn.models.base import one_core
 from segcn.utils.errors import UserError
 from segcn.utils.html import figure_img, render
@@ -61,6 +62,12 @@ def _lines(metrics: dict) -> Iterator[str]:
         yield ", ".join(f"{key} {within(metrics, 'distance', key)}" for key in pair)
     counts = f"{found['images_real']} real and {found['images_synthetic']} generated images"
     yield f"({found['extractor']} of {counts}, {found['resolution']} px)"
+    for name in metrics.get("shares_of_with_mask", {}):
+        yield f"{ROWS[name]}: {within(metrics, 'shares_of_with_mask', name, 'miou')} of those with captions as they are"
+    for name, command in metrics.get("not_given", {}).items():
+        yield not_given(name, command)
+    if metrics.get("reward"):
+        yield reward_line(metrics)
     for kind in ("text", "custom"):
         for name, scores in metrics.get(kind, {}).items():
             for title in scores:
@@ -75,6 +82,24 @@ def _lines(metrics: dict) -> Iterator[str]:
         yield f"memorization test: {within(metrics, 'copies', 'nearer_than_real')} ({far or '0.5 = none'})"
     if metrics.get("filtering"):
         yield filtering_line(metrics["filtering"])
+
+
+def not_given(name: str, command: str) -> str:
+    """How to measure a row that the evaluation does not have."""
+    return f"{ROWS[name]}: not measured; {command} generates them, segcn evaluate --{name} DIR compares them"
+
+
+def reward_line(metrics: dict) -> str:
+    """The share of the ceiling by the segmenter that rewarded the training, beside that by the one that scores."""
+    found = metrics["reward"]
+    if found["weights"] == found["scored_by"]:
+        return "consistency reward: the segmenter that rewarded the training scores these images, too"
+    if found["of_ceiling_by_reward"] is None:
+        return "consistency reward: another segmenter than the one that scores rewarded the training; it is not at hand"
+    shares = [within(metrics, "reward", key) for key in ("of_ceiling_by_reward", "of_ceiling")]
+    return "consistency reward: {} of the ceiling by the segmenter that rewarded, {} by the one that scores".format(
+        *shares
+    )
 
 
 def filtering_line(found: dict) -> str:
@@ -142,7 +167,7 @@ def comparison(one: str | Path, other: str | Path) -> str:
     """
     runs = [read_run(folder) for folder in (one, other)]
     cautions = [textwrap.fill(line, WIDTH) for line in _cautions(runs[0][0], runs[1][0])]
-    lines = [f"A: {one}", f"B: {other}", *cautions, "", f"{'':44}{'A':>9}{'B':>9}   B - A [95 %]"]
+    lines = [f"A: {one}", f"B: {other}", *cautions, "", f"{'':48}{'A':>9}{'B':>9}   B - A [95 %]"]
     for title, place in _places(runs[0][0], runs[1][0]):
         a, b = [Estimate(lookup(metrics, place), draws["/".join(place)]) for metrics, draws in runs]
         apart = difference(b, a)
@@ -150,7 +175,7 @@ def comparison(one: str | Path, other: str | Path) -> str:
         mark = "  *" if low > 0 or high < 0 else ""
         digits = 3 if place[0] in ("crops", "color") or place[-1].endswith("_distance") else 0
         cells = [number(value, digits) for value in (a.value, b.value, apart.value, low, high)]
-        lines.append("{:44}{:>9}{:>9}   {} [{}, {}]{}".format(title[:43], *cells, mark))
+        lines.append("{:48}{:>9}{:>9}   {} [{}, {}]{}".format(title[:47], *cells, mark))
     return "\n".join([*lines, "", "* the interval excludes zero"])
 
 
@@ -172,6 +197,8 @@ def _places(one: dict, other: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
     places: list[tuple[str, tuple[str, ...]]]
     places = [(f"{title} of ceiling, {ROWS[name]}", ("shares_of_ceiling", name, key))
               for key, title in scores.items() for name in sets]  # fmt: skip
+    places += [(f"of those with mask, {ROWS[name]}", ("shares_of_with_mask", name, "miou")) for name in RECAPTIONED]
+    places.append(("mIoU of ceiling by the rewarding segmenter", ("reward", "of_ceiling_by_reward")))
     places += [(f"{title}, {ROWS[name]}", ("faithfulness", name, key))
                for key, title in scores.items() for name in ROWS]  # fmt: skip
     names, extractor = one["distance"]["names"], one["distance"]["extractor"]
@@ -208,7 +235,8 @@ def _cautions(one: dict, other: dict) -> Iterator[str]:
 
 MOST_CLASSES = 20  # classes shown at most: those with the lowest IoU
 SHOWN_COVER = 0.01  # of the pixels, which a class covers in an image that is shown for it
-SET_COLORS = {"real": "#4d4d4d", "reconstructions": "#a8a8a8", "synthetic": ACCENT, "floor": "#e8a04c"}
+SET_COLORS = {"real": "#4d4d4d", "reconstructions": "#a8a8a8", "synthetic": ACCENT, "without_classes": "#5aa469",
+              "other_captions": "#9a6fb0", "floor": "#e8a04c"}  # fmt: skip
 EACH = 2  # best and worst images of a class
 
 
@@ -380,7 +408,14 @@ ABOUT_SETS = {
     "real": "held-out real images: what the segmenter reaches at best",
     "reconstructions": "the same through the base model's autoencoder and back",
     "synthetic": "generated from the masks: the images that are evaluated here",
+    "without_classes": "from the same masks, the phrases that name classes cut from the captions",
+    "other_captions": "from the same masks, each with the caption of another row",
     "floor": "generated from the captions alone, compared with masks that they were not shown",
+}
+SUFFICES = 0.95  # of the images with captions as they are, from which on a mask is said to suffice
+QUESTIONS = {
+    "without_classes": "Does a mask suffice without classes in the caption?",
+    "other_captions": "Is the mask followed under another row's caption?",
 }
 SPREAD_ABOUT = {
     "precision": "share of the generated images that lie among real ones",
@@ -452,6 +487,20 @@ def summary(metrics: dict) -> Iterator[str]:
     floor = metrics["shares_of_ceiling"].get("floor")
     without = f"; images generated without the mask reach {number(floor['miou'])}" if floor else ""
     yield f"Masks are followed to {share} of what real images reach (mIoU {found} of {ceiling}){without}."
+    for name, question in QUESTIONS.items():
+        if name in metrics["not_given"]:
+            line = not_given(name, metrics["not_given"][name]).partition(": ")[2]
+            yield f"{question} {line[0].upper()}{line[1:]}."
+        else:
+            value = metrics["shares_of_with_mask"][name]["miou"] or 0.0
+            said, share = within(metrics, "shares_of_with_mask", name, "miou"), "shares_of_ceiling"
+            yield (
+                f"{question} {'Yes' if value >= SUFFICES else 'No'}: mIoU is {said} of that with the captions as they "
+                f"are ({within(metrics, share, name, 'miou')} of the ceiling)."
+            )
+    if metrics["reward"]:
+        line = reward_line(metrics)
+        yield f"{line[0].upper()}{line[1:]}."
     apart = (metrics["intervals"]["distance"]["kernel_distance"] or [0])[0] > 0
     verdict = "they differ from real images" if apart else "no difference from real images is seen"
     if metrics["filtering"]:

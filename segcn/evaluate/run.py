@@ -11,7 +11,17 @@ import torch
 from segcn.data.files import read_image
 from segcn.data.metadata import Split, find_splits, hold_out, read_named_split, read_split
 from segcn.evaluate.config import EvaluateConfig
-from segcn.evaluate.evaluator import METRICS_FILE, PARTS_OF, Evaluation, Log, Observer, evaluate
+from segcn.evaluate.evaluator import (
+    METRICS_FILE,
+    PARTS_OF,
+    REWARDED,
+    Evaluation,
+    Log,
+    Observer,
+    evaluate,
+    rewarding_observer,
+)
+from segcn.evaluate.provenance import RECAPTIONED, generation_of
 from segcn.evaluate.report import write_evaluation_report
 from segcn.models.base import weights_digest
 from segcn.models.features import Reader, clip_reader, open_extractor
@@ -44,11 +54,7 @@ def evaluate_folders(
     if process.world > 1:
         torch.set_num_threads(os.cpu_count() or 1)  # torchrun sets 1: what is trained depends on it
     with one_at_a_time(cache / ".networks.lock"):  # one process trains what the others then load
-        segmenter = _segmenter(config, splits, cache, log)
-        made = splits["synthetic"].folder / "generation.json"
-        if made.is_file() and json.loads(made.read_text()).get("segmenter_weights") == weights_digest(segmenter):
-            log(f"--segmenter {config.segmenter} filtered these images: one that is trained on real rows scores them.")
-            segmenter = _segmenter(replace(config, segmenter=None), splits, cache, log)
+        segmenter = independent_segmenter(config, splits, cache, log)
         extractor = open_extractor(segmenter, config.inception_weights)
         readers = open_readers(config.clip, Path(config.real), splits.get("train"), cache, caption_reader, log)
     observer = Observer(segmenter, extractor, readers, cache, config.batch_size)
@@ -56,8 +62,13 @@ def evaluate_folders(
         _share(observer, splits, process, log)
         if process.rank:
             return None
-    floor, reconstructions, train = (splits.get(name) for name in ("floor", "reconstructions", "train"))
-    evaluation = evaluate(splits["real"], splits["synthetic"], observer, floor, reconstructions, train, log=log)
+    floor, reconstructions, train, without_classes, other_captions = (
+        splits.get(name) for name in ("floor", "reconstructions", "train", *RECAPTIONED)
+    )
+    evaluation = evaluate(
+        splits["real"], splits["synthetic"], observer, floor, reconstructions, train, log=log,
+        without_classes=without_classes, other_captions=other_captions,
+    )  # fmt: skip
     evaluation.metrics["warnings"] += trained_on_held_out(config, splits)
     kept = {name: value for name, value in asdict(config).items() if name not in CHANGE_NO_NUMBER}
     evaluation.metrics["settings"] |= kept
@@ -71,7 +82,7 @@ def trained_on_held_out(config: EvaluateConfig, splits: dict[str, Split]) -> lis
     if "test" in find_splits(config.real) or "train" not in splits:
         return []
     try:
-        made = json.loads((splits["synthetic"].folder / "generation.json").read_text())
+        made = generation_of(splits["synthetic"])
         trained = json.loads((Path(made["controlnet"]) / RUN_FILE).read_text())
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -91,6 +102,9 @@ def _share(observer: Observer, splits: dict[str, Split], process: Process, log: 
     part = replace(observer, process=process)
     for name, split in splits.items():
         part.observe(split, PARTS_OF[name], log)
+    if rewarding := rewarding_observer(splits["synthetic"], part):
+        for name in REWARDED:
+            rewarding.observe(splits[name], ("faithfulness",), log)
     PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
 
@@ -103,7 +117,7 @@ def read_splits(config: EvaluateConfig) -> dict[str, Split]:
     else:
         real = read_split(config.real)
     splits = {"real": real, "synthetic": read_split(config.synthetic)}
-    for name in ("floor", "reconstructions"):
+    for name in ("floor", "reconstructions", *RECAPTIONED):
         if getattr(config, name) is not None:
             splits[name] = read_split(getattr(config, name))
     if train and (train != "train" or "train" in find_splits(config.real)):
@@ -134,6 +148,23 @@ def open_readers(
     """What reads captions: CLIP where a folder is given, and `caption_reader` where it knows the data set."""
     own = caption_reader(dataset, train, cache, log) if caption_reader and train else None
     return (*([clip_reader(clip)] if clip else []), *([own] if own else []))
+
+
+def independent_segmenter(config: EvaluateConfig, splits: dict[str, Split], cache: Path, log: Log) -> AnySegmenter:
+    """The segmenter that scores: neither the one that filtered these images nor the one that rewarded the training.
+
+    In place of such a one, one is trained on real rows, with the next seed where it would be the same again.
+    """
+    made, segmenter = generation_of(splits["synthetic"]), _segmenter(config, splits, cache, log)
+    uses = {"segmenter_weights": "filtered these images", "reward_segmenter_weights": "rewarded the training"}
+    used = {made[name]: use for name, use in uses.items() if made.get(name)}
+    while (digest := weights_digest(segmenter)) in used:
+        named, seed = config.segmenter is not None, config.seed + (config.segmenter is None)
+        flag = f"--segmenter {config.segmenter}" if named else f"the segmenter of --seed {config.seed}"
+        log(f"{flag} {used[digest]}: one that is trained on real rows with seed {seed} scores them.")
+        config = replace(config, segmenter=None, seed=seed)
+        segmenter = _segmenter(config, splits, cache, log)
+    return segmenter
 
 
 def _segmenter(config: EvaluateConfig, splits: dict[str, Split], cache: Path, log: Log) -> AnySegmenter:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from segcn.data.captions import classes_of, mirrored, mirrored_ids
+from segcn.data.captions import classes_of, mirrored, mirrored_ids, without_classes
 from segcn.data.dataset import read_framed_mask
 from segcn.data.importers.palettes import is_dataset, mask_files
 from segcn.data.masks import read_mask
@@ -54,7 +54,7 @@ class Conditions:
 
     config: GenerateConfig
     files: Sequence[str]  # of every row, also of those that --limit leaves out
-    captions: Sequence[tuple[str, ...]]  # empty where a folder of masks has no captions
+    captions: Sequence[tuple[str, ...]]  # as they are used; empty where a folder of masks has no captions
     palette: Palette
     augment: AugmentConfig | None  # of --augment_masks
     groups: Sequence[WordGroup]
@@ -140,6 +140,8 @@ def read_conditions(config: GenerateConfig) -> Conditions:
     if not files:
         raise UserError(f"--controls {folder}: --split {config.split} leaves no row")
     _check_prompt(config, captions)
+    if config.without_class_words:
+        captions = [tuple(without_classes(text, palette) for text in each) for each in captions]
     augment = _augment_masks(config.augment_masks) if config.augment_masks else None
     groups = [_word_group(text, config, captions) for text in config.vary]
     return Conditions(config, files, captions, palette, augment, groups)
@@ -153,6 +155,8 @@ def _check_prompt(config: GenerateConfig, captions: Sequence) -> None:
             f"--controls {config.controls} has no captions: give one by --prompt, where {CLASSES} is replaced by the"
             " classes of each mask"
         )
+    if config.without_class_words and CAPTION not in (config.prompt or CAPTION):
+        raise UserError(f"--without_class_words cuts the captions of a data set: leave out --prompt, or say {CAPTION}")
     if config.mix_prompts and config.prompt is not None:
         raise UserError("--mix_prompts exchanges the captions of a data set: leave out --prompt")
 

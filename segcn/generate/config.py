@@ -80,6 +80,9 @@ class GenerateConfig(SampleConfig):
         " of these, drawn for each image; none: the captions of the data set",
     )
     mix_prompts: bool = flag(False, "give each row the caption of another, so that no text describes its mask")
+    without_class_words: bool = flag(
+        False, "captions without the phrases that name classes: by palette.json's names and words"
+    )
     vary: list[str] = flag(
         [],
         "words of the prompts that can replace each other, one drawn for each image: 'by day|at night'; what they"

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+from segcn.data.captions import classes_of
 from segcn.data.dataset import PairedDataset, to_uint8
 from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import Split, finish_dataset, read_named_split, write_pair
@@ -31,6 +32,7 @@ from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate.filtering import Filter, Generated, draw_filtering, generate_filtered, likely_cause, open_filter
 from segcn.generate.pipeline import Pipeline, check_sampling, generate, load_pipeline, noise_of
 from segcn.models.base import Base, load_base, pick_device, reconstruct, weights_digest
+from segcn.models.segmenter import reward_record
 from segcn.utils import io
 from segcn.utils.errors import UserError
 from segcn.utils.html import render
@@ -49,8 +51,8 @@ CHANGE_NO_IMAGE = (
     "torch_compile",
 )  # fmt: skip
 COMPARED_BY_CONTENT = frozenset(
-    {"pretrained_model_name_or_path", "lora", "controlnet", "controls"}
-)  # recorded; their content is compared instead
+    {"pretrained_model_name_or_path", "lora", "controlnet", "controls", "reward_segmenter_weights"}
+)  # recorded; their content is compared instead, that of the ControlNet's reward by the ControlNet's weights
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,8 @@ def settings_of(
         settings.pop(name)
     if not config.without_control:
         settings |= {"controlnet": pipeline.controlnet_folder, "controlnet_weights": pipeline.controlnet_digest}
+        if rewarded := reward_record(pipeline.controlnet_folder):
+            settings["reward_segmenter_weights"] = rewarded[1]["weights"]
     return settings | ({"segmenter_weights": weights_digest(criterion.segmenter)} if criterion else {})
 
 
@@ -321,7 +325,10 @@ def write_image(task: Task, image: int, condition: Condition, generated: Generat
     record |= {"file_name": names[0], "conditioning_image_file_name": names[1]}
     if generated.scores:
         record |= {"miou": max(generated.scores), "scores": generated.scores, "ignored": generated.ignored}
-    task.manifest.add(record | {"text": condition.prompt})
+    record["text"] = condition.prompt
+    if not condition.prompt.strip():  # every row of a data set has a caption
+        record["caption"] = classes_of(condition.frame.cut(condition.mask), task.conditions.palette)
+    task.manifest.add(record)
 
 
 def _wait_for_all(process: Process) -> None:
@@ -364,7 +371,7 @@ def finish_set(task: Task, process: Process, settings: dict[str, Any], log: Call
             f" {likely_cause(config, task.pipeline.base, task.criterion, scored)} Use another --output_dir then."
         )
     write_data_card(out, config, settings, kept, scored, palette, work)
-    rows = ((record["file_name"], record["conditioning_image_file_name"], record["text"])
+    rows = ((record["file_name"], record["conditioning_image_file_name"], record.get("caption", record["text"]))
             for record in records_of(out) if record["kept"])  # fmt: skip
     finish_dataset(out, rows, palette, work)
     manifest.clear()

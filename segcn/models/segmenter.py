@@ -4,10 +4,12 @@ They find out whether generated images follow their masks."""
 
 import hashlib
 import json
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice, pairwise
 from pathlib import Path
@@ -23,7 +25,7 @@ from segcn.data.metadata import Split
 from segcn.data.palette import IGNORE, Palette
 from segcn.data.sampler import COUNTED_ROWS, class_pixels, class_weights
 from segcn.data.transforms import AugmentConfig
-from segcn.models.base import pick_device
+from segcn.models.base import pick_device, weights_digest
 from segcn.utils import io, rng
 from segcn.utils.errors import UserError
 from segcn.utils.paths import OUTPUTS
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 SEGMENTER_AUGMENT = replace(AugmentConfig.none(), hflip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
 BUILDING = threading.Lock()  # PyTorch draws initial weights from one generator of the whole process
 REWARD_SEGMENTER = "reward_segmenter.json"  # in a ControlNet's folder: which segmenter rewarded its training
+REWARD_FOLDER = "reward_segmenter"  # beside it: that segmenter, where it is one of ours
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # where a folder says nothing
 SAID_EVERY = 5.0  # seconds at most between two lines of a training: a signal acts there
 NEVER = -1e4  # logit of a class that the network does not know
@@ -187,6 +190,35 @@ def segmenter_of(
 def shared_folder(root: str | Path, split: Split, config: SegmenterConfig) -> Path:
     """Where below `root` the segmenter of these rows and settings is kept."""
     return Path(root) / f"segmenter-{_fingerprint(split, config)}"
+
+
+def reward_record(controlnet: str | Path) -> tuple[Path, dict] | None:
+    """The run folder of a ControlNet, and what it says of the segmenter that rewarded its training; None: none did.
+
+    controlnet: the run folder itself, or its checkpoint-N/controlnet. The record is {"weights": digest, "weight": of
+    the reward, "folder": --reward_segmenter or None}.
+    """
+    folder = Path(controlnet).absolute()
+    run = folder.parents[1] if re.fullmatch(io.CHECKPOINT, folder.parent.name) else folder
+    found = _read_json(run / REWARD_SEGMENTER)
+    return None if found is None else (run, found)
+
+
+def open_rewarding(controlnet: str | Path, palette: Palette, resolution: int, fit: str) -> AnySegmenter | None:
+    """The segmenter that rewarded a ControlNet's training; None where it is not at hand any more, as it was then.
+
+    resolution, fit: as of `open_segmenter`.
+    """
+    record = reward_record(controlnet)
+    if record is None:
+        return None
+    for folder in (record[0] / REWARD_FOLDER, record[1].get("folder")):
+        if folder and Path(folder).is_dir():
+            with suppress(UserError):
+                segmenter = open_segmenter(folder, palette, resolution, fit)
+                if weights_digest(segmenter) == record[1]["weights"]:
+                    return segmenter
+    return None
 
 
 def _fingerprint(split: Split, config: SegmenterConfig) -> str:

@@ -33,7 +33,9 @@ class RunConfig:
     batch_size: int | None = flag(None, "images generated at once; none: 16", low=1)
     mixed_precision: str | None = flag(None, "for training and generation; none: no", PRECISIONS)
     limit: int | None = flag(None, "held-out masks to generate from and to score; none: 128", low=1)
-    floor_limit: int | None = flag(None, "rows to generate without their mask; none: 48", low=1)
+    floor_limit: int | None = flag(
+        None, "rows to generate without their mask, and with other captions; none: 48", low=1
+    )
     segmenter_steps: int | None = flag(None, "training steps of the segmenter; none: its default", low=1)
     inception_weights: str = flag("", "file for FID and KID as published; none: torch.hub's, if there")
     clip: str = flag("", "folder of a CLIPModel, for CLIPScore; none: without")

@@ -97,6 +97,14 @@ class Workspace:
         return self.folder / "generated_without_mask"
 
     @property
+    def without_classes(self) -> Path:
+        return self.folder / "generated_without_class_words"
+
+    @property
+    def other_captions(self) -> Path:
+        return self.folder / "generated_with_other_captions"
+
+    @property
     def saved(self) -> Path:
         """What is kept in the panel; older runs have it under another name."""
         old = self.folder / "painted"

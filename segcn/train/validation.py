@@ -24,11 +24,11 @@ from segcn.data.dataset import PairedDataset, read_control_mask, to_image, to_ui
 from segcn.data.metadata import Split, find_splits, hold_out, read_split
 from segcn.data.transforms import AUGMENTS
 from segcn.data.visualize import write_sheet
-from segcn.evaluate.evaluator import check_classes, measure
+from segcn.evaluate.evaluator import PARTED, check_classes, measure
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline, generate
 from segcn.models.base import reconstruct
-from segcn.models.segmenter import Segmenter, SegmenterConfig, load_segmenter, segmenter_of
+from segcn.models.segmenter import AnySegmenter, Segmenter, SegmenterConfig, load_segmenter, segmenter_of
 from segcn.train.checkpoint import record_best
 from segcn.train.config import TrainConfig
 from segcn.train.latent_cache import cache_root
@@ -70,6 +70,8 @@ class HeldOutScorer:
     rows: Split  # held out
     masks: np.ndarray  # uint8 [N, R, R], class ids
     ceiling: dict  # what `measure` finds on the real images
+    reward: AnySegmenter | None = None  # the segmenter that rewards the training, for a figure beside the score
+    reward_ceiling: dict | None = None  # what `measure` finds with it
 
 
 def held_out_rows(config: TrainConfig, split: Split) -> Split | None:
@@ -105,9 +107,18 @@ def held_out_rows(config: TrainConfig, split: Split) -> Split | None:
 
 
 def open_scorer(
-    config: TrainConfig, held_out: Split, split: Split, cache: Path, device, log: Callable
+    config: TrainConfig,
+    held_out: Split,
+    split: Split,
+    cache: Path,
+    device,
+    log: Callable,
+    reward: AnySegmenter | None = None,
 ) -> HeldOutScorer:
-    """Load the segmenter, or train it on the rows of `split` and leave it in the cache; score the real images."""
+    """Load the segmenter, or train it on the rows of `split` and leave it in the cache; score the real images.
+
+    reward: the segmenter that rewards the training, which scores nothing; its own figure is logged, too.
+    """
     if config.segmenter:
         segmenter = load_segmenter(config.segmenter, device)
     else:
@@ -115,8 +126,12 @@ def open_scorer(
         segmenter = segmenter_of(split, settings, cache, log, device)
     pairs = PairedDataset(held_out, config.resolution, AUGMENTS["none"], 0, config.fit)
     masks = torch.stack([sample.mask for sample in pairs])
-    real = ((sample.image[None], sample.mask[None]) for sample in pairs)
-    return HeldOutScorer(segmenter, held_out, masks.numpy(), measure(real, segmenter, held_out.palette))
+
+    def ceiling(by: AnySegmenter) -> dict:
+        return measure(((sample.image[None], sample.mask[None]) for sample in pairs), by, held_out.palette)
+
+    by_reward = None if reward is None else ceiling(reward)
+    return HeldOutScorer(segmenter, held_out, masks.numpy(), ceiling(segmenter), reward, by_reward)
 
 
 def generate_rows(
@@ -138,16 +153,26 @@ def generate_rows(
 
 
 def score_rows(scorer: HeldOutScorer, generated: np.ndarray) -> dict:
-    """miou, of_ceiling (its share of the real images' mIoU) and the IoU of each class, of generated rows."""
-    images = to_image(torch.from_numpy(generated).permute(0, 3, 1, 2))
-    pairs = zip(images.split(GENERATED_AT_ONCE), torch.from_numpy(scorer.masks).split(GENERATED_AT_ONCE), strict=True)
-    found = measure(pairs, scorer.segmenter, scorer.rows.palette)
-    miou, ceiling = found["miou"] or 0.0, scorer.ceiling["miou"]
-    return {
-        "miou": round(miou, 4),
-        "of_ceiling": round(miou / ceiling, 4) if ceiling else 0.0,
+    """miou, of_ceiling (its share of the real images' mIoU) and the IoU of each class, of generated rows.
+
+    With a reward also of_ceiling_by_reward, by the segmenter that rewards: of_ceiling alone is a score.
+    """
+    images = to_image(torch.from_numpy(generated).permute(0, 3, 1, 2)).split(GENERATED_AT_ONCE)
+    masks = torch.from_numpy(scorer.masks).split(GENERATED_AT_ONCE)
+    found = measure(zip(images, masks, strict=True), scorer.segmenter, scorer.rows.palette)
+
+    def share(scores: dict, ceiling: dict) -> float:
+        return round((scores["miou"] or 0.0) / ceiling["miou"], 4) if ceiling["miou"] else 0.0
+
+    score = {
+        "miou": round(found["miou"] or 0.0, 4),
+        "of_ceiling": share(found, scorer.ceiling),
         "per_class": {name: value and round(value, 4) for name, value in found["per_class"].items()},
     }
+    if scorer.reward is not None and scorer.reward_ceiling is not None:
+        by_reward = measure(zip(images, masks, strict=True), scorer.reward, scorer.rows.palette)
+        score["of_ceiling_by_reward"] = share(by_reward, scorer.reward_ceiling)
+    return score
 
 
 def begin_validation(run: Run) -> None:
@@ -161,7 +186,8 @@ def begin_validation(run: Run) -> None:
     run.log.start_clock(run.step)
     if run.accelerator.is_main_process and run.held_out is not None:
         cache, device = cache_root(run.config), run.accelerator.device
-        run.scorer = open_scorer(run.config, run.held_out, run.split, cache, device, partial(say_or_stop, run))
+        say = partial(say_or_stop, run)
+        run.scorer = open_scorer(run.config, run.held_out, run.split, cache, device, say, run.reward_segmenter)
         real, asked = run.scorer.ceiling, run.config.faithfulness_rows
         if not any("ceiling" in entry for entry in read_log(run.log.path)):
             run.log.write({"step": 0, "ceiling": real})
@@ -291,13 +317,20 @@ def write_score(run: Run, score: dict) -> bool:
     steps, shares = fractions(read_log(run.log.path))
     run.log.write({"step": run.step, "faithfulness": score})
     per_class = {f"faithfulness/{name}": iou for name, iou in score["per_class"].items() if iou is not None}
-    named = {f"faithfulness/{name}": score[name] for name in ("miou", "of_ceiling")}
+    shown = ("miou", "of_ceiling", "of_ceiling_by_reward")
+    named = {f"faithfulness/{name}": score[name] for name in shown if name in score}
     run.accelerator.log(named | per_class, step=run.step)
     better = score["of_ceiling"] > max(shares, default=-1.0)
     best = ", the best so far" if better and run.step else ""
     run.log.say(
         f"Faithfulness at step {run.step}: mIoU {score['miou']:.3f}, {score['of_ceiling']:.0%} of the ceiling{best}."
     )
+    by_reward = score.get("of_ceiling_by_reward")
+    if by_reward is not None and abs(by_reward - score["of_ceiling"]) > PARTED:
+        run.log.say(
+            f"By the segmenter that rewards it is {by_reward:.1%} of its ceiling, by the one that scores "
+            f"{score['of_ceiling']:.1%}: they part by more than {PARTED}. Believe the one that scores."
+        )
     began = convergence_step(*fractions(read_log(run.log.path)))
     if began is not None and began != convergence_step(steps, shares):
         run.log.say(f"The ControlNet began to obey the masks at step {began}.")
