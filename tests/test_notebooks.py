@@ -227,10 +227,14 @@ def test_other_settings_never_stop_notebook_04(run, again, tmp_path):
 def test_after_more_training_steps_notebooks_04_and_05_go_on_with_a_folder_of_their_own(run, again, tmp_path):
     out, first = tmp_path / "out", names_and_first(run.out)[1]
     again("03_train", max_train_steps=6)
-    for notebook in ("04_generate", "05_evaluate"):
+    recaptioned = ["generated_with_other_captions-1", "generated_without_class_words-1"]
+    for notebook, more in {"04_generate": [], "05_evaluate": recaptioned}.items():
         assert "it is generated-1 now" in again(notebook)
         sets, other = names_and_first(out)
-        assert other != first and sets == ["generated-1"]  # without its mask an image does not depend on the ControlNet
+        assert other != first  # without its mask an image does not depend on the ControlNet
+        assert sets == ["generated-1", *more]
+        for name in more:
+            shutil.rmtree(out / name)
         shutil.rmtree(out / "generated")
         (out / "generated-1").rename(out / "generated")
         assert names_and_first(out) == ([], first)
@@ -251,7 +255,9 @@ def test_every_notebook_runs_headless(run):
         check_split(read_split(out / name))
     for name in ("generated", "generated_without_mask", "reconstructions", "saved"):
         assert Image.open(read_split(out / name)[0].image).size == (64, 64)  # as in training
-    assert set(metrics["faithfulness"]) >= {"real", "synthetic", "floor"} and metrics["segmenter"]["resolution"] == 64
+    assert metrics["segmenter"]["resolution"] == 64 and set(metrics["faithfulness"]) == {
+        "real", "reconstructions", "synthetic", "without_classes", "other_captions", "floor",
+    }  # fmt: skip
     assert Image.open(out / "story.png").width >= 1400
 
 
@@ -271,9 +277,11 @@ def test_the_training_is_scored_on_the_held_out_rows_and_names_its_best_checkpoi
     assert ControlNetModel.from_pretrained(out / "controlnet" / best / "controlnet")
 
 
-def test_the_floor_has_the_settings_of_the_generated_set(run):
-    names = ("generated", "generated_without_mask")
-    made, floor = (json.loads((run.out / name / "generation.json").read_text()) for name in names)
+def test_the_floor_and_the_sets_with_other_captions_have_the_settings_of_the_generated_set(run):
+    names = "generated", *(f"generated_with{what}" for what in ("out_mask", "out_class_words", "_other_captions"))
+    made, floor, cut, mixed = (json.loads((run.out / name / "generation.json").read_text()) for name in names)
+    for other, flag in ((cut, "without_class_words"), (mixed, "mix_prompts")):
+        assert {name for name in made if made[name] != other[name]} <= {flag, "rows"} and other[flag] and not made[flag]
     changed = {name for name in made if name not in floor or made[name] != floor[name]}
     assert changed <= {"without_control", "controlnet", "controlnet_weights"} and not made["without_control"]
     assert (floor["num_inference_steps"], floor["guidance_scale"], floor["resolution"]) == (2, 3.0, 64)

@@ -31,7 +31,7 @@ def recaption_command(splits: dict[str, Split], name: str) -> str:
 def unlike(splits: dict[str, Split], name: str) -> list[str]:
     """Why a set with other captions cannot be compared with the one with captions as they are, a clause each."""
     one, other = (generation_of(splits[each]) for each in ("synthetic", name))
-    places = {"rows", "controls", "split", "replicates", "controlnet", "pretrained_model_name_or_path"}
+    places = {"rows", "controls", "split", "replicates", "controlnet", "lora", "pretrained_model_name_or_path"}
     free = places | {"segmenter_weights", *(flag.strip("-") for flag in RECAPTIONED.values())}
     changed = sorted(key for key in {*one} & {*other} - free if one[key] != other[key])
     reasons = [f"other settings than those of the images with mask: {', '.join(changed)}"] if changed else []
