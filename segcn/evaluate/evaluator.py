@@ -47,7 +47,7 @@ ROWS = {
     "other_captions": "another row's caption",
     "floor": "no mask (floor)",
 }
-REWARDED = ("real", "synthetic")  # looked at by the segmenter that rewarded, too
+REWARD_LOOKS_AT = ("real", "synthetic")  # looked at by the segmenter that rewarded, too
 EVERYTHING = ("faithfulness", "features", "crops", "text")
 PARTS_OF = {
     "real": EVERYTHING,
@@ -312,7 +312,7 @@ def evaluate(
     seen = {name: observer.observe(split, PARTS_OF[name], log) for name, split in splits.items()}
     rewarding = rewarding_observer(synthetic, observer)
     by_reward = (
-        {name: rewarding.observe(splits[name], ("faithfulness",), log) for name in REWARDED} if rewarding else {}
+        {name: rewarding.observe(splits[name], ("faithfulness",), log) for name in REWARD_LOOKS_AT} if rewarding else {}
     )
     custom = {name: observer.mean_metrics(splits[name], metrics) for name in ROWS if name in splits and metrics}
     with one_core():

@@ -14,7 +14,7 @@ from segcn.evaluate.config import EvaluateConfig
 from segcn.evaluate.evaluator import (
     METRICS_FILE,
     PARTS_OF,
-    REWARDED,
+    REWARD_LOOKS_AT,
     Evaluation,
     Log,
     Observer,
@@ -103,7 +103,7 @@ def _share(observer: Observer, splits: dict[str, Split], process: Process, log: 
     for name, split in splits.items():
         part.observe(split, PARTS_OF[name], log)
     if rewarding := rewarding_observer(splits["synthetic"], part):
-        for name in REWARDED:
+        for name in REWARD_LOOKS_AT:
             rewarding.observe(splits[name], ("faithfulness",), log)
     PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
