@@ -245,7 +245,8 @@ class AdaptConfig(TrainConfig):
     lora_text_encoder: bool = flag(False, "a LoRA of the text encoder, too; texts are then encoded in every step")
     merge: bool = flag(False, "write a base with the LoRA in its weights, in place of the LoRA")
     vae_decoder: bool = flag(
-        False, "train the autoencoder's decoder instead, in small batches (4); its encoder, so all latents, stay as they are"
+        False,
+        "train the autoencoder's decoder instead, in small batches (4); its encoder, so all latents, stay as they are",
     )
 
     @property
