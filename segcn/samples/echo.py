@@ -24,7 +24,7 @@ QUALITIES = {"good": 0.4, "medium": 0.42, "poor": 0.18}  # with their shares
 IMAGES_OF_A_PATIENT = len(VIEWS) * len(PHASES)
 DEPTHS, BEAMS = 448, 144  # samples of the beam grid
 OVERSAMPLING = 2  # each way, averaged
-BLOOD, MUSCLE, TISSUE = -50.0, -20.0, -27.0  # dB of the mean echo
+BLOOD, MUSCLE, TISSUE = -50.0, -20.0, -25.0  # dB of the mean echo
 FOCUS, FACE = 70.0, 4.0  # mm: of the beam; where the sector begins
 WHITE = 4.0  # dB below 0 that is white
 DENSITY = {"blood": 0.7, "tissue": 6.0}  # mean number of scatterers in a cell of the beam grid
@@ -124,7 +124,7 @@ def draw_heart(seed: int, patient: int, view: int, phase: int) -> tuple[Heart, f
     length, thickness = np.clip(own.normal(86, 8), 66, 108), np.clip(own.normal(9.3, 1.4), 6.5, 13.5)
     half = length * np.clip(own.normal(0.275, 0.035), 0.2, 0.37)
     ejected = np.clip(own.normal(0.54, 0.12), 0.18, 0.74)
-    atrium_length, atrium_half = length * own.uniform(0.46, 0.7), half * own.uniform(0.75, 1.1)
+    atrium_length, atrium_half = length * own.uniform(0.42, 0.64), half * own.uniform(0.82, 1.22)
     shrunk, right, roundness = own.uniform(0.74, 0.9), own.uniform(0.75, 1.35), own.uniform(0.4, 0.56)
     probe_z, apex_share = own.uniform(9, 20), own.uniform(0.6, 0.95)
 
@@ -142,7 +142,7 @@ def draw_heart(seed: int, patient: int, view: int, phase: int) -> tuple[Heart, f
     waves, turns = rng.uniform(0.02, 0.05, (3, 2)) * (1, 1.6), rng.uniform(0, 2 * np.pi, (3, 3))
     warp = np.column_stack([amount, waves, turns])
     sides = rng.permutation([-1, 1])
-    muscles = tuple((side, rng.uniform(0.38, 0.6), rng.uniform(0.7, 1.25)) for side in sides[: rng.choice(3)])
+    muscles = tuple((side, rng.uniform(0.38, 0.6), rng.uniform(0.6, 1.1)) for side in sides[: rng.choice(3)])
     atrium_length, atrium_half = atrium_length * rng.uniform(0.9, 1.1), atrium_half * rng.uniform(0.9, 1.1)
     closed = rng.uniform(0.3, 1.0)
 
@@ -247,8 +247,8 @@ def fall(share: np.ndarray, start: float) -> np.ndarray:
 
 def draw_scan(rng: np.random.Generator, grade: int, reach: float) -> Scan:
     """Settings and faults of an examination; grade: 0 good, 1 medium, 2 poor quality. reach: depth of the heart."""
-    depth, angle = float(np.clip(reach + rng.uniform(-4, 20), 105, 210)), np.radians(rng.uniform(33, 43))
-    height = max(depth * rng.uniform(1.03, 1.08), 2 * depth * np.sin(angle) * rng.uniform(0.9, 1.03))
+    depth, angle = float(np.clip(reach + rng.uniform(-4, 20), 105, 210)), np.radians(rng.uniform(32, 42))
+    height = max(depth * rng.uniform(1.03, 1.08), 2 * depth * np.sin(angle) * rng.uniform(0.87, 1.0))
     contact = np.cumsum(rng.normal(0, (1.2, 2.0, 3.0)[grade], 9))
     contact -= np.sort(contact)[-3:].mean()  # the operator turns the gain up
     ramp = np.linspace(-1, 1, 9) * rng.choice([-1, 1])
@@ -313,11 +313,13 @@ def reflect(rng: np.random.Generator, still: np.random.Generator, heart: Heart, 
     muscle = (surface < 0) & before & ~inside
     for side, place, size in heart.muscles:
         middle = side * (heart.half - 4.5 * size)
-        blob = np.hypot((at.along - place * heart.length) / 11, (at.across - middle) / 4.5) + 0.12 * rough
+        blob = np.hypot((at.along - place * heart.length) / 11, (at.across - middle) / 4) + 0.12 * rough
         muscle |= (blob < size) & inside
     inside &= ~muscle
     blood = inside | ((atrium + 0.4 * rough < 0) & ~before)
-    level = np.where(muscle, MUSCLE + 2.2 * texture(rng, 24, 12) + 5 * (across_surface - 0.3), 0).astype(np.float32)
+    level = np.where(
+        muscle, MUSCLE + 3 * texture(still, 6, 5) + 2 * texture(rng, 24, 12) + 7 * (across_surface - 0.3), 0
+    ).astype(np.float32)
 
     beyond = np.where(before, surface, atrium)  # mm outside of the heart
     lines = [
@@ -348,10 +350,10 @@ def reflect(rng: np.random.Generator, still: np.random.Generator, heart: Heart, 
         lines.append((surface, across_surface, left, 1.6, -8.0))
     outside = ~blood & ~muscle
     away = np.clip(beyond - 3, 0, None)
-    on_right, on_left = still.uniform(0.1, 0.55, 2).astype(np.float32)
+    on_right, on_left = still.uniform(0.05, 0.45, 2).astype(np.float32)
     falling = np.where(at.across > 0, on_right, on_left)
     tissue = TISSUE + 5.5 * texture(still, 14, 9) - np.minimum(away * falling, 26)
-    level = np.where(outside, tissue, np.where(blood, BLOOD + 3 * texture(rng, 10, 8), level))
+    level = np.where(outside, tissue, np.where(blood, BLOOD + 4 * texture(still, 8, 6), level))
 
     total = power(level)
     coherent = np.zeros_like(total)
@@ -390,9 +392,11 @@ def valve_points(rng: np.random.Generator, heart: Heart) -> tuple[np.ndarray, np
             t = np.sort(rng.uniform(0, 1, (160, 1)), axis=0)
             leaflet = (1 - t) ** 2 * base + 2 * t * (1 - t) * knee + t**2 * tip + rng.normal(0, 0.35, (160, 2))
             ring = base + (0, 1.5 * side) + rng.normal(0, 1, (90, 2)) * (2.2, 1.8)
-            spots += [(leaflet, np.full(160, 0.045)), (ring, np.full(90, 0.12))]
+            spots += [(leaflet, 0.026 * rng.uniform(0.3, 1.1)), (ring, 0.085)]
     points = np.concatenate([each for each, _ in spots])
-    return *out_of(heart, points[:, 0], points[:, 1]), np.concatenate([level for _, level in spots])
+    return *out_of(heart, points[:, 0], points[:, 1]), np.concatenate(
+        [level * (0.6 + 1.2 * scattered(rng, each.shape[:1], 9)) for each, level in spots]
+    )
 
 
 def deposit(echoes: np.ndarray, x: np.ndarray, z: np.ndarray, amplitude: np.ndarray, scan: Scan) -> None:
