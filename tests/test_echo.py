@@ -13,7 +13,7 @@ from segcn.samples.echo import (
     BACKGROUND,
     DENSITY,
     DEPTHS,
-    ECHO_CLASSES,
+    ECHO_PALETTE,
     IMAGES_OF_A_PATIENT,
     PHASES,
     QUALITIES,
@@ -47,8 +47,8 @@ def test_an_image_is_a_function_of_seed_and_index(echoes):
 def test_images_are_grey_and_masks_hold_the_four_classes(echoes):
     for echo in echoes:
         assert (echo.image == echo.image[..., :1]).all()
-        pixels = np.bincount(echo.mask.ravel(), minlength=len(ECHO_CLASSES))
-        assert len(pixels) == len(ECHO_CLASSES) and (pixels >= 100).all(), pixels
+        pixels = np.bincount(echo.mask.ravel(), minlength=ECHO_PALETTE.num_classes)
+        assert len(pixels) == 4 and (pixels >= 100).all(), pixels
         assert (echo.mask[echo.image[..., 0] == 0] == BACKGROUND).mean() > 0.8  # black: outside of the sector, mostly
     masks = np.stack([echo.mask for echo in echoes])
     strangers = np.roll(masks, IMAGES_OF_A_PATIENT, axis=0)
@@ -67,7 +67,7 @@ def test_captions_say_view_phase_and_quality(echoes):
         expected = VIEWS[index // 2 % 2], PHASES[index % 2], echo.quality
         assert (echo.view, echo.phase) == expected[:2] and echo.patient == index // 4
         assert all(word in echo.caption for word in expected)
-        assert not any(name in echo.caption for _, name, _ in ECHO_CLASSES)
+        assert not any(name in echo.caption for name in ECHO_PALETTE.names)
         assert tuple(echo.more[name] for name in ("view", "phase", "quality")) == expected
     assert {echo.quality for echo in echoes} == set(QUALITIES)
     assert len({echo.more["patient"] for echo in echoes}) == 10

@@ -55,6 +55,7 @@ TOY = {  # what makes a command quick; everything else is as the page says
     " --more_flags '--max_train_samples 8' --num_inference_steps 2 --floor_limit 2 --segmenter_steps 3",
     "segcn run --preset sd15": "--pretrained_model_name_or_path $MODEL_DIR --dataset_name data/landscapes",
     "segcn samples earth": "--count 8 --test 4",
+    "segcn samples echo": "--count 8 --test 4",
     "segcn samples landscapes": "--count 8 --test 4",
     "segcn train": "--resolution 64 --max_train_steps 2 --faithfulness_rows 0 --report_to none --train_batch_size 2",
 }

@@ -14,10 +14,10 @@ from PIL import Image
 from segcn.data.palette import Label, Palette
 from segcn.samples.writer import SampleKind, SamplePair, write_set
 
-ECHO_CLASSES = (  # ids as in CAMUS (Leclerc et al. 2019, doi:10.1109/TMI.2019.2900516), colors of Okabe and Ito
-    (0, "background", (0, 0, 0)), (1, "left ventricle", (86, 180, 233)), (2, "myocardium", (213, 94, 0)),
-    (3, "left atrium", (240, 228, 66)),
-)  # fmt: skip
+ECHO_PALETTE = Palette((  # ids as in CAMUS (Leclerc et al. 2019, doi:10.1109/TMI.2019.2900516), colors of Okabe and Ito
+    Label(0, "background", (0, 0, 0)), Label(1, "left ventricle", (86, 180, 233)),
+    Label(2, "myocardium", (213, 94, 0)), Label(3, "left atrium", (240, 228, 66)),
+))  # fmt: skip
 BACKGROUND, VENTRICLE, MYOCARDIUM, ATRIUM = range(4)
 VIEWS, PHASES = ("two-chamber", "four-chamber"), ("diastole", "systole")
 QUALITIES = {"good": 0.4, "medium": 0.42, "poor": 0.18}  # with their shares
@@ -25,7 +25,8 @@ IMAGES_OF_A_PATIENT = len(VIEWS) * len(PHASES)
 DEPTHS, BEAMS = 448, 144  # samples of the beam grid
 OVERSAMPLING = 2  # each way, averaged
 BLOOD, MUSCLE, TISSUE = -50.0, -20.0, -25.0  # dB of the mean echo
-FOCUS, FACE = 70.0, 4.0  # mm: of the beam; where the sector begins
+FOCUS, FACE = 70.0, 4.0  # mm from the probe: where the beam is narrowest, where the sector begins
+TRICUSPID = -8.0  # mm from the mitral plane
 WHITE = 4.0  # dB below 0 that is white
 DENSITY = {"blood": 0.7, "tissue": 6.0}  # mean number of scatterers in a cell of the beam grid
 
@@ -216,6 +217,14 @@ def locate(heart: Heart, x: np.ndarray, z: np.ndarray) -> Places:
     return Places(u, v, cavity, surface, plane, atrium, s)
 
 
+def right_heart(heart: Heart, at: Places) -> tuple[np.ndarray, np.ndarray]:
+    """Distances, as in `Places`, to the free walls of the right ventricle and atrium, which lie left of the septum."""
+    share = np.clip((at.along / heart.length - heart.right_apex) / (0.95 - heart.right_apex), 0, 1)
+    room = heart.right * np.sin(np.pi * 0.62 * share**0.8) / np.sin(np.pi * 0.62) * (share > 0)
+    deep = np.clip(at.atrium_along / (0.9 * heart.atrium_length), 0, 1)
+    return at.outer - room, at.atrium - 1.1 * heart.right_atrium * fall(deep, 0.35)
+
+
 def into(heart: Heart, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(along, across) the ventricle's axis of the points (x, z)."""
     dx, dz = x - heart.x, z - heart.z
@@ -317,9 +326,8 @@ def reflect(rng: np.random.Generator, still: np.random.Generator, heart: Heart, 
         muscle |= (blob < size) & inside
     inside &= ~muscle
     blood = inside | ((atrium + 0.4 * rough < 0) & ~before)
-    level = np.where(
-        muscle, MUSCLE + 3 * texture(still, 6, 5) + 2 * texture(rng, 24, 12) + 7 * (across_surface - 0.3), 0
-    ).astype(np.float32)
+    fibers = MUSCLE + 3 * texture(still, 6, 5) + 2 * texture(rng, 24, 12) + 7 * (across_surface - 0.3)
+    level = np.where(muscle, fibers, 0).astype(np.float32)
 
     beyond = np.where(before, surface, atrium)  # mm outside of the heart
     lines = [
@@ -328,23 +336,17 @@ def reflect(rng: np.random.Generator, still: np.random.Generator, heart: Heart, 
     ]  # fmt: skip
     left = before & (at.across < 0)
     if heart.right:
-        share = np.clip((at.along / heart.length - heart.right_apex) / (0.95 - heart.right_apex), 0, 1)
-        room = heart.right * np.sin(np.pi * 0.62 * share**0.8) / np.sin(np.pi * 0.62) * (share > 0)
-        above = at.plane < -8
-        right, across_right = distance(at.outer - room)
-        blood |= above & (at.across < 0) & (surface > 0) & (right + rough < 0)
-        wall = above & (at.across < 0) & (surface > 0) & (right + rough >= 0) & (right < 4.5)
-        septum = 3.5 + 0.8 * rough
-        deep = np.clip(at.atrium_along / (0.9 * heart.atrium_length), 0, 1)
-        gap = at.atrium - heart.right_atrium * 1.1 * fall(deep, 0.35)
-        other, across_other = distance(gap)
-        blood |= ~above & (at.across < 0) & (atrium > septum) & (other < 0) & (at.atrium_along < heart.atrium_length)
+        (right, across_right), (other, across_other) = map(distance, right_heart(heart, at))
+        above, below = ((at.across < 0) & where for where in (at.plane < TRICUSPID, at.plane >= TRICUSPID))
+        blood |= above & (surface > 0) & (right + rough < 0)
+        blood |= below & (atrium > 3.5 + 0.8 * rough) & (other < 0) & (at.atrium_along < heart.atrium_length)
+        wall = above & (surface > 0) & (right + rough >= 0) & (right < 4.5)
         level = np.where(wall, MUSCLE - 2 + 2.5 * texture(rng, 24, 12), level)
         muscle |= wall
-        beyond = np.where(at.across < 0, np.where(above, right - 4.5, other), beyond)
+        beyond = np.where(above, right - 4.5, np.where(below, other, beyond))
         lines += [
-            (surface, across_surface, left, 0.8, -22.0), (right - 4.5, across_right, above & (at.across < 0), 1.3, -9.0),
-            (other, across_other, ~above & (at.across < 0) & (at.atrium_along > 0), 1.2, -15.0),
+            (surface, across_surface, left, 0.8, -22.0), (right - 4.5, across_right, above, 1.3, -9.0),
+            (other, across_other, below & (at.atrium_along > 0), 1.2, -15.0),
         ]  # fmt: skip
     else:
         lines.append((surface, across_surface, left, 1.6, -8.0))
@@ -380,7 +382,7 @@ def valve_points(rng: np.random.Generator, heart: Heart) -> tuple[np.ndarray, np
     rings = [(-waist, waist, 0.0)]
     if heart.right:
         edge = -waist - 0.9 * heart.wall
-        rings.append((edge - heart.right, edge, 8.0))
+        rings.append((edge - heart.right, edge, -TRICUSPID))
     for start, end, higher in rings:
         middle, half = (start + end) / 2 + rng.uniform(-0.15, 0.15) * waist, (end - start) / 2
         for hinge in (start, end):
@@ -394,9 +396,8 @@ def valve_points(rng: np.random.Generator, heart: Heart) -> tuple[np.ndarray, np
             ring = base + (0, 1.5 * side) + rng.normal(0, 1, (90, 2)) * (2.2, 1.8)
             spots += [(leaflet, 0.026 * rng.uniform(0.3, 1.1)), (ring, 0.085)]
     points = np.concatenate([each for each, _ in spots])
-    return *out_of(heart, points[:, 0], points[:, 1]), np.concatenate(
-        [level * (0.6 + 1.2 * scattered(rng, each.shape[:1], 9)) for each, level in spots]
-    )
+    levels = [level * (0.6 + 1.2 * scattered(rng, (len(each),), 9)) for each, level in spots]
+    return *out_of(heart, points[:, 0], points[:, 1]), np.concatenate(levels)
 
 
 def deposit(echoes: np.ndarray, x: np.ndarray, z: np.ndarray, amplitude: np.ndarray, scan: Scan) -> None:
@@ -437,7 +438,7 @@ def compress(received: np.ndarray, scan: Scan) -> np.ndarray:
 
 def scan_convert(beams: np.ndarray, heart: Heart, scan: Scan, resolution: int) -> tuple[np.ndarray, np.ndarray]:
     """(image, class ids), uint8 [R, R] each: beams interpolated, black outside of the sector."""
-    _, _, r, angle = pixel_grid(scan, resolution * OVERSAMPLING)
+    _, _, r, angle, shown = pixel_grid(scan, resolution * OVERSAMPLING)
     row = np.clip(r * (DEPTHS / scan.depth) - 0.5, 0, DEPTHS - 1.001)
     column = np.clip((angle / scan.angle + 1) / 2 * (BEAMS - 1), 0, BEAMS - 1.001)
     top, left = row.astype(int), column.astype(int)
@@ -445,23 +446,19 @@ def scan_convert(beams: np.ndarray, heart: Heart, scan: Scan, resolution: int) -
     flat, first = beams.ravel(), top * BEAMS + left
     upper = flat[first] * (1 - right) + flat[first + 1] * right
     lower = flat[first + BEAMS] * (1 - right) + flat[first + BEAMS + 1] * right
-    image = (upper * (1 - down) + lower * down) * in_sector(scan, r, angle)
+    image = (upper * (1 - down) + lower * down) * shown
     image = image.reshape(resolution, OVERSAMPLING, resolution, OVERSAMPLING).mean(axis=(1, 3))
-    x, z, r, angle = pixel_grid(scan, resolution)
-    return np.rint(image).astype(np.uint8), locate(heart, x, z).mask * in_sector(scan, r, angle)
+    x, z, *_, shown = pixel_grid(scan, resolution)
+    return np.rint(image).astype(np.uint8), locate(heart, x, z).mask * shown
 
 
 def pixel_grid(scan: Scan, size: int) -> tuple[np.ndarray, ...]:
-    """(x, z, distance, angle) of the pixel centers of an image of size x size."""
+    """(x, z, distance, angle) of the pixel centers of an image of size x size, and whether the sector holds them."""
     centers = ((np.arange(size) + 0.5) / size).astype(np.float32)
     x = np.broadcast_to((centers - scan.middle)[None] * np.float32(scan.height), (size, size))
     z = np.broadcast_to((centers - scan.top)[:, None] * np.float32(scan.height), (size, size))
-    return x, z, np.hypot(x, z), np.arctan2(x, z)
-
-
-def in_sector(scan: Scan, r: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """Whether a pixel shows anything."""
-    return (r > FACE) & (r < scan.depth) & (np.abs(angle) < scan.angle)
+    r, angle = np.hypot(x, z), np.arctan2(x, z)
+    return x, z, r, angle, (r > FACE) & (r < scan.depth) & (np.abs(angle) < scan.angle)
 
 
 def write_echo(
@@ -471,6 +468,5 @@ def write_echo(
 
     No patient has images on both sides.
     """
-    palette = Palette(tuple(Label(*entry) for entry in ECHO_CLASSES))
-    return write_set(out, SampleKind("echo", palette, {"train": draw_echo, "test": draw_echo}),
-                     count, resolution, seed, test, workers)  # fmt: skip
+    kind = SampleKind("echo", ECHO_PALETTE, {"train": draw_echo, "test": draw_echo})
+    return write_set(out, kind, count, resolution, seed, test, workers)
