@@ -256,16 +256,19 @@ def test_a_controlnet_trained_with_its_unet_resumes_and_generates_with_it(
         load_pipeline(make(SampleConfig, "tiny", **base), palette)
 
 
-def test_two_processes_train_a_controlnet_with_its_unet_as_one(quick, tmp_path):
-    smooth = {"adam_epsilon": 1e-2, "train_unet": "lora", "lora_rank": 2}
-    one = train(quick(tmp_path / "one", train_batch_size=4, **smooth))
-    list(training_lines(quick(tmp_path / "two", train_batch_size=2, **smooth), 2))
+@pytest.mark.parametrize("unet", ["lora", pytest.param(None, marks=pytest.mark.slow, id="adapt")])
+def test_two_processes_train_the_base_as_one(quick, adapt, tmp_path, unet):
+    smooth = {"adam_epsilon": 1e-2, "lora_rank": 2} | ({"train_unet": unet} if unet else {})
+    made = quick if unet else adapt
+    one = train(made(tmp_path / "one", train_batch_size=4, **smooth))
+    list(training_lines(made(tmp_path / "two", train_batch_size=2, **smooth), 2))
     for left, right in zip(log_of(one), log_of(tmp_path / "two"), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
         assert left["gradient_norm"] == pytest.approx(right["gradient_norm"], rel=1e-4)
-    for part in ("lora/" + LORA, "diffusion_pytorch_model.safetensors"):
-        begun = one / "checkpoint-3" / ("controlnet/" + part if "diffusion" in part else part)
-        start, *ends = (load_file(path) for path in (begun, one / part, tmp_path / "two" / part))
+    controlnet = "controlnet/diffusion_pytorch_model.safetensors"
+    for part in ["lora/" + LORA, *([controlnet] if unet else [])]:
+        folders = one / "checkpoint-3", one / "checkpoint-6", tmp_path / "two" / "checkpoint-6"
+        start, *ends = (load_file(folder / part) for folder in folders)
         moved = max((start[key] - ends[0][key]).abs().max() for key in start)
         apart = max((ends[0][key] - ends[1][key]).abs().max() for key in start)
         assert moved > 0 and apart < moved / 1000, f"{part}: {apart} apart, {moved} moved in three steps"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from segcn.train.config import TrainConfig
+from segcn.train.config import AdaptConfig, TrainConfig
 from segcn.utils.args import arguments_of
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_text
@@ -97,9 +97,10 @@ def fractions(entries: list[dict]) -> tuple[list[int], list[float]]:
 
 
 def training_command(config: TrainConfig, num_processes: int = 1) -> list[str]:
-    """`python -m segcn.train ...` for this config; several processes are started by torchrun."""
+    """`python -m segcn.train ...` for this config, or `segcn adapt`; several processes are started by torchrun."""
     launcher = ["torch.distributed.run", f"--nproc_per_node={num_processes}", "-m"] if num_processes > 1 else []
-    return [sys.executable, "-m", *launcher, "segcn.train", *arguments_of(config)]
+    program = ["segcn.cli", "adapt"] if isinstance(config, AdaptConfig) else ["segcn.train"]
+    return [sys.executable, "-m", *launcher, *program, *arguments_of(config)]
 
 
 def training_lines(config: TrainConfig, num_processes: int = 1) -> Generator[str]:
