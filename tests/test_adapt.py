@@ -1,10 +1,13 @@
 """Promise: a base learns a domain from images alone; it opens in plain diffusers; a killed run ends the same."""
 
+import fnmatch
 import json
 import re
 import shutil
 import signal
+from unittest.mock import Mock
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -272,3 +275,24 @@ def test_two_processes_train_the_base_as_one(quick, adapt, tmp_path, unet):
         moved = max((start[key] - ends[0][key]).abs().max() for key in start)
         apart = max((ends[0][key] - ends[1][key]).abs().max() for key in start)
         assert moved > 0 and apart < moved / 1000, f"{part}: {apart} apart, {moved} moved in three steps"
+
+
+@pytest.mark.parametrize("settings", [{}, {"unlock": "decoder"}, {"train_unet": "lora"}])
+def test_what_was_trained_is_uploaded_and_nothing_else(adapt, quick, tmp_path, monkeypatch, settings):
+    hub = Mock()
+    hub.return_value.create_repo.return_value.repo_id = "someone/hearts"
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    made = quick if "train_unet" in settings else adapt
+    folder = train(made(tmp_path / "out", max_train_steps=1, push_to_hub=True, **settings))
+    patterns = hub.return_value.upload_folder.call_args.kwargs["allow_patterns"]
+    taken = {name for name in tree(folder) if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)} - {
+        "README.md"
+    }
+    if settings:
+        assert {path.split("/")[0] for path in taken} == (
+            {"config.json", "diffusion_pytorch_model.safetensors", "palette.json", "lora"}
+            if made is quick
+            else {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+        )
+    else:
+        assert taken == {LORA}
