@@ -13,6 +13,7 @@ from segcn.cli import run_command
 from segcn.data.captions import SEASONS, TIMES
 from segcn.data.masks import write_mask
 from segcn.data.metadata import check_split, read_split
+from segcn.data.palette import Palette
 from segcn.models.base import base_fingerprint
 from segcn.samples.base_model.recipe import SMOKE, build_base
 from segcn.samples.base_model.training import VaeRecipe, build_vae, standardize_latents
@@ -83,6 +84,16 @@ def test_written_folder_reads_back(tmp_path):
     mask = Image.open(out / "masks/000001.png")
     assert mask.mode == "P" and np.array_equal(np.asarray(mask), landscape.mask)
     assert (out / "metadata.csv").read_text().startswith("file_name,conditioning_image_file_name,text")
+
+
+def test_an_older_set_gets_the_words_that_captions_call_its_classes(tmp_path):
+    out = write_landscapes(tmp_path / "set", 2, resolution=64)
+    plain = tuple(dataclasses.replace(label, words=()) for label in palette().labels)
+    Palette(plain).save(out / "palette.json")
+    before = tree(out)
+    after = tree(write_landscapes(out, 2, resolution=64))
+    assert Palette.load(out / "palette.json") == palette() and palette().labels[5].words
+    assert {name for name in after if after[name] != before[name]} == {"palette.json"} and after.keys() == before.keys()
 
 
 def test_a_finished_set_is_reused_an_unfinished_one_completed_and_another_one_refused(tmp_path, capsys):

@@ -16,7 +16,7 @@ from segcn.data.masks import write_mask
 from segcn.data.metadata import write_metadata
 from segcn.data.palette import Palette
 from segcn.utils.errors import UserError
-from segcn.utils.io import write_text
+from segcn.utils.io import write_text, write_whole
 from segcn.utils.progress import Progress
 
 RECORD = "samples.json"
@@ -67,7 +67,11 @@ def write_set(
         }
     files = [folder / name for folder, (*_, size) in folders.items() for row in range(size)
              for name in (*sample_names(row), "metadata.csv")]  # fmt: skip
+    files.append(out / "palette.json")
     if is_complete_set(out, record) and all(path.is_file() for path in files):
+        known = Palette.load(out / "palette.json")
+        if known != kind.palette and known.fingerprint == kind.palette.fingerprint:  # an older set lacks the words
+            write_whole(out / "palette.json", kind.palette.save)
         print(f"{out}: reused, it already holds this set")
         return out
     out.mkdir(parents=True, exist_ok=True)
