@@ -48,7 +48,7 @@ SAMPLES, GENERATE, DATA = "segcn.samples.config:", "segcn.generate.config:", "se
 COMMANDS = {
     "run": Command("run notebooks 01 to 05 in order: data, augmentation, training, generation, evaluation",
                    "segcn.notebook.config:RunConfig", "segcn.notebook.run:run"),
-    "samples": Command("sample data (landscapes, earth, echo), base models (base, sd15), typical failures, measurements"),
+    "samples": Command("sample data (landscapes, earth, echo), bases (base, sd15), typical failures, measurements"),
     "samples landscapes": Command("procedural landscapes with exact masks and captions", SAMPLES + "SampleSetConfig",
                                   "segcn.samples.landscapes.scene:write_landscapes", ("out",), True),
     "samples earth": Command("real places with MODIS land cover; needs pip install 'segcn[samples]'",

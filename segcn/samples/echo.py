@@ -1,8 +1,8 @@
 """Phantoms of echocardiograms, made up: two apical views of a beating heart, with speckle from a physical model.
 
 Lengths are in mm, angles in radians, levels in dB. The probe is at (0, 0), z points into the body, x to the right of
-the image; beam coordinates are the distance r from the probe and the angle from the z axis. Only the caption holds view,
-phase and quality, and only the mask the shapes.
+the image; beam coordinates are the distance r from the probe and the angle from the z axis. Only the caption holds
+view, phase and quality, and only the mask the shapes.
 """
 
 from dataclasses import dataclass
