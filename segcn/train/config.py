@@ -122,7 +122,7 @@ a Slurm script that requeues itself, are in
     reward_segmenter: str | None = flag(
         None, "trained segmenter folder that rewards, and never scores; none: trained on the training rows"
     )
-    # the base
+    # what is trained of the base
     train_unet: str | None = flag(None, "train it too: a lora, or its decoder in full; none: frozen", UNET_PARTS[:2])
     lora_rank: int = flag(16, "rank of a LoRA that is trained", low=1)
     lora_alpha: int | None = flag(None, "its weight is this / rank; none: the rank, so 1", low=1)
