@@ -70,7 +70,8 @@ def write_set(
     files.append(out / "palette.json")
     if is_complete_set(out, record) and all(path.is_file() for path in files):
         known = Palette.load(out / "palette.json")
-        if known != kind.palette and known.fingerprint == kind.palette.fingerprint:  # an older set lacks the words
+        bare = not any(label.words for label in known.labels)  # an older set lacks the words
+        if bare and known != kind.palette and known.fingerprint == kind.palette.fingerprint:
             write_whole(out / "palette.json", kind.palette.save)
         print(f"{out}: reused, it already holds this set")
         return out

@@ -17,17 +17,8 @@ OBSOLETE = (
 )  # fmt: skip
 UNET_PARTS = ("lora", "decoder", "all")  # what can be trained of a U-Net
 LORA_TARGETS = [
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "proj_in",
-    "proj_out",
-    "conv1",
-    "conv2",
-]
+    "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

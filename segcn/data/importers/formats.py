@@ -311,7 +311,7 @@ def label_studio(path: Path) -> tuple[Palette, Callable, int]:
 
 
 def brushed(path: Path) -> np.ndarray:
-    """Where a brush has painted, bool [H, W]."""
+    """The pixels under a brush, bool [H, W]."""
     try:
         with Image.open(path, formats=READABLE) as image:
             return np.asarray(image.convert("L")) > 127
