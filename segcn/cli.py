@@ -84,12 +84,12 @@ COMMANDS = {
                      GENERATE + "InferConfig", "segcn.generate.infer:infer", stopped=NOTHING),
     "generate": Command("masks to a data set of new images; the same as accelerate launch -m segcn.generate",
                         GENERATE + "GenerateConfig", "segcn.generate.__main__:generate_share_of_process"),
-    "evaluate": Command("do generated images follow their masks, and are they like real ones? (compare, utility)",
+    "evaluate": Command("do generated images follow their masks, and are they like real ones? (compare)",
                         "segcn.evaluate.config:EvaluateConfig", "segcn.cli:run_evaluation"),
     "evaluate compare": Command("two evaluations side by side", "segcn.evaluate.config:CompareConfig",
                                 "segcn.evaluate.report:comparison", ("one", "other"), True),
-    "evaluate utility": Command("do generated images help to train a segmenter?",
-                                "segcn.study.config:UtilityConfig", "segcn.cli:run_study"),
+    "study": Command("are generated images worth training on? segmenters with and without them, on held-out real rows",
+                     "segcn.study.config:StudyConfig", "segcn.cli:run_study"),
 }  # fmt: skip
 
 
@@ -248,13 +248,13 @@ def run_evaluation(config: Any) -> str | None:
 
 
 def run_study(config: Any) -> str:
-    """`segcn evaluate utility`."""
+    """`segcn study`."""
     from segcn.data.visualize import quiet
     from segcn.study.report import report
-    from segcn.study.run import evaluate_utility
+    from segcn.study.run import study
 
     quiet()
-    return report(evaluate_utility(config))
+    return report(study(config))
 
 
 if __name__ == "__main__":

@@ -48,9 +48,6 @@ TOY = {  # what makes a command quick; everything else is as the page says
     "segcn bench generate": "--limit 2 --plain_steps 2 --plain_guidance_scales 1.5 --batch_size 2 --segmenter judge",
     "segcn check": "--resolution 64",
     "segcn evaluate --real": "--segmenter judge",
-    "segcn evaluate utility": "--resolution 64 --controlnet_steps 1 --controlnet_more_steps 1 --num_inference_steps 2"
-    " --segmenter_steps 2 --images 4 --fractions 1 --ratios 1 --seeds 2 --segmenter_width 8 --min_miou 0"
-    " --resamples 50",
     "segcn generate": "--resolution 64 --num_inference_steps 2 --limit 2 --min_miou 0 --segmenter judge",
     "segcn infer": "--num_inference_steps 2",
     "segcn run": "--resolution 64 --max_train_steps 2 --train_batch_size 2 --faithfulness_rows 0 --limit 4"
@@ -60,6 +57,9 @@ TOY = {  # what makes a command quick; everything else is as the page says
     "segcn samples echo": "--count 8 --test 4",
     "segcn samples landscapes OUT": "--count 8 --test 4",
     "segcn samples landscapes data": "--count 8 --test 4",
+    "segcn study": "--resolution 64 --controlnet_steps 1 --controlnet_more_steps 1 --num_inference_steps 2"
+    " --segmenter_steps 2 --images 4 --fractions 1 --seeds 2 --segmenter_width 8 --min_miou 0 --learning_rates 0.01"
+    " --resamples 50",
     "segcn train": "--resolution 64 --max_train_steps 2 --faithfulness_rows 0 --report_to none --train_batch_size 2",
 }
 PEER = """import runpy, sys
@@ -206,7 +206,7 @@ def check_walk(folder):
     assert all(row.caption.startswith("a photo of ") for row in read_split(folder / "pairs", "train").records)
     out = folder / "outputs" / "pairs"
     assert len(read_split(out / "synthetic")) == 4
-    assert all((out / name).is_file() for name in ("report.html", "metrics.json", "utility/utility.png"))
+    assert all((out / name).is_file() for name in ("report.html", "metrics.json", "study/study.png"))
 
 
 def test_a_draw_of_the_cache_has_the_size_that_the_page_tells():

@@ -21,16 +21,21 @@ from segcn.data.dataset import PairedDataset
 from segcn.data.masks import write_mask
 from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import IGNORE
-from segcn.evaluate.bootstrap import difference, resamples
-from segcn.models.segmenter import SegmenterConfig
+from segcn.data.transforms import AugmentConfig
+from segcn.evaluate.bootstrap import bootstrap, difference, nested_resamples, resamples
+from segcn.models.segmenter import SegmenterConfig, load_segmenter
 from segcn.study import report, run, training
-from segcn.study.config import UtilityConfig
-from segcn.study.plan import Arm, StudyPlan, arms, drawn_rows, stage_rows
-from segcn.study.run import evaluate_utility
-from segcn.study.training import Mixture, last_fall, mixed_batches, synthetic_places, train_mixed
+from segcn.study.config import AFFINE, StudyConfig
+from segcn.study.plan import BOUND, OTHER, REAL, Arm, Case, drawn_rows
+from segcn.study.run import study
+from segcn.study.training import Draws, Mixture, Rule, learning_rates, synthetic_places, train_arm
 from segcn.utils.errors import UserError
 
 QUICK = SegmenterConfig(steps=3, batch_size=4, width=8, resolution=32)
+FEW, ALL = Case(0, 0.5), Case(0, 1.0)
+AUGMENT = AugmentConfig.parse(AFFINE)
+ALONE = Arm("synthetic", 4)
+PRETRAINED, MIXED = Arm("real", after=ALONE), Arm("mixed", 4)
 
 
 @pytest.fixture(scope="module")
@@ -43,69 +48,91 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def config(data, tmp_path):
-    return UtilityConfig(
-        dataset_name=str(data), output_dir=str(tmp_path / "study"), fractions="0.25,1", ratios="1,2", seeds=2,
-        images=4, resolution=32, segmenter_resolution=32, segmenter_steps=2, segmenter_batch_size=2, segmenter_width=8,
-        resamples=50,
-    )  # fmt: skip
+    return StudyConfig(
+        dataset_name=str(data), output_dir=str(tmp_path / "study"), fractions="0.5,1", draws=1, seeds=2, images="4",
+        resolution=32, segmenter_resolution=32, segmenter_steps=2, segmenter_batch_size=2, segmenter_width=8,
+        learning_rates=[0.01], validation_steps=1, patience=2, resamples=50,
+    ).filled  # fmt: skip
 
 
-def test_each_fraction_holds_the_rows_of_the_smaller_ones(data):
+def quietly(line):
+    pass
+
+
+def test_each_fraction_learns_from_the_rows_of_the_smaller_ones_and_validates_on_none_of_them():
+    few, more, every = (drawn_rows(40, fraction, 3, 7) for fraction in (0.2, 0.5, 1))
+    for learned, validation, other in (few, more, every):
+        assert not set(learned) & set(validation) and not set(other) & {*learned, *validation}
+    assert [[len(part) for part in one] for one in (few, more, every)] == [[6, 2, 7], [16, 4, 7], [32, 8, 0]]
+    assert set(few[0]) < set(more[0]) < set(every[0]) and set(few[1]) < set(more[1]) < set(every[1])
+    assert drawn_rows(40, 1, 4, 7) != every
+    assert [len(part) for part in drawn_rows(40, 0.01, 3, 7)] == [2, 1, 7]  # one row has no other to differ from
+
+
+def test_every_stage_of_a_case_gets_a_folder_of_its_rows_alone(data, config, tmp_path):
     split = read_split(data, "train")
-    few, more, all_rows = (drawn_rows(split, fraction, 3) for fraction in (0.25, 0.5, 1))
-    assert (len(few), len(more), sorted(all_rows)) == (2, 4, list(range(8)))
-    assert more[:2] == few and all_rows[:4] == more
-    assert drawn_rows(split, 1, 4) != all_rows
-    assert len(drawn_rows(split, 0.01, 3)) == 2  # one row has no other to differ from
-
-
-def test_every_stage_of_a_fraction_gets_a_folder_of_its_rows_alone(data, config, tmp_path):
-    split = read_split(data, "train")
-    rows = drawn_rows(split, 0.25, 0)
-    staged = stage_rows(split, rows, tmp_path / "rows")
-    assert {path.name for path in (tmp_path / "rows").rglob("*.png")} == {
-        f"{name}{row}.png" for row in rows for name in ("", "mask-")
-    }
-    same = [(one.image_name, one.captions) == (split[row].image_name, split[row].captions)
-            for one, row in zip(staged.records, rows, strict=True)]  # fmt: skip
-    assert all(same)
-    plan = StudyPlan(config, {0.25: staged, 1: split}, read_split(data, "test"))
-    training, generation = plan.controlnet(0.25), plan.synthetic(0.25)
-    assert training.dataset_name == generation.controls == str(tmp_path / "rows")
+    plan = run.open_plan(config, quietly)
+    learned, validation, other = drawn_rows(8, 0.5, 0, 4)
+    for part, rows in zip(plan.rows[FEW], (learned, validation, other), strict=True):
+        assert [(one.image_name, one.captions) for one in part.records] == [
+            (split[row].image_name, split[row].captions) for row in rows
+        ]
+        assert {path.name for path in part.folder.rglob("*.png")} == {
+            f"{name}{row}.png" for row in rows for name in ("", "mask-")
+        }
+    training, generation = plan.controlnet(FEW), plan.synthetic(FEW)
+    assert training.dataset_name == generation.controls == str(plan.rows[FEW].learned.folder)
     assert training.controlnet_model_name_or_path is None and training.faithfulness_rows == 0  # starts from the base
+    assert plan.controlnet(ALL).controlnet_model_name_or_path == training.output_dir
     assert generation.controlnet_model_name_or_path == training.output_dir
-    assert generation.segmenter == str(plan.segmenter(Arm(0.25, 0.0), 0)[1])
-    assert (generation.limit, generation.replicates) == (2, 2)
+    assert generation.segmenter == str(plan.segmenter(FEW, REAL, 0)[1])
+    assert (generation.limit, generation.replicates) == (3, 2)
 
 
 STAGES = [  # a setting, and the stages that it makes stale: of the smaller fraction and of the larger one
-    ({"controlnet_steps": 7}, "cCiIsmM"), ({"controlnet_more_steps": 7}, "CIM"), ({"min_miou": 0.1}, "iImM"),
-    ({"segmenter_steps": 7}, "iIsrRmM"), ({"synthetic_weight": 0.5}, "mM"), ({"seeds": 3}, ""), ({"resamples": 9}, ""),
+    ({"controlnet_steps": 7}, "cCiIsSpPmM"), ({"controlnet_more_steps": 7}, "CISPM"), ({"min_miou": 0.1}, "iIsSpPmM"),
+    ({"segmenter_steps": 7}, "iIsSpPmMrR"), ({"patience": 3}, "iIsSpPmMrR"), ({"ratio": 2.0}, "sSpPmM"),
+    ({"seeds": 3}, ""), ({"resamples": 9}, ""),
 ]  # fmt: skip
 
 
 def folders(plan):
-    """By a letter: ControlNets, images, and segmenters of real and of mixed images; capitals: the larger fraction."""
+    """By a letter: ControlNets, images, and segmenters of some arms; capitals: the larger fraction."""
     found = {}
-    for fraction, change in ((0.25, str.lower), (1.0, str.upper)):
-        named = {"c": plan.controlnet(fraction).output_dir, "i": plan.synthetic(fraction).output_dir}
-        named |= {letter: plan.segmenter(Arm(fraction, ratio), 0)[1].name for letter, ratio in (("r", 0.0), ("m", 1.0))}
+    for case, change in ((FEW, str.lower), (ALL, str.upper)):
+        named = {"c": plan.controlnet(case).output_dir, "i": plan.synthetic(case).output_dir}
+        arms = {"r": REAL, "s": ALONE, "p": PRETRAINED, "m": MIXED}
+        named |= {letter: plan.segmenter(case, arm, 0)[1] for letter, arm in arms.items()}
         found |= {change(letter): Path(folder).name for letter, folder in named.items()}
     return found
 
 
 @pytest.mark.parametrize(("change", "stale"), STAGES)
 def test_a_setting_makes_stale_what_depends_on_it(config, change, stale):
-    plan = run.open_plan(config, lambda line: None)
+    plan = run.open_plan(config, quietly)
     before, after = folders(plan), folders(dataclasses.replace(plan, config=dataclasses.replace(plan.config, **change)))
-    assert {letter for letter in before if before[letter] != after[letter]} == set(stale) - {"s"}
+    assert {letter for letter in before if before[letter] != after[letter]} == set(stale)
 
 
-def test_every_fraction_is_compared_and_the_largest_in_all_ways(config):
-    assert [(arm.fraction, arm.name) for arm in arms(config)] == [
-        (0.25, "real"), (0.25, "real+1x"), (1, "real"), (1, "real+1x"), (1, "synthetic"), (1, "real+2x"),
+def test_every_recipe_has_real_alone_for_as_long_and_the_upper_bound_is_there_where_rows_are_left(config):
+    plan = run.open_plan(dataclasses.replace(config, images="2,4"), quietly)
+    assert [arm.name for arm in plan.arms(FEW)] == [
+        "real", "2 synthetic", "4 synthetic", "other", "2 synthetic, then real", "4 synthetic, then real",
+        "real with 4 synthetic mixed in", "other, then real", "real, as long as 2 synthetic, then real",
+        "real, as long as 4 synthetic, then real", "real, as long as real with 4 synthetic mixed in",
+        "real, as long as other, then real",
     ]  # fmt: skip
-    assert [Arm(1, ratio).share for ratio in (0, 1, 3, None)] == [0, 0.5, 0.75, 1]
+    assert [arm for arm in plan.arms(ALL) if arm in (OTHER, BOUND)] == []
+
+
+def test_arms_see_as_many_real_images_as_real_alone_and_their_controls_take_as_many_steps(config, monkeypatch):
+    plan = run.open_plan(dataclasses.replace(config, ratio=0.5), quietly)
+    taken = {REAL: 100, ALONE: 60, OTHER: 80}
+    monkeypatch.setattr(plan, "result", lambda case, arm, seed: {"steps_taken": taken[arm]}, raising=False)
+    length = partial(plan.steps, FEW, seed=0)
+    assert [length(arm) for arm in taken] == [None] * 3
+    assert (length(PRETRAINED), length(BOUND), length(MIXED)) == (100, 100, 150)
+    assert [length(Arm("real", like=arm)) for arm in (PRETRAINED, BOUND, MIXED)] == [160, 180, 150]
 
 
 @pytest.mark.parametrize(("batch_size", "share"), [(16, 1 / 3), (5, 0.5), (7, 2 / 3), (4, 0), (4, 1)])
@@ -115,20 +142,16 @@ def test_over_the_steps_the_share_of_synthetic_images_is_exact(batch_size, share
     assert sum(map(sum, places)) == round(300 * batch_size * share)
 
 
-def test_a_mixture_shows_the_real_images_in_their_order_and_weighs_the_synthetic_ones(tmp_path):
+def test_a_mixture_shows_the_real_images_in_their_order(tmp_path):
     real, synthetic = write_rectangles(tmp_path / "real", 6), write_rectangles(tmp_path / "synthetic", 3, seed=9)
 
-    def batches(*mixture, **given):
-        images, masks, weights = zip(*mixed_batches(Mixture(*mixture, **given), QUICK), strict=True)
-        return images, masks, [weight.tolist() for weight in weights]
+    def images(*splits, steps):
+        return [batch[0] for batch, _ in zip(Mixture(*splits, AUGMENT).batches(QUICK), range(steps), strict=False)]
 
-    whole, half = [1, 1, 1, 1], [1, 1, 0.25, 0.25]
-    shown, masks, weights = batches(real, None)
-    assert weights == [whole] * 3 and shown[0].shape == (4, 3, 32, 32) and masks[0].shape == (4, 32, 32)
-    mixed, _, weights = batches(real, synthetic, 0.5, 0.25)
-    assert weights == [half] * 3 and torch.equal(torch.cat([image[:2] for image in mixed]), torch.cat(shown)[:6])
-    assert batches(real, synthetic, 0.5, 0.25, real_last=1 / 3)[2] == [half, half, whole]
-    assert batches(None, synthetic, 1.0, 0.25)[2] == [whole] * 3
+    shown = torch.cat(images(real, None, steps=3))
+    mixed = images(real, synthetic, steps=6)  # half of each batch: twice the steps show the same real images
+    assert torch.equal(torch.cat([batch[:2] for batch in mixed]), shown) and mixed[0].shape == (4, 3, 32, 32)
+    assert not torch.equal(images(None, synthetic, steps=1)[0], shown[:4])
 
 
 def test_every_draw_of_a_small_data_set_is_made_once_and_a_large_one_has_new_ones_each_epoch(tmp_path, monkeypatch):
@@ -136,58 +159,106 @@ def test_every_draw_of_a_small_data_set_is_made_once_and_a_large_one_has_new_one
     sample = PairedDataset.sample
     monkeypatch.setattr(PairedDataset, "sample", lambda self, *key: (made.append(key), sample(self, *key))[1])
     monkeypatch.setattr(training, "KEPT_DRAWS", 7)
-    draws = training.Draws(split)
+    draws = Draws(split, AUGMENT)
     first, again, third = (draws.sample(1, epoch, QUICK) for epoch in (0, 2, 1))
     assert made == [(1, 0), (1, 1)] and torch.equal(first[0], again[0]) and not torch.equal(first[0], third[0])
-    exact = sample(PairedDataset(split, QUICK.resolution, training.AUGMENT, 0, QUICK.fit), 1, 0)
+    exact = sample(PairedDataset(split, QUICK.resolution, AUGMENT, 0, QUICK.fit), 1, 0)
     assert (first[0] - exact.image).abs().max() <= 0.5 / 127.5 + 1e-6 and torch.equal(first[1], exact.mask)
     monkeypatch.setattr(training, "KEPT_DRAWS", 2)
-    large = training.Draws(split)
+    large = Draws(split, AUGMENT)
     assert not torch.equal(large.sample(1, 0, QUICK)[0], large.sample(1, 2, QUICK)[0]) and not large.kept
 
 
-def test_the_fall_of_the_loss_in_the_last_tenth_shows_whether_it_has_levelled():
-    falling = torch.linspace(2, 1, 100)
-    assert last_fall(torch.cat([falling[::2], torch.ones(50)])) == 0
-    assert last_fall(falling) == pytest.approx(1 - falling[90:].mean().item() / falling[80:90].mean().item(), abs=1e-4)
+def rates_of(scores, steps=None, most=1000, patience=2):
+    """The learning rates of a training whose looks find these scores, and how many were taken."""
+    found = iter(scores)
+    config = dataclasses.replace(QUICK, steps=most, learning_rate=1.0)
+    rates = list(learning_rates(config, Rule(60, patience), steps, lambda: next(found)))
+    return rates, len(scores) - len(list(found))
+
+
+def test_a_training_ends_a_third_after_the_plateau_and_one_of_set_length_has_the_same_shape():
+    rates, looks = rates_of([0.1, 0.3, 0.2, 0.4, 0.4005, 0.39, 0.9])  # 0.4005 is no better than 0.4
+    assert looks == 6 and len(rates) == 6 * 60 + 2 * 60
+    assert rates[:2] == [1 / 50, 2 / 50] and set(rates[50:360]) == {1.0} and rates[-1] == pytest.approx(1 / 121)
+    assert rates == rates_of([], steps=len(rates))[0]
+    assert len(rates_of([step / 9 for step in range(9)], most=300)[0]) == 400  # at most
+    assert rates_of([], steps=1)[0] == [1.0]
 
 
 def test_pixels_that_are_marked_ignored_change_nothing_that_is_learned(tmp_path):
     real, synthetic = write_rectangles(tmp_path / "real", 4), write_rectangles(tmp_path / "synthetic", 4, seed=9)
 
-    def weights(weight, blank):
+    def weights(blank):
         if blank:
             for record in synthetic.records:
                 write_mask(record.mask, np.full((32, 32), IGNORE, np.uint8), PALETTE)
-        found = train_mixed(Mixture(real, synthetic, 0.5, weight), QUICK, lambda line: None)
+        mixture = Mixture(real, synthetic, AUGMENT)
+        for batch, _ in zip(mixture.batches(QUICK), range(2), strict=False):
+            assert not blank or (batch[1][2:] == IGNORE).all()
+        found = train_arm(mixture, QUICK, Draws(real), Rule(1, 1), 2, log=quietly)
         return torch.cat([tensor.flatten().float() for tensor in found.state_dict().values()])
 
-    unweighed = weights(0.0, blank=False)
-    assert not torch.equal(weights(1.0, blank=False), unweighed)
-    assert torch.equal(weights(1.0, blank=True), unweighed)
+    assert not torch.equal(weights(blank=False), weights(blank=True))
+
+
+def hierarchical_variance(values):
+    """Of a mean over groups and their members, as the bootstrap with one group fewer knows it: [groups, members]."""
+    groups, members = values.shape
+    between, within = values.mean(1).var(ddof=0), values.var(1, ddof=0).mean() / members
+    return (between + within) / (groups - 1) if groups > 1 else values.var(ddof=1) / members
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (5, 2), (1, 4)])
+def test_hierarchical_resamples_have_the_variance_that_is_known_widened_by_students_t(shape):
+    values = np.random.default_rng(2).normal(size=shape)
+    weights = torch.cat(list(nested_resamples(*shape, 40_000))).numpy()
+    assert np.allclose(weights.mean((1, 2)), 1)
+    means = (weights * values).mean((1, 2))
+    degrees = (shape[0] if shape[0] > 1 else shape[1]) - 1
+    student = {2: 4.303, 4: 2.776, 3: 3.182}[degrees] / 1.95996
+    assert means.mean() == pytest.approx(values.mean(), abs=0.03)
+    assert means.std() == pytest.approx(student * hierarchical_variance(values) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(("between", "shape"), [(1.0, (3, 3)), (0.0, (3, 3)), (0.0, (1, 4)), (1.0, (6, 2))])
+def test_the_interval_holds_a_known_effect_in_nineteen_of_twenty_studies(between, shape):
+    """Draws of rows differ by `between`, seeds by 1, images by 3: what a study of a true effect of 0 would see."""
+    noise, held, studies = np.random.default_rng(4), 0, 300
+    for _ in range(studies):
+        networks = between * noise.normal(size=(shape[0], 1)) + noise.normal(size=shape)
+        images = torch.from_numpy(networks[..., None] + 3 * noise.normal(size=40))
+        found = bootstrap(
+            lambda rows, nets, images=images: torch.einsum("bds,dsn,bn->b", nets, images, rows) / images.numel(),
+            400, rows=40, networks=shape,
+        )  # fmt: skip
+        low, high = found.interval()
+        held += low <= 0 <= high
+    assert 0.91 <= held / studies <= 1
 
 
 def brute_force(counts, draws):
-    """Each resample image by image and seed by seed: the mean over classes."""
-    seeds, images = counts.shape[:2]
+    """Each resample image by image and network by network: the mean over classes."""
+    rows, networks = (torch.cat(list(each)).tolist() for each in (
+        resamples(counts.shape[2], "rows", draws), nested_resamples(*counts.shape[:2], draws)))  # fmt: skip
     found = []
-    for times, often in zip(*(torch.cat(list(resamples(count, name, draws))).int().tolist()
-                              for count, name in ((images, "rows"), (seeds, "seeds"))), strict=True):  # fmt: skip
-        values = []
-        for one in (number for number, count in enumerate(often) for _ in range(count)):
-            summed = sum(counts[one, image] * count for image, count in enumerate(times))
-            values.append(np.mean([both / (there + found - both) for there, found, both in summed]))
-        found.append(np.mean(values))
+    for times, weights in zip(rows, networks, strict=True):
+        total = 0.0
+        for draw, seed in np.ndindex(counts.shape[:2]):
+            summed = sum(counts[draw, seed, image] * count for image, count in enumerate(times))
+            each = np.mean([both / (there + found - both) for there, found, both in summed])
+            total += weights[draw][seed] * each / (counts.shape[0] * counts.shape[1])
+        found.append(total)
     return np.array(found)
 
 
-def test_resamples_equal_a_brute_force_bootstrap_over_seeds_and_images_and_their_differences_are_paired():
-    draw = np.random.default_rng(5)  # pixels in the mask, in the prediction, in both: [3 seeds, 12 images, 4 classes]
-    there, predicted = draw.integers(50, 100, (2, 3, 12, 4))
+def test_resamples_equal_a_brute_force_bootstrap_over_draws_seeds_and_images_and_their_differences_are_paired():
+    draw = np.random.default_rng(5)  # pixels in the mask, in the prediction, in both: [2 draws, 3 seeds, 12 images, 4]
+    there, predicted = draw.integers(50, 100, (2, 2, 3, 12, 4))
     both = (np.minimum(there, predicted) * draw.uniform(0.4, 0.8, there.shape)).astype(int)
     counts, better = (np.stack([there, predicted, found], -1) for found in (both, both + 2))  # by less than they differ
-    scores, others = (report.iou_over_seeds(found, list("abcd"), 240) for found in (counts, better))
-    assert np.allclose(scores["miou"].draws, brute_force(counts, 240), rtol=1e-12)
+    scores, others = (report.iou_of_networks(found, list("abcd"), 120) for found in (counts, better))
+    assert np.allclose(scores["miou"].draws, brute_force(counts, 120), rtol=1e-12)
     for one in scores.values():
         low, high = one.interval()
         assert low < one.value < high
@@ -195,16 +266,32 @@ def test_resamples_equal_a_brute_force_bootstrap_over_seeds_and_images_and_their
     assert low > 0 and high - low < np.ptp(scores["miou"].interval()) / 3
 
 
-VERDICTS = [(0.05, [0.02, 0.08], "raise"), (-0.05, [-0.08, -0.02], "lower"), (0.01, [-0.01, 0.03], "no effect")]
+def arm_of(kind, images, exposure, compute=None, fewer=()):
+    """An arm's figures as in metrics.json; gains as (value, low, high)."""
+    of = lambda gain: {"miou": gain[0], "miou_interval": list(gain[1:])}  # noqa: E731
+    above = {"equal_exposure": of(exposure)} | ({"equal_compute": of(compute)} if compute else {})
+    return {"kind": kind, "images": images, "rows": 200, "miou": 0.7 + exposure[0], "above": above,
+            "above_fewer": {str(one): of(gain) for one, gain in dict(fewer).items()}}  # fmt: skip
 
 
-@pytest.mark.parametrize(("found", "ends", "said"), VERDICTS)
-def test_the_verdict_says_whether_the_interval_holds_zero(found, ends, said):
-    arm = {"fraction": 0.05, "rows": 51, "miou": 0.7, "above_real": {"miou": found, "miou_interval": ends}}
-    sentence = report.verdict(arm)
-    assert sentence.startswith("With 5 % of the real rows (51), ") and sentence.endswith(".")
-    assert [word for *_, word in VERDICTS if word in sentence] == [said]
-    assert f"from {0.7 - found:.3f} to 0.700" in sentence and f"{ends[0]:+.3f} to {ends[1]:+.3f}" in sentence
+GAIN, NOTHING, LOSS = (0.018, 0.009, 0.026), (0.001, -0.004, 0.006), (-0.02, -0.03, -0.01)
+VERDICTS = [  # of pretraining on 1,000 and on 2,000 images, and of mixing; what is said, and what is not
+    ((GAIN, GAIN), NOTHING, (NOTHING, NOTHING), ["pretrain on 1,000 synthetic images, then finetune: mIoU +1.8 [+0.9",
+     "mixing: no difference shown", "don't add any beyond 1,000", "upper bound: mIoU +1.8"], ["more were not tried"]),
+    ((GAIN, GAIN), GAIN, (LOSS, NOTHING), ["pretrain on 2,000", "mixing: loss", "more were not tried"], ["beyond"]),
+    ((GAIN, LOSS), NOTHING, (NOTHING, NOTHING), ["add no synthetic images",
+     "pretraining: less than the same compute on the real rows gives"], ["beyond"]),
+    ((GAIN, NOTHING), NOTHING, (GAIN, GAIN), ["mix 2,000 synthetic images in: mIoU +1.8", "pretraining: no diff"], []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pretrained", "more", "mixed", "said", "unsaid"), VERDICTS)
+def test_the_verdict_is_what_to_do_and_a_gain_is_above_both_controls(pretrained, more, mixed, said, unsaid):
+    arms = [arm_of("pretrained", 1000, *pretrained), arm_of("pretrained", 2000, *pretrained, {1000: more}),
+            arm_of("mixed", 2000, *mixed), arm_of("bound", 2000, GAIN, GAIN)]  # fmt: skip
+    sentence = report.verdict(arms)
+    assert sentence.startswith("With your 200 rows: ") and sentence.endswith(".")
+    assert [words for words in said if words not in sentence] == [words for words in unsaid if words in sentence] == []
 
 
 @pytest.fixture
@@ -232,80 +319,114 @@ def stand_ins(monkeypatch):
     return given
 
 
-def test_a_study_measures_every_arm_uses_its_named_rows_alone_and_draws_both_curves(config, stand_ins, data):
-    said = []
-    metrics = evaluate_utility(config, said.append)
+def test_a_study_measures_every_arm_uses_its_named_rows_alone_and_draws_curves(config, stand_ins, data):
+    said, config = [], dataclasses.replace(config, draws=2, learning_rates=[0.01, 0.02])
+    metrics = study(config, said.append)
     folder, rows = Path(config.output_dir), json.loads((Path(config.output_dir) / "rows.json").read_text())
-    assert len(metrics["arms"]) == 6 and len(metrics["verdicts"]) == 2
-    assert all(len(arm["of_each_seed"]) == 2 and 0 <= arm["miou"] <= 1 for arm in metrics["arms"])
+    assert [(arm["rows"], arm["kind"]) for arm in metrics["arms"]] == [
+        (4, kind) for kind in ("real", "synthetic", "other", "pretrained", "mixed", "bound", *["longer"] * 3)
+    ] + [(8, kind) for kind in ("real", "synthetic", "pretrained", "mixed", "longer", "longer")]
+    for arm in metrics["arms"]:
+        assert np.shape(arm["of_each_draw_and_seed"]) == (2, 2) and 0 <= arm["miou"] <= 1
+        assert (arm["kind"] in ("pretrained", "mixed", "bound")) == ("equal_compute" in arm.get("above", {}))
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    assert rows["1"][:2] == rows["0.25"] and len(rows["1"]) == 8
     seen = [read_split(one.dataset_name if hasattr(one, "dataset_name") else one.controls) for one in stand_ins]
     names = [[record.image_name for record in split.records] for split in seen]
-    assert names == [rows["0.25"]] * 2 + [rows["1"]] * 2
-    text = (folder / "utility.md").read_text()
-    expected = ["has seen images without masks", "pigeonhole bootstrap", "25.0% of their pixels"]
-    assert all(part in text for part in [*expected, f"fell by {metrics['last_fall']:.1%} at most"])
-    first, larger = stand_ins[0], stand_ins[2]  # the larger fraction's starts from the smaller one's
-    assert (first.controlnet_model_name_or_path, larger.controlnet_model_name_or_path) == (None, first.output_dir)
-    steps = config.controlnet_steps, config.controlnet_more_steps
-    assert (first.max_train_steps, larger.max_train_steps) == steps
-    assert any(line.startswith("16 stages") for line in said)
-    assert any(line.startswith("[16/16]") and line.endswith("left") for line in said)
+    assert names == [rows[case]["learned"] for case in ("0.5-0", "1-0", "0.5-1", "1-1") for _ in range(2)]
+    text, chosen = (folder / "study.md").read_text(), [case["learning_rate"] for case in metrics["cases"]]
+    expected = ["has seen images without masks", "hierarchical bootstrap", "25.0% of their pixels", "(2 draws)"]
+    assert [part for part in expected if part not in text] == [] and set(chosen) <= {0.01, 0.02}
+    segmenters = [json.loads(path.read_text()) for path in folder.glob("segmenters/0.5-0-real-0-*/config.json")]
+    best = max(segmenters, key=lambda one: one["validation_miou"])  # of the two learning rates and augmentations
+    assert len(segmenters) == 4 and best["learning_rate"] == chosen[0]
+    assert any(line.startswith("80 stages") for line in said) and any(line.startswith("[80/80]") for line in said)
     again = []
-    evaluate_utility(config, again.append)
-    assert any(line.startswith("0 stages") for line in again) and len(stand_ins) == 4
+    assert study(config, again.append) == metrics
+    assert any(line.startswith("0 stages") for line in again) and len(stand_ins) == 8
     axes = report.plot(metrics).axes
-    assert {one.get_title() + one.get_title("left") for one in axes[1:]} == {"sky", "grass", "road"}
-    assert all(len(one.get_lines()) == 2 and one.get_xscale() == "log" for one in axes)
-    assert [line.get_xdata().tolist() for line in axes[0].get_lines()] == [[2, 8]] * 2
+    assert {one.get_title().partition(",")[0] for one in axes[2:]} == {"sky", "grass", "road"}
+    assert [container.get_label() for container in axes[0].containers] == [
+        "real alone", "pretrained on 4 synthetic", "4 synthetic mixed in", "pretrained on other real rows",
+    ]  # fmt: skip
 
 
 def test_killed_at_any_change_to_the_disk_rerun_it_ends_with_the_same_metrics(config, stand_ins, tmp_path):
-    def study(name, change=0):
+    def work_of(name, change=0):
         def work():
             torch.set_num_threads(1)
             if change:
                 die_at(change)
             with open(os.devnull, "w") as sys.stdout:
-                evaluate_utility(dataclasses.replace(config, output_dir=str(tmp_path / name)))
+                study(dataclasses.replace(config, fractions="0.5", output_dir=str(tmp_path / name)))
 
         return forked(work)
 
-    assert study("straight") == 0
+    assert work_of("straight") == 0
     straight, draw, kills = (tmp_path / "straight" / "metrics.json").read_bytes(), random.Random(), 0
-    for name in ("once", "twice"):
-        for _ in range(3):
-            kills += study(name, draw.randint(10, 120)) == -signal.SIGKILL
-        assert study(name) == 0
-        assert (tmp_path / name / "metrics.json").read_bytes() == straight
-    assert kills >= 2
+    for _ in range(3):
+        kills += work_of("killed", draw.randint(10, 150)) == -signal.SIGKILL
+    assert work_of("killed") == 0 and kills >= 1
+    assert (tmp_path / "killed" / "metrics.json").read_bytes() == straight
 
 
 def test_a_study_that_is_interrupted_stops_all_of_its_segmenters_and_resumes(config, stand_ins, tmp_path, request):
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
-    config = dataclasses.replace(config, segmenter_steps=50)
+    config = dataclasses.replace(config, segmenter_steps=20, validation_steps=20, fractions="0.5")
     torch.set_num_threads(1)  # one segmenter after the other, here three at once
-    alone = evaluate_utility(dataclasses.replace(config, output_dir=str(tmp_path / "alone")), lambda line: None)
+    alone = study(dataclasses.replace(config, output_dir=str(tmp_path / "alone")), quietly)
     torch.set_num_threads(3)
     before, said = set(threading.enumerate()), []
 
     def log(line):
         said.append(line)
-        if "real+1x" in line:
+        if "mixed_in" in line:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate_utility(config, log)
-    assert set(threading.enumerate()) == before and len(said) < 14
-    assert evaluate_utility(config, said.append) == alone
+        study(config, log)
+    assert set(threading.enumerate()) == before and len(said) < 24
+    assert study(config, said.append) == alone
+
+
+def write_segformer(folder):
+    """config.json alone of a SegFormer that learns in no time, with dropout as of B0."""
+    from transformers import SegformerConfig
+
+    sizes = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16]}
+    sizes |= {"patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+    SegformerConfig(**sizes, decoder_hidden_size=16).save_pretrained(folder)
+    return folder
+
+
+def test_a_whole_study_with_a_segformer_from_its_config_gives_the_same_bytes_again(config, stand_ins, tmp_path):
+    architecture = str(write_segformer(tmp_path / "segformer"))
+    given = {"segmenter_architecture": architecture, "learning_rates": [1e-3], "fractions": "0.5"}
+    metrics = [study(dataclasses.replace(config, **given, output_dir=str(tmp_path / name)), quietly) for name in "ab"]
+    assert metrics[0] == metrics[1]
+    folder = next((tmp_path / "a" / "segmenters").glob("*synthetic-then_real-0-*"))
+    segmenter = load_segmenter(folder, "cpu")
+    assert segmenter.settings["name"] == "segformer (segformer)" and segmenter.settings["resolution"] == 32
+    from transformers import AutoModelForSemanticSegmentation
+
+    opened = AutoModelForSemanticSegmentation.from_pretrained(folder)
+    assert opened.config.num_labels == 3
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert torch.equal(opened(segmenter.normalize(image)).logits, segmenter.model(segmenter.normalize(image)).logits)
+
+
+def test_the_tier_fills_in_what_is_not_given_and_the_intervals_say_what_they_cover(config):
+    quick, full = (StudyConfig(tier=tier, seeds=4).filled for tier in ("quick", "full"))
+    assert (quick.draws, full.draws, quick.seeds, full.seeds) == (1, 3, 4, 4)
+    assert (quick.amounts, full.amounts) == ((512,), (256, 512, 1024)) and len(full.some) == 3
+    assert "one draw" in report.ONE and "do not cover which rows" in report.ONE
 
 
 @pytest.mark.parametrize("name, value, said", [
+    ("tier", "slow", "--tier: expected one of quick, full"),
     ("fractions", "0.1,2", "--fractions: expected numbers above 0 and up to 1"),
-    ("ratios", "one", "--ratios: expected numbers"), ("seeds", 1, "--seeds: expected 2 or more"),
-    ("few_real_ratio", 3.0, "--few_real_ratio 3: expected one of --ratios 1,2"),
-    ("synthetic_weight", 1.5, "--synthetic_weight: expected 0 to 1"),
+    ("images", "many", "--images: expected numbers"), ("seeds", 1, "--seeds: expected 2 or more"),
+    ("segmenter_architecture", "unet", "--segmenter_architecture unet: expected small, or a folder"),
+    ("segmenter_augments", ["swirl"], "expected affine or none first, found 'swirl'"),
     ("augment", "swirl", "expected affine or none first, found 'swirl'"),
     ("augment_masks", "swirl", "--augment_masks: expected affine"),
     ("vary", ["by day"], "--vary: expected words with bars"),
@@ -316,18 +437,17 @@ def test_a_study_that_is_interrupted_stops_all_of_its_segmenters_and_resumes(con
 def test_settings_that_make_no_sense_are_refused_before_anything_is_trained(config, data, name, value, said):
     value = value.format(data=data) if name == "dataset_name" else value
     with pytest.raises(UserError, match=said):
-        evaluate_utility(dataclasses.replace(config, **{name: value}), lambda line: None)
+        study(dataclasses.replace(config, **{name: value}), quietly)
 
 
 @pytest.mark.slow
 def test_a_whole_small_study_trains_generates_and_measures(landscapes, random_base, tmp_path):
-    words = f"""evaluate utility --dataset_name {landscapes} --base {random_base} --output_dir {tmp_path / "study"}
-        --fractions 0.25,1 --ratios 1 --seeds 2 --images 6 --resolution 64 --controlnet_steps 2
+    words = f"""study --dataset_name {landscapes} --base {random_base} --output_dir {tmp_path / "study"}
+        --fractions 0.5,1 --seeds 2 --images 6 --resolution 64 --controlnet_steps 2 --learning_rates 0.01
         --controlnet_more_steps 1 --num_inference_steps 2 --segmenter_resolution 32 --segmenter_steps 4
-        --segmenter_batch_size 2 --segmenter_width 8 --min_miou 0""".split()
+        --segmenter_batch_size 2 --segmenter_width 8 --min_miou 0 --resamples 50""".split()
     run_command(words)
     metrics = (tmp_path / "study" / "metrics.json").read_bytes()
-    made = json.loads(metrics)["synthetic"]
-    assert {fraction: one["kept"] for fraction, one in made.items()} == {"0.25": 6, "1": 6}
+    assert [case["kept"] for case in json.loads(metrics)["cases"]] == [8, 10]
     run_command(words)
     assert (tmp_path / "study" / "metrics.json").read_bytes() == metrics

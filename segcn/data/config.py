@@ -6,6 +6,11 @@ from segcn.utils.args import flag
 from segcn.utils.paths import BASE, MAX_PIXELS
 
 FITS = ("crop", "pad", "stretch")
+SMALL = "small"  # the segmenter's architecture that is our own
+ARCHITECTURE = (
+    "of the segmenter that is trained: small, or a folder of AutoModelForSemanticSegmentation (SegFormer ...): its"
+    " config.json, and weights where it shall start from some"
+)
 
 
 @dataclass(frozen=True)

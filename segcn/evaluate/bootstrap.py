@@ -12,6 +12,8 @@ from segcn.utils import rng
 
 DRAWS, BLOCK = 1000, 100  # resamples of a set; as many at once
 LEVEL = 0.95
+# By how much Student's t is wider than the normal distribution at this level, with 1, 2 ... degrees of freedom
+STUDENT = (6.483, 2.195, 1.624, 1.416, 1.312, 1.248, 1.206, 1.177, 1.154, 1.137)
 
 
 class Estimate(NamedTuple):
@@ -40,16 +42,41 @@ def resamples(count: int, name: str = "rows", draws: int = DRAWS) -> Iterator[to
         yield torch.zeros(size, dtype=torch.float64).scatter_add_(1, rows, torch.ones(size, dtype=torch.float64))
 
 
-def bootstrap(statistic: Callable, draws: int = DRAWS, **counts: int) -> Any:
+def nested_resamples(groups: int, members: int, draws: int = DRAWS) -> Iterator[torch.Tensor]:
+    """What each of `members` members of each of `groups` groups weighs, float64 [b, groups, members], in such blocks.
+
+    A hierarchical bootstrap of a mean over both: groups are drawn first and, anew for each that was drawn, its members,
+    both with replacement; the mean weight is 1. Of the groups, or of the members where there is one group, one fewer is
+    drawn than there are, so that the variance of their mean is not underestimated (McCarthy and Snowden 1985), and the
+    weights are moved further from 1 as Student's t asks with so few: three draws are not taken for many. Weights may be
+    below 0, so the statistic must be linear in them.
+    """
+    few = groups if groups > 1 else members
+    wide = 1.0 if few < 2 else STUDENT[few - 2] if few - 2 < len(STUDENT) else 1 + 1.35 / (few - 1)
+    drawn, inside = max(1, groups - 1), members if groups > 1 else max(1, members - 1)
+    for first in range(0, draws, BLOCK):
+        size, source = min(BLOCK, draws - first), rng.generator("bootstrap", "nested", groups, members, first)
+        which = torch.randint(groups, (size, drawn, 1), generator=source)
+        places = (which * members + torch.randint(members, (size, drawn, inside), generator=source)).flatten(1)
+        weights = torch.zeros(size, groups * members, dtype=torch.float64)
+        weights.scatter_add_(1, places, torch.full(places.shape, groups * members / (drawn * inside)).double())
+        yield 1 + wide * (weights.view(size, groups, members) - 1)
+
+
+def bootstrap(statistic: Callable, draws: int = DRAWS, **counts: int | tuple[int, int]) -> Any:
     """A number or a dictionary of numbers with bootstrap draws: an Estimate, or a dictionary of them.
 
     counts: the size of each set that is resampled, independently of the others, by its name; "rows" for the images of
     one set. statistic: takes how often each image of each set counts, float64 [b, count] each, and returns [b] numbers
-    or a dictionary of such. Images and the seeds of a training can be resampled together (the pigeonhole bootstrap,
-    Owen 2007): bootstrap(statistic, rows=images, seeds=seeds).
+    or a dictionary of such. A pair of counts is (groups, members of each), as in `nested_resamples`. Images can be
+    resampled together with the networks that look at them (the pigeonhole bootstrap, Owen 2007):
+    bootstrap(statistic, rows=images, networks=(draws, seeds)).
     """
-    found = statistic(*(torch.ones(1, count, dtype=torch.float64) for count in counts.values()))
-    blocks = zip(*(resamples(count, name, draws) for name, count in counts.items()), strict=True)
+    sizes = (count if isinstance(count, tuple) else (count,) for count in counts.values())
+    found = statistic(*(torch.ones(1, *size, dtype=torch.float64) for size in sizes))
+    sets = (nested_resamples(*count, draws) if isinstance(count, tuple) else resamples(count, name, draws)
+            for name, count in counts.items())  # fmt: skip
+    blocks = zip(*sets, strict=True)
     drawn = [statistic(*weights) for weights in blocks]
     if isinstance(found, dict):
         return {key: _estimate(value[0], torch.cat([one[key] for one in drawn])) for key, value in found.items()}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from segcn.data.config import FITS
+from segcn.data.config import ARCHITECTURE, FITS, SMALL
 from segcn.utils.args import flag
 from segcn.utils.paths import BASE, OUTPUTS
 
@@ -11,8 +11,8 @@ from segcn.utils.paths import BASE, OUTPUTS
 class EvaluateConfig:
     """Do generated images follow their masks, how far are they from real ones, are they copies? Metrics and a report.
 
-    segcn evaluate compare RUN RUN puts two evaluations side by side; segcn evaluate utility measures the use of
-    generated images for training a segmenter. Several processes share the work:
+    segcn evaluate compare RUN RUN puts two evaluations side by side; segcn study measures the use of generated images
+    for training a segmenter. Several processes share the work:
     torchrun --nproc_per_node N -m segcn.cli evaluate ...
     """
 
@@ -30,6 +30,7 @@ class EvaluateConfig:
         None,
         "trained segmenter: ours, or any AutoModelForSemanticSegmentation folder; none: trained on real train rows",
     )
+    segmenter_architecture: str = flag(SMALL, ARCHITECTURE)
     inception_weights: str | None = flag(
         None, "weights-inception-2015-12-05-6726825d.pth, for FID and KID as published; none: torch.hub's, if there"
     )

@@ -179,5 +179,7 @@ def _segmenter(config: EvaluateConfig, splits: dict[str, Split], cache: Path, lo
             f"--real {config.real} has no train/ beside test/: the segmenter must not be trained on the images that it"
             " is tested on. Split the data set, or give a trained segmenter by --segmenter."
         )
-    settings = SegmenterConfig(resolution=resolution, seed=config.seed, fit=config.fit)
+    settings = SegmenterConfig(
+        resolution=resolution, seed=config.seed, fit=config.fit, architecture=config.segmenter_architecture
+    )
     return segmenter_of(splits["train"], settings, cache, log)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from segcn.data.config import FITS
+from segcn.data.config import ARCHITECTURE, FITS, SMALL
 from segcn.utils.args import PRECISIONS, flag
 from segcn.utils.paths import BASE
 
@@ -98,4 +98,8 @@ class GenerateConfig(SampleConfig):
     min_miou: float | None = flag(None, "regenerate an image with a lower mIoU; none: keep all", low=0, high=1)
     max_attempts: int = flag(4, "times that a row is generated before its best image goes to rejected/", low=1)
     ignore_disagreement: bool = flag(False, "mark pixels as unlabeled in which the segmenter finds another class")
-    segmenter: str | None = flag(None, "trained segmenter folder; none: trained on the real data's train split")
+    segmenter: str | None = flag(
+        None,
+        "trained segmenter: ours, or any AutoModelForSemanticSegmentation folder; none: trained on the real train rows",
+    )
+    segmenter_architecture: str = flag(SMALL, ARCHITECTURE)

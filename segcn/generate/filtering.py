@@ -22,7 +22,7 @@ from segcn.evaluate.metrics import confusion_matrix, iou
 from segcn.generate.conditions import Conditions
 from segcn.generate.config import GenerateConfig
 from segcn.models.base import Base, reconstruct
-from segcn.models.segmenter import AnySegmenter, SegmenterConfig, load_segmenter, predict, segmenter_of
+from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter, predict, segmenter_of
 from segcn.utils.errors import UserError
 
 FILTER_SEED = 7001  # of the segmenter that filters; the one that scores has --seed, 0 by default
@@ -132,14 +132,17 @@ def open_filter(config: GenerateConfig, conditions: Conditions, log: Callable[[s
     """
     if config.min_miou is None and not config.ignore_disagreement:
         return None
+    shape = conditions.read_mask(0, 0, "")[0].shape
+    side = max(shape) if config.fit == "pad" else min(shape)
     if config.segmenter:
-        segmenter = load_segmenter(config.segmenter)
-        if Palette.load(Path(config.segmenter) / "palette.json").fingerprint != conditions.palette.fingerprint:
+        segmenter = open_segmenter(config.segmenter, conditions.palette, side, config.fit)
+        palette = Path(config.segmenter) / "palette.json"
+        if palette.is_file() and Palette.load(palette).fingerprint != conditions.palette.fingerprint:
             raise UserError(f"--segmenter {config.segmenter}: it was trained with another palette than the masks have")
     elif is_dataset(Path(config.controls)):
-        shape = conditions.read_mask(0, 0, "")[0].shape
-        side = max(shape) if config.fit == "pad" else min(shape)
-        settings = SegmenterConfig(resolution=side, fit=config.fit, seed=FILTER_SEED)
+        settings = SegmenterConfig(
+            resolution=side, fit=config.fit, seed=FILTER_SEED, architecture=config.segmenter_architecture
+        )
         cache = Path(config.output_dir).absolute().parent / "cache"
         segmenter = segmenter_of(read_split(config.controls, "train"), settings, cache, log)
     else:

@@ -48,7 +48,7 @@ FLAT = 1000  # images of a job that are put into one folder; of a larger job, ea
 WRITERS = 4  # threads that write images while the next ones are generated
 CHANGE_NO_IMAGE = (
     "allow_symlinks", "batch_size", "controlnet_model_name_or_path", "limit", "output_dir", "reconstruct", "segmenter",
-    "torch_compile",
+    "segmenter_architecture", "torch_compile",
 )  # fmt: skip
 COMPARED_BY_CONTENT = frozenset(
     {"pretrained_model_name_or_path", "lora", "controlnet", "controls", "reward_segmenter_weights"}

@@ -1,4 +1,4 @@
-"""Segmentation networks: a small one of our own, trained on real rows, or any that transformers opens.
+"""Segmentation networks: a small one of our own, or any that transformers opens; each can be trained on rows.
 
 They find out whether generated images follow their masks."""
 
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import count, islice, pairwise
+from itertools import count, islice, pairwise, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from segcn.data.config import SMALL
 from segcn.data.dataset import PairedDataset
 from segcn.data.metadata import Split
 from segcn.data.palette import IGNORE, Palette
 from segcn.data.sampler import COUNTED_ROWS, class_pixels, class_weights
 from segcn.data.transforms import AugmentConfig
-from segcn.models.base import pick_device, weights_digest
+from segcn.models.base import folder_digest, pick_device, weights_digest
 from segcn.utils import io, rng
 from segcn.utils.errors import UserError
 from segcn.utils.paths import OUTPUTS
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 # Colors vary more than in the ControlNet's training, as generated images are a little off in tone. No affine: it costs
 # a third of the step, and blurs the boundaries that are to be found.
 SEGMENTER_AUGMENT = replace(AugmentConfig.none(), hflip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
-BUILDING = threading.Lock()  # PyTorch draws initial weights from one generator of the whole process
+DRAWING = threading.Lock()  # PyTorch draws initial weights and dropout from one generator of the whole process
+RATES = {True: 5e-3, False: 3e-4}  # learning rate of ours, and of a network of transformers
+PROCESSOR = "preprocessor_config.json"
 REWARD_SEGMENTER = "reward_segmenter.json"  # in a ControlNet's folder: which segmenter rewarded its training
 REWARD_FOLDER = "reward_segmenter"  # beside it: that segmenter, where it is one of ours
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # where a folder says nothing
@@ -50,16 +53,27 @@ class SegmenterConfig:
 
     steps: int = 600
     batch_size: int = 8
-    learning_rate: float = 5e-3  # peak of the one-cycle schedule
+    learning_rate: float = 0.0  # peak of the one-cycle schedule; 0: what fits the architecture
     weight_decay: float = 1e-2
     width: int = 32  # channels at half resolution
     resolution: int = 128  # px, the side of the square training images
     seed: int = 0
     fit: str = "crop"  # how images become square: crop, pad or stretch
+    architecture: str = SMALL  # or a folder of AutoModelForSemanticSegmentation, with or without weights
 
     def __post_init__(self):
+        object.__setattr__(self, "learning_rate", self.learning_rate or RATES[self.architecture == SMALL])
         if min(self.steps, self.batch_size, self.width, self.resolution) < 1:
             raise UserError(f"segmenter: expected counts and sizes of at least 1, found {self}")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The settings, with the digest of an architecture's folder in place of its path."""
+        found = asdict(self)
+        if found.pop("architecture") == SMALL:
+            return found
+        del found["width"]
+        return found | {"architecture": folder_digest(_architecture_folder(self.architecture))}
 
 
 class AnySegmenter(nn.Module, ABC):
@@ -71,6 +85,10 @@ class AnySegmenter(nn.Module, ABC):
     @abstractmethod
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """image [B, 3, H, W] in [-1, 1] -> features that images are compared by [B, D]."""
+
+    @abstractmethod
+    def lower(self, amounts: torch.Tensor) -> None:
+        """Lower the logit of each class for good, by amounts [num_classes]."""
 
 
 class Segmenter(AnySegmenter):
@@ -108,6 +126,12 @@ class Segmenter(AnySegmenter):
         """image [B, 3, H, W] in [-1, 1] -> mean over the bottleneck's places [B, 3 * width]."""
         return self._encode(image)[-1].mean((-2, -1))
 
+    @torch.no_grad()
+    def lower(self, amounts: torch.Tensor) -> None:
+        """Lower the logit of each class for good, by amounts [num_classes]."""
+        assert self.head.bias is not None
+        self.head.bias -= amounts.repeat_interleave(4)  # the pixel shuffle's four places of each class
+
     def _encode(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states at 1/2 to 1/16 of the size; the last row and column repeat up to the stride."""
         missing_rows, missing_columns = -image.shape[-2] % self.stride, -image.shape[-1] % self.stride
@@ -125,14 +149,22 @@ def _convolution(fan_in: int, fan_out: int, stride: int = 1) -> nn.Sequential:
     )
 
 
-def build_segmenter(num_classes: int, width: int = SegmenterConfig.width, seed: int = 0) -> Segmenter:
-    """A fresh segmenter in evaluation mode whose weights depend on the arguments alone."""
-    with BUILDING, torch.random.fork_rng(devices=[]):
+def build_segmenter(
+    num_classes: int, width: int = SegmenterConfig.width, seed: int = 0, architecture: str = SMALL
+) -> AnySegmenter:
+    """A fresh segmenter in evaluation mode whose weights depend on the arguments alone.
+
+    architecture: small, or a folder; where it holds weights these are taken, with another head where its classes are
+    not as many. UserError where transformers cannot open it.
+    """
+    with DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of("segmenter", seed, "weights"))
-        return Segmenter(num_classes, width).to(memory_format=torch.channels_last).eval()
+        if architecture == SMALL:
+            return Segmenter(num_classes, width).to(memory_format=torch.channels_last).eval()
+        return _build_foreign(num_classes, _architecture_folder(architecture))
 
 
-def load_segmenter(folder: str | Path, device: str | None = None) -> Segmenter:
+def load_segmenter(folder: str | Path, device: str | None = None) -> AnySegmenter:
     """Read a folder that `train_segmenter` wrote, in evaluation mode; UserError if it is not complete."""
     folder = Path(folder)
     problem = io.problem(folder)
@@ -142,17 +174,28 @@ def load_segmenter(folder: str | Path, device: str | None = None) -> Segmenter:
             "trained."
         )
     settings = json.loads((folder / "config.json").read_text())
+    if "model_type" in settings:  # of transformers; how it was trained stands in its config.json
+        return open_segmenter(folder, Palette.load(folder / "palette.json"), 0, "", device)
     segmenter = build_segmenter(settings["num_classes"], settings["width"])
     segmenter.load_state_dict(load_file(folder / "model.safetensors"))
     segmenter.settings = settings
     return segmenter.to(pick_device(device))
 
 
-def write_segmenter(segmenter: Segmenter, palette: Palette, folder: Path) -> None:
-    """Write what `load_segmenter` reads into the staging folder of `utils.io.commit`."""
-    weights = {name: tensor.cpu().contiguous() for name, tensor in segmenter.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(segmenter.settings, indent=1) + "\n")
+def write_segmenter(segmenter: AnySegmenter, palette: Palette, folder: Path) -> None:
+    """Write what `load_segmenter` reads into the staging folder of `utils.io.commit`.
+
+    A network of transformers is written as it writes itself, so that it opens there, too.
+    """
+    if isinstance(segmenter, ForeignSegmenter):
+        segmenter.model.config.segcn = segmenter.settings
+        segmenter.model.save_pretrained(folder)
+        look = {name: getattr(segmenter, name).flatten().tolist() for name in IMAGENET} | {"do_resize": False}
+        (folder / PROCESSOR).write_text(json.dumps(look, indent=1) + "\n")
+    else:
+        weights = {name: tensor.cpu().contiguous() for name, tensor in segmenter.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(segmenter.settings, indent=1) + "\n")
     palette.save(folder / "palette.json")
 
 
@@ -170,7 +213,7 @@ def segmenter_of(
     cache: str | Path | None = None,
     log: Callable[[str], None] = print,
     device: str | None = None,
-) -> Segmenter:
+) -> AnySegmenter:
     """The segmenter of these rows and settings: from `cache` where it has been trained before, else trained now.
 
     cache: the folder that holds segmenter-KEY, the key a digest of rows and settings; none: outputs/cache. One process
@@ -222,7 +265,7 @@ def open_rewarding(controlnet: str | Path, palette: Palette, resolution: int, fi
 
 
 def _fingerprint(split: Split, config: SegmenterConfig) -> str:
-    text = json.dumps([split.fingerprint, asdict(config), asdict(SEGMENTER_AUGMENT)], sort_keys=True)
+    text = json.dumps([split.fingerprint, config.content, asdict(SEGMENTER_AUGMENT)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -232,16 +275,16 @@ def train_segmenter(
     output_dir: str | Path,
     log: Callable[[str], None] = print,
     device: str | None = None,
-) -> Segmenter:
+) -> AnySegmenter:
     """Train on the rows of `split` for a fixed number of steps, store it in the folder `output_dir` and return it.
 
     The same arguments give the same bytes on the same CPU. A committed folder is replaced, any other one set aside.
     """
-    segmenter = build_segmenter(split.palette.num_classes, config.width, config.seed).to(pick_device(device))
-    weights = class_weights(class_pixels(split.first(COUNTED_ROWS)))
+    segmenter = build_segmenter(split.palette.num_classes, config.width, config.seed, config.architecture)
+    segmenter, weights = segmenter.to(pick_device(device)), class_weights(class_pixels(split.first(COUNTED_ROWS)))
     fit(segmenter, _batches(split, config), weights, config, log)
     found = {"num_classes": segmenter.num_classes, "rows": len(split), "fingerprint": _fingerprint(split, config)}
-    segmenter.settings, folder = asdict(config) | found, Path(output_dir)
+    segmenter.settings, folder = segmenter.settings | config.content | found, Path(output_dir)
     io.commit(folder.parent, folder.name, lambda staged: write_segmenter(segmenter, split.palette, staged))
     log(f"segmenter: stored in {folder}")
     return segmenter
@@ -261,43 +304,61 @@ def _batches(split: Split, config: SegmenterConfig) -> Iterator[tuple[torch.Tens
 
 
 def fit(
-    segmenter: Segmenter,
+    segmenter: AnySegmenter,
     batches: Iterable[tuple[torch.Tensor, ...]],
     class_weights: torch.Tensor,
     config: SegmenterConfig,
     log: Callable[[str], None],
-) -> torch.Tensor:
-    """One optimizer step a batch, the learning rate falling to zero; returns the loss of each step, [config.steps].
+    rates: Iterator[float] | None = None,
+) -> int:
+    """One optimizer step a batch; the number of steps.
 
-    batches: `config.steps` of (image [B, 3, R, R] in [-1, 1], mask uint8 [B, R, R]) and, where images do not count
-    alike, their weights [B]; class_weights [K].
+    batches: (image [B, 3, R, R] in [-1, 1], mask uint8 [B, R, R]) and, where images do not count alike, their weights
+    [B]; class_weights [K]. rates: the learning rate of each step, which is asked for when the one before is done; the
+    training ends with them. None: `config.steps` of a one-cycle schedule, which falls to zero.
     """
     device = next(segmenter.parameters()).device
     class_weights = class_weights.to(device)
     optimizer = torch.optim.AdamW(segmenter.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
     segmenter.train()
-    losses, said = [], time.monotonic()
-    for step, (image, *labels) in enumerate(batches, start=1):
+    said, step = time.monotonic(), 0
+    every: Iterator[float | None] = rates or repeat(None, config.steps)
+    for rate, (image, *labels) in zip(every, batches, strict=False):
+        step += 1
+        if rate is not None:
+            optimizer.param_groups[0].update(lr=rate, betas=(0.9, 0.999))
         image, labels = image.to(device, memory_format=torch.channels_last), [label.to(device) for label in labels]
-        loss = segmentation_loss(segmenter(image), labels[0], class_weights, *labels[1:])
+        loss = segmentation_loss(_logits(segmenter, image, config.seed, step), labels[0], class_weights, *labels[1:])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.detach())
+        if rate is None:
+            schedule.step()
         if step % 25 == 0 or step == config.steps or time.monotonic() - said > SAID_EVERY:
             said = time.monotonic()
             log(f"segmenter: step {step}/{config.steps}, loss {loss.item():.3f}")
-    # Class weights make rare classes learn soon, but also spill over their boundaries. Dividing the probabilities by
-    # them afterwards (logit adjustment, arXiv:2007.07314) raises mIoU by 0.015.
-    shift = torch.where(class_weights > 0, class_weights, 1.0).log()
-    bias = segmenter.head.bias
-    assert bias is not None
-    with torch.no_grad():
-        bias -= shift.repeat_interleave(4)  # the pixel shuffle's four places of each class
+    segmenter.lower(log_weights(class_weights))
     segmenter.eval()
-    return torch.stack(losses).cpu()
+    return step
+
+
+def log_weights(class_weights: torch.Tensor) -> torch.Tensor:
+    """By what the logits of a network that learned with class weights are too high, [K]; 0 of a class without weight.
+
+    Class weights make rare classes learn soon, but also spill over their boundaries. Dividing the probabilities by them
+    afterwards (logit adjustment, arXiv:2007.07314) raises mIoU by 0.015.
+    """
+    return torch.where(class_weights > 0, class_weights, 1.0).log()
+
+
+def _logits(segmenter: AnySegmenter, image: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+    """Those of a training step; what a network of transformers drops is drawn by the seed and the step."""
+    if isinstance(segmenter, Segmenter):
+        return segmenter(image)
+    with DRAWING, torch.random.fork_rng():
+        torch.manual_seed(rng.seed_of("segmenter", seed, "dropout", step))
+        return segmenter(image)
 
 
 def segmentation_loss(
@@ -350,14 +411,61 @@ class ForeignSegmenter(AnySegmenter):
             image = F.interpolate(image, self.size, mode="bilinear", antialias=True)
         return ((image + 1) / 2 - self.image_mean) / self.image_std
 
+    @torch.no_grad()
+    def lower(self, amounts: torch.Tensor) -> None:
+        """Lower the logit of each class for good, by amounts [num_classes]: in the bias of each head's last layer."""
+        for name, part in self.model.named_children():
+            ends = [one for one in part.modules() if isinstance(one, nn.Conv2d) and one.out_channels == len(self.ids)]
+            if "head" in name and ends and ends[-1].bias is not None:
+                ends[-1].bias -= amounts[self.ids]
+
+
+def _architecture_folder(architecture: str) -> Path:
+    if not (Path(architecture) / "config.json").is_file():
+        raise UserError(
+            f"--segmenter_architecture {architecture}: expected small, or a folder with the config.json of a network of"
+            " AutoModelForSemanticSegmentation, such as SegFormer; found none"
+        )
+    return Path(architecture)
+
+
+def _build_foreign(num_classes: int, folder: Path) -> ForeignSegmenter:
+    """A network of transformers to train: by the folder's config.json, with its weights where it has some."""
+    from transformers import AutoConfig, AutoModelForSemanticSegmentation
+
+    given: dict[str, Any] = {"num_labels": num_classes, "local_files_only": True}
+    try:
+        if any(folder.glob("*.safetensors")):
+            model = AutoModelForSemanticSegmentation.from_pretrained(
+                folder, use_safetensors=True, ignore_mismatched_sizes=True, **given
+            )
+        else:
+            model = AutoModelForSemanticSegmentation.from_config(AutoConfig.from_pretrained(folder, **given))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"--segmenter_architecture {folder}: cannot be opened as a semantic segmenter: {error}"
+        ) from None
+    look = _read_look(folder) | {"size": None}  # it learns at the size of the images
+    settings = {"name": f"{model.config.model_type} ({folder.absolute().name})"}
+    return ForeignSegmenter(model, list(range(num_classes)), num_classes, look, settings).eval()
+
+
+def _read_look(folder: Path) -> dict[str, Any]:
+    """size, image_mean and image_std of a folder's image processor, or what is usual."""
+    processor = _read_json(folder / PROCESSOR) or {}
+    size = processor.get("size") if processor.get("do_resize", True) else None
+    if isinstance(size, dict):
+        size = [size["height"], size["width"]] if "height" in size else size.get("shortest_edge")
+    return {name: processor.get(name, usual) for name, usual in IMAGENET.items()} | {"size": size}
+
 
 def open_segmenter(
     folder: str | Path, palette: Palette, resolution: int, fit: str, device: str | None = None
 ) -> AnySegmenter:
     """Ours, or any folder of AutoModelForSemanticSegmentation.
 
-    resolution, fit: how images are prepared for a network of transformers; ours has stored that. UserError where the
-    folder is neither, or its number of classes is another one.
+    resolution, fit: how images are prepared for a network of transformers that was not trained here. UserError where
+    the folder is neither, or its number of classes is another one.
     """
     folder = Path(folder)
     stored = _read_json(folder / "config.json")
@@ -374,14 +482,11 @@ def open_segmenter(
         model = AutoModelForSemanticSegmentation.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"--segmenter {folder}: cannot be opened as a semantic segmenter: {error}") from None
-    processor = _read_json(folder / "preprocessor_config.json") or {}
-    size = processor.get("size") if processor.get("do_resize", True) else None
-    if isinstance(size, dict):
-        size = [size["height"], size["width"]] if "height" in size else size.get("shortest_edge")
-    look = {name: processor.get(name, usual) for name, usual in IMAGENET.items()} | {"size": size}
     ids = classes_of_labels(palette, model.config.num_labels, folder)
-    settings = {"name": f"{stored['model_type']} ({folder.absolute().name})", "resolution": resolution, "fit": fit}
-    return ForeignSegmenter(model, ids, palette.num_classes, look, settings).eval().to(pick_device(device))
+    name = f"{stored['model_type']} ({folder.absolute().name})"
+    settings = stored.get("segcn") or {"name": name, "resolution": resolution, "fit": fit}  # the former: trained here
+    segmenter = ForeignSegmenter(model, ids, palette.num_classes, _read_look(folder), settings)
+    return segmenter.eval().to(pick_device(device))
 
 
 def classes_of_labels(palette: Palette, count: int, folder: str | Path) -> list[int]:

@@ -1,52 +1,66 @@
-"""Settings of the study of usefulness: `segcn evaluate utility`."""
+"""Settings of the study of usefulness: `segcn study`."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from segcn.data.config import FITS
+from segcn.data.config import ARCHITECTURE, FITS, SMALL
 from segcn.utils.args import flag
 from segcn.utils.errors import UserError
 from segcn.utils.paths import BASE, OUTPUTS
 
+FLIP = "none,hflip=0.5,brightness=0.2,contrast=0.2,saturation=0.2"
+AFFINE = "affine,scale_min=0.75,scale_max=1.5"
+
 
 @dataclass(frozen=True)
-class UtilityConfig:
-    """Do synthetic images help a segmenter? Trained on real, synthetic and both, it is tested on held-out real ones.
+class StudyConfig:
+    """Are synthetic images worth training on? Segmenters learn with and without them, tested on held-out real rows.
 
-    For each fraction of the real rows a ControlNet, the filter of its images and the segmenters learn from these rows
-    alone. Rerun the same command to resume.
+    Arms: the real rows alone until a plateau; pretraining on synthetic images, then finetuning on the real rows; both
+    mixed; synthetic alone; and other real rows in place of the synthetic ones, the upper bound. Each is compared with
+    as many real images and with as much computing spent on the real rows. Rerun the same command to resume.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {},
         "sd15": {
             "controlnet_steps": 10_000, "controlnet_more_steps": 2000, "num_inference_steps": 20,
-            "segmenter_steps": 4000, "resolution": 512, "segmenter_resolution": 256,
+            "segmenter_steps": 12_000, "resolution": 512, "segmenter_resolution": 256,
         },
     }  # fmt: skip
+    TIERS: ClassVar[dict[str, dict[str, Any]]] = {
+        "quick": {"fractions": "0.05,0.1", "draws": 1, "seeds": 3, "images": "512"},
+        "full": {"fractions": "0.025,0.05,0.1", "draws": 3, "seeds": 3, "images": "256,512,1024"},
+    }
     SECTIONS: ClassVar[dict[str, str]] = {
-        "preset": "data and models", "fractions": "what is compared", "images": "the synthetic images",
-        "segmenter_steps": "the segmenters",
+        "preset": "data and models", "fractions": "what is compared", "controlnet_steps": "the synthetic images",
+        "segmenter_architecture": "the segmenters",
     }  # fmt: skip
 
     preset: str = flag("tiny", "defaults: tiny (embedded base) or sd15; none: what fits the base", ("tiny", "sd15"))
+    tier: str = flag(
+        "quick", "quick: one draw of rows, 45 minutes on two cores; full: three draws, hours", ("quick", "full")
+    )
     dataset_name: str = flag("", "data set of real images with train/ and test/")
     pretrained_model_name_or_path: str = flag(
         str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout", aliases=("--base",)
     )
     lora: str | None = flag(None, "LoRA of the base: a folder that segcn adapt or diffusers wrote")
-    output_dir: str = flag(str(OUTPUTS / "utility"), "folder of the study; everything is kept there")
+    output_dir: str = flag(str(OUTPUTS / "study"), "folder of the study; everything is kept there")
     resolution: int = flag(128, "image size in pixels", low=1)
     fit: str = flag("crop", "how images become square: crop, pad or stretch", FITS)
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
-    fractions: str = flag("0.05,0.1,0.25,1", "fractions of the real rows; each contains the rows of the smaller ones")
-    ratios: str = flag("1", "synthetic images for each real one in a batch, such as 0.5,1,2; for the largest fraction")
-    few_real_ratio: float = flag(1.0, "the same for every fraction; one of --ratios", above=0)
-    seeds: int = flag(5, "segmenters of each kind; with one, their spread would be unknown", low=2)
+    fractions: str | None = flag(None, "fractions of the real rows; none: 0.05,0.1 in quick, 0.025,0.05,0.1 in full")
+    draws: int | None = flag(None, "draws of rows, each with its ControlNets; none: 1 in quick, 3 in full", low=1)
+    seeds: int | None = flag(None, "segmenters of each arm and draw; none: 3", low=2)
+    images: str | None = flag(
+        None, "synthetic images to pretrain on; the most are mixed, too; none: 512 in quick, 256,512,1024 in full"
+    )
+    ratio: float = flag(1.0, "synthetic images for each real one in a mixed batch", above=0)
     seed: int = flag(0, "seed of the choice of rows, the ControlNets and the images")
     resamples: int = flag(2000, "bootstrap resamples for each interval", low=1)
-    images: int = flag(512, "images generated for each fraction, equally many from each of its rows", low=1)
     controlnet_steps: int = flag(1000, "optimizer steps of the smallest fraction's ControlNet", low=1)
     controlnet_more_steps: int = flag(100, "steps of each larger fraction's, begun with the next smaller one", low=1)
     augment: str = flag("affine,degrees=15,scale_min=0.8,scale_max=1.5", "augmentation of its rows, as in segcn train")
@@ -59,13 +73,26 @@ class UtilityConfig:
     max_attempts: int = flag(3, "times that an image is generated before it is dropped", low=1)
     ignore_disagreement: bool = flag(False, "leave out pixels in which that segmenter finds another class")
     batch_size: int = flag(16, "images generated at once", low=1)
-    segmenter_steps: int = flag(2400, "optimizer steps of every segmenter", low=1)
-    segmenter_batch_size: int = flag(8, "images in each of them, real and synthetic together", low=1)
-    segmenter_learning_rate: float = flag(2e-2, "peak of the one-cycle schedule of every segmenter", above=0)
+    segmenter_architecture: str = flag(SMALL, ARCHITECTURE)
+    segmenter_steps: int = flag(3000, "steps until the plateau at most, before the learning rate falls", low=1)
+    validation_steps: int = flag(100, "steps between two looks at the validation rows", low=1)
+    patience: int = flag(5, "looks without a new best mIoU that make a plateau", low=1)
+    segmenter_batch_size: int = flag(8, "images in each batch, real and synthetic together", low=2)
+    learning_rates: list[float] = flag(
+        [], "of which one is chosen for real alone; none: what fits the network", above=0
+    )
+    segmenter_augments: list[str] = flag([FLIP, AFFINE], "augmentations of which one is chosen for real alone")
     segmenter_resolution: int = flag(64, "size in pixels to which every image is resized for them", low=1)
-    segmenter_width: int = flag(24, "channels of the segmenter at half resolution", low=1)
-    synthetic_weight: float = flag(1.0, "weight of a synthetic image's pixels; real ones have 1", low=0, high=1)
-    real_last: float = flag(0.25, "share of the steps, the last ones, with real images alone", low=0, high=1)
+    segmenter_width: int = flag(24, "channels of the small network at half resolution", low=1)
+
+    @property
+    def filled(self) -> "StudyConfig":
+        """With the tier's value of each setting that is none; UserError for an unknown tier."""
+        if self.tier not in self.TIERS:
+            raise UserError(f"--tier: expected one of {', '.join(self.TIERS)}, found {self.tier!r}")
+        missing = {name: value for name, value in self.TIERS[self.tier].items() if getattr(self, name) is None}
+        rates = [5e-3, 2e-2] if self.segmenter_architecture == SMALL else [2e-4, 1e-3]
+        return dataclasses.replace(self, **missing, learning_rates=self.learning_rates or rates)
 
     @property
     def folder(self) -> Path:
@@ -74,17 +101,12 @@ class UtilityConfig:
     @property
     def some(self) -> tuple[float, ...]:
         """The fractions, the smallest first."""
-        return tuple(sorted(set(_numbers("fractions", self.fractions, 1))))
+        return tuple(sorted(set(_numbers("fractions", self.fractions or "", 1))))
 
     @property
-    def shares(self) -> tuple[float, ...]:
-        """The ratios, the smallest first."""
-        return tuple(sorted(set(_numbers("ratios", self.ratios, 100))))
-
-    @property
-    def mixing(self) -> tuple[float, float]:
-        """How synthetic images are mixed with real ones: their weight, and for how long the real ones end alone."""
-        return self.synthetic_weight, self.real_last
+    def amounts(self) -> tuple[int, ...]:
+        """How many synthetic images are pretrained on, the fewest first."""
+        return tuple(sorted({round(number) for number in _numbers("images", self.images or "", 1e6)}))
 
 
 def _numbers(name: str, text: str, most: float) -> list[float]:

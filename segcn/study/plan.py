@@ -1,10 +1,10 @@
-"""What a study of usefulness consists of: the rows of each fraction, the stages with their settings, their duration."""
+"""What a study of usefulness consists of: the rows of each case, its arms, the stages with their settings."""
 
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ from segcn.data.transforms import AugmentConfig
 from segcn.generate.config import GenerateConfig
 from segcn.models.base import base_fingerprint
 from segcn.models.segmenter import SegmenterConfig
-from segcn.study.config import UtilityConfig
-from segcn.study.training import AUGMENT, KEPT_DRAWS
+from segcn.study.config import StudyConfig
+from segcn.study.training import BETTER, COOLED, KEPT_DRAWS, WARM, Rule
 from segcn.train.config import TrainConfig
 from segcn.utils import rng
 from segcn.utils.args import check_values, make
@@ -24,38 +24,83 @@ from segcn.utils.io import write_whole
 
 TRAINING_STEP = 0.5  # seconds of a ControlNet's step at batch 16, 128 pixels, on two slow cores
 DENOISING_STEP = 0.02  # of one image there
-FITTING_SAMPLE = 0.0017  # of one image of 64 pixels through a segmenter and back there
+FITTING_SAMPLE = 0.0017  # of one image of 64 pixels through a small segmenter and back there
+USUAL_STEPS = 1000  # about where a plateau is reached
+VALIDATED, MOST_VALIDATED = 5, 256  # every fifth row drawn validates, at most so many
 GENERATED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "vary", "augment_masks", "min_miou",
              "max_attempts", "ignore_disagreement", "batch_size")  # fmt: skip
 PLACES = {"dataset_name", "controls", "output_dir", "cache_dir", "pretrained_model_name_or_path", "segmenter",
-          "controlnet_model_name_or_path"}  # fmt: skip
+          "controlnet_model_name_or_path", "architecture"}  # fmt: skip
 
 
-class Arm(NamedTuple):
-    """What a segmenter learns from: rows of a fraction, with `ratio` synthetic images for each real one.
+class Case(NamedTuple):
+    """Some of the real rows, with a ControlNet and synthetic images of their own."""
 
-    ratio: 0 is real images alone, None synthetic ones alone.
-    """
-
+    draw: int
     fraction: float
-    ratio: float | None
 
     @property
     def name(self) -> str:
-        return "synthetic" if self.ratio is None else f"real+{self.ratio:g}x" if self.ratio else "real"
+        return f"{self.fraction:g}-{self.draw}"
+
+
+class Rows(NamedTuple):
+    """The rows of a case: learned from, validated on, and others of the data set that it leaves; None: there are none.
+
+    ControlNet, masks, captions and filter of the synthetic images come from those learned from, too.
+    """
+
+    learned: Split
+    validation: Split
+    other: Split | None
+
+
+class Arm(NamedTuple):
+    """What a segmenter learns from, and for how long.
+
+    learns: real, synthetic, other (real rows in place of the synthetic ones) or mixed. images: how many synthetic ones.
+    after: what the network has learned before. like: its whole training is as long as that of this arm.
+    """
+
+    learns: str
+    images: int = 0
+    after: "Arm | None" = None
+    like: "Arm | None" = None
 
     @property
-    def share(self) -> float:
-        """Of the images of a batch that are synthetic."""
-        return 1.0 if self.ratio is None else self.ratio / (1 + self.ratio)
+    def name(self) -> str:
+        if self.like:
+            return f"real, as long as {self.like.name}"
+        if self.after:
+            return f"{self.after.name}, then real"
+        mixed = f"real with {self.images} synthetic mixed in"
+        return {"synthetic": f"{self.images} synthetic", "mixed": mixed}.get(self.learns, self.learns)
+
+    @property
+    def to_plateau(self) -> bool:
+        """Whether it is trained until its plateau, and not for as long as others were."""
+        return not (self.after or self.like or self.learns == "mixed")
 
 
-def check_study(config: UtilityConfig) -> None:
+REAL, OTHER = Arm("real"), Arm("other")
+BOUND = Arm("real", after=OTHER)
+
+
+class Choice(NamedTuple):
+    """What is chosen for real alone, on its validation rows, and taken for all arms."""
+
+    learning_rate: float
+    augment: str
+
+
+def check_study(config: StudyConfig) -> None:
     """UserError for settings that would fail only after a while, or mean nothing."""
     check_values(config)
-    AugmentConfig.parse(config.augment)
-    if not config.some or config.few_real_ratio not in config.shares:
-        raise UserError(f"--few_real_ratio {config.few_real_ratio:g}: expected one of --ratios {config.ratios}")
+    for text in (config.augment, *config.segmenter_augments):
+        AugmentConfig.parse(text)
+    SegmenterConfig(architecture=config.segmenter_architecture).content  # noqa: B018
+    if not config.some or not config.amounts:
+        raise UserError("--fractions, --images: expected some, found none")
     if not config.dataset_name:
         raise UserError("--dataset_name: expected a data set folder with train/ and test/, found nothing")
     if not {"train", "test"} <= set(find_splits(config.dataset_name)):
@@ -65,17 +110,17 @@ def check_study(config: UtilityConfig) -> None:
         )
 
 
-def arms(config: UtilityConfig) -> list[Arm]:
-    """Real alone and with synthetic at every fraction; at the largest one synthetic alone and every ratio, too."""
-    few = [Arm(fraction, ratio) for fraction in config.some for ratio in (0.0, config.few_real_ratio)]
-    whole = config.some[-1]
-    return [*few, Arm(whole, None), *(Arm(whole, ratio) for ratio in config.shares if ratio != config.few_real_ratio)]
+def drawn_rows(count: int, fraction: float, seed: int, others: int) -> tuple[list[int], list[int], list[int]]:
+    """Of `count` rows those that a case learns from, those that it validates on, and up to `others` of the rest.
 
-
-def drawn_rows(split: Split, fraction: float, seed: int) -> list[int]:
-    """The rows of a fraction, two at least, in the order drawn: those of a smaller fraction come first in a larger."""
-    count = min(len(split), max(2, round(fraction * len(split))))
-    return rng.permutation(len(split), "few real", seed)[:count]
+    Three are drawn at least; what a smaller fraction learns from, a larger one of the same seed does, too, and neither
+    validates on it.
+    """
+    order = rng.permutation(count, "few real", seed)
+    drawn = min(count, max(3, round(fraction * count)))
+    validation = list(range(1, drawn, VALIDATED))[:MOST_VALIDATED]
+    learned = [order[place] for place in range(drawn) if place not in set(validation)]
+    return learned, [order[place] for place in validation], order[drawn:][:others]
 
 
 def stage_rows(split: Split, rows: list[int], folder: Path) -> Split:
@@ -111,21 +156,40 @@ def digest(settings: Any, *sources: Any) -> str:
 class StudyPlan:
     """The stages of a study; each has a folder that is named after the digest of its settings and sources."""
 
-    config: UtilityConfig
-    rows: dict[float, Split]  # of each fraction, in a folder of their own
+    config: StudyConfig
+    rows: dict[Case, Rows]  # in folders of their own
     test: Split
+    chosen: dict[Case, Choice] = field(default_factory=dict)
 
     @cached_property
     def base(self) -> str:
         return base_fingerprint(self.config.pretrained_model_name_or_path, self.config.lora)
 
-    def controlnet(self, fraction: float) -> TrainConfig:
-        """How the ControlNet of a fraction is trained: as the preset says, on its rows alone.
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.config.validation_steps, self.config.patience)
+
+    @property
+    def candidates(self) -> list[Choice]:
+        """What real alone chooses from."""
+        return [Choice(rate, augment) for rate in self.config.learning_rates
+                for augment in self.config.segmenter_augments]  # fmt: skip
+
+    def arms(self, case: Case) -> list[Arm]:
+        """Real alone; pretraining and mixing, each beside real rows for as long; synthetic alone; the upper bound."""
+        alone = [Arm("synthetic", amount) for amount in self.config.amounts]
+        recipes = [*(Arm("real", after=one) for one in alone), Arm("mixed", alone[-1].images)]
+        if self.rows[case].other:
+            alone, recipes = [*alone, OTHER], [*recipes, BOUND]
+        return [REAL, *alone, *recipes, *(Arm("real", like=one) for one in recipes)]
+
+    def controlnet(self, case: Case) -> TrainConfig:
+        """How the ControlNet of a case is trained: as the preset says, on the rows that it learns from.
 
         It starts from that of the next smaller fraction, whose rows are among these, or from the base.
         """
-        config, rows, place = self.config, self.rows[fraction], self.config.some.index(fraction)
-        smaller = self.controlnet(config.some[place - 1]) if place else None
+        config, rows, place = self.config, self.rows[case].learned, self.config.some.index(case.fraction)
+        smaller = self.controlnet(case._replace(fraction=config.some[place - 1])) if place else None
         steps = config.controlnet_more_steps if smaller else config.controlnet_steps
         settings = make(
             TrainConfig, config.preset, dataset_name=str(rows.folder), seed=config.seed, fit=config.fit,
@@ -137,42 +201,89 @@ class StudyPlan:
             logging_steps=50, report_to="none",
         )  # fmt: skip
         key = digest(settings, rows.fingerprint, self.base, Path(smaller.output_dir).name if smaller else None)
-        return replace(settings, output_dir=str(config.folder / "controlnets" / f"{fraction:g}-{key}"))
+        return replace(settings, output_dir=str(config.folder / "controlnets" / f"{case.name}-{key}"))
 
-    def synthetic(self, fraction: float) -> GenerateConfig:
-        """How the synthetic images of a fraction are generated and filtered: from its rows, by networks of its rows."""
-        config, rows, controlnet = self.config, self.rows[fraction], self.controlnet(fraction).output_dir
-        _, segmenter = self.segmenter(Arm(fraction, 0.0), 0)
+    def synthetic(self, case: Case) -> GenerateConfig:
+        """How the synthetic images of a case are generated and filtered: from its rows, by networks of its rows."""
+        config, rows, controlnet = self.config, self.rows[case].learned, self.controlnet(case).output_dir
+        _, segmenter = self.segmenter(case, REAL, 0)
         settings = make(
             GenerateConfig, config.preset, controls=str(rows.folder), split="train", seed=config.seed,
             pretrained_model_name_or_path=config.pretrained_model_name_or_path, lora=config.lora,
             segmenter=str(segmenter),
             controlnet_model_name_or_path=controlnet, resolution=config.resolution, fit=config.fit,
-            limit=min(config.images, len(rows)), replicates=-(-config.images // len(rows)),
+            limit=min(config.amounts[-1], len(rows)), replicates=-(-config.amounts[-1] // len(rows)),
             **{name: getattr(config, name) for name in GENERATED if getattr(config, name) != ""},
         )  # fmt: skip
         key = digest(settings, rows.fingerprint, Path(controlnet).name, segmenter.name)
-        return replace(settings, output_dir=str(config.folder / "images" / f"{fraction:g}-{key}"))
+        return replace(settings, output_dir=str(config.folder / "images" / f"{case.name}-{key}"))
 
-    def segmenter(self, arm: Arm, seed: int) -> tuple[SegmenterConfig, Path]:
-        """How a segmenter is trained, whatever it is trained on, and its folder."""
-        config = self.config
+    def learned_from(self, case: Case, arm: Arm) -> tuple[Split | None, Split | None]:
+        """The real and the synthetic rows of an arm; fewer of the latter where not as many were kept."""
+        real = {"real": self.rows[case].learned, "mixed": self.rows[case].learned, "other": self.rows[case].other}
+        if not arm.images:
+            return real[arm.learns], None
+        made = read_split(self.synthetic(case).output_dir)
+        chosen = sorted(rng.permutation(len(made), "synthetic", self.config.seed)[: arm.images])
+        return real.get(arm.learns), replace(made, records=tuple(made[row] for row in chosen))
+
+    def segmenter(self, case: Case, arm: Arm, seed: int, choice: Choice | None = None) -> tuple[SegmenterConfig, Path]:
+        """How a segmenter is trained, whatever it learns from, and its folder.
+
+        choice: none: what was chosen for the case; before that the first of all.
+        """
+        config, rows = self.config, self.rows[case]
+        choice = choice or self.chosen.get(case, self.candidates[0])
         settings = SegmenterConfig(
             steps=config.segmenter_steps, batch_size=config.segmenter_batch_size, width=config.segmenter_width,
-            resolution=config.segmenter_resolution, seed=seed, fit=config.fit,
-            learning_rate=config.segmenter_learning_rate,
+            resolution=config.segmenter_resolution, seed=100 * case.draw + seed, fit=config.fit,
+            learning_rate=choice.learning_rate, architecture=config.segmenter_architecture,
         )  # fmt: skip
-        mixed = [] if arm.ratio == 0 else [Path(self.synthetic(arm.fraction).output_dir).name, *config.mixing]
-        sources = [self.rows[arm.fraction].fingerprint, self.test.fingerprint, arm.ratio, mixed]
-        key = digest(settings, sources, asdict(AUGMENT), KEPT_DRAWS)
-        return settings, config.folder / "segmenters" / f"{arm.fraction:g}-{arm.name}-{seed}-{key}"
+        splits = [rows.learned, rows.validation, self.test, *([rows.other] if arm == OTHER and rows.other else [])]
+        before = [self.segmenter(case, one, seed, choice)[1].name for one in self.parents(arm)]
+        made = [Path(self.synthetic(case).output_dir).name, config.ratio] if arm.images else []
+        sources = [arm.name, [split.fingerprint for split in splits], before, made]
+        fixed = [choice.augment, self.rule, KEPT_DRAWS, WARM, COOLED, BETTER]
+        key = digest(settings, settings.content, sources, fixed)
+        words = arm.name.replace(", ", "-").replace(" ", "_")
+        return settings, config.folder / "segmenters" / f"{case.name}-{words}-{seed}-{key}"
 
-    def seconds(self, stage: str, fraction: float = 0.0) -> float:
+    def parents(self, arm: Arm) -> list[Arm]:
+        """The arms that an arm starts from, or whose length it takes; they come before it."""
+        if arm.like:
+            return [REAL, *([arm.like.after] if arm.like.after else [])]
+        return [] if arm.to_plateau else [REAL, *([arm.after] if arm.after else [])]
+
+    def steps(self, case: Case, arm: Arm, seed: int) -> int | None:
+        """How long an arm is trained, after what it starts from; None: until its plateau.
+
+        Whatever learns from the real rows sees as many of their images as real alone did, in the same order; what is
+        like another arm takes as many steps as it in all.
+        """
+        if arm.to_plateau:
+            return None
+        real, *before = (self.result(case, one, seed)["steps_taken"] for one in self.parents(arm))
+        mixed = (arm.like or arm).learns == "mixed"
+        return round(real * (1 + self.config.ratio)) if mixed else real + sum(before) * bool(arm.like)
+
+    def result(self, case: Case, arm: Arm, seed: int, choice: Choice | None = None) -> dict[str, Any]:
+        """What a finished segmenter says of its training."""
+        found = json.loads((self.segmenter(case, arm, seed, choice)[1] / "config.json").read_text())
+        return found.get("segcn", found)  # the former where the network is of transformers
+
+    def choose(self, case: Case) -> None:
+        """Take what served real alone best on the validation rows."""
+        self.chosen[case] = max(
+            self.candidates, key=lambda choice: self.result(case, REAL, 0, choice)["validation_miou"]
+        )
+
+    def seconds(self, stage: str, case: Case, arm: Arm = REAL) -> float:
         """Of a ControlNet, of a synthetic set or of a segmenter, as estimated, on two slow cores."""
         config = self.config
         area, crop = (config.resolution / 128) ** 2, (config.segmenter_resolution / 64) ** 2
         if stage == "controlnet":
-            return (self.controlnet(fraction).max_train_steps or 0) * TRAINING_STEP * area + 20
+            return (self.controlnet(case).max_train_steps or 0) * TRAINING_STEP * area + 20
         if stage == "synthetic":
-            return config.images * config.num_inference_steps * DENOISING_STEP * area * 1.3 + 10
-        return config.segmenter_steps * config.segmenter_batch_size * FITTING_SAMPLE * crop + 2
+            return config.amounts[-1] * config.num_inference_steps * DENOISING_STEP * area * 1.3 + 10
+        steps = min(config.segmenter_steps, USUAL_STEPS) * (2 if arm.like or arm.learns == "mixed" else 1)
+        return steps * config.segmenter_batch_size * FITTING_SAMPLE * crop + 2

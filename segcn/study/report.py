@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,93 +14,176 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from segcn.data import visualize
-from segcn.data.metadata import Split
 from segcn.evaluate.bootstrap import Estimate, bootstrap, difference
 from segcn.evaluate.metrics import iou_of_counts
-from segcn.study.config import UtilityConfig
-from segcn.study.plan import Arm
+from segcn.study.plan import BOUND, OTHER, REAL, Arm, Case, StudyPlan
+from segcn.study.training import mean_iou
 from segcn.utils.io import write_text
 
-REAL, MIXED = "#555555", "#2f6db3"
+COLORS = {"real": "#555555", "pretrained": "#2f6db3", "mixed": "#c8721b", "bound": "#3a8f4d"}
 DIGITS = 5  # of every number in metrics.json
 NO_LEAK = (
-    "Of each fraction the ControlNet, the segmenter that filters its images, and the masks and captions that they are"
-    " generated from come from the rows of that fraction alone (rows.json names them); the ControlNet of a larger"
-    " fraction starts from that of the next smaller one, whose rows it holds. The exceptions are the base model,"
-    " which has seen images without masks, maybe of the same kind as those tested on, and words given by --vary or"
-    " --prompt."
+    "Of each draw and fraction the ControlNet, the segmenter that filters its images, and the masks and captions that"
+    " they are generated from come from the rows of that fraction alone, without those validated on (rows.json names"
+    " them); the ControlNet of a larger fraction starts from that of the next smaller one, whose rows it holds. The"
+    " exceptions are the base model, which has seen images without masks, maybe of the same kind as those tested on,"
+    " and words given by --vary or --prompt."
 )
 METHOD = (
-    "95 % percentile intervals of a bootstrap that draws test images and, independently, seeds, each with replacement"
-    " (the pigeonhole bootstrap; Owen 2007, Annals of Applied Statistics 1(2), 386-411); of differences the"
-    " same images and seeds are drawn for both sides. They show what another sample of test images and other seeds of"
-    " the segmenter might have given; which rows were drawn, and the one ControlNet of each fraction, are taken as they"
-    " are."
+    "Real alone, synthetic alone and other real rows are trained until a plateau: until the mIoU on the validation"
+    " rows, a fifth of the fraction, has had no new best for {patience} looks, one every {validation_steps} steps, or"
+    " for {segmenter_steps} steps; then the learning rate falls to zero over a third as many. Learning rate and"
+    " augmentation were chosen for real alone on these rows, and taken for all. Whatever else learns from the real rows"
+    " sees exactly as many of their images as real alone did (equal real exposure), and is compared also with real"
+    " alone for as many steps as it took in all (equal compute). The test rows are looked at once, by every segmenter"
+    " when it is finished. A class's IoU is that of all test images together, and mIoU the mean over the classes."
+)
+INTERVALS = (
+    " {resamples} resamples of a hierarchical bootstrap; of differences the same images, draws and seeds are taken for"
+    " both sides, and with few draws or seeds the intervals are widened as Student's t asks."
+)
+SEVERAL = (
+    "95 % intervals cover the draw of the rows with its ControlNet ({draws} draws), the seed of the segmenter ({seeds}"
+    " in each draw) and the test images."
+)
+ONE = (
+    "95 % intervals cover the seed of the segmenter ({seeds}) and the test images. They do not cover which rows were"
+    " drawn, nor the ControlNet: this is one draw, and another one may say something else; --tier full draws three."
 )
 WITHOUT_EFFECT = ("dataset_name", "output_dir", "pretrained_model_name_or_path", "lora", "allow_symlinks")
+CONTROLS = {"equal_exposure": "above real alone", "equal_compute": "above real for as long"}
 
 
 def metrics_of(
-    config: UtilityConfig, rows: dict[float, Split], images: dict[float, dict], counts: dict[Arm, np.ndarray]
+    plan: StudyPlan, counts: dict[tuple[float, Arm], np.ndarray], images: dict[Case, dict]
 ) -> dict[str, Any]:
     """Everything that was measured, fit for JSON and the same whenever asked for.
 
-    counts: of each arm int [seeds, images, K, 3]: `metrics.class_counts` of each test image.
+    counts: of each fraction and arm `class_counts`, int [draws, seeds, images, K, 3]; images: of each case, how many.
     """
-    palette = next(iter(rows.values())).palette
-    there = next(iter(counts.values()))[0, :, :, 0].sum(0)  # pixels of each class in the test masks
-    present = [label for label in palette.labels if not label.ignore and there[label.id]]
+    config = plan.config
+    first = next(iter(counts.values()))
+    there = first[0, 0, :, :, 0].sum(0)  # pixels of each class in the test masks
+    present = [label for label in plan.test.palette.labels if not label.ignore and there[label.id]]
     names, ids = [label.name for label in present], [label.id for label in present]
-    scores = {arm: iou_over_seeds(found[..., ids, :], names, config.resamples) for arm, found in counts.items()}
+    scores = {key: iou_of_networks(found[..., ids, :], names, config.resamples) for key, found in counts.items()}
     arms = []
-    for arm, found in counts.items():
-        real = scores[Arm(arm.fraction, 0.0)]
-        entry = {"fraction": arm.fraction, "rows": len(rows[arm.fraction]), "name": arm.name, "ratio": arm.ratio}
-        of_each_seed = (iou_over_seeds(one[None][..., ids, :], names, 1)["miou"].value for one in found)
-        entry |= _figures(scores[arm]) | {"of_each_seed": [round(value or 0.0, DIGITS) for value in of_each_seed]}
-        if arm.ratio != 0:
-            entry["above_real"] = _figures({name: difference(one, real[name]) for name, one in scores[arm].items()})
+    for (fraction, arm), found in counts.items():
+        cases = [case for case in plan.rows if case.fraction == fraction]
+        told = [[plan.result(case, arm, seed) for seed in range(found.shape[1])] for case in cases]
+        rows = len(plan.rows[cases[0]].learned) + len(plan.rows[cases[0]].validation)
+        other = plan.rows[cases[0]].other
+        entry = {"fraction": fraction, "rows": rows, "name": arm.name, "kind": kind_of(arm),
+                 "images": len(other) if arm in (OTHER, BOUND) and other else (arm.after or arm).images}  # fmt: skip
+        entry |= _figures(scores[fraction, arm])
+        each = [[mean_iou(one[:, ids]) for one in seeds] for seeds in found]
+        entry |= {"of_each_draw_and_seed": each, "validation_miou": _mean(told, "validation_miou"),
+                  "steps": round(_mean(told, "steps_taken"))}  # fmt: skip
+        longer = Arm("real", like=arm)
+        if arm != REAL and not arm.like:
+            against = {"equal_exposure": REAL} | ({"equal_compute": longer} if (fraction, longer) in counts else {})
+            entry["above"] = {
+                control: _figures({name: difference(one, scores[fraction, other][name])
+                                   for name, one in scores[fraction, arm].items()})
+                for control, other in against.items()
+            }  # fmt: skip
+            fewer = [one for one in counts if one[0] == fraction and kind_of(one[1]) == kind_of(arm) == "pretrained"
+                     and one[1].after and one[1].after.images < (arm.after or arm).images]  # fmt: skip
+            entry["above_fewer"] = {str(one[1].after.images): _figures(
+                {"miou": difference(scores[fraction, arm]["miou"], scores[one]["miou"])}
+            ) for one in fewer if one[1].after}  # fmt: skip
         arms.append(entry)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in WITHOUT_EFFECT}
+    covers = ((SEVERAL if config.draws != 1 else ONE) + INTERVALS).format(**settings)
     return {
-        "settings": settings, "test_images": next(iter(counts.values())).shape[1], "intervals": METHOD,
+        "settings": settings, "test_images": first.shape[2], "intervals": covers,
         "classes": [{"name": label.name, "color": label.color} for label in present],
-        "synthetic": {f"{fraction:g}": made for fraction, made in images.items()}, "arms": arms,
-        "verdicts": [verdict(arm) for arm in arms if arm["ratio"] == config.few_real_ratio],
+        "cases": [_case(plan, case) | images[case] for case in plan.rows], "arms": arms,
+        "verdicts": [verdict([arm for arm in arms if arm["fraction"] == fraction]) for fraction in config.some],
     }  # fmt: skip
 
 
-def iou_over_seeds(counts: np.ndarray, names: list[str], draws: int) -> dict[str, Estimate]:
-    """IoU of each class over all test images, and "miou", their mean, averaged over seeds; draws resample both.
+def kind_of(arm: Arm) -> str:
+    """real, longer (real for as long as another one), synthetic, pretrained, mixed, other or bound."""
+    return "longer" if arm.like else "bound" if arm == BOUND else "pretrained" if arm.after else arm.learns
 
-    counts: `metrics.class_counts`, int [seeds, images, K, 3]. Arms of as many seeds and images have paired draws.
+
+def _mean(told: list[list[dict]], name: str) -> float:
+    return round(float(np.mean([[one[name] for one in seeds] for seeds in told])), DIGITS)
+
+
+def _case(plan: StudyPlan, case: Case) -> dict[str, Any]:
+    rows = {name: len(split) if split else 0 for name, split in plan.rows[case]._asdict().items()}
+    return {"draw": case.draw, "fraction": case.fraction} | rows | plan.chosen[case]._asdict()
+
+
+def iou_of_networks(counts: np.ndarray, names: list[str], draws: int) -> dict[str, Estimate]:
+    """IoU of each class over all test images, and "miou", their mean, averaged over draws of rows and seeds.
+
+    counts: `class_counts`, int [draws of rows, seeds, images, K, 3]; `draws` resamples all three. Arms of the same
+    shape have paired resamples.
     """
     pixels = torch.from_numpy(counts).double()
 
-    def averaged(rows: torch.Tensor, seeds: torch.Tensor) -> dict[str, torch.Tensor]:
-        each = iou_of_counts(torch.einsum("bn,snkc->bskc", rows, pixels))
-        each = torch.cat([each, each.nanmean(-1, keepdim=True)], -1)  # [b, S, K + 1]
-        means = torch.einsum("bs,bsk->bk", seeds / len(counts), each)
+    def averaged(rows: torch.Tensor, networks: torch.Tensor) -> dict[str, torch.Tensor]:
+        each = iou_of_counts(torch.einsum("bn,dsnkc->bdskc", rows, pixels))
+        each = torch.cat([each, each.nanmean(-1, keepdim=True)], -1)  # [b, D, S, K + 1]
+        means = torch.einsum("bds,bdsk->bk", networks / networks[0].numel(), each)
         return dict(zip([*names, "miou"], means.unbind(1), strict=True))
 
-    return bootstrap(averaged, draws, rows=counts.shape[1], seeds=counts.shape[0])
+    return bootstrap(averaged, draws, rows=counts.shape[2], networks=counts.shape[:2])
 
 
-def verdict(arm: dict[str, Any]) -> str:
-    """One plain sentence: what synthetic images did to the mIoU of an arm."""
-    found, (low, high) = arm["above_real"]["miou"], arm["above_real"]["miou_interval"]
-    rows = f"{100 * arm['fraction']:.3g} % of the real rows ({arm['rows']})" if arm["fraction"] < 1 else "all real rows"
-    change = f"{arm['miou'] - found:.3f} to {arm['miou']:.3f} ({found:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
-    if low > 0 or high < 0:
-        return f"With {rows}, synthetic images {'raise' if low > 0 else 'lower'} the test mIoU from {change}."
-    return f"With {rows}, no effect of synthetic images on the test mIoU is shown: from {change}, which holds zero."
+def verdict(arms: list[dict[str, Any]]) -> str:
+    """What to do with as many rows, in plain words: the arms of one fraction, as in metrics.json."""
+    pretrained = sorted((arm for arm in arms if arm["kind"] == "pretrained"), key=lambda arm: arm["images"])
+    (mixed,) = (arm for arm in arms if arm["kind"] == "mixed")
+    best = next(
+        arm
+        for place, arm in enumerate(pretrained)
+        if not any(more["above_fewer"][str(arm["images"])]["miou_interval"][0] > 0 for more in pretrained[place + 1 :])
+    )  # the fewest images that no larger number is shown to beat
+    recipes = [(f"pretrain on {best['images']:,} synthetic images, then finetune", "pretraining", best),
+               (f"mix {mixed['images']:,} synthetic images in", "mixing", mixed)]  # fmt: skip
+    helpful = sorted((one for one in recipes if _effect(one[2]) == "gain"), key=lambda one: -one[2]["miou"])
+    advice = helpful[0] if helpful else None
+    parts = [f"{advice[0]}: {_gains(advice[2])}"] if advice else ["add no synthetic images to them"]
+    parts += [f"{one[1]}: {_effect(one[2])}, {_gains(one[2])}" for one in recipes if one is not advice]
+    if advice and advice[2] is best:
+        beyond = f"don't add any beyond {best['images']:,}" if best is not pretrained[-1] else "more were not tried"
+        parts.append(beyond)
+    for bound in (arm for arm in arms if arm["kind"] == "bound"):
+        parts.append(f"{bound['images']:,} other real rows in their place, the upper bound: {_gains(bound)}")
+    return f"With your {arms[0]['rows']:,} rows: {'; '.join(parts)}."
+
+
+def _effect(arm: dict[str, Any]) -> str:
+    """gain: above both controls beyond the interval; loss: below one of them."""
+    ends = [control["miou_interval"] for control in arm["above"].values()]
+    if all(low > 0 for low, _ in ends):
+        return "gain"
+    if any(high < 0 for _, high in ends):
+        exposure = arm["above"]["equal_exposure"]["miou_interval"]
+        return "less than the same compute on the real rows gives" if exposure[1] >= 0 else "loss"
+    return "no difference shown"
+
+
+def _gains(arm: dict[str, Any]) -> str:
+    shown = [f"{points(control)} {CONTROLS[name]}" for name, control in arm["above"].items()]
+    return "mIoU " + " and ".join(shown)
+
+
+def points(figures: dict[str, Any]) -> str:
+    """A difference of mIoU in points of a hundred, with its interval."""
+    low, high = figures["miou_interval"]
+    return f"{100 * figures['miou']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def write_report(metrics: dict[str, Any], folder: Path) -> None:
-    """utility.md, utility.png and, last, metrics.json."""
+    """study.md, study.png and, last, metrics.json."""
     with matplotlib.rc_context(visualize.STYLE):
-        plot(metrics).savefig(folder / "utility.png", dpi=110)
-    write_text(folder / "utility.md", report(metrics))
+        plot(metrics).savefig(folder / "study.png", dpi=110)
+    write_text(folder / "study.md", report(metrics))
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
 
 
@@ -110,100 +192,126 @@ def read_study(folder: str | Path, dataset_name: str | Path = "DATA") -> dict[st
     path, command = Path(folder) / "metrics.json", f"--dataset_name {dataset_name} --output_dir {folder}"
     if path.is_file():
         return json.loads(path.read_text())
-    print(f"no study here yet; this makes it:\nsegcn evaluate utility {command}")
+    print(f"no study here yet; this makes it:\nsegcn study {command}")
     return None
 
 
 def report(metrics: dict[str, Any]) -> str:
     """Markdown: the verdicts, the plot, the tables, and what was done."""
     settings = metrics["settings"]
-    done = (
-        f"Every segmenter took {settings['segmenter_steps']} steps of {settings['segmenter_batch_size']} images, real"
-        f" and synthetic together, with the same augmentation and a learning rate that falls to zero;"
-        f" where both are mixed, the last {settings['real_last']:.0%} of the steps are the real images' alone;"
-        f" {settings['seeds']} seeds each, all tested on the same {metrics['test_images']} held-out real images."
-        f" In the last tenth of the steps the training loss of an arm fell by {metrics['last_fall']:.1%} at most."
-        " A class's IoU is that of all test images together, and mIoU the mean over the classes."
-    )
     lines = [f"- The words {group} were exchanged for one another in the captions, as drawn for each image."
              for group in settings["vary"]]  # fmt: skip
-    for fraction, made in metrics["synthetic"].items():
-        count = made.get("generated", made.get("painted"))  # as it was called once
+    for case in metrics["cases"]:
         lines.append(
-            f"- {fraction} of the rows: {made['kept']} of {count} images kept; the segmenter that filters them found"
-            f" their masks with an mIoU of {made['miou']:.2f} on average, and {made['ignored']:.1%} of their pixels"
-            " do not count."
+            f"- Draw {case['draw'] + 1}, {case['fraction']:g} of the rows: {case['learned']} learned from,"
+            f" {case['validation']} validated on; learning rate {case['learning_rate']:g}, augmentation"
+            f" {case['augment']}; {case['kept']} of {case['generated']} images kept, in which the segmenter that"
+            f" filters them found their masks with an mIoU of {case['miou']:.2f} on average; {case['ignored']:.1%} of"
+            " their pixels do not count."
         )
-    parts = ["# Are the synthetic images worth training on?", *metrics["verdicts"], "![test mIoU](utility.png)",
-             "```\n" + table(metrics) + "\n```", "## What was done", done, NO_LEAK, f"Intervals: {METHOD}",
+    parts = ["# Are the synthetic images worth training on?", *metrics["verdicts"], metrics["intervals"],
+             "![test mIoU](study.png)", "```\n" + table(metrics) + "\n```", "## Gain of each class, in points of IoU",
+             "```\n" + class_table(metrics) + "\n```", "## What was done", METHOD.format(**settings), NO_LEAK,
              "\n".join(lines)]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """A line for each arm: mIoU and what it is above real alone, then the IoU of each class; with their intervals."""
-    index = [("-" if arm["name"] == "synthetic" else str(arm["rows"]), arm["name"]) for arm in metrics["arms"]]
-    columns: dict[str, list[str]] = {"mIoU": [], "above real alone": []}
+    """A line for each arm: its steps, its mIoU, and what it is above both controls; with their intervals."""
+    columns: dict[str, list[str]] = {"steps": [], "validation": [], "test mIoU": []}
+    columns |= {words: [] for words in CONTROLS.values()}
     for arm in metrics["arms"]:
-        above = arm.get("above_real")
-        columns["mIoU"].append(_with_interval(arm["miou"], arm["miou_interval"]))
-        columns["above real alone"].append(_with_interval(above["miou"], above["miou_interval"], "+") if above else "")
-    for one in metrics["classes"]:
-        name = one["name"]
-        columns[name] = [_with_interval(arm["per_class"][name], arm["intervals"][name]) for arm in metrics["arms"]]
-    names = pandas.MultiIndex.from_tuples(index, names=["real rows", "trained on"])
-    return pandas.DataFrame(columns, index=names).to_string(line_width=120, sparsify=False)
+        low, high = arm["miou_interval"]
+        columns["steps"].append(f"{arm['steps']:,}")
+        columns["validation"].append(f"{arm['validation_miou']:.3f}")
+        columns["test mIoU"].append(f"{arm['miou']:.3f} [{low:.3f}, {high:.3f}]")
+        for control, words in CONTROLS.items():
+            found = arm.get("above", {}).get(control)
+            columns[words].append(points(found) if found else "")
+    index = pandas.MultiIndex.from_tuples([(arm["rows"], arm["name"]) for arm in metrics["arms"]],
+                                          names=["rows", "learned from"])  # fmt: skip
+    return pandas.DataFrame(columns, index=index).to_string(sparsify=False)
 
 
-def _with_interval(value: float, ends: list[float], sign: str = "") -> str:
-    return f"{value:{sign}.3f} [{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]"
+def class_table(metrics: dict[str, Any]) -> str:
+    """The gain of each class over both controls, of every arm that adds something to the real rows."""
+    found = {}
+    for arm in metrics["arms"]:
+        for control, words in CONTROLS.items() if arm["kind"] in ("pretrained", "mixed", "bound") else ():
+            gains = arm["above"][control]
+            found[arm["rows"], arm["name"], words] = {
+                name: f"{100 * gains['per_class'][name]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+                for name, (low, high) in gains["intervals"].items()
+            }
+    return pandas.DataFrame(found).T.to_string(sparsify=False)
 
 
 def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
-    """Test mIoU over the number of real rows, with and without synthetic images, and below it each class's IoU.
+    """Test mIoU over the number of real rows, the gain over the number of synthetic images, and each class's gain.
 
-    Bands and bars are the 95 % intervals; most: classes shown, those first that gained or lost the most.
+    Bands are the 95 % intervals; most: classes shown, those first that gained or lost the most.
     """
-    gains = [arm["above_real"]["per_class"] for arm in metrics["arms"]
-             if arm["ratio"] == metrics["settings"]["few_real_ratio"]]  # fmt: skip
+    amount = max(arm["images"] for arm in metrics["arms"] if arm["kind"] == "pretrained")
+    shown = [arm for arm in metrics["arms"] if arm["kind"] != "pretrained" or arm["images"] == amount]
+    gained = [arm for arm in shown if arm["kind"] in ("pretrained", "mixed")]
     names = [one["name"] for one in metrics["classes"]]
-    classes = sorted(names, key=lambda name: -max(abs(gain[name]) for gain in gains))[:most]
+    size = lambda name: -max(abs(arm["above"]["equal_exposure"]["per_class"][name]) for arm in gained)  # noqa: E731
+    classes = sorted(names, key=size)[:most]
     columns = min(3, max(1, len(classes)))
     below = -(-len(classes) // columns)
-    figure = Figure(figsize=(7.5, 4 + 1.7 * below), layout="constrained")
-    above, *rest = figure.subfigures(2 if below else 1, 1, height_ratios=[4, 1.7 * below][: 1 + bool(below)],
-                                     squeeze=False)[:, 0]  # fmt: skip
-    axes = above.add_subplot()
-    _curves(axes, metrics, lambda entry: (entry["miou"], entry["miou_interval"]))
-    title = "IoU on held-out real images, mean over the classes"
-    axes.set(title=title, xlabel="real rows trained on", ylabel="test mIoU")
-    axes.legend(loc="lower right")
-    for place, name in enumerate(classes):
-        small = rest[0].add_subplot(below, columns, place + 1)
-        _curves(small, metrics, partial(_class_values, name))
-        small.set_title(name, fontsize=9)
-        small.tick_params(labelsize=7)
+    figure = Figure(figsize=(11, 4 + 1.7 * below), layout="constrained")
+    above, rest = figure.subfigures(2, 1, height_ratios=[4, 1.7 * below], squeeze=False)[:, 0]
+    left, right = above.subplots(1, 2, width_ratios=[3, 2])
+    value = lambda arm: (arm["miou"], arm["miou_interval"])  # noqa: E731
+    words = {"real": "real alone", "pretrained": f"pretrained on {amount:,} synthetic",
+             "mixed": f"{amount:,} synthetic mixed in", "bound": "pretrained on other real rows"}  # fmt: skip
+    for kind, label in words.items():
+        _curve(left, [arm for arm in shown if arm["kind"] == kind], "rows", value, COLORS[kind], label)
+    longer = [arm for arm in shown if arm["kind"] == "longer" and arm["name"].startswith(f"real, as long as {amount} ")]
+    left.plot([arm["rows"] for arm in longer], [arm["miou"] for arm in longer], ":", color=COLORS["real"],
+              label="real alone, as long as pretrained")  # fmt: skip
+    left.set(title="IoU on held-out real images, mean over the classes", xlabel="real rows", ylabel="test mIoU")
+    left.legend(loc="lower right", fontsize=8)
+    for place, fraction in enumerate(sorted({arm["fraction"] for arm in shown})):
+        arms = [arm for arm in metrics["arms"] if arm["kind"] == "pretrained" and arm["fraction"] == fraction]
+        shade = matplotlib.colormaps["viridis"](place / 3)
+        _curve(right, arms, "images", lambda arm: _gain(arm, "equal_exposure"), shade, f"{arms[0]['rows']} real rows")
+    right.axhline(0, color="#999999", linewidth=0.8)
+    right.set(title="Gain of pretraining over real alone", xlabel="synthetic images", ylabel="mIoU, points")
+    right.legend(loc="best", fontsize=8)
+    small = rest.subplots(below, columns, squeeze=False).flatten()
+    for axes, name in zip(small, classes, strict=False):
+        for kind in ("pretrained", "mixed", "bound"):
+            arms = [arm for arm in shown if arm["kind"] == kind]
+            _curve(axes, arms, "rows", lambda arm, name=name: _gain(arm, "equal_exposure", name), COLORS[kind], kind)
+        axes.axhline(0, color="#999999", linewidth=0.8)
+        axes.set_title(f"{name}, gain in points", fontsize=9)
+        axes.tick_params(labelsize=7)
+    for axes in small[len(classes) :]:
+        axes.set_axis_off()
     return figure
 
 
-def _curves(axes: Axes, metrics: dict, read: Callable[[dict], tuple[float, list[float]]]) -> None:
-    """Both curves of what `read` takes from an arm: a value and the ends of its interval."""
-    ratio = metrics["settings"]["few_real_ratio"]
-    mixed = f"real and {ratio:g} x as many synthetic"
-    for wanted, color, label in ((0.0, REAL, "real alone"), (ratio, MIXED, mixed)):
-        arms = [arm for arm in metrics["arms"] if arm["ratio"] == wanted]
-        rows = [arm["rows"] for arm in arms]
-        values, ends = zip(*map(read, arms), strict=True)
-        low, high = np.array(ends).T
-        axes.fill_between(rows, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(rows, values, "o-", color=color, markersize=4, label=label)
+def _curve(axes: Axes, arms: list[dict], over: str, read: Callable, color: Any, label: str) -> None:
+    """What `read` takes from arms, a value and the ends of its interval, over their rows or images."""
+    if not arms:
+        return
+    places = [arm[over] for arm in arms]
+    values, ends = zip(*map(read, arms), strict=True)
+    axes.errorbar(places, values, np.abs(np.array(ends).T - values), color=color, fmt="o-", markersize=4, capsize=2,
+                  linewidth=1.2, elinewidth=0.7, label=label)  # fmt: skip
     axes.set_xscale("log")
-    axes.set_xticks(rows, [str(count) for count in rows])
+    axes.set_xticks(places, [str(place) for place in places])
     axes.minorticks_off()
 
 
-def _class_values(name: str, arm: dict) -> tuple[float, list[float]]:
-    return arm["per_class"][name], arm["intervals"][name]
+def _gain(arm: dict, control: str, name: str = "") -> tuple[float, list[float]]:
+    """In points: of the mIoU, or of a class's IoU."""
+    found = arm["above"][control]
+    value, ends = (
+        (found["per_class"][name], found["intervals"][name]) if name else (found["miou"], found["miou_interval"])
+    )
+    return 100 * value, [100 * end for end in ends]
 
 
 def _figures(scores: dict[str, Estimate]) -> dict[str, Any]:

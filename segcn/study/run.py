@@ -1,4 +1,4 @@
-"""`segcn evaluate utility`: train segmenters on real and synthetic images, and test them all on held-out real ones."""
+"""`segcn study`: train segmenters on real and synthetic images, and test them all on held-out real ones."""
 
 import json
 import threading
@@ -6,20 +6,22 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from segcn.data.metadata import METADATA, check_split, read_split
+from segcn.data.transforms import AugmentConfig
 from segcn.generate.conditions import read_conditions
 from segcn.generate.config import GenerateConfig
 from segcn.generate.writer import generate_dataset
 from segcn.models.base import one_core, pick_device
-from segcn.models.segmenter import write_segmenter
-from segcn.study.config import UtilityConfig
-from segcn.study.plan import Arm, StudyPlan, arms, check_study, drawn_rows, stage_rows
+from segcn.models.segmenter import load_segmenter, write_segmenter
+from segcn.study.config import StudyConfig
+from segcn.study.plan import REAL, Arm, Case, Choice, Rows, StudyPlan, check_study, drawn_rows, stage_rows
 from segcn.study.report import metrics_of, write_report
-from segcn.study.training import Mixture, count_pixels, train_mixed
+from segcn.study.training import Draws, Mixture, count_pixels, train_arm
 from segcn.train.config import TrainConfig
 from segcn.train.loop import train
 from segcn.utils import io
@@ -33,57 +35,84 @@ COUNTS = "class_counts.npy"  # of a finished segmenter
 Log = Callable[[str], None]
 
 
-def evaluate_utility(config: UtilityConfig, log: Log = print) -> dict:
-    """The whole study; writes rows.json, metrics.json, utility.md and utility.png, and returns the metrics.
+class Job(NamedTuple):
+    """A segmenter to train; choice: none: the one of its case."""
+
+    case: Case
+    arm: Arm
+    seed: int
+    choice: Choice | None = None
+
+
+def study(config: StudyConfig, log: Log = print) -> dict:
+    """The whole study; writes rows.json, metrics.json, study.md and study.png, and returns the metrics.
 
     Every ControlNet, set of images and segmenter has a folder of its own and is made once: rerun the same command to
     resume, with the same metrics in the end. UserError for impossible settings, before anything is trained.
     """
+    config = config.filled
     plan = open_plan(config, log)
     todo = StudyProgress(plan, log)
     log(f"{todo.total} stages, about {clock(todo.left)} on two slow cores; {config.folder}")
-    train_segmenters(plan, todo, [(Arm(fraction, 0.0), range(1)) for fraction in config.some])  # the images' filters
-    for fraction in config.some:
-        controlnet, synthetic = plan.controlnet(fraction), plan.synthetic(fraction)
+    train_segmenters(plan, todo, choosing_jobs(plan))
+    for case in plan.rows:
+        plan.choose(case)
+        log(f"{case.name}: learning rate {plan.chosen[case].learning_rate:g}, {plan.chosen[case].augment}")
+    for case in plan.rows:
+        controlnet, synthetic = plan.controlnet(case), plan.synthetic(case)
         if not is_finished(controlnet):
             train(controlnet)
-            todo.finished(plan.seconds("controlnet", fraction), f"ControlNet {Path(controlnet.output_dir).name}")
+            todo.finished(plan.seconds("controlnet", case), f"ControlNet {Path(controlnet.output_dir).name}")
         if not is_finished(synthetic):
             generate_dataset(synthetic, log=log)
-            todo.finished(plan.seconds("synthetic"), f"images {Path(synthetic.output_dir).name}")
-    train_segmenters(plan, todo, [(arm, range(config.seeds)) for arm in arms(config)])
-    counts, falls = {}, []
-    for arm in arms(config):
-        folders = [plan.segmenter(arm, seed)[1] for seed in range(config.seeds)]
-        counts[arm] = np.stack([np.load(folder / COUNTS) for folder in folders])
-        falls.append(np.mean([json.loads((folder / "config.json").read_text())["last_fall"] for folder in folders]))
-    metrics = metrics_of(config, plan.rows, synthetic_figures(plan), counts)
-    metrics["last_fall"] = round(float(max(falls)), 4)
+            todo.finished(plan.seconds("synthetic", case), f"images {Path(synthetic.output_dir).name}")
+    for to_plateau in (True, False):  # the lengths of the others follow from these
+        train_segmenters(plan, todo, [job for job in arm_jobs(plan) if job.arm.to_plateau == to_plateau])
+    metrics = metrics_of(plan, read_counts(plan), {case: synthetic_figures(plan, case) for case in plan.rows})
     write_report(metrics, config.folder)
     return metrics
 
 
-def open_plan(config: UtilityConfig, log: Log) -> StudyPlan:
-    """Check the settings and both splits, and set the rows of each fraction apart."""
+def open_plan(config: StudyConfig, log: Log) -> StudyPlan:
+    """Check the settings and both splits, and set the rows of each case apart."""
     check_study(config)
     train_rows, test = read_split(config.dataset_name, "train"), read_split(config.dataset_name, "test")
     if test.palette.fingerprint != train_rows.palette.fingerprint:
         raise UserError(f"{config.dataset_name}: expected one palette, found another one in {test.folder}")
+    if len(train_rows) < 3:
+        raise UserError(f"{train_rows.metadata}: expected 3 rows or more, some to validate on, found {len(train_rows)}")
     for split in (train_rows, test):
         check_split(split, log)
-    chosen = {fraction: drawn_rows(train_rows, fraction, config.seed) for fraction in config.some}
-    named = {f"{fraction:g}": [train_rows[row].image_name for row in rows] for fraction, rows in chosen.items()}
     config.folder.mkdir(parents=True, exist_ok=True)
+    write_text(config.folder / "study_config.json", to_json(config))
+    named, staged = {}, {}
+    for case in (Case(draw, fraction) for draw in range(config.draws or 1) for fraction in config.some):
+        parts = drawn_rows(len(train_rows), case.fraction, config.seed + case.draw, config.amounts[-1])
+        kinds = dict(zip(Rows._fields, parts, strict=True))
+        named[case.name] = {kind: [train_rows[row].image_name for row in rows] for kind, rows in kinds.items()}
+        folder = config.folder / "rows" / f"{case.name}-{train_rows.fingerprint[:6]}-{config.seed}"
+        learned, validation, other = (stage_rows(train_rows, rows, folder / kind) if rows else None
+                                      for kind, rows in kinds.items())  # fmt: skip
+        assert learned and validation
+        staged[case] = Rows(learned, validation, other)
     write_text(config.folder / "rows.json", json.dumps(named, indent=1) + "\n")
-    write_text(config.folder / "utility_config.json", to_json(config))
-    staged = {}
-    for fraction, rows in chosen.items():
-        folder = config.folder / "rows" / f"{fraction:g}-{train_rows.fingerprint[:6]}-{config.seed}"
-        staged[fraction] = stage_rows(train_rows, rows, folder)
     plan = StudyPlan(config, staged, test)
-    for fraction in config.some:  # what generation refuses is refused before anything is trained
-        read_conditions(plan.synthetic(fraction))
+    for case in plan.rows:  # what generation refuses is refused before anything is trained
+        read_conditions(plan.synthetic(case))
+        if not any(io.problem(plan.segmenter(case, REAL, 0, choice)[1]) for choice in plan.candidates):
+            plan.choose(case)
     return plan
+
+
+def choosing_jobs(plan: StudyPlan) -> list[Job]:
+    """Real alone with every learning rate and augmentation, once in each case."""
+    return [Job(case, REAL, 0, choice) for case in plan.rows for choice in plan.candidates]
+
+
+def arm_jobs(plan: StudyPlan) -> list[Job]:
+    """Every arm with every seed in each case."""
+    return [Job(case, arm, seed) for case in plan.rows for arm in plan.arms(case)
+            for seed in range(plan.config.seeds or 1)]  # fmt: skip
 
 
 class StudyProgress:
@@ -91,23 +120,20 @@ class StudyProgress:
 
     def __init__(self, plan: StudyPlan, log: Log):
         self.log, self.began, self.done, self.expected = log, time.monotonic(), 0, 0.0
-        stages = []
-        for fraction in plan.config.some:
-            if not is_finished(plan.controlnet(fraction)):
-                stages.append(plan.seconds("controlnet", fraction))
-            if not is_finished(plan.synthetic(fraction)):
-                stages.append(plan.seconds("synthetic"))
-        for arm in arms(plan.config):
-            missing = [seed for seed in range(plan.config.seeds) if io.problem(plan.segmenter(arm, seed)[1])]
-            stages += [plan.seconds("segmenter")] * len(missing)
+        jobs = [*choosing_jobs(plan), *(job for job in arm_jobs(plan) if job.arm != REAL or job.seed)]
+        missing = [job for job in jobs if not plan.segmenter(*job)[1].is_dir()]
+        stages = [plan.seconds("segmenter", job.case, job.arm) / 2 for job in missing]  # two at once
+        for case in plan.rows:
+            stages += [plan.seconds("controlnet", case)] * (not is_finished(plan.controlnet(case)))
+            stages += [plan.seconds("synthetic", case)] * (not is_finished(plan.synthetic(case)))
         self.total, self.left = len(stages), sum(stages)
 
     def finished(self, seconds: float, what: str) -> None:
         """Log what was done; seconds: what it was expected to take."""
-        self.done, self.expected, self.left = self.done + 1, self.expected + seconds, self.left - seconds
+        self.done, self.expected, self.left = self.done + 1, self.expected + seconds, max(0, self.left - seconds)
         gone = time.monotonic() - self.began
         left = clock(self.left * gone / self.expected)
-        self.log(f"[{self.done}/{self.total}] {what}; {clock(gone)} gone, about {left} left")
+        self.log(f"[{self.done}/{max(self.done, self.total)}] {what}; {clock(gone)} gone, about {left} left")
 
 
 def is_finished(stage: TrainConfig | GenerateConfig) -> bool:
@@ -116,56 +142,73 @@ def is_finished(stage: TrainConfig | GenerateConfig) -> bool:
     return any((Path(stage.output_dir) / name).is_file() for name in last)
 
 
-def train_segmenters(plan: StudyPlan, todo: StudyProgress, wanted: list[tuple[Arm, range]]) -> None:
-    """Train the missing segmenters of arms and seeds, on a CPU one on each core, to the same bytes.
+def train_segmenters(plan: StudyPlan, todo: StudyProgress, wanted: list[Job]) -> None:
+    """Train the missing ones of some segmenters, on a CPU one on each core, to the same bytes.
 
     Those of an arm share a mixture, whose images leave the memory with the last of them.
     """
-    stop = threading.Event()
+    stop, test = threading.Event(), Draws(plan.test)
+    validation = {case: Draws(rows.validation) for case, rows in plan.rows.items()}
 
     def check_stop(line: str) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
 
-    def train_one(mixture: Mixture, arm: Arm, seed: int) -> str:
-        settings, folder = plan.segmenter(arm, seed)
-        segmenter = train_mixed(mixture, settings, check_stop)
-        counts = count_pixels(segmenter, plan.test)
+    def train_one(mixture: Mixture, job: Job) -> tuple[float, str]:
+        settings, folder = plan.segmenter(*job)
+        start = load_segmenter(plan.segmenter(job.case, job.arm.after, job.seed)[1]) if job.arm.after else None
+        length = plan.steps(job.case, job.arm, job.seed)
+        segmenter = train_arm(mixture, settings, validation[job.case], plan.rule, length, start, check_stop)
+        counts = count_pixels(segmenter, test, settings)
 
         def write(staged: Path) -> None:
             write_segmenter(segmenter, plan.test.palette, staged)
             np.save(staged / COUNTS, counts)
 
         io.commit(folder.parent, folder.name, write)
-        return folder.name
+        score = segmenter.settings["validation_miou"]
+        said = f"{folder.name}: {segmenter.settings['steps_taken']} steps, validation mIoU {score:.3f}"
+        return plan.seconds("segmenter", job.case, job.arm) / 2, said
 
     with one_core() as cores, ThreadPoolExecutor(
         cores if pick_device() == "cpu" else 1, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:  # fmt: skip
-        begun = set()
-        for arm, seeds in wanted:
-            missing = [seed for seed in seeds if io.problem(plan.segmenter(arm, seed)[1])]
-            if missing:
-                real = None if arm.ratio is None else plan.rows[arm.fraction]
-                synthetic = None if arm.ratio == 0 else read_split(plan.synthetic(arm.fraction).output_dir)
-                mixture = Mixture(real, synthetic, arm.share, *plan.config.mixing)
-                begun |= {pool.submit(train_one, mixture, arm, seed) for seed in missing}
+        begun, mixtures = set(), {}
+        for job in wanted:
+            if io.problem(plan.segmenter(*job)[1]):
+                augment = (job.choice or plan.chosen[job.case]).augment
+                key = job.case, job.arm, augment
+                if key not in mixtures:
+                    sources = plan.learned_from(job.case, job.arm)
+                    mixtures[key] = Mixture(*sources, AugmentConfig.parse(augment), plan.config.ratio)
+                begun.add(pool.submit(train_one, mixtures[key], job))
+        mixtures.clear()
         try:
             for future in as_completed(begun):
                 begun.discard(future)
-                todo.finished(plan.seconds("segmenter"), f"segmenter {future.result()}")
+                todo.finished(*future.result())
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def synthetic_figures(plan: StudyPlan) -> dict[float, dict]:
-    """Of each fraction how many images were generated and kept, and which share of their pixels does not count."""
+def read_counts(plan: StudyPlan) -> dict[tuple[float, Arm], np.ndarray]:
+    """Of each fraction and arm `class_counts` of each test image, int [draws, seeds, images, K, 3]."""
     found = {}
     for fraction in plan.config.some:
-        manifest = Path(plan.synthetic(fraction).output_dir) / "manifest.jsonl"
-        records = [json.loads(line) for line in manifest.read_text().splitlines()]
-        kept = [record for record in records if record["kept"]]
-        means = {name: round(float(np.mean([record[name] for record in kept])), 4) for name in ("miou", "ignored")}
-        found[fraction] = {"generated": len(records), "kept": len(kept)} | means
+        cases = [case for case in plan.rows if case.fraction == fraction]
+        for arm in plan.arms(cases[0]):
+            found[fraction, arm] = np.stack([
+                [np.load(plan.segmenter(case, arm, seed)[1] / COUNTS) for seed in range(plan.config.seeds or 1)]
+                for case in cases
+            ])  # fmt: skip
     return found
+
+
+def synthetic_figures(plan: StudyPlan, case: Case) -> dict:
+    """Of a case how many images were generated and kept, and which share of their pixels does not count."""
+    manifest = Path(plan.synthetic(case).output_dir) / "manifest.jsonl"
+    records = [json.loads(line) for line in manifest.read_text().splitlines()]
+    kept = [record for record in records if record["kept"]]
+    means = {name: round(float(np.mean([record[name] for record in kept])), 4) for name in ("miou", "ignored")}
+    return {"generated": len(records), "kept": len(kept)} | means

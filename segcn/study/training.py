@@ -1,8 +1,10 @@
-"""Segmenters that learn from real and synthetic images mixed in each batch, and what they find in test images."""
+"""Segmenters that learn from real and synthetic images under one rule, and what they find in images."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,33 +13,22 @@ from segcn.data.dataset import PairedDataset, to_image, to_uint8
 from segcn.data.metadata import Split
 from segcn.data.sampler import COUNTED_ROWS, class_pixels, class_weights
 from segcn.data.transforms import AUGMENTS, AugmentConfig
-from segcn.evaluate.metrics import class_counts, confusion_matrix
+from segcn.evaluate.metrics import class_counts, confusion_matrix, iou_of_counts
 from segcn.models.base import pick_device
-from segcn.models.segmenter import Segmenter, SegmenterConfig, build_segmenter, fit, predict
+from segcn.models.segmenter import AnySegmenter, SegmenterConfig, build_segmenter, fit, log_weights
 from segcn.utils import rng
 
-# As strong for real images as for synthetic ones, whose layouts were moved by affine draws, too: synthetic images
-# shall not win by a lack of augmentation.
-AUGMENT = replace(AugmentConfig(), scale_min=0.75, scale_max=1.5)
 KEPT_DRAWS = 4096  # augmented images of a data set, at most, that stay in memory; of more rows none do
+WARM = 50  # steps in which the learning rate rises
+COOLED = 4  # the last of so many parts of the steps, in which it falls to zero
+BETTER = 0.001  # mIoU, by which a new best must be better
 
 
-@dataclass
-class Mixture:
-    """What a segmenter learns from; one of both may be None."""
+class Rule(NamedTuple):
+    """When a training that has no set length is at its plateau."""
 
-    real: Split | None
-    synthetic: Split | None
-    share: float = 0.0  # of the images of a batch, on average, that are synthetic
-    weight: float = 1.0  # of a synthetic image's pixels in the loss, 0 to 1
-    real_last: float = 0.0  # of the steps, the last ones, without synthetic images, where there are both
-
-    # Of the real (False) and the synthetic images (True), for every segmenter that learns from this mixture:
-    draws: dict[bool, "Draws"] = field(init=False)
-
-    def __post_init__(self):
-        both = {False: self.real, True: self.synthetic}
-        self.draws = {synthetic: Draws(split) for synthetic, split in both.items() if split is not None}
+    every: int  # steps between two looks at the validation rows
+    patience: int  # looks without a new best
 
 
 class Draws:
@@ -47,73 +38,62 @@ class Draws:
     data set with more rows than can be kept every epoch has draws of its own.
     """
 
-    def __init__(self, split: Split):
-        self.split, self.number = split, KEPT_DRAWS // len(split)
+    def __init__(self, split: Split, augment: AugmentConfig = AUGMENTS["none"]):
+        self.split, self.augment, self.number = split, augment, KEPT_DRAWS // len(split)
         self.kept: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def sample(self, row: int, epoch: int, config: SegmenterConfig) -> tuple[torch.Tensor, torch.Tensor]:
         """Image float32 [3, R, R] in [-1, 1] and class ids uint8 [R, R]."""
-        place = row, epoch % self.number if self.number else epoch
+        place = row, 0 if self.augment.still else epoch % self.number if self.number else epoch
         key = *place, config.resolution, config.fit
         found = self.kept.get(key)
         if found is None:
-            drawn = PairedDataset(self.split, config.resolution, AUGMENT, 0, config.fit).sample(*place)
+            drawn = PairedDataset(self.split, config.resolution, self.augment, 0, config.fit).sample(*place)
             found = torch.from_numpy(to_uint8(drawn.image)), drawn.mask.clone()  # a quarter of the size of floats
             if self.number:
                 self.kept[key] = found
         return to_image(found[0].permute(2, 0, 1)), found[1]
 
-    def stream(self, synthetic: bool, config: SegmenterConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def stream(self, kind: str, config: SegmenterConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Epoch after epoch, each in an order of its own."""
         for epoch in count():
-            kind = "synthetic" if synthetic else "real"
             order = rng.permutation(len(self.split), "mixing", config.seed, kind, epoch)
             yield from (self.sample(row, epoch, config) for row in order)
 
 
-def train_mixed(mixture: Mixture, config: SegmenterConfig, log: Callable[[str], None] = print) -> Segmenter:
-    """A segmenter after `config.steps` batches of a mixture, whatever it is made of.
+@dataclass
+class Mixture:
+    """What segmenters learn from; one of both may be None. They share its augmented images."""
 
-    All segmenters that are compared take the same steps with the same number of images in each, under a learning rate
-    that falls to zero, with the same augmentation and, of a seed, the same initial weights: those with synthetic
-    images see fewer real ones, never more of anything.
-    """
-    split = mixture.real or mixture.synthetic
-    assert split is not None
-    segmenter = build_segmenter(split.palette.num_classes, config.width, config.seed).to(pick_device())
-    weights = class_weights(class_pixels(split.first(COUNTED_ROWS)))
-    losses = fit(segmenter, mixed_batches(mixture, config), weights, config, log)
-    segmenter.settings = asdict(config) | {"num_classes": segmenter.num_classes, "last_fall": last_fall(losses)}
-    return segmenter
+    real: Split | None
+    synthetic: Split | None
+    augment: AugmentConfig
+    ratio: float = 1.0  # synthetic images for each real one, where there are both
 
+    draws: dict[str, Draws] = field(init=False)
 
-def last_fall(losses: torch.Tensor) -> float:
-    """By which share the mean loss fell from the last tenth but one of the steps to the last one: converged is about 0.
+    def __post_init__(self):
+        both = {"real": self.real, "synthetic": self.synthetic}
+        self.draws = {kind: Draws(split, self.augment) for kind, split in both.items() if split is not None}
 
-    losses [steps].
-    """
-    tenth = max(1, len(losses) // 10)
-    before, last = losses[-2 * tenth : -tenth].mean().item(), losses[-tenth:].mean().item()
-    return round(1 - last / before, 4) if before else 0.0
+    @cached_property
+    def class_weights(self) -> torch.Tensor:
+        """Of the real rows where there are some, float32 [K]."""
+        return class_weights(class_pixels(next(iter(self.draws.values())).split.first(COUNTED_ROWS)))
 
+    def batches(self, config: SegmenterConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (image [B, 3, R, R] in [-1, 1], mask uint8 [B, R, R]) without end.
 
-def mixed_batches(
-    mixture: Mixture, config: SegmenterConfig
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield (image [B, 3, R, R] in [-1, 1], mask uint8 [B, R, R], weights [B]) of every step.
-
-    The real images of a seed come in the same order and with the same draws, whatever they are mixed with.
-    """
-    streams = {synthetic: draws.stream(synthetic, config) for synthetic, draws in mixture.draws.items()}
-    mixed = round(config.steps * (1 - mixture.real_last))
-    for step in range(config.steps):
-        share = mixture.share if step < mixed else 0.0
-        which = [synthetic if len(streams) == 2 else next(iter(streams))
-                 for synthetic in synthetic_places(step, config.batch_size, share)]  # fmt: skip
-        samples = [next(streams[synthetic]) for synthetic in which]
-        weights = torch.tensor([mixture.weight if synthetic and len(streams) == 2 else 1.0 for synthetic in which])
-        images, masks = zip(*samples, strict=True)
-        yield torch.stack(images), torch.stack(masks), weights
+        The real images of a seed come in the same order and with the same draws, whatever they are mixed with.
+        """
+        streams = {kind: draws.stream(kind, config) for kind, draws in self.draws.items()}
+        share = self.ratio / (1 + self.ratio)
+        for step in count():
+            kinds = ["synthetic" if synthetic else "real"
+                     for synthetic in synthetic_places(step, config.batch_size, share)]  # fmt: skip
+            kinds = kinds if len(streams) == 2 else [next(iter(streams))] * config.batch_size
+            images, masks = zip(*(next(streams[kind]) for kind in kinds), strict=True)
+            yield torch.stack(images), torch.stack(masks)
 
 
 def synthetic_places(step: int, batch_size: int, share: float) -> list[bool]:
@@ -122,14 +102,75 @@ def synthetic_places(step: int, batch_size: int, share: float) -> list[bool]:
     return [place >= batch_size - (after - before) for place in range(batch_size)]
 
 
+def train_arm(
+    mixture: Mixture,
+    config: SegmenterConfig,
+    validation: Draws,
+    rule: Rule,
+    steps: int | None = None,
+    start: AnySegmenter | None = None,
+    log: Callable[[str], None] = print,
+) -> AnySegmenter:
+    """A segmenter that learned from a mixture for so many steps, or until the plateau of the rule and what follows.
+
+    start: what it begins with, and changes; none: the initial weights of the seed. `settings` of the result hold
+    steps_taken and validation_miou.
+    """
+    classes = validation.split.palette.num_classes
+    segmenter = start or build_segmenter(classes, config.width, config.seed, config.architecture)
+    segmenter.to(pick_device())
+    shift = log_weights(mixture.class_weights)
+    look = lambda: mean_iou(count_pixels(segmenter, validation, config, shift))  # noqa: E731
+    rates = learning_rates(config, rule, steps, look)
+    taken = fit(segmenter, mixture.batches(config), mixture.class_weights, config, log, rates)
+    found = {"num_classes": classes, "steps_taken": taken}
+    segmenter.settings |= config.content | found
+    segmenter.settings["validation_miou"] = mean_iou(count_pixels(segmenter, validation, config))
+    return segmenter
+
+
+def learning_rates(
+    config: SegmenterConfig, rule: Rule, steps: int | None, look: Callable[[], float]
+) -> Iterator[float]:
+    """The learning rate of each step: it rises, stays, and falls to zero over the last quarter of the steps.
+
+    So the length need not be known while it stays (Hägele et al. 2024, arXiv:2405.18392): until the validation mIoU,
+    which `look` returns, has had no new best for a while, or for `config.steps` at most. steps: the whole length, where
+    it is set; then nobody looks.
+    """
+    best, since, step = -1.0, 0, 0
+    held = config.steps if steps is None else steps - steps // COOLED
+    while step < held and since < rule.patience:
+        yield config.learning_rate * min(1.0, (step + 1) / min(WARM, held))
+        step += 1
+        if steps is None and step % rule.every == 0:
+            score = look()
+            best, since = (score, 0) if score > best + BETTER else (best, since + 1)
+    falling = step // (COOLED - 1) if steps is None else steps - held
+    yield from (config.learning_rate * left / (falling + 1) for left in range(falling, 0, -1))
+
+
+def mean_iou(counts: np.ndarray) -> float:
+    """The mIoU of `class_counts` of images, [N, K, 3], over the classes that the masks hold; 0 where none is there."""
+    return round(float(iou_of_counts(torch.from_numpy(counts.sum(0))).nanmean().nan_to_num()), 5)
+
+
 @torch.no_grad()
-def count_pixels(segmenter: Segmenter, split: Split) -> np.ndarray:
-    """`class_counts` of each test image, int64 [images, K, 3]: pixels in the mask, in the prediction, and in both."""
-    settings, found = segmenter.settings, []
-    pairs = PairedDataset(split, settings["resolution"], AUGMENTS["none"], 0, settings["fit"])
-    for first in range(0, len(pairs), 32):
-        samples = [pairs.sample(row, 0) for row in range(first, min(first + 32, len(pairs)))]
-        predicted = predict(segmenter, torch.stack([sample.image for sample in samples]))
-        for ids, sample in zip(predicted, samples, strict=True):
-            found.append(class_counts(confusion_matrix(ids, sample.mask, segmenter.num_classes)))
+def count_pixels(
+    segmenter: AnySegmenter, draws: Draws, config: SegmenterConfig, shift: torch.Tensor | None = None
+) -> np.ndarray:
+    """`class_counts` of each image, int64 [images, K, 3]: pixels in the mask, in the prediction, and in both.
+
+    shift: taken off the logits, [K]. A segmenter that is in training goes on training.
+    """
+    training, device, found = segmenter.training, next(segmenter.parameters()).device, []
+    lower = 0.0 if shift is None else shift.to(device)[:, None, None]
+    segmenter.eval()
+    for first in range(0, len(draws.split), 32):
+        rows = range(first, min(first + 32, len(draws.split)))
+        images, masks = zip(*(draws.sample(row, 0, config) for row in rows), strict=True)
+        predicted = (segmenter(torch.stack(images).to(device)) - lower).argmax(1).byte().cpu()
+        found += [class_counts(confusion_matrix(*pair, segmenter.num_classes))
+                  for pair in zip(predicted, masks, strict=True)]  # fmt: skip
+    segmenter.train(training)
     return torch.stack(found).numpy()

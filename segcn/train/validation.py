@@ -28,7 +28,7 @@ from segcn.evaluate.evaluator import PARTED, check_classes, measure
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline, generate
 from segcn.models.base import reconstruct
-from segcn.models.segmenter import AnySegmenter, Segmenter, SegmenterConfig, load_segmenter, segmenter_of
+from segcn.models.segmenter import AnySegmenter, SegmenterConfig, load_segmenter, segmenter_of
 from segcn.train.checkpoint import record_best
 from segcn.train.config import TrainConfig
 from segcn.train.latent_cache import cache_root
@@ -66,7 +66,7 @@ def convergence_step(steps: Sequence[int], fractions: Sequence[float]) -> int | 
 class HeldOutScorer:
     """What stays the same from validation to validation."""
 
-    segmenter: Segmenter
+    segmenter: AnySegmenter
     rows: Split  # held out
     masks: np.ndarray  # uint8 [N, R, R], class ids
     ceiling: dict  # what `measure` finds on the real images
