@@ -21,8 +21,9 @@ from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import check_split, read_split, write_metadata
 from segcn.data.palette import Label, Palette
 from segcn.models.segmenter import SegmenterConfig, train_segmenter
+from segcn.notebook import app
 from segcn.notebook import run as running
-from segcn.notebook.config import RunConfig
+from segcn.notebook.config import AppConfig, RunConfig
 from segcn.notebook.workspace import check_cells, with_parameters
 from segcn.utils.errors import UserError
 from segcn.utils.paths import OUTPUTS, ROOT
@@ -32,7 +33,7 @@ LESSON_COMMON = {"pretrained_model_name_or_path", "output_dir"}
 COMMON = LESSON_COMMON | {"preset", "dataset_name"}
 NAMES = ["01_inspect_data", "02_paired_augmentation", "03_train", "04_generate", "05_evaluate"]
 LESSON = "00_embedded_base"
-BENCHMARK, SWEEP = "06_benchmark", "07_sweep"
+BENCHMARK, SWEEP, APP = "06_benchmark", "07_sweep", "08_app"
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -69,7 +70,7 @@ def test_logic_is_in_the_package_and_prose_before_each_code_cell(path):
 
 
 def test_segcn_run_takes_the_parameters_of_the_five_notebooks_and_passes_on_what_each_has():
-    assert [path.stem for path in NOTEBOOKS] == [LESSON, *NAMES, BENCHMARK, SWEEP]
+    assert [path.stem for path in NOTEBOOKS] == [LESSON, *NAMES, BENCHMARK, SWEEP, APP]
     assert [path.stem for path in running.choose("")] == NAMES
     assert [path.stem for path in running.choose("03,4")] == ["03_train", "04_generate"]
     with pytest.raises(UserError, match="no notebook 09"):
@@ -80,6 +81,19 @@ def test_segcn_run_takes_the_parameters_of_the_five_notebooks_and_passes_on_what
     given = [running.parameters_for(path, config) for path in running.choose("01,03,04")]
     common = {"preset": "tiny", "dataset_name": "mine"}
     assert given == [common, common | {"max_train_steps": 7}, common | {"limit": 9}]
+
+
+def test_segcn_app_fills_in_the_parameters_of_the_notebook_that_voila_serves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = set(papermill.inspect_notebook(str(app.NOTEBOOK)))
+    assert set(AppConfig.__dataclass_fields__) == names | app.OF_SERVER
+    (tmp_path / "08.ipynb").write_text(app.with_settings(app.NOTEBOOK, AppConfig(dataset_name="mine", resolution=64)))
+    book = nbformat.read(tmp_path / "08.ipynb", 4)
+    nbformat.validate(book)
+    given: dict = {}
+    exec(code_cells(book)[0].source, given)
+    assert set(given) == names | {"__builtins__"} and given["resolution"] == 64
+    assert given["dataset_name"] == str(tmp_path / "mine") and given["segmenter"] == ""
 
 
 def test_paths_of_the_command_line_count_from_where_it_is_given(tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ ELSEWHERE = {  # what is run in another place, and a word that it has there
     "sbatch": ("tests/test_launch.py", "train.sbatch"),
     "jupyter lab": ("tests/test_run_all.py", 'Server("lab"'),
     "voila": ("tests/test_run_all.py", '"voila"'),
+    "segcn app": ("tests/test_app.py", '"segcn.cli", "app"'),
 }
 TOY = {  # what makes a command quick; everything else is as the page says
     "accelerate launch": "--resolution=64 --max_train_steps=2",

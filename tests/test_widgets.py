@@ -2,22 +2,28 @@
 
 import dataclasses
 import io
+import subprocess
+import sys
+import threading
 import time
 import timeit
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from segcn.data.masks import colorize, read_mask, write_mask
 from segcn.data.metadata import read_split, save_row
 from segcn.data.palette import Label, Palette
+from segcn.evaluate.metrics import confusion_matrix, iou
 from segcn.generate import infer
 from segcn.generate.config import SampleConfig
 from segcn.generate.infer import read_settings
 from segcn.generate.pipeline import load_pipeline
-from segcn.notebook import widgets
+from segcn.models.segmenter import build_segmenter
+from segcn.notebook import canvas, gallery, widgets
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
 from segcn.utils.paths import BASE
@@ -41,11 +47,12 @@ def panel(pipeline, split, tmp_path, monkeypatch):
 def quick_panel(panel, monkeypatch):
     """A panel whose images are the seed's grey and take no time; each step of the painting is announced."""
 
-    def fake_generate(pipeline, masks, captions, rows, settings, on_step):
+    def fake_generate(pipeline, masks, captions, rows, settings, size, on_guess):
+        image = np.full((1, *size, 3), settings.seed % 256, np.uint8)
         for step in range(settings.num_inference_steps):
-            if on_step(step + 1):
+            if on_guess(step + 1, lambda: image):
                 break
-        return np.full((*masks.shape, 3), settings.seed % 256, np.uint8)
+        return image
 
     monkeypatch.setattr(infer, "generate", fake_generate)
     return panel
@@ -126,12 +133,12 @@ def test_a_row_that_would_spoil_the_data_set_is_refused(tmp_path, split):
 
 def test_the_legend_names_every_class_and_what_the_eraser_leaves():
     void = Palette((Label(3, "air", (1, 2, 3)), Label(7, "void", (9, 9, 9), ignore=True)))
-    air, left = widgets.painter_labels(void)
+    air, left = canvas.painter_labels(void)
     assert air == {"id": 3, "name": "air", "color": [1, 2, 3]}
     assert left == {"id": 255, "name": "void", "color": [0, 0, 0]}
     own = Palette((Label(0, "Unlabelled", (0, 0, 0)), Label(1, "air", (1, 2, 3))))
-    assert widgets.erased(own) == (0, "Unlabelled") and len(widgets.painter_labels(own)) == 2
-    assert widgets.erased(Palette((Label(1, "air", (1, 2, 3)),))) == (255, "unlabelled")
+    assert canvas.erased(own) == (0, "Unlabelled") and len(canvas.painter_labels(own)) == 2
+    assert canvas.erased(Palette((Label(1, "air", (1, 2, 3)),))) == (255, "unlabelled")
 
 
 def upload(panel, name, content):
@@ -143,10 +150,13 @@ def test_a_mask_comes_from_a_row_a_path_or_an_upload_and_a_bad_one_changes_nothi
     assert (panel.canvas.mask == row_mask(split, 0)).all()
     panel.picker.row.value = 1
     assert (panel.canvas.mask == row_mask(split, 1)).all() and panel.controls.prompt.value == split[1].caption
+    panel.controls.prompt.value = "my own words"
+    panel.picker.row.value = 2
+    assert panel.controls.prompt.value == "my own words"  # what a person wrote stays
     mask = pair(side=64)[1]
     write_mask(tmp_path / "own.png", mask, split.palette)
     panel.picker.path.value = str(tmp_path / "own.png")
-    assert (panel.canvas.mask == mask).all() and panel.controls.prompt.value == split[1].caption
+    assert (panel.canvas.mask == mask).all() and panel.controls.prompt.value == "my own words"
     write_mask(tmp_path / "next.png", mask.T.copy(), split.palette)
     upload(panel, "next.png", (tmp_path / "next.png").read_bytes())
     assert (panel.canvas.mask == mask.T).all() and panel.picker.upload.value == ()
@@ -266,14 +276,14 @@ def test_the_history_leads_back_and_an_old_picture_can_be_painted_again(quick_pa
     press(panel, panel.generate_button)
     again = images(panel)[0]
     assert again is not first and again.record == first.record
-    gallery = panel.gallery
-    gallery.begin(2)
-    gallery.add(first)
-    gallery.back.click()
-    gallery.add(first)  # what is generated meanwhile does not turn the page
-    assert len(gallery.cards) == 1 and len(gallery.entries[-1]) == 2
-    gallery.forward.click()
-    assert len(gallery.cards) == 2 and all(card.image.value for card in gallery.cards)
+    shown = panel.gallery
+    shown.begin(2)
+    shown.add(first)
+    shown.back.click()
+    shown.add(first)  # what is generated meanwhile does not turn the page
+    assert len(shown.cards) == 1 and len(shown.entries[-1]) == 2
+    shown.forward.click()
+    assert len(shown.cards) == 2 and all(card.image.value for card in shown.cards)
 
 
 def test_the_mask_is_laid_over_the_picture(quick_panel, split):
@@ -324,21 +334,143 @@ def test_an_error_is_shown_and_the_panel_goes_on(quick_panel, monkeypatch):
     assert "needs a caption" in quick_panel.status.value and not quick_panel.gallery.cards[0].save_button.disabled
 
 
-def test_stop_drops_the_picture_at_work_and_keeps_those_before(panel, monkeypatch):
-    def slow(pipeline, masks, captions, rows, settings, on_step):
+def test_stop_keeps_what_there_is_and_a_preview_is_seen_before(panel, monkeypatch):
+    def slow(pipeline, masks, captions, rows, settings, size, on_guess):
         first = settings.seed == panel.controls.seed.value
-        while not on_step(1) and not first:
+        while not on_guess(1, lambda: np.full((1, *size, 3), 9, np.uint8)) and not first:
             time.sleep(0.01)
-        return np.zeros((*masks.shape, 3), np.uint8)
+        return np.zeros((1, *size, 3), np.uint8)
 
+    seen = []
     monkeypatch.setattr(infer, "generate", slow)
+    monkeypatch.setattr(widgets, "PREVIEWS", 0)
+    monkeypatch.setattr(panel.gallery, "foresee", seen.append)
     panel.controls.number.value = 3
     panel.generate_button.click()
-    await_status(panel, "Generating 2 of 3")
+    await_status(panel, "Generating 2 of 3: step 1 of 2, about ")
     panel.stop_button.click()
     wait(panel)
-    assert panel.status.value == "Stopped in step 1 of 2; 1 of 3 generated."
-    assert len(panel.gallery.cards) == 1 and panel.stop_button.disabled and not panel.generate_button.disabled
+    assert panel.status.value == "Stopped; 1 of 3 generated, and one as far as it was."
+    assert ["stopped" in image.record for image in images(panel)] == [False, True] and (seen[0] == 9).all()
+    assert panel.gallery.grid.children == tuple(panel.gallery.cards)  # the preview is gone
+    assert panel.stop_button.disabled and not panel.generate_button.disabled
+
+
+def test_the_preview_is_close_to_the_image_and_a_stopped_image_is_the_preview(pipeline, split):
+    guesses, mask = {}, row_mask(split, 0)
+    settings = dataclasses.replace(SETTINGS, num_inference_steps=8)
+    (whole,) = infer.generate_each(
+        pipeline, [(mask, "a lake", settings)], lambda step, guess: guesses.update({step: guess()})
+    )
+    assert list(guesses) == list(range(1, 9)) and "stopped" not in whole.record
+    far = [np.abs(guess[0].astype(int) - whole.image).mean() for guess in guesses.values()]
+    assert far[-1] < 1 and far[-1] <= far[0]
+    orders = [(mask, "a lake", settings)] * 2
+    (part,) = infer.generate_each(pipeline, orders, lambda step, guess: step == 3)
+    assert part.record["stopped"] == 3 and (part.image == guesses[3][0]).all()
+
+
+def test_blank_starts_with_a_class_and_a_mask_without_labels_has_no_effect(panel, split):
+    assert panel.picker.background.value == np.bincount(row_mask(split, 0).ravel()).argmax()
+    panel.picker.background.value = HOUSE
+    panel.picker.blank.click()
+    assert (panel.canvas.mask == HOUSE).all() and panel.canvas.mask.shape == row_mask(split, 0).shape
+    panel.picker.background.value = 255
+    panel.picker.blank.click()
+    panel.controls.lock.value = True
+    press(panel, panel.generate_button)
+    assert "From the text alone: the mask is all unlabelled." in panel.status.value
+    (image,) = images(panel)
+    size = image.mask.shape
+    alone = infer.generate(panel.pipeline, None, [image.caption], [0], image.settings, size)
+    assert image.record["without_control"] and (image.image == alone[0]).all()
+
+
+def test_classes_that_the_mask_holds_and_the_prompt_does_not_are_one_click_away(quick_panel):
+    panel = quick_panel
+    mask = np.zeros_like(panel.canvas.mask)
+    mask[:9], mask[20:30] = HOUSE, 5
+    panel.controls.prompt.value = "a winter landscape"
+    brush(panel, mask)
+    words = ("lake", "house") if "lake" in " ".join(r.caption for r in panel.split.records) else ("river", "house")
+    told = panel.add_button.description
+    assert (
+        told == f"The mask holds {words[0]} and house, the prompt does not: add" and not panel.add_button.layout.display
+    )
+    panel.add_button.click()
+    assert panel.controls.prompt.value == f"a winter landscape, {words[0]} and house"
+    assert panel.add_button.layout.display == "none"
+    panel.controls.prompt.value = "rivers and houses"  # a word of the class, in the plural
+    assert panel.add_button.layout.display == "none"
+    panel.controls.prompt.value = "a drawing of {classes}"
+    assert panel.add_button.layout.display == "none"
+    press(panel, panel.generate_button)
+    assert images(panel)[0].caption == "a drawing of sky, water and house"
+
+
+def test_each_image_says_how_far_it_follows_its_mask(quick_panel, split, monkeypatch):
+    panel, mask = quick_panel, row_mask(split, 0)
+    wrong = mask.copy()
+    wrong[:4] = HOUSE
+    panel.gallery.segmenter = build_segmenter(9, 8)
+    monkeypatch.setattr("segcn.models.segmenter.predict", lambda *_: torch.from_numpy(wrong)[None])
+    press(panel, panel.generate_button)
+    (card,) = panel.gallery.cards
+    expected = float(iou(confusion_matrix(torch.from_numpy(wrong), torch.from_numpy(mask), 9)).nanmean())
+    assert card.agreement.value == f"mIoU {expected:.2f}" and (card.found[1] == (wrong != mask)).all()
+    panel.gallery.view.value = "disagreement"
+    shown = np.asarray(Image.open(io.BytesIO(card.image.value)))
+    assert ((shown == gallery.WRONG).all(2) == (wrong != mask)).all()
+
+
+def test_a_photo_lies_under_the_mask_and_becomes_one(quick_panel, split, monkeypatch, tmp_path):
+    panel, found = quick_panel, row_mask(split, 3)
+    press(panel, panel.mask_button)
+    assert panel.status.value == "Error: there is no photo yet: choose one by Photo"
+    Image.fromarray(np.zeros((100, 50, 3), np.uint8)).save(tmp_path / "photo.png")
+    content = (tmp_path / "photo.png").read_bytes()
+    file = {"name": "photo.png", "type": "", "size": 0, "content": memoryview(content), "last_modified": 0}
+    panel.picker.photo.set_state({"value": [file]})
+    assert panel.canvas.under.shape == (64, 64, 3) and bytes(panel.canvas.photo)[1:4] == b"PNG"
+    panel.gallery.segmenter = build_segmenter(9, 8)
+    monkeypatch.setattr("segcn.models.segmenter.predict", lambda *_: torch.from_numpy(found)[None])
+    press(panel, panel.mask_button)
+    assert (panel.canvas.mask == found).all()
+    panel.picker.size.value = 32
+    panel.picker.blank.click()
+    assert panel.canvas.under is None and not panel.canvas.photo  # it was of another size
+
+
+def test_mask_and_image_are_handed_out_as_files_that_can_be_read_again(quick_panel, split, tmp_path, monkeypatch):
+    files = {}
+    monkeypatch.setattr(
+        quick_panel.canvas, "send", lambda content, buffers: files.update({content["name"]: buffers[0]})
+    )
+    quick_panel.canvas.download_mask()
+    press(quick_panel, quick_panel.generate_button)
+    quick_panel.gallery.cards[0].download_button.click()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert (read_mask(tmp_path / "mask.png", split.palette) == row_mask(split, 0)).all()
+    assert read_settings(tmp_path / "image.png")["prompt"] == [split[0].caption]
+
+
+def test_the_panel_is_there_before_the_model_and_says_what_fails(split, tmp_path, pipeline, monkeypatch):
+    monkeypatch.setattr(widgets, "SETTLING", 0)
+    words = "import sys, segcn.notebook.app; sys.exit(len({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", words]).returncode == 0
+    come, panel = threading.Event(), widgets.Panel(None, split, tmp_path / "saved", SETTINGS)
+    panel.load(lambda: (come.wait(60), (pipeline, None))[1])
+    panel.generate_button.click()
+    await_status(panel, "Loading the model ...")
+    come.set()
+    wait(panel)
+    assert panel.status.value.startswith("Generated 1 of 1") and not panel.save_dir.exists()
+    panel = widgets.Panel(None, split, tmp_path / "saved", SETTINGS)
+    panel.load(lambda: 1 / 0)
+    panel.loader.join()
+    press(panel, panel.generate_button)
+    assert panel.status.value == "Error: division by zero"
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ MIRRORED_WORD = re.compile(
 LETTER = re.compile(r"(?:^|(?<=[ _.-]))[LRlr](?=$|[ _.-])")  # L_lung, kidney-r
 OTHER_LETTER = str.maketrans("LRlr", "RLrl")
 PHRASES = re.compile(r"(\s*[,;]\s*(?:and\s+)?|\s+(?:and|with|of|showing|containing)\s+)", re.IGNORECASE)  # between them
+CLASSES = "{classes}"  # in a prompt: becomes the classes of the mask
 FUNCTION_WORDS = {"a", "an", "and", "at", "by", "in", "of", "on", "the", "to", "with"}
 
 
@@ -90,10 +91,19 @@ def without_classes(caption: str, palette: Palette) -> str:
     return text
 
 
-@lru_cache
+def classes_named(caption: str, palette: Palette) -> set[int]:
+    """The ids of the classes that a caption names: by name, one of their `words`, or the plural."""
+    labels = [label for label in palette.labels if not label.ignore]
+    return {label.id for label in labels if _finder((label.name, *label.words)).search(caption)}
+
+
 def _class_words(palette: Palette) -> re.Pattern:
     """Finds a name or word of a class, also in the plural."""
-    names = [word for label in palette.labels if not label.ignore for word in (label.name, *label.words)]
+    return _finder(tuple(word for label in palette.labels if not label.ignore for word in (label.name, *label.words)))
+
+
+@lru_cache(512)
+def _finder(names: tuple[str, ...]) -> re.Pattern:
     words = [re.escape(re.sub(r"[\W_]+", " ", name).strip()).replace(r"\ ", r"[\W_]+") for name in names]
     return re.compile(rf"(?<![^\W_])(?:{'|'.join(filter(None, words)) or '(?!)'})(?:e?s)?(?![^\W_])", re.IGNORECASE)
 

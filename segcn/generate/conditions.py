@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from segcn.data.captions import classes_of, mirrored, mirrored_ids, without_classes
+from segcn.data.captions import CLASSES, classes_of, mirrored, mirrored_ids, without_classes
 from segcn.data.dataset import read_framed_mask
 from segcn.data.importers.palettes import is_dataset, mask_files
 from segcn.data.masks import read_mask
@@ -26,7 +26,7 @@ from segcn.utils import rng
 from segcn.utils.errors import UserError, refuse_failed
 from segcn.utils.progress import Progress
 
-CLASSES, CAPTION = "{classes}", "{caption}"
+CAPTION = "{caption}"
 ONE_OF = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")  # {by day|at night}
 CHECKED_AT_ONCE = 256  # masks
 

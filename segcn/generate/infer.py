@@ -1,6 +1,7 @@
 """One mask and one or more prompts to images, whose PNG records the settings that they were made with."""
 
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,9 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from segcn.data.dataset import read_framed_mask
 from segcn.data.files import open_image
 from segcn.data.metadata import save_row
-from segcn.data.palette import Palette, find_palette
+from segcn.data.palette import IGNORE, Palette, find_palette
 from segcn.generate.config import InferConfig, SampleConfig
-from segcn.generate.pipeline import Pipeline, check_sampling, generate, load_pipeline
+from segcn.generate.pipeline import OnGuess, Pipeline, check_sampling, generate, load_pipeline
 from segcn.utils.errors import UserError
 from segcn.utils.io import aside, write_whole
 
@@ -67,7 +68,13 @@ class GeneratedImage:
     mask: np.ndarray  # uint8 [H, W] class ids
     caption: str
     settings: SampleConfig
-    record: dict[str, Any]  # see `made_with`
+    record: dict[str, Any]  # see `made_with`; stopped: the step after which it was not generated further
+
+    def png(self) -> bytes:
+        """The image as a PNG file that holds its settings."""
+        file = io.BytesIO()
+        Image.fromarray(self.image).save(file, format="PNG", pnginfo=in_chunk(self.record))
+        return file.getvalue()
 
     def save(self, folder: str | Path, palette: Palette) -> int:
         """Append image, mask, caption and settings to a data set folder; returns the row's number. See `save_row`."""
@@ -75,25 +82,29 @@ class GeneratedImage:
 
 
 def generate_each(
-    pipeline: Pipeline, orders: Iterable[Order], on_step: Callable[[int], bool | None] | None = None
+    pipeline: Pipeline, orders: Iterable[Order], on_guess: OnGuess | None = None
 ) -> Iterator[GeneratedImage]:
     """Generate one image after the other, so that the first is seen early and masks may differ in size.
 
-    on_step: called with the number of each denoising step; True stops: this image is dropped, and none follows.
+    A mask that is unlabelled everywhere has no effect: its image is generated from the text alone. on_guess: see
+    `generate`; True stops: the image at work is the last, as it is in this step, and its record says so.
     """
-    stopped = False
+    stopped = 0
 
-    def after_step(step: int) -> bool:
+    def after_step(step: int, guess: Callable[[], np.ndarray]) -> bool:
         nonlocal stopped
-        stopped = bool(on_step and on_step(step))
-        return stopped
+        stopped = step if on_guess and on_guess(step, guess) else 0
+        return stopped > 0
 
     for mask, caption, settings in orders:
-        image = generate(pipeline, mask[None], [caption], [0], settings, on_step=after_step)[0]
+        masks = None if (mask == IGNORE).all() else mask[None]
+        image = generate(pipeline, masks, [caption], [0], settings, mask.shape, on_guess=after_step)[0]
+        used = dataclasses.replace(settings, controlnet_model_name_or_path=pipeline.controlnet_folder)
+        record = made_with(pipeline, used, [caption], [(used.seed, 0)])
+        record |= ({} if masks is not None else {"without_control": True}) | ({"stopped": stopped} if stopped else {})
+        yield GeneratedImage(image, mask, caption, used, record)
         if stopped:
             return
-        used = dataclasses.replace(settings, controlnet_model_name_or_path=pipeline.controlnet_folder)
-        yield GeneratedImage(image, mask, caption, used, made_with(pipeline, used, [caption], [(used.seed, 0)]))
 
 
 def infer(config: InferConfig) -> Path:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ CONTROL_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps
 KEPT_CAPTIONS = 256  # embeddings that a pipeline keeps: 60 MB with Stable Diffusion 1.5
 Sampler = Callable[[Callable[[torch.Tensor, int], torch.Tensor], torch.Tensor, Any], torch.Tensor]  # see `generate`
 OnStep = Callable[[int], bool | None]
+OnGuess = Callable[[int, Callable[[], np.ndarray]], bool | None]
 
 
 @dataclass
@@ -177,6 +178,7 @@ def generate(
     size: tuple[int, int] | None = None,
     on_step: OnStep | None = None,
     sampler: Sampler | None = None,
+    on_guess: OnGuess | None = None,
 ) -> np.ndarray:
     """Generate an image for each mask and caption: uint8 [B, H, W, 3].
 
@@ -184,7 +186,9 @@ def generate(
     (settings.seed, its entry in rows) alone. on_step: called with the number of each finished step; True stops.
     sampler(denoise, noise, scheduler): replaces the loop over the steps, and returns latents [B, C, h, w], where
     denoise(latents, step) is the guided prediction at scheduler.timesteps[step] and noise is float32 [B, C, h, w]; it
-    is not asked for `on_step`. UserError for settings out of range and a size that the base cannot have.
+    is not asked for `on_step`. on_guess: as on_step, and called also with a function that gives the images as the
+    network guesses them in this step, uint8 [B, H, W, 3]; where it stops, these are the images. UserError for settings
+    out of range and a size that the base cannot have.
     """
     check_sampling(settings)
     base = pipeline.base
@@ -195,7 +199,7 @@ def generate(
     negative = torch.stack([pipeline.embedding(settings.negative_prompt)] * len(captions))
     text = torch.stack([pipeline.embedding(caption) for caption in captions])
     control = None if masks is None else to_control(masks, pipeline.palette).to(noise.device, base.dtype)
-    latents = denoising_loop(pipeline, noise, negative, text, control, settings, on_step, sampler)
+    latents = denoising_loop(pipeline, noise, negative, text, control, settings, on_step, sampler, on_guess)
     return to_uint8(decode(base.vae, latents))
 
 
@@ -226,6 +230,7 @@ def denoising_loop(
     settings: SampleConfig,
     on_step: OnStep | None = None,
     sampler: Sampler | None = None,
+    on_guess: OnGuess | None = None,
 ) -> torch.Tensor:
     """Noise float32 [B, C, h, w] to scaled latents [B, C, h, w].
 
@@ -261,10 +266,23 @@ def denoising_loop(
         return sampler(denoise, noise, scheduler)
     latents = noise
     for step, timestep in enumerate(scheduler.timesteps):
-        latents = scheduler.step(denoise(latents, step), timestep, latents).prev_sample
+        noisy, prediction = latents, denoise(latents, step)
+        latents = scheduler.step(prediction, timestep, noisy).prev_sample
         if on_step and on_step(step + 1):
             break
+        guess = partial(clean_guess, scheduler, prediction, noisy, timestep)
+        if on_guess and on_guess(step + 1, lambda guess=guess: to_uint8(decode(pipeline.base.vae, guess()))):
+            return guess()
     return latents
+
+
+def clean_guess(scheduler: Any, prediction: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """What a prediction says that noisy latents [B, C, h, w] are without their noise (arXiv:2202.00512)."""
+    alpha = scheduler.alphas_cumprod[int(timestep)].to(noisy).sqrt()
+    sigma, kind = (1 - alpha**2).sqrt(), scheduler.config.prediction_type
+    if kind == "sample":
+        return prediction
+    return alpha * noisy - sigma * prediction if kind == "v_prediction" else (noisy - sigma * prediction) / alpha
 
 
 def guidance_at(settings: SampleConfig, step: int, steps: int) -> float:

@@ -1,9 +1,10 @@
-"""Settings of `segcn run`: the parameters of notebooks 01 to 05."""
+"""Settings of `segcn run` and `segcn app`: the parameters of notebooks 01 to 05, and of 08."""
 
 from dataclasses import dataclass
 
 from segcn.data.config import FITS
 from segcn.utils.args import PRECISIONS, flag
+from segcn.utils.paths import BASE, OUTPUTS, ROOT
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,22 @@ class RunConfig:
     replace: bool = flag(False, "delete data sets of other settings, which are otherwise kept under another name")
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
     only: str = flag("", "some of the notebooks, such as 03,04")
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """Paint masks and generate images in the browser. Ctrl+C ends it."""
+
+    dataset_name: str = flag(str(ROOT / "data" / "examples"), "data set whose masks and captions can be chosen")
+    pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
+    lora: str = flag("", "LoRA of the base; none: none")
+    controlnet_model_name_or_path: str = flag(
+        "", "ControlNet folder; none: the newest trained one whose palette matches, else the shipped one"
+    )
+    segmenter: str = flag("", "segmenter folder; none: the one beside the base, where its classes are the palette's")
+    output_dir: str = flag(str(OUTPUTS / "app"), "data set that Save writes to; nothing is written before")
+    resolution: int = flag(0, "image size in pixels; 0: each mask's own", low=0)
+    fit: str = flag("crop", "how --resolution makes a mask square: crop, pad or stretch", FITS)
+    mixed_precision: str = flag("no", "no, fp16 or bf16", PRECISIONS)
+    port: int = flag(8866, "of the address in the browser; the next free one where it is taken", low=0, high=65535)
+    no_browser: bool = flag(False, "print the address, and open no browser")

@@ -1,0 +1,85 @@
+"""`segcn app`: the panel alone, in the browser. voila serves notebook 08 with the settings of the command line."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from segcn.data.metadata import hold_out, read_named_split
+from segcn.generate.config import SampleConfig
+from segcn.notebook.config import AppConfig
+from segcn.notebook.widgets import Panel
+from segcn.utils.args import make, preset_of_base
+from segcn.utils.errors import UserError
+from segcn.utils.paths import ROOT, from_root
+
+NOTEBOOK = ROOT / "notebooks" / "08_app.ipynb"
+OF_SERVER = {"port", "no_browser"}  # settings that are no parameters of the notebook
+FOLDERS = ("dataset_name", "pretrained_model_name_or_path", "lora", "controlnet_model_name_or_path", "segmenter",
+           "output_dir")  # fmt: skip
+
+
+def open_app(**parameters: Any) -> Panel:
+    """The panel over a data set's masks, held-out ones where there are; the model is loaded while it is looked at.
+
+    parameters: those of AppConfig that are not ""; relative paths start at the repository's root. UserError for a data
+    set that cannot be read; what is wrong with the models is told in the panel.
+    """
+    config = make(AppConfig, **{name: value for name, value in parameters.items() if value != ""})
+    folders = {name: str(from_root(path)) for name in FOLDERS if (path := getattr(config, name))}
+    dataset, base = folders["dataset_name"], folders["pretrained_model_name_or_path"]
+    try:
+        split = read_named_split(dataset, hold_out(dataset)[1])
+    except UserError:
+        split = read_named_split(dataset, "train")  # too few to hold some out
+    settings = make(
+        SampleConfig, preset_of_base(base), pretrained_model_name_or_path=base, lora=folders.get("lora"),
+        controlnet_model_name_or_path=folders.get("controlnet_model_name_or_path"), fit=config.fit,
+        resolution=config.resolution or None, mixed_precision=config.mixed_precision,
+    )  # fmt: skip
+
+    def models():
+        from segcn.data.visualize import quiet
+        from segcn.generate.pipeline import load_pipeline
+        from segcn.models.segmenter import open_segmenter, shipped_segmenter
+
+        quiet()
+        pipeline = load_pipeline(settings, split.palette)
+        if "segmenter" in folders:
+            return pipeline, open_segmenter(folders["segmenter"], split.palette, config.resolution or 512, config.fit)
+        return pipeline, shipped_segmenter(base, split.palette)
+
+    panel = Panel(None, split, folders["output_dir"], settings)
+    panel.add_class("segcn-app")
+    panel.load(models)
+    return panel
+
+
+def serve(config: AppConfig) -> None:
+    """Serve the panel until Ctrl+C, and print its address; each page in a browser has a kernel of its own."""
+    from voila.app import Voila
+
+    class App(Voila):
+        """voila that says where it is in one line."""
+
+        def launch_browser(self) -> None:
+            print(f"segcn app: {self.display_url}  (Ctrl+C ends it)", flush=True)
+            if not config.no_browser:
+                super().launch_browser()
+
+    with TemporaryDirectory() as folder:
+        notebook = Path(folder) / NOTEBOOK.name
+        notebook.write_text(with_settings(NOTEBOOK, config))
+        words = [str(notebook), "--Voila.log_level=WARN", "--Voila.ip=127.0.0.1", f"--port={config.port}", "--token"]
+        App.launch_instance([*words, "--VoilaConfiguration.show_tracebacks=True"])
+
+
+def with_settings(notebook: Path, config: AppConfig) -> str:
+    """A notebook with a config in place of its parameters; paths of a command line count from where it is given."""
+    book = json.loads(notebook.read_text())
+    cell = next(cell for cell in book["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    given = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in OF_SERVER}
+    given |= {name: str(Path(given[name]).expanduser().absolute()) for name in FOLDERS if given[name]}
+    cell["source"] = "".join(f"{name} = {value!r}\n" for name, value in given.items())
+    return json.dumps(book)
