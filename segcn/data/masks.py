@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -112,7 +112,7 @@ def read_mask(path: str | Path, palette: Palette) -> np.ndarray:
     return stored.values.astype(np.uint8, copy=False)
 
 
-def write_mask(path: str | Path, mask: np.ndarray, palette: Palette) -> None:
+def write_mask(path: str | Path | BinaryIO, mask: np.ndarray, palette: Palette) -> None:
     """Write class ids, uint8 [H, W], as a palette PNG: its array is the ids, its RGB view the colors.
 
     ValueError for another type or shape.

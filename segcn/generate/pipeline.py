@@ -262,6 +262,9 @@ def denoising_loop(
         guided = without_text + guidance * (with_text - without_text)
         return rescale_noise_cfg(guided, with_text, settings.guidance_rescale) if settings.guidance_rescale else guided
 
+    def to_pixels(guess: torch.Tensor) -> np.ndarray:
+        return to_uint8(decode(pipeline.base.vae, guess))
+
     if sampler is not None:
         return sampler(denoise, noise, scheduler)
     latents = noise
@@ -270,9 +273,10 @@ def denoising_loop(
         latents = scheduler.step(prediction, timestep, noisy).prev_sample
         if on_step and on_step(step + 1):
             break
-        guess = partial(clean_guess, scheduler, prediction, noisy, timestep)
-        if on_guess and on_guess(step + 1, lambda guess=guess: to_uint8(decode(pipeline.base.vae, guess()))):
-            return guess()
+        if on_guess:
+            guess = clean_guess(scheduler, prediction, noisy, timestep)
+            if on_guess(step + 1, partial(to_pixels, guess)):
+                return guess
     return latents
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from segcn.data.metadata import hold_out, read_named_split
+from segcn.data.metadata import find_splits, read_named_split
 from segcn.generate.config import SampleConfig
 from segcn.notebook.config import AppConfig
 from segcn.notebook.widgets import Panel
 from segcn.utils.args import make, preset_of_base
-from segcn.utils.errors import UserError
 from segcn.utils.paths import ROOT, from_root
 
 NOTEBOOK = ROOT / "notebooks" / "08_app.ipynb"
@@ -21,7 +20,7 @@ FOLDERS = ("dataset_name", "pretrained_model_name_or_path", "lora", "controlnet_
 
 
 def open_app(**parameters: Any) -> Panel:
-    """The panel over a data set's masks, held-out ones where there are; the model is loaded while it is looked at.
+    """The panel over a data set's masks, those of test/ where it has one; the model is loaded while it is looked at.
 
     parameters: those of AppConfig that are not ""; relative paths start at the repository's root. UserError for a data
     set that cannot be read; what is wrong with the models is told in the panel.
@@ -29,10 +28,7 @@ def open_app(**parameters: Any) -> Panel:
     config = make(AppConfig, **{name: value for name, value in parameters.items() if value != ""})
     folders = {name: str(from_root(path)) for name in FOLDERS if (path := getattr(config, name))}
     dataset, base = folders["dataset_name"], folders["pretrained_model_name_or_path"]
-    try:
-        split = read_named_split(dataset, hold_out(dataset)[1])
-    except UserError:
-        split = read_named_split(dataset, "train")  # too few to hold some out
+    split = read_named_split(dataset, "test" if "test" in find_splits(dataset) else "train")
     settings = make(
         SampleConfig, preset_of_base(base), pretrained_model_name_or_path=base, lora=folders.get("lora"),
         controlnet_model_name_or_path=folders.get("controlnet_model_name_or_path"), fit=config.fit,

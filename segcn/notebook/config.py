@@ -61,5 +61,5 @@ class AppConfig:
     resolution: int = flag(0, "image size in pixels; 0: each mask's own", low=0)
     fit: str = flag("crop", "how --resolution makes a mask square: crop, pad or stretch", FITS)
     mixed_precision: str = flag("no", "no, fp16 or bf16", PRECISIONS)
-    port: int = flag(8866, "of the address in the browser; the next free one where it is taken", low=0, high=65535)
+    port: int = flag(8866, "of the address in the browser; the next free one where it is taken", low=1, high=65535)
     no_browser: bool = flag(False, "print the address, and open no browser")

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
@@ -22,7 +23,7 @@ VIEWS = ("image", "outlines", "classes", "mask", "disagreement")
 WRONG = np.array((255, 0, 255), np.uint8)  # color of pixels in which the segmenter disagrees
 
 
-def as_png(image: np.ndarray) -> bytes:
+def png_file(image: np.ndarray) -> bytes:
     """uint8 [H, W, 3] as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="PNG")
@@ -61,7 +62,7 @@ class Card(w.VBox):
         self.image = w.Image()  # it can have no tooltip
         self.image.add_class("segcn-image")
         self.save_button, self.reuse_button, self.download_button = (
-            button(text, lambda act=act: act(self)) for text, act in actions.items()
+            button(text, partial(act, self)) for text, act in actions.items()
         )
         self.agreement = w.Label(f"mIoU {found[0]:.2f}" if found else "")
         self.agreement.tooltip = "how far the image follows its mask, by the segmenter: 1 is all of it"
@@ -87,7 +88,7 @@ class Card(w.VBox):
             "classes": lambda: visualize.overlay(image, mask, palette), "mask": lambda: colorize(mask, palette),
             "disagreement": lambda: np.where(self.found[1][..., None], WRONG, image // 2 + 64) if self.found else image,
         }  # fmt: skip
-        self.image.value = as_png(shown[view]())
+        self.image.value = png_file(shown[view]())
 
 
 class Gallery(w.VBox):
@@ -130,7 +131,7 @@ class Gallery(w.VBox):
 
     def foresee(self, image: np.ndarray) -> None:
         """Show what the image at work is going to be, uint8 [H, W, 3], until it is there."""
-        self.preview.value = as_png(image)
+        self.preview.value = png_file(image)
         cards = [] if self.fresh else self.entries[-1]
         if self.fresh or self.shown == len(self.entries) - 1:
             self.grid.children = [*cards, self.preview]

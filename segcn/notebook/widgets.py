@@ -33,7 +33,6 @@ SETTLING = 0.2  # s before a press reads the controls: JupyterLab's press can ov
 PREVIEWS = 0.4  # s at least from one preview to the next
 NAMED_ROWS = 200  # captions in which names of classes are looked for
 DEFAULTS = make(SampleConfig, "tiny")
-SCHEDULERS = SampleConfig.__dataclass_fields__["scheduler"].metadata["choices"]
 SHOWN = {  # control -> setting, or start and end
     "steps": "num_inference_steps", "guidance": "guidance_scale", "strength": "controlnet_conditioning_scale",
     "negative_prompt": "negative_prompt", "scheduler": "scheduler", "seed": "seed",
@@ -65,7 +64,8 @@ class PanelSettings(w.VBox):
         self.strength = w.BoundedFloatText(min=0, max=100, step=0.1, description="mask weight", **half)
         self.guidance_window = w.FloatRangeSlider(description="text acts", **share)
         self.window = w.FloatRangeSlider(description="mask acts", **share)
-        self.scheduler = w.Dropdown(options=SCHEDULERS, description="scheduler", **plain)
+        samplers = SampleConfig.__dataclass_fields__["scheduler"].metadata["choices"]
+        self.scheduler = w.Dropdown(options=samplers, description="scheduler", **plain)
         seed = plain | {"layout": w.Layout(width="246px")}
         self.seed = w.BoundedIntText(max=2 * SEEDS, description="seed", **seed)
         self.lock = w.ToggleButton(layout=w.Layout(width="150px"), tooltip="a new seed a press, or this one")
@@ -307,6 +307,7 @@ class Panel(w.VBox):
     def _generate(self, wanted: "Sequence[Order]") -> None:
         from segcn.generate.infer import generate_each
 
+        assert self.pipeline is not None
         done, steps, began = 0, wanted[0][2].num_inference_steps, time.monotonic()
         seen = began - PREVIEWS  # when the last preview was shown
         self.progress.value, self.progress.max = 0, steps * len(wanted)
