@@ -18,7 +18,7 @@ from segcn.data.visualize import quiet
 from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate.pipeline import Pipeline, load_pipeline
 from segcn.generate.writer import SETTINGS_FILE, differences, generate_dataset
-from segcn.models.segmenter import Segmenter, SegmenterConfig, load_segmenter, shared_folder, shipped_segmenter
+from segcn.models.segmenter import AnySegmenter, SegmenterConfig, load_segmenter, shared_folder, shipped_segmenter
 from segcn.samples.landscapes.scene import sample_landscapes
 from segcn.train.config import TrainConfig
 from segcn.utils import io
@@ -189,7 +189,7 @@ def open_pipeline(config: GenerateConfig, split: Split, log=print) -> Pipeline:
     return pipeline
 
 
-def ready_segmenter(ws: Workspace) -> Segmenter | None:
+def ready_segmenter(ws: Workspace) -> AnySegmenter | None:
     """The one of these rows where a notebook trained it, or the base's own where it has these classes; else None."""
     train, settings = ws.train_split(), SegmenterConfig(resolution=ws.trained("resolution"), fit=ws.trained("fit"))
     folder = shared_folder(ws.cache, train, settings)
