@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import IGNORE, Label, Palette
 from segcn.evaluate.config import EvaluateConfig
 from segcn.evaluate.evaluator import DRAWS_FILE, LEAST_CROP, METRICS_FILE, Observer, evaluate, faithfulness
-from segcn.evaluate.report import comparison, extremes, lookup, metrics_table, report_html, strip
+from segcn.evaluate.metrics import VISIBLE
+from segcn.evaluate.page import extremes, image_scores, report_html, strip
+from segcn.evaluate.report import comparison, lookup, metrics_table
 from segcn.evaluate.run import evaluate_folders
 from segcn.models.features import INCEPTION, INCEPTION_WEIGHTS, open_extractor
 from segcn.models.segmenter import SegmenterConfig, load_segmenter, train_segmenter
@@ -32,6 +35,7 @@ from segcn.utils.io import Process
 
 QUICK = SegmenterConfig(steps=80, batch_size=8, learning_rate=0.015, width=16, resolution=32)
 ROWS = 16
+HERE = Path()
 
 
 @pytest.fixture(autouse=True)
@@ -268,7 +272,7 @@ def test_metrics_of_your_own_are_reported_with_their_intervals(blurred, real, tm
     value, (low, high) = at(found.metrics, "custom", "synthetic", "<accuracy>")
     assert value == pytest.approx((counts[:, 2] / counts[:, 0]).mean().item()) and low < value < high
     assert f"<accuracy>, with mask: {value:.3f} [{low:.3f}, {high:.3f}]" in metrics_table(found.metrics)
-    page = text_of(report_html(found))
+    page = text_of(report_html(found, HERE))
     assert "&lt;accuracy&gt;" in page and f"[{low:.3f}, {high:.3f}]" in page
     found.write(tmp_path)
     assert "<accuracy>, with mask" in comparison(tmp_path, tmp_path)
@@ -284,8 +288,8 @@ def test_table_and_report_name_the_extractor_and_hold_the_numbers_with_their_int
     assert "Fréchet distance (segmenter features)" in text and "kernel distance (segmenter features)" in text
     assert "FID" not in text and "KID" not in text and "mostly bias" in text
     assert all(name in text for name in ("real (ceiling)", "with mask", "no mask (floor)", *PALETTE.names))
-    page = text_of(report_html(blurred))
-    assert page.count("data:image/png;") == 8
+    page = text_of(report_html(blurred, HERE))
+    assert page.count("data:image/png;") == 9
     for words in ("real (ceiling)", "no mask (floor)", "mostly bias", "closest pairs", "expected calibration error",
                   "A class that no mask holds is left out of the mean"):  # fmt: skip
         assert words in page
@@ -296,6 +300,18 @@ def test_table_and_report_name_the_extractor_and_hold_the_numbers_with_their_int
     assert max(map(len, text.splitlines())) <= 100 and f"{149 / 150:.3f}" in text  # narrow with many classes
 
 
+def test_the_report_opens_with_images_then_answers_then_tables_and_names_folders_from_where_it_lies(blurred, folder):
+    page = text_of(report_html(blurred, folder / "reports"))
+    order = [page.index(words) for words in ("the best, the median and the worst", "<dl>", "</dl>", "<table>")]
+    assert order == sorted(order) and page.count("<dt>") == page.count("<dd>") == 6
+    assert "<td>../blurred</td>" in page and f">{folder}" not in page
+    assert f"{VISIBLE} is just visible" in page and page.count("<img") == len(
+        re.findall(r'<img[^>]* alt="[^"]+"', page)
+    )
+    pair = faithfulness(blurred.splits["synthetic"].first(1), blurred.observer.segmenter)["miou"]
+    assert image_scores(blurred)[0] == pytest.approx(pair) and len(image_scores(blurred)) == ROWS
+
+
 def test_the_report_is_one_file_that_escapes_names_and_names_its_extractor(folder, observer, real, tmp_path):
     split = write_rectangles(tmp_path / "<script>alert(1)</script>" / "set", 8, seed=7)
     palette = Palette((*PALETTE.labels[:2], Label(2, "<b>road & way</b>", PALETTE.labels[2].color)))
@@ -304,10 +320,11 @@ def test_the_report_is_one_file_that_escapes_names_and_names_its_extractor(folde
         write_rectangles(one, 8, seed=7)
         palette.save(one / "palette.json")
         write_metadata(one, rows)
-    page = text_of(report_html(evaluate(read_split(tmp_path / "real"), read_split(split.folder), observer, log=len)))
+    found = evaluate(read_split(tmp_path / "real"), read_split(split.folder), observer, log=len)
+    page = text_of(report_html(found, tmp_path))
     assert "<script" not in page and "<img src=x" not in page and "<b>road" not in page
     assert "&lt;script&gt;" in page and "segmenter features" in page and "FID" not in page
-    assert page.count("data:image/png;") == 5 and "http" not in page
+    assert page.count("data:image/png;") == 6 and "http" not in page
     assert "Not measured: the real data set has no train split" in page
 
 
@@ -316,7 +333,7 @@ def test_the_best_and_worst_images_of_a_class_are_those_with_the_best_and_worst_
     chosen = extremes(blurred, 2)
     large = wanted >= min(max(LEAST_CROP, 0.01 * 32 * 32), wanted[wanted > 0].median())
     scores = (both / (wanted + found - both))[large].sort(descending=True).values.tolist()
-    assert [value for _, value in chosen] == pytest.approx(scores[:2] + scores[-2:])
+    assert [value for _, value in chosen] == pytest.approx(scores[:1] + scores[-1:])
     image = strip(blurred, chosen[0][0])
     assert image.shape == (32, 3 * 32 + 2 * 3, 3)
     wanted_mask = read_mask(blurred.splits["synthetic"][chosen[0][0]].mask, PALETTE)
@@ -344,7 +361,7 @@ def recaptioned(folder, changed):
 
 def test_captions_without_classes_and_of_other_rows_have_rows_of_their_own_in_every_report(recaptioned, tmp_path):
     metrics = recaptioned.metrics
-    table, page = metrics_table(metrics), text_of(report_html(recaptioned))
+    table, page = metrics_table(metrics), text_of(report_html(recaptioned, HERE))
     for name, title in (("without_classes", "captions without classes"), ("other_captions", "another row's caption")):
         assert metrics["faithfulness"][name]["images"] == ROWS // 2
         for place in (("faithfulness", name, "miou"), ("shares_of_ceiling", name, "miou"),
@@ -355,7 +372,7 @@ def test_captions_without_classes_and_of_other_rows_have_rows_of_their_own_in_ev
         assert title in table and title.replace("'", "&#39;") in page
     share = metrics["shares_of_with_mask"]
     assert share["without_classes"]["miou"] < 0.6 < share["other_captions"]["miou"]
-    assert "Does a mask suffice without classes in the caption? No: mIoU is" in page
+    assert "Does a mask suffice without classes in the caption?</dt> <dd>No: mIoU is" in page
     assert "Is the mask followed under another row&#39;s caption?" in page and not metrics["not_given"]
     recaptioned.write(tmp_path)
     lines = comparison(tmp_path, tmp_path)
@@ -388,12 +405,12 @@ def test_a_set_with_other_captions_that_cannot_be_compared_is_named(recaptioned,
 
 def test_a_report_without_these_sets_says_the_command_that_makes_them(recaptioned, real, observer):
     found = evaluate(real, recaptioned.splits["synthetic"], observer, log=len)
-    for text in (metrics_table(found.metrics), html.unescape(text_of(report_html(found)))):
+    for text in (metrics_table(found.metrics), html.unescape(text_of(report_html(found, HERE)))):
         text = " ".join(text.split())
         for name, flag in (("without_classes", "--without_class_words"), ("other_captions", "--mix_prompts")):
             assert f"segcn generate --controls 'a b' --split test --limit 48 --output_dir DIR {flag}" in text
             assert f"segcn evaluate --{name} DIR" in text
-    assert "Does a mask suffice without classes in the caption? Not measured; segcn generate" in text
+    assert "Does a mask suffice without classes in the caption?</dt> <dd>Not measured; segcn generate" in text
 
 
 def test_two_runs_are_compared_with_paired_intervals(observer, real, blurred, tmp_path):
@@ -474,4 +491,4 @@ def test_inceptions_features_are_named_and_those_of_other_weights_are_not_called
     published = observer.extractor._replace(name=INCEPTION)
     found = evaluate(real, real, Observer(observer.segmenter, published), log=len)
     assert "FID (Inception v3, 2015-12-05): " in metrics_table(found.metrics)
-    assert "KID (Inception v3, 2015-12-05)" in text_of(report_html(found))
+    assert "KID (Inception v3, 2015-12-05)" in text_of(report_html(found, HERE))

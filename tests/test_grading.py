@@ -16,7 +16,8 @@ from segcn.data.metadata import read_split, write_metadata
 from segcn.evaluate import evaluator, run
 from segcn.evaluate.config import EvaluateConfig
 from segcn.evaluate.evaluator import Observer, evaluate, faithfulness
-from segcn.evaluate.report import metrics_table, report_html
+from segcn.evaluate.page import report_html
+from segcn.evaluate.report import metrics_table
 from segcn.evaluate.run import evaluate_folders, read_splits, trained_on_held_out
 from segcn.generate import filtering, writer
 from segcn.generate.__main__ import generate_share_of_process
@@ -91,7 +92,7 @@ def test_the_report_says_what_was_dropped_and_what_the_dropped_ones_had(folder, 
         "asked": 16, "kept": 12, "regenerated": 4, "dropped": 4,
     }  # fmt: skip
     assert filtering_found["words"]["night"] == [1.0, 0.25] and "field" not in filtering_found["words"]
-    for text in (metrics_table(found.metrics), report_html(found)):
+    for text in (metrics_table(found.metrics), report_html(found, folder)):
         text = " ".join(text.split())
         assert "16 images asked for, 12 kept (4 of them regenerated), 4 dropped" in text and "night 100%" in text
 
@@ -168,7 +169,7 @@ def test_the_report_has_the_figures_of_both_segmenters_and_says_when_they_part(f
     assert reward["of_ceiling"] == found.metrics["of_ceiling"] != reward["of_ceiling_by_reward"]
     low, high = found.metrics["intervals"]["reward"]["of_ceiling_by_reward"]
     line = f"{reward['of_ceiling_by_reward']:.3f} [{low:.3f}, {high:.3f}] of the ceiling by the segmenter that rewarded"
-    for text in (metrics_table(found.metrics), report_html(found)):
+    for text in (metrics_table(found.metrics), report_html(found, folder)):
         assert line in " ".join(text.split())
     for least, parted in ((9.0, False), (-1.0, True)):
         monkeypatch.setattr(evaluator, "PARTED", least)
@@ -192,7 +193,7 @@ def test_far_from_all_real_images_is_no_praise_for_the_memorization_test(folder,
         Image.effect_noise((32, 32), 90).convert("RGB").save(record.image)
     real, train = (read_split(folder / "data" / name) for name in ("test", "train"))
     found = evaluate(real, noise, observer(folder, 0), train=train, log=quiet)
-    for text in (metrics_table(found.metrics), report_html(found)):
+    for text in (metrics_table(found.metrics), report_html(found, folder)):
         assert "says nothing: far from all real images" in " ".join(text.split())
 
 

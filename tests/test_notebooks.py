@@ -1,6 +1,7 @@
 """Promise: the notebooks are clean and run headless on own data; `segcn run` picks some and names a failing cell."""
 
 import ast
+import base64
 import json
 import re
 import shutil
@@ -111,6 +112,18 @@ def test_a_failing_cell_is_named_and_the_executed_copy_kept(tmp_path):
     with pytest.raises(UserError, match=r"broken\.ipynb, cell 1: ZeroDivisionError"):
         running.execute(tmp_path / "broken.ipynb", tmp_path / "out", {})
     assert (tmp_path / "out" / "notebooks" / "broken.html").is_file()
+
+
+def test_a_page_of_a_notebook_loads_nothing_from_elsewhere_and_says_what_each_image_shows():
+    png = base64.b64encode((ROOT / "data" / "utility.png").read_bytes()).decode()
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "Panel(...)"}
+    cells = [nbformat.v4.new_markdown_cell("## What it <shows>\n\nMore.")]
+    for data in ({"image/png": png, "text/plain": "<Figure>"}, view):
+        cells.append(nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("display_data", data)]))
+    page = running.offline_page(nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {"state": 1}}))
+    assert f'<img alt="What it &lt;shows&gt;" src="data:image/png;base64,{png}"' in page
+    assert running.NEEDS_KERNEL in page and "Panel(...)" not in page and "No description" not in page
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\W?http[^>]*>|import .*http", page)
 
 
 def test_unknown_parameters_and_wrong_types_are_refused_by_name():

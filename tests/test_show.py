@@ -14,7 +14,7 @@ from segcn.data.dataset import PairedDataset
 from segcn.data.masks import colorize
 from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import Label, Palette
-from segcn.data.sampler import class_pixels, frequencies
+from segcn.data.sampler import class_pixels, frequencies, repeat_factors
 from segcn.data.transforms import AUGMENTS
 from segcn.data.visualize import write_sheet
 from segcn.notebook import plots
@@ -143,6 +143,17 @@ def test_the_curve_of_faithfulness_marks_where_it_begins_and_is_best(tmp_path):
     after = plots.progress(tmp_path)
     assert (len(before.axes), len(after.axes)) == (2, 3)
     assert all(shows_something(figure) for figure in (axes.figure, bars.figure, before, after))
+
+
+def test_a_class_is_made_rare_where_none_is_and_what_is_rare_stays(train):
+    shows = class_pixels(train) > 0
+    rarest = int(np.where(shows.any(0), shows.sum(0), len(train) + 1).argmin())
+    thinned = plots.with_a_rare_class(train, kept=4)
+    kept = (class_pixels(thinned) > 0)[:, rarest].sum()
+    assert kept == -(-shows[:, rarest].sum() // 4) and len(thinned) == len(train) - shows[:, rarest].sum() + kept
+    assert plots.with_a_rare_class(train, share=1.0) is train
+    repeats = repeat_factors(class_pixels(thinned), 0.8)
+    assert frequencies(class_pixels(thinned), repeats)[0][rarest] > frequencies(class_pixels(thinned))[0][rarest]
 
 
 def test_only_some_step_lines_are_printed(capsys):

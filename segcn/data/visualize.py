@@ -335,16 +335,16 @@ def co_occurrence(palette: Palette, shares: np.ndarray) -> Figure:
     axes = figure.add_subplot()
     together = shown.T @ shown / shown.sum(0)[:, None]
     heat_map(axes, together, [label.name for label in labels], 0 if len(labels) <= 20 else math.inf)
-    axes.set_xlabel("of the images with the class on the left, the share that also shows the one above", fontsize=9)
+    axes.set_xlabel("of the images with the class on the left, the share that also shows the one below", fontsize=9)
     return figure
 
 
 def heat_map(axes, shares: np.ndarray, names: Sequence[str], least: float) -> None:
     """Shares [N, N] as a table of colors; those of at least `least` are written out."""
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="left")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
-    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    axes.tick_params(length=0)
     for row, column in np.argwhere(shares >= least):
         tone = "white" if shares[row, column] > 0.5 else "#333333"
         axes.text(column, row, f"{shares[row, column]:.0%}", ha="center", va="center", fontsize=7, color=tone)

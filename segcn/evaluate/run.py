@@ -21,8 +21,8 @@ from segcn.evaluate.evaluator import (
     evaluate,
     rewarding_observer,
 )
+from segcn.evaluate.page import write_evaluation_report
 from segcn.evaluate.provenance import RECAPTIONED, generation_of
-from segcn.evaluate.report import write_evaluation_report
 from segcn.models.base import weights_digest
 from segcn.models.features import Reader, clip_reader, open_extractor
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter, segmenter_of

@@ -21,6 +21,7 @@ from segcn.data.dataset import PairedDataset, Sample, to_uint8
 from segcn.data.masks import colorize
 from segcn.data.metadata import Split, read_split
 from segcn.data.palette import Palette
+from segcn.data.sampler import class_pixels
 from segcn.data.transforms import Draw, apply, to_output, to_source
 from segcn.data.visualize import (
     ACCENT,
@@ -137,9 +138,11 @@ def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
 def train_and_show(config: TrainConfig, num_processes: int = 1, every: float = 5.0) -> None:
     """Train in other processes; print what they say and keep one figure of the loss and newest images current.
 
+    When the training is done the figure goes: the notebook shows its parts below.
+
     every: least seconds between two figures. UserError if training fails.
     """
-    from IPython.display import display
+    from IPython.display import Markdown, display
 
     folder, shown_at = Path(config.output_dir), time.monotonic()
     handle = display(progress(folder), display_id=True)
@@ -149,7 +152,7 @@ def train_and_show(config: TrainConfig, num_processes: int = 1, every: float = 5
             if time.monotonic() - shown_at > every:
                 handle.update(progress(folder))
                 shown_at = time.monotonic()
-    handle.update(progress(folder))
+    handle.update(Markdown("Done: the curves and images are below."))
 
 
 def print_seldom(line: str, every: int = 50) -> None:
@@ -322,11 +325,16 @@ def covered(pairs: PairedDataset, row: int, draws: int = 5) -> Figure:
 
 
 def fits(pairs: PairedDataset, row: int) -> Figure:
-    """An image that is not square, and the square that each fit makes of it; square ones are cut to 8:5 first."""
+    """An image that is not square, and the square that each fit makes of it.
+
+    A square one is cut to 2:1 first, where most borders between classes are seen.
+    """
     image, mask = read_pair(pairs.split, row)
-    if image.shape[0] == image.shape[1]:
-        cut = slice(round(image.shape[0] * 3 / 16), round(image.shape[0] * 13 / 16))
-        image, mask = image[cut], mask[cut]
+    side = image.shape[0]
+    if side == image.shape[1]:
+        borders = (mask[:, 1:] != mask[:, :-1]).sum(1)  # of each line
+        top = max(range(side // 2 + 1), key=lambda top: borders[top : top + side // 2].sum())
+        image, mask = (pixels[top : top + side // 2] for pixels in (image, mask))
     pictures = []
     for fit in FITS:
         square, ids, valid = apply(*_tensors(image, mask), Draw(fit=fit), pairs.resolution)
@@ -336,6 +344,17 @@ def fits(pairs: PairedDataset, row: int) -> Figure:
     top, left = ((whole.shape[0] - side) // 2 for side in mask.shape)
     whole[top : top + mask.shape[0], left : left + mask.shape[1]] = image
     return grid([[whole, *pictures]], [f"{mask.shape[1]} x {mask.shape[0]} pixels", *FITS], width=2.1)
+
+
+def with_a_rare_class(split: Split, share: float = 0.2, kept: int = 10) -> Split:
+    """The rows; where more than `share` of them show each class, every `kept`-th of those with the rarest alone."""
+    shows = class_pixels(split) > 0
+    counts = np.where(shows.any(0), shows.sum(0), len(split) + 1)
+    rarest = int(counts.argmin())
+    if counts[rarest] <= share * len(split):
+        return split
+    left_out = {row for number, row in enumerate(np.flatnonzero(shows[:, rarest])) if number % kept}
+    return replace(split, records=tuple(record for row, record in enumerate(split.records) if row not in left_out))
 
 
 def mirrored_caption(pairs: PairedDataset, row: int) -> Figure:

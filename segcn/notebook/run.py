@@ -1,15 +1,19 @@
 """`segcn run`: execute notebooks 01 to 05 in order with papermill, and print the results."""
 
+import base64
 import json
 import os
 import re
 import sys
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import papermill
+from jinja2 import DictLoader
 from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
@@ -19,11 +23,18 @@ from segcn.notebook.config import RunConfig
 from segcn.notebook.workspace import NOTEBOOKS
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_text
-from segcn.utils.paths import OUTPUTS
+from segcn.utils.paths import OUTPUTS, ROOT
 from segcn.utils.progress import clock
 
 PATHS = ("pretrained_model_name_or_path", "dataset_name", "output_dir", "controlnet_model_name_or_path", "clip",
          "inception_weights")  # fmt: skip
+
+STILL = ROOT / "data" / "app.png"
+NEEDS_KERNEL = "Here is a panel to work with: it needs a running kernel, so open the notebook in JupyterLab."
+OFFLINE = """{% extends "index.html.j2" %}
+{% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
+{% block jupyter_widgets %}{% endblock %}
+"""  # nbconvert's page without what it would load: no notebook has formulas, and no widget lives without a kernel
 
 
 class AnnouncingEngine(NBClientEngine):
@@ -61,7 +72,9 @@ def run(config: RunConfig) -> Path:
     if (out / "metrics.json").is_file():
         print("\n" + metrics_table(json.loads((out / "metrics.json").read_text())))
     print(f"\nDone in {clock(time.monotonic() - began)}. Open:")
-    for path in (out / name for name in ("story.png", "metrics.json", "controlnet", "generated", "notebooks")):
+    for path in (
+        out / name for name in ("report.html", "story.png", "metrics.json", "controlnet", "generated", "notebooks")
+    ):
         if path.exists():
             print(f"  {path}")
     return out
@@ -110,8 +123,31 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
         raise UserError(f"{notebook.name}, cell {error.cell_index}: {error.ename}: {reason}\nSee {executed}") from None
     finally:
         if executed.is_file():
-            html, _ = HTMLExporter().from_filename(str(executed))
-            write_text(executed.with_suffix(".html"), html)
+            write_text(executed.with_suffix(".html"), offline_page(nbformat.read(executed, as_version=4)))
+
+
+def offline_page(book: nbformat.NotebookNode) -> str:
+    """An executed notebook as HTML that loads nothing from elsewhere; the text above an image says what it shows.
+
+    A widget, which needs a running kernel, is shown as a still of the panel, or as a sentence where there is none.
+    """
+    for index, cell in enumerate(book.cells):
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                output.data = {"text/html": _image(data["image/png"], heading(book.cells, index))}
+            elif "application/vnd.jupyter.widget-view+json" in data:
+                output.data = {"text/html": f"<p><em>{NEEDS_KERNEL}</em></p>"}
+                if STILL.is_file():
+                    still = base64.b64encode(STILL.read_bytes()).decode()
+                    output.data["text/html"] += _image(still, "the panel, as it looks in JupyterLab")
+    book.metadata.pop("widgets", None)
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"offline.html.j2": OFFLINE})], template_file="offline.html.j2")
+    return exporter.from_notebook_node(book)[0]
+
+
+def _image(png: str, about: str) -> str:
+    return f'<img alt="{escape(about)}" src="data:image/png;base64,{png.strip()}">'
 
 
 def heading(cells: list, index: int) -> str:
