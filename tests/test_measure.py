@@ -75,7 +75,7 @@ def test_it_resumes_with_more_images(measured, landscapes):
     )
     assert more["faithfulness"]["with_mask"]["images"] == 4 and generated.stat().st_mtime_ns == before
     assert any("3 of 4 images" in line for line in lines)
-    assert any("reused" in line for line in lines) and not any("recognizer step" in line for line in lines)
+    assert any("reused" in line for line in lines) and not any("recognizer: " in line for line in lines)
 
 
 def test_captions_hold_season_time_and_style():

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from segcn.utils.errors import UserError
 from segcn.utils.html import img, render
 from segcn.utils.io import Process, same_settings
 from segcn.utils.paths import ROOT
-from segcn.utils.progress import Progress
+from segcn.utils.progress import Progress, never_silent
 
 FLAGS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 OLD_COMMAND = (
@@ -178,7 +179,7 @@ def test_every_piece_of_work_belongs_to_one_process(count, world):
 def test_a_page_escapes_texts_and_holds_its_images():
     text = render("utils/templates/page.html", title="<b>a & b</b>")
     assert "<h1>&lt;b&gt;a &amp; b&lt;/b&gt;</h1>" in text and text.startswith("<!doctype html>")
-    assert img(np.zeros((2, 2, 3), np.uint8)).startswith('<img alt="" src="data:image/png;base64,')
+    assert img(np.zeros((2, 2, 3), np.uint8), "a < b").startswith('<img alt="a &lt; b" src="data:image/png;base64,')
 
 
 def test_progress_is_a_bar_in_a_terminal_and_a_line_now_and_then_in_a_log(monkeypatch, capsys):
@@ -187,7 +188,7 @@ def test_progress_is_a_bar_in_a_terminal_and_a_line_now_and_then_in_a_log(monkey
     progress = Progress("rows encoded", 4, lines.append)
     for done in (1, 2, 3):
         progress(done)
-    assert lines == ["  rows encoded 2 of 4, 0.2 per second"]
+    assert lines == ["  rows encoded 2 of 4, 5.5 s each, 0:11 min left"]
     monkeypatch.undo()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     progress = Progress("rows encoded", 2)
@@ -196,6 +197,24 @@ def test_progress_is_a_bar_in_a_terminal_and_a_line_now_and_then_in_a_log(monkey
     assert "rows encoded" in progress.bar.desc and progress.bar.n == 1
     progress(2)
     assert progress.bar.disable and "per second" not in capsys.readouterr().out
+
+
+def test_a_command_is_never_silent_for_long_and_its_output_is_left_alone(monkeypatch, capsys):
+    streams = sys.stdout, sys.stderr
+    with never_silent(after=0.2):
+        for _ in range(6):
+            time.sleep(0.1)
+            print("result")
+        progress = Progress("files read", 9, lambda line: None)
+        progress(4)
+        time.sleep(0.6)
+    out, said = capsys.readouterr()
+    assert (sys.stdout, sys.stderr) == streams and out == "result\n" * 6
+    assert said and all(line.startswith("  files read 4 of 9, at work for 0:0") for line in said.splitlines())
+    monkeypatch.setenv("RANK", "1")
+    with never_silent(after=0.05):
+        time.sleep(0.2)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("cells", "preset", "resolution"), [(16, "tiny", 128), (64, "sd15", 512), (None, "sd15", 512)])

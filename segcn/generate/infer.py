@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from segcn.generate.config import InferConfig, SampleConfig
 from segcn.generate.pipeline import OnGuess, Pipeline, check_sampling, generate, load_pipeline
 from segcn.utils.errors import UserError
 from segcn.utils.io import aside, write_whole
+from segcn.utils.progress import Progress
 
 CHUNK = "segcn"  # the text chunk of a PNG that holds the settings
 BATCH_SIZE = 8  # images of `infer` that are generated at once
@@ -118,13 +120,23 @@ def infer(config: InferConfig) -> Path:
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(seed for seed, _ in columns))
     print(f"Generating with {pipeline}, seed {seeds}.", file=sys.stderr)
     images: dict[tuple[str, int, int], np.ndarray] = {}
+    batches: list[tuple[int, list[tuple[str, int]]]] = []
     for seed in dict.fromkeys(seed for seed, _ in columns):
-        settings = dataclasses.replace(config, seed=seed)
         cells = [(prompt, row) for prompt in config.prompt for own, row in dict.fromkeys(columns) if own == seed]
-        for first in range(0, len(cells), BATCH_SIZE):
-            prompts, rows = map(list, zip(*cells[first : first + BATCH_SIZE], strict=True))
-            made = generate(pipeline, np.stack([mask] * len(rows)), prompts, rows, settings)
-            images |= {(prompt, seed, row): image for prompt, row, image in zip(prompts, rows, made, strict=True)}
+        batches += [(seed, cells[first : first + BATCH_SIZE]) for first in range(0, len(cells), BATCH_SIZE)]
+    steps = config.num_inference_steps
+    progress = Progress("denoising steps", steps * len(batches), file=sys.stderr)
+
+    def count(before: int, step: int) -> None:
+        progress(before + step)
+
+    for number, (seed, batch) in enumerate(batches):
+        prompts, rows = map(list, zip(*batch, strict=True))
+        made = generate(
+            pipeline, np.stack([mask] * len(rows)), prompts, rows, dataclasses.replace(config, seed=seed),
+            on_step=partial(count, number * steps),
+        )  # fmt: skip
+        images |= {(prompt, seed, row): image for prompt, row, image in zip(prompts, rows, made, strict=True)}
     lines = [[frame.of(images[prompt, *column]) for column in columns] for prompt in config.prompt]
     grid = Image.fromarray(np.concatenate([np.concatenate(line, axis=1) for line in lines]))
     record = made_with(pipeline, config, config.prompt, columns) | {"control": mask_path.name}

@@ -6,11 +6,11 @@ import hashlib
 import json
 import re
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count, islice, pairwise, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from segcn.models.base import folder_digest, pick_device, weights_digest
 from segcn.utils import io, rng
 from segcn.utils.errors import UserError
 from segcn.utils.paths import OUTPUTS
+from segcn.utils.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -332,7 +333,7 @@ def fit(
     optimizer = torch.optim.AdamW(segmenter.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
     segmenter.train()
-    said, step = time.monotonic(), 0
+    progress, step = Progress("segmenter: steps", 0 if rates else config.steps, log, SAID_EVERY), 0
     every: Iterator[float | None] = rates or repeat(None, config.steps)
     for rate, (image, *labels) in zip(every, batches, strict=False):
         step += 1
@@ -345,12 +346,15 @@ def fit(
         optimizer.zero_grad()
         if rate is None:
             schedule.step()
-        if step % 25 == 0 or step == config.steps or time.monotonic() - said > SAID_EVERY:
-            said = time.monotonic()
-            log(f"segmenter: step {step}/{config.steps}, loss {loss.item():.3f}")
+        progress(step, partial(_said, loss))
+    log(f"segmenter: {step} steps, {_said(loss)}")
     segmenter.lower(log_weights(class_weights))
     segmenter.eval()
     return step
+
+
+def _said(loss: torch.Tensor) -> str:
+    return f"loss {loss.item():.3f}"
 
 
 def log_weights(class_weights: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from segcn.train.config import AdaptConfig, TrainConfig
 from segcn.utils.args import arguments_of
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_text
+from segcn.utils.progress import Progress
 
 LOG = "log.jsonl"
 STOPPED = 143  # the exit code of a training that was stopped by a signal
@@ -32,11 +33,17 @@ class Log:
         self.accelerator, self.path, self.every = accelerator, output_dir / LOG, every
         self.losses: list[torch.Tensor] = []  # of the micro-batches since the last line
         self.norm: torch.Tensor | float = 0.0  # of the last gradient, before clipping
+        self.progress: Progress | None = None  # of the steps
 
     def say(self, text: str) -> None:
-        """One line on the terminal."""
+        """One line on the terminal, above the bar where there is one."""
         if self.accelerator.is_main_process:
-            print(text, flush=True)
+            if self.progress is not None:
+                self.progress.say(text)
+            else:
+                print(text, flush=True)
+
+    say.shows_bars = True  # type: ignore[attr-defined]  # see Progress
 
     def start_clock(self, step: int) -> None:
         """Count the time of training from here, at this step."""
@@ -48,6 +55,10 @@ class Log:
 
     def step(self, step: int, total: int, learning_rate: float) -> None:
         """Write a line when it is due: the mean loss since the last one, over all processes."""
+        if self.progress is None and self.accelerator.is_main_process:
+            self.progress = Progress("steps", total, self.say, start=self.start)
+        if self.progress is not None:
+            self.progress(step)
         if step % self.every and step != total:
             return
         mean = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
@@ -58,7 +69,10 @@ class Log:
         self.write(entry)
         self.accelerator.log({"loss": mean, "learning_rate": learning_rate}, step=step)
         left = (pace + self.aside / (step - self.start)) * (total - step)
-        self.say(f"step {step}/{total}  loss {mean:.4f}  {pace:.2f} s/step  {left / 60:.1f} min left")
+        if self.progress is not None and self.progress.bar is not None:
+            self.progress.bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
+        else:
+            self.say(f"step {step}/{total}  loss {mean:.4f}  {pace:.2f} s/step  {left / 60:.1f} min left")
 
     def write(self, entry: dict) -> None:
         """One line of log.jsonl; it holds its step."""

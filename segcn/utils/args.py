@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from segcn.utils.errors import UserError
 from segcn.utils.paths import ROOT, SYMLINKS
+from segcn.utils.progress import never_silent
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -299,12 +300,13 @@ def stoppable(
 def main_guard(program: Callable[[], Any]) -> None:
     """Run a command: a mistake of the user, or a file that cannot be read, is one message and exit code 2.
 
-    With --debug on the command line the traceback is shown.
+    It is never silent for long. With --debug on the command line the traceback is shown.
     """
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
-        program()
+        with never_silent():
+            program()
     except (UserError, OSError) as error:
         if debug:
             raise

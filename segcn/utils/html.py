@@ -36,13 +36,13 @@ def _environment() -> Environment:
     )
 
 
-def img(image: "np.ndarray") -> Markup:
-    """An image, uint8 [H, W, 3], as an <img> that holds its own PNG."""
+def img(image: "np.ndarray", about: str) -> Markup:
+    """An image, uint8 [H, W, 3], as an <img> that holds its own PNG; about: what it shows, in words."""
     from PIL import Image
 
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="PNG", optimize=True)
-    return Markup(f'<img alt="" src="{_data_uri(file)}">')
+    return Markup(f'<img alt="{escape(about)}" src="{_data_uri(file)}">')
 
 
 def figure_img(figure: "Figure", about: str) -> Markup:

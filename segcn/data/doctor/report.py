@@ -155,8 +155,9 @@ def doctor_page(checkup: Checkup, config: DoctorConfig) -> str:
     def images(finding: Finding) -> Iterator[str]:
         """Those of the row, and of the row that it is a copy of."""
         for case in (cases[key] for key in ((finding.split, finding.row), finding.other) if key in cases):
-            for image in _images_of(case, checkup.facts.splits[case.split].palette, config.max_pixels):
-                yield img(_thumbnail(image))
+            shown = _images_of(case, checkup.facts.splits[case.split].palette, config.max_pixels)
+            for image, what in zip(shown, ("", ", its mask over it"), strict=False):
+                yield img(_thumbnail(image), f"row {case.record.row}{what}")
 
     def caption(finding: Finding) -> str:
         case = cases.get((finding.split, finding.row))

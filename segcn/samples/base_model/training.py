@@ -19,9 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from segcn.data.dataset import to_image
 from segcn.train import checkpoint
 from segcn.utils import io, rng
+from segcn.utils.progress import Progress
 
 SAVE_EVERY = 300  # seconds
-LOG_EVERY = 100  # steps
 WARMUP = 100  # steps
 POSTERIOR_STD = 0.01  # of standardized latents
 Log = Callable[[str], None]
@@ -72,22 +72,25 @@ class Learning:
         The learning rate: a linear warm-up, then a cosine to zero (Loshchilov and Hutter 2017, arXiv:1608.03983).
         """
         start, total = self.resume(), self.recipe.steps
-        began = saved = time.monotonic()
+        progress, saved = Progress(f"{self.name}: steps", total, self.log, start=start), time.monotonic()
         for step in range(start, total):
             cosine = 0.5 * (1 + math.cos(math.pi * step / total))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.learning_rate * min(1.0, (step + 1) / WARMUP) * cosine
             yield step
             done, now = step + 1, time.monotonic()
-            if done % LOG_EVERY == 0 or done == total:
-                loss = torch.stack(self.losses).mean().item()
-                pace = (now - began) / (done - start)
-                self.log(f"{self.name} step {done}/{total} loss {loss:.4f} {pace:.3f} s/step")
-                self.losses.clear()
+            progress(done, self.mean_loss)
+            if done == total:
+                self.log(f"{self.name}: {total} steps, {self.mean_loss()}")
             if now - saved > SAVE_EVERY or done == total:
                 io.commit(self.folder, f"checkpoint-{done}", self.save)
                 checkpoint.prune(self.folder, 1)
                 saved = time.monotonic()
+
+    def mean_loss(self) -> str:
+        """The mean loss since it was asked for last."""
+        losses, self.losses = self.losses or [torch.tensor(math.nan)], []
+        return f"loss {torch.stack(losses).mean().item():.4f}"
 
     def descend(self, loss: torch.Tensor) -> None:
         """One step down the gradient, its norm clipped at 1."""
