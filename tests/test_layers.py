@@ -48,7 +48,7 @@ def test_no_module_imports_itself_in_a_circle():
 
 
 def test_the_package_is_ten_rooms_and_the_command_line():
-    found = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith((".", "__pycache__"))}
+    found = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith((".", "__pycache__", "README"))}
     assert found == {*ROOMS, "__init__"}
 
 
