@@ -285,7 +285,7 @@ def test_a_mask_that_cannot_be_used_is_named_before_anything_is_generated(
 def test_settings_that_cannot_be_are_named_before_a_folder_is_made(config, write, no_generation):
     for changed, match in (
         ({"output_dir": ""}, "--output_dir"), ({"replicates": 0}, "--replicates"), ({"min_miou": 60.0}, "--min_miou"),
-        ({"batch_size": 0}, "--batch_size"), ({"prompt": " "}, "--prompt"), ({"controls": "nowhere"}, "nowhere: no su"),
+        ({"batch_size": 0}, "--batch_size"), ({"controls": "nowhere"}, "nowhere: no su"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=match):
             write(**changed)

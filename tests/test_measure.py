@@ -42,7 +42,8 @@ def test_everything_is_measured_and_written_and_one_line_says_how_to_get_the_map
     config, metrics, lines = measured
     assert metrics == json.loads((config.folder / "measure.json").read_text())
     assert 20 < metrics["autoencoder"]["psnr"] < 60 and 0.5 < metrics["autoencoder"]["ssim"] <= 1
-    assert set(metrics["recognized"]) == {"real", "reconstructions", "with_mask", "captions_alone"}
+    assert set(metrics["recognized"]) == {"real", "reconstructions", "with_mask", "without_classes", "captions_alone"}
+    assert set(metrics["share_of_ceiling"]) == {*metrics["recognized"], "without_captions"}
     assert metrics["share_of_ceiling"]["real"]["mean"] == 1
     assert {one["images"] for one in metrics["faithfulness"].values()} == {3}
     assert metrics["seconds"]["each_of_many"] > 0 and metrics["seconds"]["steps"] == 20
@@ -62,7 +63,7 @@ def test_a_target_is_met_or_named_as_missed(measured):
     lines = {line[:30].strip(): line for line in measure_table(metrics).splitlines()}
     assert lines["Earth, captions alone: style r"].endswith("96.0%    >= 95%  met")
     assert lines["one image"].endswith("met") and lines["each of 2 images in one call"].endswith("MISSED")
-    assert len(list(targets(metrics))) == 13
+    assert len(list(targets(metrics))) == 15
 
 
 @pytest.mark.slow

@@ -148,14 +148,13 @@ def read_conditions(config: GenerateConfig) -> Conditions:
 
 
 def _check_prompt(config: GenerateConfig, captions: Sequence) -> None:
-    if config.prompt is not None and not config.prompt.strip():
-        raise UserError("--prompt: expected a text, found an empty one; without the flag, captions of the data set")
-    if CAPTION in (config.prompt or CAPTION) and not captions:
+    prompt = CAPTION if config.prompt is None else config.prompt
+    if CAPTION in prompt and not captions:
         raise UserError(
             f"--controls {config.controls} has no captions: give one by --prompt, where {CLASSES} is replaced by the"
             " classes of each mask"
         )
-    if config.without_class_words and CAPTION not in (config.prompt or CAPTION):
+    if config.without_class_words and CAPTION not in prompt:
         raise UserError(f"--without_class_words cuts the captions of a data set: leave out --prompt, or say {CAPTION}")
     if config.mix_prompts and config.prompt is not None:
         raise UserError("--mix_prompts exchanges the captions of a data set: leave out --prompt")

@@ -22,7 +22,13 @@ class SampleConfig:
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "sd15": {"num_inference_steps": 20, "guidance_scale": 7.5, "scheduler": "unipc"},
-        "tiny": {"num_inference_steps": 14, "guidance_scale": 3.5, "guidance_end": 0.4, "scheduler": "unipc"},
+        "tiny": {
+            "num_inference_steps": 14,
+            "guidance_scale": 3.5,
+            "guidance_end": 0.4,
+            "scheduler": "unipc",
+            "controlnet_conditioning_scale": 1.3,
+        },
     }
 
     preset: str = flag("tiny", "defaults: tiny (embedded base) or sd15; none: what fits the base", ("tiny", "sd15"))
@@ -76,8 +82,8 @@ class GenerateConfig(SampleConfig):
     output_dir: str = flag("", "data set folder to write")
     prompt: str | None = flag(
         None,
-        "one prompt for all; {classes} becomes those in the mask, {caption} the row's caption, {by day|at night} one"
-        " of these, drawn for each image; none: the captions of the data set",
+        "one prompt for all, '' for no text; {classes} becomes those in the mask, {caption} the row's caption,"
+        " {by day|at night} one of these, drawn for each image; none: the captions of the data set",
     )
     mix_prompts: bool = flag(False, "give each row the caption of another, so that no text describes its mask")
     without_class_words: bool = flag(

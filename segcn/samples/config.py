@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 from segcn.generate.config import SampleConfig
 from segcn.utils.args import flag
@@ -49,10 +48,6 @@ class FailuresConfig:
 @dataclass(frozen=True)
 class MeasureConfig(SampleConfig):
     """Measure the embedded base and its ControlNet on held-out landscapes and tiles of the Earth."""
-
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = SampleConfig.PRESETS | {
-        "tiny": {"num_inference_steps": 10, "guidance_scale": 2.5, "scheduler": "dpm"}  # as the base was chosen
-    }
 
     controlnet_model_name_or_path: str | None = flag(None, "ControlNet folder; none: the one shipped with the base")
     resolution: int = flag(128, "image size in pixels", low=1)

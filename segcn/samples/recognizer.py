@@ -18,12 +18,14 @@ from segcn.models.base import weights_digest
 from segcn.models.features import Reader
 from segcn.samples.base_model.training import Learning, to_pixels
 from segcn.samples.earth import STYLES
+from segcn.samples.echo import PHASES, QUALITIES, VIEWS
 from segcn.samples.writer import RECORD
 from segcn.utils import rng
 
 Heads = dict[str, tuple[str, ...]]  # what is recognized: the words of which each caption holds one
 OF_LANDSCAPES: Heads = {"season": SEASONS, "time of day": tuple(time.removeprefix("at ") for time in TIMES.values())}
 OF_EARTH: Heads = {"style": tuple(start for _, start in STYLES.values())}
+OF_ECHO: Heads = {"view": VIEWS, "phase": PHASES, "quality": tuple(f"{grade} image quality" for grade in QUALITIES)}
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def caption_reader(dataset: Path, train: Split, cache: Path, log: Callable[[str]
     """
     path = dataset / RECORD
     kind = json.loads(path.read_text()).get("kind") if path.is_file() else None
-    heads = {"landscapes": OF_LANDSCAPES, "earth": OF_EARTH}.get(str(kind))
+    heads = {"landscapes": OF_LANDSCAPES, "earth": OF_EARTH, "echo": OF_ECHO}.get(str(kind))
     if heads is None:
         return None
     recognizer = train_recognizer(train, heads, cache / "recognizer", log=log)

@@ -16,7 +16,7 @@ from segcn.data.masks import write_mask
 from segcn.data.metadata import write_metadata
 from segcn.data.palette import Palette
 from segcn.utils.errors import UserError
-from segcn.utils.io import write_text, write_whole
+from segcn.utils.io import write_text
 from segcn.utils.progress import Progress
 
 RECORD = "samples.json"
@@ -69,10 +69,9 @@ def write_set(
              for name in (*sample_names(row), "metadata.csv")]  # fmt: skip
     files.append(out / "palette.json")
     if is_complete_set(out, record) and all(path.is_file() for path in files):
-        known = Palette.load(out / "palette.json")
-        bare = not any(label.words for label in known.labels)  # an older set lacks the words
-        if bare and known != kind.palette and known.fingerprint == kind.palette.fingerprint:
-            write_whole(out / "palette.json", kind.palette.save)
+        if Palette.load(out / "palette.json").fingerprint != kind.palette.fingerprint:
+            print(f"{out}: its palette.json is not the one that this set is drawn with today, so the shipped "
+                  "ControlNet refuses its masks; delete the folder to have it drawn again")  # fmt: skip
         print(f"{out}: reused, it already holds this set")
         return out
     out.mkdir(parents=True, exist_ok=True)

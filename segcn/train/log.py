@@ -31,7 +31,8 @@ class Log:
 
     def __init__(self, accelerator, output_dir: Path, every: int):
         self.accelerator, self.path, self.every = accelerator, output_dir / LOG, every
-        self.losses: list[torch.Tensor] = []  # of the micro-batches since the last line
+        self.losses: list[torch.Tensor] = []  # of the micro-batches since the last line; with a reward, [loss, reward]
+        self.reward: torch.Tensor | None = None  # how much of the micro-batch's loss is the reward's; none: no reward
         self.norm: torch.Tensor | float = 0.0  # of the last gradient, before clipping
         self.progress: Progress | None = None  # of the steps
 
@@ -44,6 +45,10 @@ class Log:
                 print(text, flush=True)
 
     say.shows_bars = True  # type: ignore[attr-defined]  # see Progress
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Keep the loss of a micro-batch for the next line; what the reward adds to it stands apart."""
+        self.losses.append(loss if self.reward is None else torch.stack([loss - self.reward, self.reward]))
 
     def start_clock(self, step: int) -> None:
         """Count the time of training from here, at this step."""
@@ -61,18 +66,20 @@ class Log:
             self.progress(step)
         if step % self.every and step != total:
             return
-        mean = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        means = self.accelerator.reduce(torch.stack(self.losses).mean(0), "mean").reshape(-1).tolist()
+        found = dict(zip(("loss", "reward_loss"), means, strict=False))  # without the second one where none rewards
         self.losses = []
         pace, norm = self.pace(step), float(self.norm) if math.isfinite(self.norm) else None  # skipped by the scaler
-        entry = {"step": step, "loss": mean, "learning_rate": learning_rate, "gradient_norm": norm,
+        entry = {"step": step, **found, "learning_rate": learning_rate, "gradient_norm": norm,
                  "seconds_per_step": round(pace, 4)}  # fmt: skip
         self.write(entry)
-        self.accelerator.log({"loss": mean, "learning_rate": learning_rate}, step=step)
+        self.accelerator.log(found | {"learning_rate": learning_rate}, step=step)
         left = (pace + self.aside / (step - self.start)) * (total - step)
+        losses = "  ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in found.items())
         if self.progress is not None and self.progress.bar is not None:
-            self.progress.bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
+            self.progress.bar.set_postfix_str(losses, refresh=False)
         else:
-            self.say(f"step {step}/{total}  loss {mean:.4f}  {pace:.2f} s/step  {left / 60:.1f} min left")
+            self.say(f"step {step}/{total}  {losses}  {pace:.2f} s/step  {left / 60:.1f} min left")
 
     def write(self, entry: dict) -> None:
         """One line of log.jsonl; it holds its step."""

@@ -64,7 +64,7 @@ def micro_steps(run: Run) -> Iterator[bool]:
                 run.log.norm = norm
             run.optimizer.step()
             run.optimizer.zero_grad()
-        run.log.losses.append(losses.mean().detach())
+        run.log.add(losses.mean().detach())
         if accelerator.sync_gradients:
             if run.ema is not None:
                 run.ema.step(run.weights)
@@ -101,10 +101,12 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
     losses = run.loss(prediction, target, batch["cells"].to(device), weights)
     if run.config.snr_gamma is not None:
         losses = losses * min_snr_weights(compute_snr(base.scheduler, timestep), run.config.snr_gamma, base.predicts_v)
+    run.log.reward = None if run.reward_segmenter is None else losses.new_zeros(())
     if rewards is not None and (rows := torch.where(batch["reward_timestep"] >= 0)[0].to(device)).numel():
         clean = clean_estimate(base.scheduler, noisy[rows], prediction.float()[rows], timestep[rows])
-        found = reward_losses(base, rewards, clean, batch["mask"].to(device)[rows])
-        losses = losses.index_add(0, rows, run.config.reward_weight * found)
+        found = run.config.reward_weight * reward_losses(base, rewards, clean, batch["mask"].to(device)[rows])
+        run.log.reward = found.detach().sum() / len(losses)
+        losses = losses.index_add(0, rows, found)
     return losses
 
 

@@ -18,10 +18,10 @@ from segcn.utils.paths import OUTPUTS, ROOT
 REFERENCE = 128  # resolution at which visibility is decided, px
 SMALLEST = 30  # an object showing less is left out, px at the reference resolution
 SHOWING = 0.45  # an object of which a smaller share shows is left out
-LANDSCAPE_CLASSES = (
-    (0, "sky", (70, 130, 180)), (1, "cloud", (220, 220, 220)), (2, "sun", (255, 210, 40)),
-    (3, "mountain", (122, 98, 88)), (4, "grass", (80, 160, 70)), (5, "water", (30, 90, 200)),
-    (6, "road", (90, 90, 90)), (7, "tree", (20, 85, 40)), (8, "house", (195, 60, 50)),
+LANDSCAPE_CLASSES = (  # CIEDE2000 of 13.8 and more between any two, with protanopia, deuteranopia and tritanopia, too
+    (0, "sky", (112, 188, 242)), (1, "cloud", (234, 234, 234)), (2, "sun", (255, 211, 46)),
+    (3, "mountain", (154, 115, 93)), (4, "grass", (136, 186, 104)), (5, "water", (14, 80, 208)),
+    (6, "road", (68, 69, 80)), (7, "tree", (15, 81, 52)), (8, "house", (222, 56, 28)),
 )  # fmt: skip
 LANDSCAPE_WORDS = {5: ("lake", "river")}  # what captions call a class besides its name
 SAMPLE_ROWS = {"train": 1024, "test": 128}
