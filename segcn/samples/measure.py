@@ -49,7 +49,7 @@ from segcn.utils.paths import BASE
 MEASURED_SEED = 4242  # of held-out landscapes: of no sample set, and not of the base's images
 GRID_MASKS = 8
 STEPS = 20  # of the timings
-GENERATED: dict[str, dict[str, Any]] = {  # the sets that are generated from masks and captions of held-out rows
+MEASURED_SETS: dict[str, dict[str, Any]] = {  # the sets that are generated from masks and captions of held-out rows
     "with_mask": {},
     "without_classes": {"without_class_words": True},
     "without_captions": {"prompt": ""},
@@ -74,7 +74,7 @@ def measure_sample_base(config: MeasureConfig, train: Split, log: Log = print) -
     pipeline = open_generator(config)
     reconstructed = reconstruct_dataset(real, pipeline.base, config.folder / "reconstructions", config.resolution)
     sets = {"real": real, "reconstructions": read_split(reconstructed)}
-    for name, changes in GENERATED.items():
+    for name, changes in MEASURED_SETS.items():
         log(f"Generating {len(real)} images: {NAMES[name]}.")
         sets[name] = generate_set(config, real, name, pipeline, log, **changes)
     save_grid(draw_grid(config, real, pipeline), config.folder / "grid.png")
