@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from transformers import SegformerConfig
 
 from segcn.data.metadata import read_split
 from segcn.generate.config import GenerateConfig
@@ -49,6 +50,15 @@ def random_base(tmp_path_factory):
     tokenizer = build_tokenizer(["a winter landscape at dusk with a lake"] * 3)
     denoiser = Denoiser(SMOKE.unet, SMOKE.vae.latent_channels, tokenizer)
     return export_base(tmp_path_factory.mktemp("models") / "base", SMOKE, vae, tokenizer, denoiser)
+
+
+@pytest.fixture
+def segformer(tmp_path):
+    """config.json alone of a SegFormer that learns in no time, with dropout as of B0."""
+    sizes = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16]}
+    sizes |= {"patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+    SegformerConfig(**sizes, decoder_hidden_size=16).save_pretrained(tmp_path / "segformer")
+    return tmp_path / "segformer"
 
 
 @pytest.fixture(scope="session")

@@ -312,6 +312,19 @@ def test_the_report_opens_with_images_then_answers_then_tables_and_names_folders
     assert image_scores(blurred)[0] == pytest.approx(pair) and len(image_scores(blurred)) == ROWS
 
 
+def test_distances_by_other_extractors_stand_beside_their_names_in_every_report(observer, real, folder, tmp_path):
+    split, own = write_rectangles(folder / "others", ROWS, seed=8), observer.extractor
+    others = (own._replace(name="dinov2"), own._replace(name="CLIP (vit)", of_clip=True))
+    found = evaluate(real, split, Observer(observer.segmenter, own, others=others), log=len)
+    distance, by_others = found.metrics["distance"], found.metrics["distances"]
+    assert by_others["dinov2"]["FD"] == distance["frechet_distance"] and list(by_others["CLIP (vit)"]) == ["CMMD"]
+    assert by_others["dinov2"]["coverage"] == distance["coverage"]
+    found.write(tmp_path)
+    page, low = text_of(report_html(found)), found.metrics["intervals"]["distances"]["CLIP (vit)"]["CMMD"][0]
+    assert "dinov2: FD " in metrics_table(found.metrics) and "KD (dinov2)" in page and "CMMD (CLIP (vit))" in page
+    assert f"{low:.4g}" in metrics_table(found.metrics) and "CMMD (CLIP (vit))" in comparison(tmp_path, tmp_path)
+
+
 def test_the_report_is_one_file_that_escapes_names_and_names_its_extractor(folder, observer, real, tmp_path):
     split = write_rectangles(tmp_path / "<script>alert(1)</script>" / "set", 8, seed=7)
     palette = Palette((*PALETTE.labels[:2], Label(2, "<b>road & way</b>", PALETTE.labels[2].color)))

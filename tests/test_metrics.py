@@ -11,8 +11,15 @@ import torch
 from test_segmenter import PALETTE, SHORT, train_segmenter, write_rectangles
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers import (
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
 
+from segcn.data.dataset import to_image
 from segcn.data.palette import IGNORE, Label, Palette
 from segcn.evaluate import bootstrap
 from segcn.evaluate.bootstrap import Estimate, difference, ratio, resamples
@@ -23,6 +30,7 @@ from segcn.evaluate.metrics import (
     boundary_tolerance,
     calibration,
     class_counts,
+    cmmd,
     confidence_bins,
     confusion_matrix,
     few_images,
@@ -35,7 +43,7 @@ from segcn.evaluate.metrics import (
     neighborhoods,
 )  # fmt: skip
 from segcn.models.base import one_core
-from segcn.models.features import open_extractor
+from segcn.models.features import backbone_extractor, open_extractor
 from segcn.models.segmenter import classes_of_labels, open_segmenter
 from segcn.utils import rng
 from segcn.utils.errors import UserError
@@ -189,6 +197,41 @@ def test_our_own_is_opened_by_the_same_flag_and_what_is_no_segmenter_is_named(tm
             (tmp_path / "config.json").write_text(config)
         with pytest.raises(UserError, match=message):
             open_segmenter(tmp_path, PALETTE, 32, "crop")
+
+
+@pytest.fixture
+def dinov2(tmp_path):
+    """A folder with a tiny DINOv2 of random weights and its image processor."""
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+                ).save_pretrained(tmp_path / "dinov2")  # fmt: skip
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        tmp_path / "dinov2"
+    )
+    return tmp_path / "dinov2"
+
+
+def test_a_backbones_features_are_its_class_token_of_images_as_its_processor_makes_them(dinov2, segformer):
+    found, pixels = (
+        backbone_extractor(dinov2, "cpu"),
+        np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), np.uint8),
+    )
+    images = torch.stack([to_image(torch.from_numpy(one).permute(2, 0, 1)) for one in pixels])
+    inputs = BitImageProcessor.from_pretrained(dinov2)(list(pixels), return_tensors="pt")
+    with torch.no_grad():
+        expected = Dinov2Model.from_pretrained(dinov2)(**inputs).last_hidden_state[:, 0]
+    assert found.name == "dinov2" and torch.allclose(found.extract(images), expected, atol=1e-5)
+    with pytest.raises(UserError, match=r"--features .*expected a folder of a vision backbone"):
+        backbone_extractor(segformer(3))  # which has no image processor
+
+
+def test_cmmd_is_the_squared_mmd_of_unit_vectors_by_pairs():
+    near, far, same_kind = cloud(30), cloud(30, shift=2.0, seed=5), cloud(30, seed=5)
+    unit = [features.double() / features.double().norm(dim=1, keepdim=True) for features in (near, far)]
+    kernel = lambda one, other: torch.exp(-(torch.cdist(one, other) ** 2) / 200)  # noqa: E731
+    same = [(kernel(one, one).sum() - len(one)) / (len(one) * (len(one) - 1)) for one in unit]
+    assert cmmd(near, far).value == pytest.approx(1000 * float(sum(same) - 2 * kernel(*unit).mean()), rel=1e-6)
+    assert cmmd(near, far).value > 0.2 > 0 > cmmd(near, same_kind).value  # unbiased: below 0 by chance
 
 
 def cloud(count, width=12, shift=0.0, seed=0):

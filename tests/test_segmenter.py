@@ -7,14 +7,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
 
 from segcn.data.dataset import to_image
 from segcn.data.masks import write_mask
 from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import IGNORE, Label, Palette
 from segcn.data.sampler import class_pixels, class_weights
-from segcn.models.features import clip_reader
+from segcn.evaluate import run as evaluation
+from segcn.evaluate.config import EvaluateConfig
+from segcn.generate import filtering
+from segcn.generate.conditions import read_conditions
+from segcn.generate.config import GenerateConfig
+from segcn.models.base import weights_digest
+from segcn.models.features import clip_extractor, clip_reader
 from segcn.models.segmenter import (
     SegmenterConfig,
     build_segmenter,
@@ -147,6 +161,42 @@ def test_settings_that_make_no_sense_are_refused_and_a_folder_of_something_else_
     assert [path.read_text() for path in tmp_path.glob("mine.set-aside-*/thesis.txt")] == ["years of work"]
 
 
+def test_a_network_of_transformers_is_trained_to_the_same_bytes_and_opens_there(split, segformer, tmp_path):
+    settings = replace(SHORT, architecture=str(segformer), learning_rate=0)
+    assert settings.learning_rate == 3e-4 and "width" not in settings.content
+    first, second = (train_segmenter(split, settings, tmp_path / name, quiet, "cpu") for name in "ab")
+    assert weights_digest(first) == weights_digest(second)
+    other = train_segmenter(split, replace(settings, seed=1), tmp_path / "c", quiet, "cpu")
+    assert weights_digest(other) != weights_digest(first)
+    image, opened = torch.rand(1, 3, 32, 32) * 2 - 1, load_segmenter(tmp_path / "a", "cpu")
+    assert torch.equal(opened(image), first(image)) and opened.settings == first.settings
+    assert opened.settings["resolution"] == 32 and opened.settings["name"] == "segformer (segformer)"
+    theirs = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "a").eval()
+    assert torch.equal(theirs(opened.normalize(image)).logits, opened.model(opened.normalize(image)).logits)
+    lowered = opened(image)
+    opened.lower(torch.tensor([1.0, 0.0, -2.0]))
+    assert torch.allclose(lowered - opened(image), torch.tensor([1.0, 0.0, -2.0])[None, :, None, None], atol=1e-5)
+    begun = build_segmenter(3, architecture=str(tmp_path / "a"))  # a folder with weights is where another one starts
+    assert weights_digest(begun) == weights_digest(first)
+    assert build_segmenter(5, architecture=str(tmp_path / "a"))(image).shape == (1, 5, 32, 32)
+    assert shared_folder("", split, settings) != shared_folder("", split, SHORT)
+    with pytest.raises(UserError, match="--segmenter_architecture unet: expected small, or a folder"):
+        build_segmenter(3, architecture="unet")
+
+
+def test_filter_and_evaluation_train_the_architecture_that_is_asked_for(landscapes, segformer, tmp_path, monkeypatch):
+    asked = []
+    for module in (filtering, evaluation):
+        monkeypatch.setattr(module, "segmenter_of", lambda split, settings, *rest: asked.append(settings))
+    given = {"segmenter_architecture": str(segformer)}
+    config = GenerateConfig(controls=str(landscapes), output_dir=str(tmp_path / "out"), min_miou=0.5, **given)
+    filtering.open_filter(config, read_conditions(config), quiet)
+    config = EvaluateConfig(real=str(landscapes), synthetic=str(landscapes / "test"), **given)
+    evaluation._segmenter(config, evaluation.read_splits(config), tmp_path, quiet)
+    assert [settings.architecture for settings in asked] == [str(segformer)] * 2
+    assert {settings.resolution for settings in asked} == {64} and asked[0].seed != asked[1].seed
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory, random_base):
     """A tiny CLIP of random weights with the tokenizer of the test base."""
@@ -184,6 +234,13 @@ def test_the_score_is_a_hundred_times_the_cosine_of_clips_vectors_and_names_the_
         scores += reader.read(to_image(torch.from_numpy(pixels).permute(2, 0, 1))[None], caption)
         assert scores[-1] == pytest.approx(expected, abs=1e-3)
     assert reader.names == ("CLIPScore (clip)",) and max(scores) > 0
+    image = to_image(torch.from_numpy(pixels).permute(2, 0, 1))[None]
+    with torch.no_grad():
+        seen = CLIPImageProcessor.from_pretrained(clip)(Image.fromarray(pixels), return_tensors="pt")
+        vector = CLIPModel.from_pretrained(clip).get_image_features(**seen)
+    assert torch.allclose(
+        clip_extractor(clip, "cpu").extract(image), getattr(vector, "pooler_output", vector), atol=1e-5
+    )
     with pytest.raises(UserError, match=r"--clip .*expected a folder of CLIPModel"):
         clip_reader(clip / "tokenizer")
 

@@ -34,7 +34,8 @@ class EvaluateConfig:
     inception_weights: str | None = flag(
         None, "weights-inception-2015-12-05-6726825d.pth, for FID and KID as published; none: torch.hub's, if there"
     )
-    clip: str | None = flag(None, "folder of a CLIPModel, for CLIPScore")
+    clip: str | None = flag(None, "folder of a CLIPModel, for CLIPScore and CMMD")
+    features: str | None = flag(None, "folder of a vision backbone, such as DINOv2: distances by its features, too")
     output_dir: str | None = flag(None, "folder of metrics.json and report.html; none: the one above --synthetic")
     cache_dir: str | None = flag(None, "folder for the measurements of each image; none: cache/ in the output folder")
     batch_size: int = flag(32, "images read and kept together; no result depends on it", low=1)

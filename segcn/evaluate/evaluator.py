@@ -72,13 +72,15 @@ class Observer:
     cache: Path | None = None  # none: nothing is kept
     batch_size: int = 32  # images that are read and kept together; no result depends on it
     process: Process = Process()  # looks at its share of the groups
+    others: tuple[Extractor, ...] = ()  # of features for more distances, between real and generated images alone
 
     @cached_property
     def key(self) -> str:
         """16 hexadecimal digits that change with any network."""
         extractor = self.extractor.key if self.extractor else None
         networks = [FORMAT, weights_digest(self.segmenter), self.segmenter.settings, extractor]
-        return _digest([*networks, [reader.key for reader in self.readers], torch.__version__])
+        others = [[other.name, other.key] for other in self.others]
+        return _digest([*networks, [reader.key for reader in self.readers], torch.__version__, *others])
 
     def observe(self, split: Split, parts: tuple[str, ...] = EVERYTHING, log: Log = print) -> Seen:
         """What is counted of this process's share of the rows, in their order; UserError names a broken row.
@@ -140,6 +142,7 @@ class Observer:
             seen["crop_classes"], cut = crops(sample.image, mask)
             none = torch.zeros(0, len(seen["features"]))
             seen["crops"] = extractor.extract(torch.stack(cut)).float().cpu() if cut else none
+            seen |= {f"features of {other.name}": other.extract(image)[0].float().cpu() for other in self.others}
         if "text" in parts and self.readers:
             values = [value for reader in self.readers for value in reader.read(image, sample.caption)]
             seen["text"] = torch.tensor(values, dtype=torch.float64)
@@ -343,6 +346,8 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
         "compared_in_pairs": metrics.COMPARED, "frechet_distance": frechet,
         "kernel_distance": metrics.kernel_distance(near["features"], far["features"]),
     } | metrics.neighborhoods(near["features"], far["features"])  # fmt: skip
+    by_others = {one: [seen[name][f"features of {one.name}"] for name in ("real", "synthetic")]
+                 for one in observer.others}  # fmt: skip
     copies = None
     if "train" in seen:
         vectors = (seen[name]["features"] for name in ("synthetic", "real", "train"))
@@ -364,6 +369,7 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
         "confusion": {name: seen[name]["confusion"].tolist() for name in scored},
         "reliability": {name: metrics.calibration(seen[name]["bins"]) for name in scored},
         "distance": distance,
+        "distances": {one.name: _other_distances(one, *both) for one, both in by_others.items()},
         "crops": _crop_distances(near, far, palette, extractor),
         "text": _text_scores(seen, observer.readers),
         "color": _color_shift(near, far),
@@ -373,7 +379,17 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
         "not_given": {name: recaption_command(splits, name) for name in RECAPTIONED if name not in splits},
     }  # fmt: skip
     result["recaptioned"] = {name: unlike(splits, name) for name in RECAPTIONED if name in splits}
-    return result | {"warnings": [*([few] if few else []), *_doubts(result)]}
+    fews = [few, *(metrics.few_images(min(map(len, both)), both[0].shape[1], one.name)
+                   for one, both in by_others.items() if not one.of_clip)]  # fmt: skip
+    return result | {"warnings": [*filter(None, fews), *_doubts(result)]}
+
+
+def _other_distances(extractor: Extractor, near: torch.Tensor, far: torch.Tensor) -> dict[str, bootstrap.Estimate]:
+    """CMMD of CLIP's features, else the Fréchet and the kernel distance and the rest, by the titles to report."""
+    if extractor.of_clip:
+        return {"CMMD": metrics.cmmd(near, far)}
+    both = {"FD": metrics.frechet_estimate(near, far), "KD": metrics.kernel_distance(near, far)}
+    return both | metrics.neighborhoods(near, far)
 
 
 def rewarding_observer(synthetic: Split, observer: Observer) -> Observer | None:
@@ -386,7 +402,7 @@ def rewarding_observer(synthetic: Split, observer: Observer) -> Observer | None:
     found = open_rewarding(made["controlnet"], synthetic.palette, *look)
     if found is None or weights_digest(found) != digest:
         return None
-    return replace(observer, segmenter=found, extractor=None, readers=())
+    return replace(observer, segmenter=found, extractor=None, readers=(), others=())
 
 
 def _reward(

@@ -1,6 +1,6 @@
 """What is measured of images: agreement with masks, distances between features, memorization, and colors."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -207,7 +207,27 @@ def few_images(count: int, features: int, extractor: str) -> str | None:
     )
 
 
-def kernel_distance(real: torch.Tensor, synthetic: torch.Tensor) -> Estimate:
+def cubic(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The kernel of KID between features [N, D] and [M, D]: [N, M]."""
+    return (one @ other.T / one.shape[1] + 1) ** 3
+
+
+def cmmd(real: torch.Tensor, synthetic: torch.Tensor) -> Estimate:
+    """CMMD of CLIP's image vectors [N, D]: 1000 times the unbiased squared MMD of unit vectors, Gaussian kernel of 10.
+
+    Jayasumana et al. 2024, arXiv:2401.09603; their code keeps the pairs of an image with itself, which adds about
+    2 * 1000 * (1 - mean kernel) / N.
+    """
+    near, far = (features.double() / features.double().norm(dim=1, keepdim=True) for features in (real, synthetic))
+    found = kernel_distance(near, far, lambda one, other: torch.exp((one @ other.T - 1) / 100))
+    return Estimate(None if found.value is None else 1000 * found.value, 1000 * found.draws)
+
+
+def kernel_distance(
+    real: torch.Tensor,
+    synthetic: torch.Tensor,
+    kernel: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = cubic,
+) -> Estimate:
     """Unbiased squared MMD of all images of two sets of features [N, D], at most 5000 each; below 0 by chance.
 
     Bińkowski et al. 2018, arXiv:1801.01401, with their kernel (x y / D + 1)^3: a KID, with one subset of all images,
@@ -215,7 +235,6 @@ def kernel_distance(real: torch.Tensor, synthetic: torch.Tensor) -> Estimate:
     drawn, and in the other set if it is there.
     """
     near, far = compared(real, "real"), compared(synthetic, "synthetic")
-    kernel = lambda one, other: (one @ other.T / one.shape[1] + 1) ** 3  # noqa: E731
     within = [kernel(one, one).fill_diagonal_(0) for one in (near, far)]
     across, (rows, columns) = kernel(near, far), _shared(near, far)
     across[rows, columns] = 0

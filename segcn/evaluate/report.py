@@ -116,6 +116,9 @@ def _lines(metrics: dict) -> Iterator[str]:
         yield ", ".join(f"{key} {within(metrics, 'distance', key)}" for key in pair)
     counts = f"{found['images_real']} real and {found['images_synthetic']} generated images"
     yield f"({found['extractor']} of {counts}, {found['resolution']} px)"
+    for extractor, each in metrics.get("distances", {}).items():
+        shown = (f"{title} {within(metrics, 'distances', extractor, title, digits=4)}" for title in each)
+        yield f"{extractor}: {', '.join(shown)}"
     for name in metrics.get("shares_of_with_mask", {}):
         yield f"{ROWS[name]}: {within(metrics, 'shares_of_with_mask', name, 'miou')} of those with captions as they are"
     for name, command in metrics.get("not_given", {}).items():
@@ -230,7 +233,7 @@ def comparison(one: str | Path, other: str | Path) -> str:
         apart = difference(b, a)
         low, high = apart.interval() or (float("nan"), float("nan"))
         mark = "  *" if low > 0 or high < 0 else ""
-        digits = 3 if place[0] in ("crops", "color") or place[-1].endswith("_distance") else 0
+        digits = 3 if place[0] in ("crops", "color", "distances") or place[-1].endswith("_distance") else 0
         cells = [number(value, digits) for value in (a.value, b.value, apart.value, low, high)]
         lines.append("{:48}{:>9}{:>9}   {} [{}, {}]{}".format(title[:47], *cells, mark))
     return "\n".join([*lines, "", "* the interval excludes zero"])
@@ -264,6 +267,8 @@ def _places(one: dict, other: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
         places += [(f"{title} ({extractor})", ("distance", key)) for title, key in zip(names, DISTANCES, strict=True)]
         places += [(key, ("distance", key)) for key in SPREADS]
         places.append(("memorization test", ("copies", "nearer_than_real")))
+    places += [(f"{title} ({name})", ("distances", name, title))
+               for name, each in one.get("distances", {}).items() for title in each]  # fmt: skip
     places += [(f"{title}, {ROWS[name]}", (kind, name, title)) for kind in ("text", "custom")
                for name, each in one.get(kind, {}).items() for title in each]  # fmt: skip
     if comparable:

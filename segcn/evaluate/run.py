@@ -24,7 +24,7 @@ from segcn.evaluate.evaluator import (
 from segcn.evaluate.page import write_evaluation_report
 from segcn.evaluate.provenance import RECAPTIONED, generation_of
 from segcn.models.base import weights_digest
-from segcn.models.features import Reader, clip_reader, open_extractor
+from segcn.models.features import Reader, backbone_extractor, clip_extractor, clip_reader, open_extractor
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter, segmenter_of
 from segcn.utils.errors import UserError
 from segcn.utils.io import Process, one_at_a_time, this_process
@@ -56,8 +56,10 @@ def evaluate_folders(
     with one_at_a_time(cache / ".networks.lock"):  # one process trains what the others then load
         segmenter = independent_segmenter(config, splits, cache, log)
         extractor = open_extractor(segmenter, config.inception_weights)
+        others = (*([backbone_extractor(config.features)] if config.features else []),
+                  *([clip_extractor(config.clip)] if config.clip else []))  # fmt: skip
         readers = open_readers(config.clip, Path(config.real), splits.get("train"), cache, caption_reader, log)
-    observer = Observer(segmenter, extractor, readers, cache, config.batch_size)
+    observer = Observer(segmenter, extractor, readers, cache, config.batch_size, others=others)
     if process.world > 1:
         _share(observer, splits, process, log)
         if process.rank:

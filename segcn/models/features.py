@@ -1,11 +1,12 @@
-"""Features that images are compared by (Inception's or the segmenter's), and scores of captions by CLIP."""
+"""Features that images are compared by (Inception's, the segmenter's, any backbone's), and scores by CLIP."""
 
 import hashlib
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -34,17 +35,7 @@ def clip_reader(folder: str | Path, device: str | None = None) -> Reader:
 
     What a caption says after CLIP's 77th token is not read. UserError where the folder holds no CLIP.
     """
-    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
-    try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"--clip {folder}: expected a folder of CLIPModel with its tokenizer and image processor: {error}"
-        ) from None
-    model = model.eval().to(pick_device(device))
+    model, tokenizer, processor = _open_clip(folder, pick_device(device))
     longest = model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
@@ -58,12 +49,29 @@ def clip_reader(folder: str | Path, device: str | None = None) -> Reader:
     return Reader((f"CLIPScore ({Path(folder).absolute().name})",), weights_digest(model), read)
 
 
+@cache
+def _open_clip(folder: str | Path, device: str) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and image processor."""
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    try:
+        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"--clip {folder}: expected a folder of CLIPModel with its tokenizer and image processor: {error}"
+        ) from None
+    return model.eval().to(device), tokenizer, processor
+
+
 class Extractor(NamedTuple):
     """image [B, 3, H, W] in [-1, 1] -> features [B, D]; `name` is reported with each number computed from them."""
 
     name: str
     key: str  # changes with any weight
     extract: Callable[[torch.Tensor], torch.Tensor]
+    of_clip: bool = False  # CLIP's: the distance between these is CMMD
 
     @property
     def names(self) -> tuple[str, str]:
@@ -84,6 +92,51 @@ def open_extractor(segmenter: AnySegmenter, inception: str | Path | None = None)
         return Extractor(name, *inception_features(weights, device))
     name = segmenter.settings.get("name", "segmenter")
     return Extractor(f"{name} features", weights_digest(segmenter), lambda image: segmenter.features(image.to(device)))
+
+
+def backbone_extractor(folder: str | Path, device: str | None = None) -> Extractor:
+    """Features by a vision backbone of transformers, such as DINOv2: its class token, or else the mean of its places.
+
+    Stein et al. 2023, arXiv:2306.04675. Images are resized and normalized as its image processor says. UserError where
+    the folder cannot be opened.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        raise UserError(
+            f"--features {folder}: expected a folder of a vision backbone of transformers, such as DINOv2, with its"
+            f" image processor: {error}"
+        ) from None
+    model = getattr(model, "vision_model", model).eval().to(pick_device(device))
+    token = any(name.rpartition(".")[2] in ("cls_token", "class_embedding") for name, _ in model.named_parameters())
+
+    @torch.no_grad()
+    def extract(image: torch.Tensor) -> torch.Tensor:
+        hidden = model(_prepared(processor, image, model.device)).last_hidden_state
+        return hidden.mean((2, 3)) if hidden.dim() == 4 else hidden[:, 0] if token else hidden.mean(1)
+
+    return Extractor(Path(folder).absolute().name, weights_digest(model), extract)
+
+
+def clip_extractor(folder: str | Path, device: str | None = None) -> Extractor:
+    """CLIP's projected image vectors, for CMMD; UserError where the folder holds no CLIP."""
+    model, _, processor = _open_clip(folder, pick_device(device))
+
+    @torch.no_grad()
+    def extract(image: torch.Tensor) -> torch.Tensor:
+        found = model.get_image_features(_prepared(processor, image, model.device))
+        return getattr(found, "pooler_output", found)
+
+    return Extractor(f"CLIP ({Path(folder).absolute().name})", weights_digest(model), extract, of_clip=True)
+
+
+def _prepared(processor: Any, image: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """image [B, 3, H, W] in [-1, 1] -> what a network of transformers takes."""
+    pixels = [Image.fromarray(to_uint8(one)) for one in image.cpu()]
+    return processor(pixels, return_tensors="pt")["pixel_values"].to(device)
 
 
 def find_inception(path: str | Path | None = None) -> Path | None:

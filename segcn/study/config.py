@@ -31,7 +31,7 @@ class StudyConfig:
         },
     }  # fmt: skip
     TIERS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quick": {"fractions": "0.05,0.1", "draws": 1, "seeds": 3, "images": "512"},
+        "quick": {"fractions": "0.05", "draws": 1, "seeds": 3, "images": "512"},
         "full": {"fractions": "0.025,0.05,0.1", "draws": 3, "seeds": 3, "images": "256,512,1024"},
     }
     SECTIONS: ClassVar[dict[str, str]] = {
@@ -52,7 +52,7 @@ class StudyConfig:
     resolution: int = flag(128, "image size in pixels", low=1)
     fit: str = flag("crop", "how images become square: crop, pad or stretch", FITS)
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
-    fractions: str | None = flag(None, "fractions of the real rows; none: 0.05,0.1 in quick, 0.025,0.05,0.1 in full")
+    fractions: str | None = flag(None, "fractions of the real rows; none: 0.05 in quick, 0.025,0.05,0.1 in full")
     draws: int | None = flag(None, "draws of rows, each with its ControlNets; none: 1 in quick, 3 in full", low=1)
     seeds: int | None = flag(None, "segmenters of each arm and draw; none: 3", low=2)
     images: str | None = flag(

@@ -25,7 +25,7 @@ from segcn.utils.io import write_whole
 TRAINING_STEP = 0.5  # seconds of a ControlNet's step at batch 16, 128 pixels, on two slow cores
 DENOISING_STEP = 0.02  # of one image there
 FITTING_SAMPLE = 0.0017  # of one image of 64 pixels through a small segmenter and back there
-USUAL_STEPS = 1000  # about where a plateau is reached
+USUAL_STEPS = 2000  # about where a training ends whose length its plateau sets
 VALIDATED, MOST_VALIDATED = 5, 256  # every fifth row drawn validates, at most so many
 GENERATED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "vary", "augment_masks", "min_miou",
              "max_attempts", "ignore_disagreement", "batch_size")  # fmt: skip

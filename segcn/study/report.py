@@ -40,7 +40,8 @@ METHOD = (
 )
 INTERVALS = (
     " {resamples} resamples of a hierarchical bootstrap; of differences the same images, draws and seeds are taken for"
-    " both sides, and with few draws or seeds the intervals are widened as Student's t asks."
+    " both sides, and with few draws or seeds the intervals are widened as Student's t asks. They hold for each"
+    " comparison alone."
 )
 SEVERAL = (
     "95 % intervals cover the draw of the rows with its ControlNet ({draws} draws), the seed of the segmenter ({seeds}"
@@ -54,12 +55,11 @@ WITHOUT_EFFECT = ("dataset_name", "output_dir", "pretrained_model_name_or_path",
 CONTROLS = {"equal_exposure": "above real alone", "equal_compute": "above real for as long"}
 
 
-def metrics_of(
-    plan: StudyPlan, counts: dict[tuple[float, Arm], np.ndarray], images: dict[Case, dict]
-) -> dict[str, Any]:
+def metrics_of(plan: StudyPlan, counts: dict[tuple[float, Arm], np.ndarray], made: dict[Case, dict]) -> dict[str, Any]:
     """Everything that was measured, fit for JSON and the same whenever asked for.
 
-    counts: of each fraction and arm `class_counts`, int [draws, seeds, images, K, 3]; images: of each case, how many.
+    counts: of each fraction and arm `class_counts`, int [draws, seeds, images, K, 3]; made: of each case how many
+    images were generated and kept.
     """
     config = plan.config
     first = next(iter(counts.values()))
@@ -70,35 +70,34 @@ def metrics_of(
     arms = []
     for (fraction, arm), found in counts.items():
         cases = [case for case in plan.rows if case.fraction == fraction]
+        rows = plan.rows[cases[0]]
         told = [[plan.result(case, arm, seed) for seed in range(found.shape[1])] for case in cases]
-        rows = len(plan.rows[cases[0]].learned) + len(plan.rows[cases[0]].validation)
-        other = plan.rows[cases[0]].other
-        entry = {"fraction": fraction, "rows": rows, "name": arm.name, "kind": kind_of(arm),
-                 "images": len(other) if arm in (OTHER, BOUND) and other else (arm.after or arm).images}  # fmt: skip
-        entry |= _figures(scores[fraction, arm])
-        each = [[mean_iou(one[:, ids]) for one in seeds] for seeds in found]
-        entry |= {"of_each_draw_and_seed": each, "validation_miou": _mean(told, "validation_miou"),
-                  "steps": round(_mean(told, "steps_taken"))}  # fmt: skip
-        longer = Arm("real", like=arm)
+        mean = {name: np.mean([[one[name] for one in seeds] for seeds in told])
+                for name in ("steps_taken", "validation_miou")}  # fmt: skip
+        images = len(rows.other) if rows.other and OTHER in (arm, arm.after) else (arm.after or arm).images
+        entry = {
+            "fraction": fraction, "rows": len(rows.learned) + len(rows.validation), "name": arm.name,
+            "kind": kind_of(arm), "images": images, "steps": round(mean["steps_taken"]),
+            "validation_miou": round(mean["validation_miou"], DIGITS),
+        } | _figures(scores[fraction, arm])  # fmt: skip
+        entry["of_each_draw_and_seed"] = [[mean_iou(one[:, ids]) for one in seeds] for seeds in found]
         if arm != REAL and not arm.like:
-            against = {"equal_exposure": REAL} | ({"equal_compute": longer} if (fraction, longer) in counts else {})
-            entry["above"] = {
-                control: _figures({name: difference(one, scores[fraction, other][name])
-                                   for name, one in scores[fraction, arm].items()})
-                for control, other in against.items()
-            }  # fmt: skip
-            fewer = [one for one in counts if one[0] == fraction and kind_of(one[1]) == kind_of(arm) == "pretrained"
-                     and one[1].after and one[1].after.images < (arm.after or arm).images]  # fmt: skip
-            entry["above_fewer"] = {str(one[1].after.images): _figures(
-                {"miou": difference(scores[fraction, arm]["miou"], scores[one]["miou"])}
-            ) for one in fewer if one[1].after}  # fmt: skip
+            controls = {"equal_exposure": REAL, "equal_compute": Arm("real", like=arm)}
+            amounts = [amount for amount in config.amounts if amount < images and kind_of(arm) == "pretrained"]
+            fewer = {f"fewer_{amount}": Arm("real", after=Arm("synthetic", amount)) for amount in amounts}
+            entry["above"], entry["above_fewer"] = (
+                {name: _figures({key: difference(one, scores[fraction, other][key])
+                                 for key, one in scores[fraction, arm].items()})
+                 for name, other in others.items() if (fraction, other) in counts}
+                for others in (controls, fewer)
+            )  # fmt: skip
         arms.append(entry)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in WITHOUT_EFFECT}
     covers = ((SEVERAL if config.draws != 1 else ONE) + INTERVALS).format(**settings)
     return {
         "settings": settings, "test_images": first.shape[2], "intervals": covers,
         "classes": [{"name": label.name, "color": label.color} for label in present],
-        "cases": [_case(plan, case) | images[case] for case in plan.rows], "arms": arms,
+        "cases": [_case(plan, case) | made[case] for case in plan.rows], "arms": arms,
         "verdicts": [verdict([arm for arm in arms if arm["fraction"] == fraction]) for fraction in config.some],
     }  # fmt: skip
 
@@ -106,10 +105,6 @@ def metrics_of(
 def kind_of(arm: Arm) -> str:
     """real, longer (real for as long as another one), synthetic, pretrained, mixed, other or bound."""
     return "longer" if arm.like else "bound" if arm == BOUND else "pretrained" if arm.after else arm.learns
-
-
-def _mean(told: list[list[dict]], name: str) -> float:
-    return round(float(np.mean([[one[name] for one in seeds] for seeds in told])), DIGITS)
 
 
 def _case(plan: StudyPlan, case: Case) -> dict[str, Any]:
@@ -138,20 +133,19 @@ def verdict(arms: list[dict[str, Any]]) -> str:
     """What to do with as many rows, in plain words: the arms of one fraction, as in metrics.json."""
     pretrained = sorted((arm for arm in arms if arm["kind"] == "pretrained"), key=lambda arm: arm["images"])
     (mixed,) = (arm for arm in arms if arm["kind"] == "mixed")
-    best = next(
-        arm
-        for place, arm in enumerate(pretrained)
-        if not any(more["above_fewer"][str(arm["images"])]["miou_interval"][0] > 0 for more in pretrained[place + 1 :])
-    )  # the fewest images that no larger number is shown to beat
+    gaining = [arm for arm in pretrained if _effect(arm) == "gain"] or pretrained[-1:]
+    best = next(arm for place, arm in enumerate(gaining) if not any(
+        more["above_fewer"][f"fewer_{arm['images']}"]["miou_interval"][0] > 0 for more in gaining[place + 1 :]
+    ))  # the fewest images that no larger number is shown to beat  # fmt: skip
     recipes = [(f"pretrain on {best['images']:,} synthetic images, then finetune", "pretraining", best),
                (f"mix {mixed['images']:,} synthetic images in", "mixing", mixed)]  # fmt: skip
     helpful = sorted((one for one in recipes if _effect(one[2]) == "gain"), key=lambda one: -one[2]["miou"])
     advice = helpful[0] if helpful else None
     parts = [f"{advice[0]}: {_gains(advice[2])}"] if advice else ["add no synthetic images to them"]
-    parts += [f"{one[1]}: {_effect(one[2])}, {_gains(one[2])}" for one in recipes if one is not advice]
     if advice and advice[2] is best:
-        beyond = f"don't add any beyond {best['images']:,}" if best is not pretrained[-1] else "more were not tried"
-        parts.append(beyond)
+        amount = f"{best['images']:,}"
+        parts.append(f"don't add any beyond {amount}" if best is not pretrained[-1] else f"more than {amount} untried")
+    parts += [f"{one[1]}: {_effect(one[2])}, {_gains(one[2])}" for one in recipes if one is not advice]
     for bound in (arm for arm in arms if arm["kind"] == "bound"):
         parts.append(f"{bound['images']:,} other real rows in their place, the upper bound: {_gains(bound)}")
     return f"With your {arms[0]['rows']:,} rows: {'; '.join(parts)}."
