@@ -278,7 +278,7 @@ def report_html(evaluation: Evaluation, folder: Path) -> str:
     distances += [(key, cell("distance", key), about) for key, about in SPREAD_ABOUT.items()]
     for name, title in [(name, title) for name, each in metrics["distances"].items() for title in each]:
         about = SPREAD_ABOUT.get(title, "0: the same")
-        distances.append((f"{title} ({name})", cell("distances", name, title, digits=4), about))
+        distances.append((f"{title} ({name})", cell("distances", name, title, digits=3), about))
     settings = metrics["settings"] | {f"segmenter: {key}": value for key, value in metrics["segmenter"].items()}
     settings = {key: value for key, value in settings.items() if key not in metrics["sets"]}
     settings |= {"neighbors (precision to coverage)": NEIGHBORS, "images compared in pairs, at most": COMPARED}

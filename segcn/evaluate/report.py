@@ -117,7 +117,7 @@ def _lines(metrics: dict) -> Iterator[str]:
     counts = f"{found['images_real']} real and {found['images_synthetic']} generated images"
     yield f"({found['extractor']} of {counts}, {found['resolution']} px)"
     for extractor, each in metrics.get("distances", {}).items():
-        shown = (f"{title} {within(metrics, 'distances', extractor, title, digits=4)}" for title in each)
+        shown = (f"{title} {within(metrics, 'distances', extractor, title, digits=3)}" for title in each)
         yield f"{extractor}: {', '.join(shown)}"
     for name in metrics.get("shares_of_with_mask", {}):
         yield f"{ROWS[name]}: {within(metrics, 'shares_of_with_mask', name, 'miou')} of those with captions as they are"
