@@ -28,13 +28,13 @@ from segcn.models.base import weights_digest
 from segcn.models.segmenter import SegmenterConfig, load_segmenter
 from segcn.study import report, run, training
 from segcn.study.config import AFFINE, StudyConfig
-from segcn.study.plan import BOUND, OTHER, REAL, Arm, Case, drawn_rows
+from segcn.study.plan import BOUND, OTHER, REAL, Arm, Portion, drawn_rows
 from segcn.study.run import study
 from segcn.study.training import Draws, Mixture, Rule, learning_rates, synthetic_places, train_arm
 from segcn.utils.errors import UserError
 
 QUICK = SegmenterConfig(steps=3, batch_size=4, width=8, resolution=32)
-FEW, ALL = Case(0, 0.5), Case(0, 1.0)
+FEW, ALL = Portion(0, 0.5), Portion(0, 1.0)
 AUGMENT = AugmentConfig.parse(AFFINE)
 ALONE = Arm("synthetic", 4)
 PRETRAINED, MIXED = Arm("real", after=ALONE), Arm("mixed", 4)

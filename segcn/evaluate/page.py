@@ -27,7 +27,7 @@ MOST_CLASSES = 20  # classes shown at most: those with the lowest IoU
 SHOWN_COVER = 0.01  # of the pixels, which a class covers in an image that is shown for it
 SET_COLORS = {"real": "#4d4d4d", "reconstructions": "#a8a8a8", "synthetic": ACCENT, "without_classes": "#5aa469",
               "other_captions": "#9a6fb0", "floor": "#e8a04c"}  # fmt: skip
-EXAMPLES = 2  # best, median and worst images at the top
+AT_TOP = 2  # best, median and worst images at the top
 TILE = 320  # px of an image at the top of the page
 
 
@@ -35,9 +35,9 @@ def examples(evaluation: Evaluation) -> Figure:
     """The best, the median and the worst images: the mask, and the image with the mask's outlines."""
     scores = image_scores(evaluation)
     order = np.argsort(-scores, kind="stable").tolist()
-    middle = (len(order) - EXAMPLES) // 2
-    columns = [order[:EXAMPLES], order[middle : middle + EXAMPLES], order[-EXAMPLES:][::-1]]
-    if len(order) < 3 * EXAMPLES:
+    middle = (len(order) - AT_TOP) // 2
+    columns = [order[:AT_TOP], order[middle : middle + AT_TOP], order[-AT_TOP:][::-1]]
+    if len(order) < 3 * AT_TOP:
         columns = [order[:1], [order[len(order) // 2]], order[-1:]]
     rows = [list(row) for row in zip(*columns, strict=True)]
     captions = evaluation.splits["synthetic"].records

@@ -33,7 +33,7 @@ PLACES = {"dataset_name", "controls", "output_dir", "cache_dir", "pretrained_mod
           "controlnet_model_name_or_path", "architecture"}  # fmt: skip
 
 
-class Case(NamedTuple):
+class Portion(NamedTuple):
     """Some of the real rows, with a ControlNet and synthetic images of their own."""
 
     draw: int
@@ -157,9 +157,9 @@ class StudyPlan:
     """The stages of a study; each has a folder that is named after the digest of its settings and sources."""
 
     config: StudyConfig
-    rows: dict[Case, Rows]  # in folders of their own
+    rows: dict[Portion, Rows]  # in folders of their own
     test: Split
-    chosen: dict[Case, Choice] = field(default_factory=dict)
+    chosen: dict[Portion, Choice] = field(default_factory=dict)
 
     @cached_property
     def base(self) -> str:
@@ -175,7 +175,7 @@ class StudyPlan:
         return [Choice(rate, augment) for rate in self.config.learning_rates
                 for augment in self.config.segmenter_augments]  # fmt: skip
 
-    def arms(self, case: Case) -> list[Arm]:
+    def arms(self, case: Portion) -> list[Arm]:
         """Real alone; pretraining and mixing, each beside real rows for as long; synthetic alone; the upper bound."""
         alone = [Arm("synthetic", amount) for amount in self.config.amounts]
         recipes = [*(Arm("real", after=one) for one in alone), Arm("mixed", alone[-1].images)]
@@ -183,7 +183,7 @@ class StudyPlan:
             alone, recipes = [*alone, OTHER], [*recipes, BOUND]
         return [REAL, *alone, *recipes, *(Arm("real", like=one) for one in recipes)]
 
-    def controlnet(self, case: Case) -> TrainConfig:
+    def controlnet(self, case: Portion) -> TrainConfig:
         """How the ControlNet of a case is trained: as the preset says, on the rows that it learns from.
 
         It starts from that of the next smaller fraction, whose rows are among these, or from the base.
@@ -203,7 +203,7 @@ class StudyPlan:
         key = digest(settings, rows.fingerprint, self.base, Path(smaller.output_dir).name if smaller else None)
         return replace(settings, output_dir=str(config.folder / "controlnets" / f"{case.name}-{key}"))
 
-    def synthetic(self, case: Case) -> GenerateConfig:
+    def synthetic(self, case: Portion) -> GenerateConfig:
         """How the synthetic images of a case are generated and filtered: from its rows, by networks of its rows."""
         config, rows, controlnet = self.config, self.rows[case].learned, self.controlnet(case).output_dir
         _, segmenter = self.segmenter(case, REAL, 0)
@@ -218,7 +218,7 @@ class StudyPlan:
         key = digest(settings, rows.fingerprint, Path(controlnet).name, segmenter.name)
         return replace(settings, output_dir=str(config.folder / "images" / f"{case.name}-{key}"))
 
-    def learned_from(self, case: Case, arm: Arm) -> tuple[Split | None, Split | None]:
+    def learned_from(self, case: Portion, arm: Arm) -> tuple[Split | None, Split | None]:
         """The real and the synthetic rows of an arm; fewer of the latter where not as many were kept."""
         real = {"real": self.rows[case].learned, "mixed": self.rows[case].learned, "other": self.rows[case].other}
         if not arm.images:
@@ -227,7 +227,9 @@ class StudyPlan:
         chosen = sorted(rng.permutation(len(made), "synthetic", self.config.seed)[: arm.images])
         return real.get(arm.learns), replace(made, records=tuple(made[row] for row in chosen))
 
-    def segmenter(self, case: Case, arm: Arm, seed: int, choice: Choice | None = None) -> tuple[SegmenterConfig, Path]:
+    def segmenter(
+        self, case: Portion, arm: Arm, seed: int, choice: Choice | None = None
+    ) -> tuple[SegmenterConfig, Path]:
         """How a segmenter is trained, whatever it learns from, and its folder.
 
         choice: none: what was chosen for the case; before that the first of all.
@@ -254,7 +256,7 @@ class StudyPlan:
             return [REAL, *([arm.like.after] if arm.like.after else [])]
         return [] if arm.to_plateau else [REAL, *([arm.after] if arm.after else [])]
 
-    def steps(self, case: Case, arm: Arm, seed: int) -> int | None:
+    def steps(self, case: Portion, arm: Arm, seed: int) -> int | None:
         """How long an arm is trained, after what it starts from; None: until its plateau.
 
         Whatever learns from the real rows sees as many of their images as real alone did, in the same order; what is
@@ -266,18 +268,18 @@ class StudyPlan:
         mixed = (arm.like or arm).learns == "mixed"
         return round(real * (1 + self.config.ratio)) if mixed else real + sum(before) * bool(arm.like)
 
-    def result(self, case: Case, arm: Arm, seed: int, choice: Choice | None = None) -> dict[str, Any]:
+    def result(self, case: Portion, arm: Arm, seed: int, choice: Choice | None = None) -> dict[str, Any]:
         """What a finished segmenter says of its training."""
         found = json.loads((self.segmenter(case, arm, seed, choice)[1] / "config.json").read_text())
         return found.get("segcn", found)  # the former where the network is of transformers
 
-    def choose(self, case: Case) -> None:
+    def choose(self, case: Portion) -> None:
         """Take what served real alone best on the validation rows."""
         self.chosen[case] = max(
             self.candidates, key=lambda choice: self.result(case, REAL, 0, choice)["validation_miou"]
         )
 
-    def seconds(self, stage: str, case: Case, arm: Arm = REAL) -> float:
+    def seconds(self, stage: str, case: Portion, arm: Arm = REAL) -> float:
         """Of a ControlNet, of a synthetic set or of a segmenter, as estimated, on two slow cores."""
         config = self.config
         area, crop = (config.resolution / 128) ** 2, (config.segmenter_resolution / 64) ** 2

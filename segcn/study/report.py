@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from segcn.data import visualize
 from segcn.evaluate.bootstrap import Estimate, bootstrap, difference
 from segcn.evaluate.metrics import iou_of_counts
-from segcn.study.plan import BOUND, OTHER, REAL, Arm, Case, StudyPlan
+from segcn.study.plan import BOUND, OTHER, REAL, Arm, Portion, StudyPlan
 from segcn.study.training import mean_iou
 from segcn.utils.io import write_text
 
@@ -55,7 +55,9 @@ WITHOUT_EFFECT = ("dataset_name", "output_dir", "pretrained_model_name_or_path",
 CONTROLS = {"equal_exposure": "above real alone", "equal_compute": "above real for as long"}
 
 
-def metrics_of(plan: StudyPlan, counts: dict[tuple[float, Arm], np.ndarray], made: dict[Case, dict]) -> dict[str, Any]:
+def metrics_of(
+    plan: StudyPlan, counts: dict[tuple[float, Arm], np.ndarray], made: dict[Portion, dict]
+) -> dict[str, Any]:
     """Everything that was measured, fit for JSON and the same whenever asked for.
 
     counts: of each fraction and arm `class_counts`, int [draws, seeds, images, K, 3]; made: of each case how many
@@ -107,7 +109,7 @@ def kind_of(arm: Arm) -> str:
     return "longer" if arm.like else "bound" if arm == BOUND else "pretrained" if arm.after else arm.learns
 
 
-def _case(plan: StudyPlan, case: Case) -> dict[str, Any]:
+def _case(plan: StudyPlan, case: Portion) -> dict[str, Any]:
     rows = {name: len(split) if split else 0 for name, split in plan.rows[case]._asdict().items()}
     return {"draw": case.draw, "fraction": case.fraction} | rows | plan.chosen[case]._asdict()
 
@@ -163,11 +165,11 @@ def _effect(arm: dict[str, Any]) -> str:
 
 
 def _gains(arm: dict[str, Any]) -> str:
-    shown = [f"{points(control)} {CONTROLS[name]}" for name, control in arm["above"].items()]
+    shown = [f"{in_points(control)} {CONTROLS[name]}" for name, control in arm["above"].items()]
     return "mIoU " + " and ".join(shown)
 
 
-def points(figures: dict[str, Any]) -> str:
+def in_points(figures: dict[str, Any]) -> str:
     """A difference of mIoU in points of a hundred, with its interval."""
     low, high = figures["miou_interval"]
     return f"{100 * figures['miou']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
@@ -205,7 +207,7 @@ def report(metrics: dict[str, Any]) -> str:
         )
     parts = ["# Are the synthetic images worth training on?", *metrics["verdicts"], metrics["intervals"],
              "![test mIoU](study.png)", "```\n" + table(metrics) + "\n```", "## Gain of each class, in points of IoU",
-             "```\n" + class_table(metrics) + "\n```", "## What was done", METHOD.format(**settings), NO_LEAK,
+             "```\n" + class_gains(metrics) + "\n```", "## What was done", METHOD.format(**settings), NO_LEAK,
              "\n".join(lines)]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -221,13 +223,13 @@ def table(metrics: dict[str, Any]) -> str:
         columns["test mIoU"].append(f"{arm['miou']:.3f} [{low:.3f}, {high:.3f}]")
         for control, words in CONTROLS.items():
             found = arm.get("above", {}).get(control)
-            columns[words].append(points(found) if found else "")
+            columns[words].append(in_points(found) if found else "")
     index = pandas.MultiIndex.from_tuples([(arm["rows"], arm["name"]) for arm in metrics["arms"]],
                                           names=["rows", "learned from"])  # fmt: skip
     return pandas.DataFrame(columns, index=index).to_string(sparsify=False)
 
 
-def class_table(metrics: dict[str, Any]) -> str:
+def class_gains(metrics: dict[str, Any]) -> str:
     """The gain of each class over both controls, of every arm that adds something to the real rows."""
     found = {}
     for arm in metrics["arms"]:

@@ -19,7 +19,7 @@ from segcn.generate.writer import generate_dataset
 from segcn.models.base import one_core, pick_device
 from segcn.models.segmenter import load_segmenter, write_segmenter
 from segcn.study.config import StudyConfig
-from segcn.study.plan import REAL, Arm, Case, Choice, Rows, StudyPlan, check_study, drawn_rows, stage_rows
+from segcn.study.plan import REAL, Arm, Choice, Portion, Rows, StudyPlan, check_study, drawn_rows, stage_rows
 from segcn.study.report import metrics_of, write_report
 from segcn.study.training import Draws, Mixture, count_pixels, train_arm
 from segcn.train.config import TrainConfig
@@ -35,10 +35,10 @@ COUNTS = "class_counts.npy"  # of a finished segmenter
 Log = Callable[[str], None]
 
 
-class Job(NamedTuple):
+class Training(NamedTuple):
     """A segmenter to train; choice: none: the one of its case."""
 
-    case: Case
+    case: Portion
     arm: Arm
     seed: int
     choice: Choice | None = None
@@ -86,7 +86,7 @@ def open_plan(config: StudyConfig, log: Log) -> StudyPlan:
     config.folder.mkdir(parents=True, exist_ok=True)
     write_text(config.folder / "study_config.json", to_json(config))
     named, staged = {}, {}
-    for case in (Case(draw, fraction) for draw in range(config.draws or 1) for fraction in config.some):
+    for case in (Portion(draw, fraction) for draw in range(config.draws or 1) for fraction in config.some):
         parts = drawn_rows(len(train_rows), case.fraction, config.seed + case.draw, config.amounts[-1])
         kinds = dict(zip(Rows._fields, parts, strict=True))
         named[case.name] = {kind: [train_rows[row].image_name for row in rows] for kind, rows in kinds.items()}
@@ -104,14 +104,14 @@ def open_plan(config: StudyConfig, log: Log) -> StudyPlan:
     return plan
 
 
-def choosing_jobs(plan: StudyPlan) -> list[Job]:
+def choosing_jobs(plan: StudyPlan) -> list[Training]:
     """Real alone with every learning rate and augmentation, once in each case."""
-    return [Job(case, REAL, 0, choice) for case in plan.rows for choice in plan.candidates]
+    return [Training(case, REAL, 0, choice) for case in plan.rows for choice in plan.candidates]
 
 
-def arm_jobs(plan: StudyPlan) -> list[Job]:
+def arm_jobs(plan: StudyPlan) -> list[Training]:
     """Every arm with every seed in each case."""
-    return [Job(case, arm, seed) for case in plan.rows for arm in plan.arms(case)
+    return [Training(case, arm, seed) for case in plan.rows for arm in plan.arms(case)
             for seed in range(plan.config.seeds or 1)]  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def is_finished(stage: TrainConfig | GenerateConfig) -> bool:
     return any((Path(stage.output_dir) / name).is_file() for name in last)
 
 
-def train_segmenters(plan: StudyPlan, todo: StudyProgress, wanted: list[Job]) -> None:
+def train_segmenters(plan: StudyPlan, todo: StudyProgress, wanted: list[Training]) -> None:
     """Train the missing ones of some segmenters, on a CPU one on each core, to the same bytes.
 
     Those of an arm share a mixture, whose images leave the memory with the last of them.
@@ -154,7 +154,7 @@ def train_segmenters(plan: StudyPlan, todo: StudyProgress, wanted: list[Job]) ->
         if stop.is_set():
             raise KeyboardInterrupt
 
-    def train_one(mixture: Mixture, job: Job) -> tuple[float, str]:
+    def train_one(mixture: Mixture, job: Training) -> tuple[float, str]:
         settings, folder = plan.segmenter(*job)
         start = load_segmenter(plan.segmenter(job.case, job.arm.after, job.seed)[1]) if job.arm.after else None
         length = plan.steps(job.case, job.arm, job.seed)
@@ -205,7 +205,7 @@ def read_counts(plan: StudyPlan) -> dict[tuple[float, Arm], np.ndarray]:
     return found
 
 
-def synthetic_figures(plan: StudyPlan, case: Case) -> dict:
+def synthetic_figures(plan: StudyPlan, case: Portion) -> dict:
     """Of a case how many images were generated and kept, and which share of their pixels does not count."""
     manifest = Path(plan.synthetic(case).output_dir) / "manifest.jsonl"
     records = [json.loads(line) for line in manifest.read_text().splitlines()]

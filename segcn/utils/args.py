@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PRECISIONS = ("no", "fp16", "bf16")
-SMALL = 32  # latent cells a side, up to which a base counts as small
+SMALL_BASE = 32  # latent cells a side, up to which a base counts as small
 RESUME = "Stopped. What is finished is kept; rerun the same command to resume."
 NUMBERS = {int: ("a whole number", "N"), float: ("a number", "X")}
 Config = TypeVar("Config", bound="DataclassInstance")
@@ -77,7 +77,7 @@ def preset_of_base(folder: str | Path) -> str:
     """The preset that fits a base: tiny for one of small images, such as the embedded one, else sd15."""
     try:
         side = json.loads((Path(folder) / "unet" / "config.json").read_text())["sample_size"]  # latent cells
-        return "tiny" if side <= SMALL else "sd15"
+        return "tiny" if side <= SMALL_BASE else "sd15"
     except (OSError, ValueError, KeyError, TypeError):  # a name on the hub
         return "sd15"
 
