@@ -101,7 +101,8 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
     losses = run.loss(prediction, target, batch["cells"].to(device), weights)
     if run.config.snr_gamma is not None:
         losses = losses * min_snr_weights(compute_snr(base.scheduler, timestep), run.config.snr_gamma, base.predicts_v)
-    run.log.reward = None if run.reward_segmenter is None else losses.new_zeros(())
+    if run.reward_segmenter is not None:
+        run.log.reward = losses.new_zeros(())
     if rewards is not None and (rows := torch.where(batch["reward_timestep"] >= 0)[0].to(device)).numel():
         clean = clean_estimate(base.scheduler, noisy[rows], prediction.float()[rows], timestep[rows])
         found = run.config.reward_weight * reward_losses(base, rewards, clean, batch["mask"].to(device)[rows])
