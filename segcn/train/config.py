@@ -35,6 +35,7 @@ class TrainConfig:
             "lr_scheduler": "cosine",
             "lr_warmup_steps": 20,
             "proportion_empty_prompts": 0.1,
+            "caption_class_dropout": 0.5,
             "cache_draws": 2,
             "checkpointing_steps": 200,
             "checkpoints_total_limit": 2,
