@@ -151,7 +151,8 @@ def added_objects(config: MeasureConfig, real: Split, pipeline: Pipeline, segmen
     """
     added, *ground = (real.palette.names.index(name) for name in (ADDED, *GROUND))
     masks = np.stack([visualize.read_pair(real, row)[1] for row in range(len(real))])
-    donors, rows, places = [mask == added for mask in masks if (mask == added).sum() >= 40], [], []
+    donors = [mask == added for mask in masks if (mask == added).sum() >= 40]
+    rows, places = list[int](), list[np.ndarray]()
     for row, mask in enumerate(masks):
         feet = (donor & ~np.roll(donor, -1, axis=0) for donor in donors)
         fitting = (donor for donor, foot in zip(donors, feet, strict=True)
