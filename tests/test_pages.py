@@ -120,7 +120,7 @@ def sample_set(tmp_path_factory):
 @pytest.fixture
 def place(tmp_path, sample_set, landscapes, random_base):
     """A copy of the repository's files, and beside them what the names on the pages stand for."""
-    for name in ("segcn", "notebooks", "data/base"):
+    for name in ("segcn", "notebooks", "data/base", "data/examples"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(sample_set, tmp_path / "data" / "landscapes")
     shutil.copytree(landscapes, tmp_path / "DATASET")
