@@ -20,9 +20,10 @@ from segcn.bench.generate import Side, bench_generate, generate_table, variant
 from segcn.bench.timing import run_timed
 from segcn.bench.train import CheckpointScorer, bench_train, by_round, command, step_tflop, variant_words
 from segcn.cli import run_command
+from segcn.data.colors import to_lab
 from segcn.data.files import read_image
 from segcn.data.metadata import check_split, read_split
-from segcn.evaluate.metrics import color_shift, to_lab
+from segcn.evaluate.metrics import color_shift
 from segcn.generate.config import SampleConfig
 from segcn.models.base import load_base
 from segcn.models.controlnet import make_controlnet

@@ -13,12 +13,15 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from segcn.cli import run_command
+from segcn.data.colors import ciede2000, look_alike, said_alike
 from segcn.data.config import PaletteConfig
 from segcn.data.importers import palettes
 from segcn.data.importers.palettes import READY, make_palette, mask_files, palette_table_text, ready, spread_colors
 from segcn.data.importers.palettes import survey as surveyed
 from segcn.data.masks import colorize, read_mask, resize_mask, write_mask
 from segcn.data.palette import IGNORE, Label, Palette, find_palette
+from segcn.samples.echo import ECHO_PALETTE
+from segcn.samples.landscapes.scene import palette as landscapes_palette
 from segcn.utils.errors import UserError
 
 ANCHORS = {  # how many classes; id, name and color of some
@@ -388,3 +391,34 @@ def test_labels_marked_ignore_are_read_as_unlabelled_and_may_share_a_color(tmp_p
         assert read_mask(path, palette).tolist() == [[255, 255, 255, 7]]
     with pytest.raises(UserError, match="different color for every label"):
         Palette((*ignored, Label(7, "road", (0, 0, 0))))
+
+
+SHARMA = [  # L*a*b* of two colors and their CIEDE2000: of table 1 of Sharma, Wu and Dalal 2005
+    (50, 2.6772, -79.7751, 50, 0, -82.7485, 2.0425), (50, 3.1571, -77.2803, 50, 0, -82.7485, 2.8615),
+    (50, -1.3802, -84.2814, 50, 0, -82.7485, 1.0), (50, 0, 0, 50, -1, 2, 2.3669),
+    (50, 2.49, -0.001, 50, -2.49, 0.0009, 7.1792), (50, 2.49, -0.001, 50, -2.49, 0.0011, 7.2195),
+    (50, 2.5, 0, 50, 0, -2.5, 4.3065), (50, 2.5, 0, 73, 25, -18, 27.1492), (50, 2.5, 0, 50, 3.1736, 0.5854, 1.0),
+    (60.2574, -34.0099, 36.2677, 60.4626, -34.1751, 39.4387, 1.2644),
+    (6.7747, -0.2908, -2.4247, 5.8714, -0.0985, -2.2286, 0.6377),
+    (2.0776, 0.0795, -1.135, 0.9033, -0.0636, -0.5514, 0.9082),
+]  # fmt: skip
+
+
+def test_the_difference_of_two_colors_is_that_of_the_published_pairs():
+    pairs = np.array(SHARMA)
+    assert np.abs(ciede2000(pairs[:, :3], pairs[:, 3:6]) - pairs[:, 6]).max() < 1e-4
+    assert np.abs(ciede2000(pairs[:, 3:6], pairs[:, :3]) - pairs[:, 6]).max() < 1e-4
+
+
+@pytest.mark.parametrize("sample", [landscapes_palette(), ECHO_PALETTE], ids=["landscapes", "echo"])
+def test_the_sample_palettes_are_told_apart_by_everyone(sample):
+    assert look_alike(sample) == []
+    assert look_alike(Palette((*landscapes_palette().labels, Label(255, "unlabelled", (0, 0, 0), ignore=True)))) == []
+
+
+def test_classes_that_look_alike_are_named_with_whom_they_look_alike_to():
+    colors = {"house": (195, 60, 50), "tree": (20, 85, 40), "sky": (135, 206, 235)}
+    [line] = said_alike(Palette(tuple(Label(id, name, color) for id, (name, color) in enumerate(colors.items()))))
+    assert line.endswith(": house and tree (with protanopia, CIEDE2000 4.4)")
+    grey = Palette((Label(0, "one", (80, 80, 80)), Label(1, "two", (82, 82, 82))))
+    assert look_alike(grey)[0][0] < 2 and said_alike(grey)[0].endswith(": one and two (CIEDE2000 0.7)")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from segcn.data.colors import to_lab
 from segcn.data.dataset import PairedDataset, Sample, to_uint8
 from segcn.data.metadata import Split
 from segcn.data.palette import IGNORE, Palette
@@ -126,7 +127,7 @@ class Observer:
     def look(self, sample: Sample, parts: tuple[str, ...]) -> Seen:
         """Everything that is counted of one image."""
         image, mask, classes, extractor = sample.image[None], sample.mask, self.segmenter.num_classes, self.extractor
-        seen = {"color": torch.from_numpy(metrics.to_lab(to_uint8(sample.image)).mean((0, 1))), "mask": _mask_key(mask)}
+        seen = {"color": torch.from_numpy(to_lab(to_uint8(sample.image)).mean((0, 1))), "mask": _mask_key(mask)}
         if "faithfulness" in parts:
             predicted, sure = self.predict(image)
             labelled = mask != IGNORE

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from segcn.data.colors import to_lab
 from segcn.data.palette import IGNORE, Palette
 from segcn.evaluate.bootstrap import Estimate, bootstrap, mean
 from segcn.utils import rng
@@ -314,21 +315,7 @@ def nearest(features: torch.Tensor, train: torch.Tensor) -> tuple[torch.Tensor, 
 
 # Color
 
-TO_XYZ = np.array([[0.41246, 0.35758, 0.18044], [0.21267, 0.71515, 0.07217], [0.01933, 0.11919, 0.95030]])
-KNEE = 6 / 29  # below it the lightness of dark colors is taken as linear
-SRGB = np.arange(256) / 255
 VISIBLE = 2.3  # delta E (CIE 1976) that is just noticed: Mahy, Van Eycken and Oosterlinck 1994, Color Res. Appl. 19(2)
-LINEAR = np.where(SRGB <= 0.04045, SRGB / 12.92, ((SRGB + 0.055) / 1.055) ** 2.4)
-
-
-def to_lab(image: np.ndarray) -> np.ndarray:
-    """sRGB, uint8 [..., 3] -> CIE 1976 L*a*b* under D65, float64 [..., 3]: L* in [0, 100]; see `VISIBLE`.
-
-    https://en.wikipedia.org/wiki/CIELAB_color_space
-    """
-    share = LINEAR[image] @ TO_XYZ.T / TO_XYZ.sum(1)  # of white's X, Y and Z
-    x, y, z = np.moveaxis(np.where(share > KNEE**3, np.cbrt(share), share / (3 * KNEE**2) + 4 / 29), -1, 0)
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
 
 def color_shift(real: Iterable[np.ndarray], synthetic: Iterable[np.ndarray]) -> dict[str, float]:

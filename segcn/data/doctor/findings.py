@@ -10,6 +10,7 @@ from itertools import groupby
 import numpy as np
 
 from segcn.data.captions import common_words
+from segcn.data.colors import said_alike
 from segcn.data.config import DoctorConfig
 from segcn.data.doctor.scan import Case, Facts, ImageFacts, MaskFacts, dhash, scan_dataset
 from segcn.data.files import DEEP
@@ -51,6 +52,7 @@ FAULTS = {  # kind: (severity, title, what to do)
     ),
     "caption_words": ("warning", "caption without a word", "datasets reads a number as int, and diffusers stops"),
     "caption_long": ("warning", "caption too long for the tokenizer", "put what matters first; the rest is cut off"),
+    "colors": ("warning", "classes that look alike", "change colors in palette.json, before the training"),
     "class_absent": ("warning", "class that never occurs", "remove it from palette.json, or add rows that show it"),
 }
 
@@ -231,6 +233,7 @@ def nearest_hashes(hashes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, 
 def split_findings(facts: Facts, classes: dict[str, list[dict]]) -> Iterator[Finding]:
     """Splits with another palette than the first one, and classes of the palette that no mask of a split shows."""
     first, *_ = facts.splits
+    yield from (Finding("colors", message, first) for message in said_alike(facts.splits[first].palette))
     for name, split in facts.splits.items():
         shown = {entry["id"]: entry["share"] for entry in classes[name] if entry["masks"]}
         if IGNORE in shown and IGNORE not in split.palette.ids:

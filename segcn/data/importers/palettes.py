@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from segcn.data.colors import said_alike
 from segcn.data.config import PaletteConfig
 from segcn.data.files import READABLE, Boundary, open_image
 from segcn.data.masks import Color, code_of, color_of, lossy_error, read_stored_mask
@@ -69,7 +70,7 @@ def make_palette(config: PaletteConfig, log: Callable[[str], None] = print) -> P
             warnings = check_fit(found, palette)
         for line in palette_table_text(palette, found, swatches=sys.stdout.isatty()):
             log(line)
-        for warning in warnings:
+        for warning in [*warnings, *said_alike(palette)]:
             log(f"Warning: {warning}")
     assert palette is not None
     try:
