@@ -101,6 +101,8 @@ def test_the_front_page_is_short_and_every_link_leads_somewhere():
             if "://" not in target:
                 path = (ROOT / page).parent / name if name else ROOT / page
                 assert path.exists(), f"{page}: no {name}"
+                kept = subprocess.run(["git", "check-ignore", "-q", str(path)], cwd=ROOT).returncode
+                assert kept != 0, f"{page}: git ignores {name}"
                 assert not section or section in sections(path.read_text()), f"{page}: no section {target}"
 
 

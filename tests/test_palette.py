@@ -417,8 +417,11 @@ def test_the_sample_palettes_are_told_apart_by_everyone(sample):
 
 
 def test_classes_that_look_alike_are_named_with_whom_they_look_alike_to():
-    colors = {"house": (195, 60, 50), "tree": (20, 85, 40), "sky": (135, 206, 235)}
-    [line] = said_alike(Palette(tuple(Label(id, name, color) for id, (name, color) in enumerate(colors.items()))))
-    assert line.endswith(": house and tree (with protanopia, CIEDE2000 4.4)")
-    grey = Palette((Label(0, "one", (80, 80, 80)), Label(1, "two", (82, 82, 82))))
-    assert look_alike(grey)[0][0] < 2 and said_alike(grey)[0].endswith(": one and two (CIEDE2000 0.7)")
+    colors = {"house": (195, 60, 50), "tree": (20, 85, 40), "sky": (135, 206, 235), "one": (80, 80, 80),
+              "two": (82, 82, 82)}  # fmt: skip
+    labels = Palette(tuple(Label(id, name, color) for id, (name, color) in enumerate(colors.items())))
+    [line] = said_alike(labels, [0, 1, 2])
+    assert line.startswith("house and tree look alike to people with protanopia: difference 4.4")
+    [alike, line] = said_alike(labels, [0, 1, 2, 3, 4])
+    assert alike.startswith("one and two look alike: difference 0.7") and "people with" in line
+    assert said_alike(labels, [1, 2]) == []

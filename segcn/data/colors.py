@@ -1,5 +1,6 @@
 """Colors as people see them: CIE L*a*b*, how different two colors look, and to whom."""
 
+from collections.abc import Collection
 from itertools import combinations
 
 import numpy as np
@@ -64,7 +65,7 @@ def look_alike(palette: Palette, least: float = APART) -> list[tuple[float, str,
     Each pair once: normal where all see it so, else the vision to which it is nearest.
     """
     colors = np.array([label.color for label in palette.labels], np.uint8)
-    pairs = np.array(list(combinations(range(len(colors)), 2))).reshape(-1, 2)
+    pairs = np.array(list(combinations(range(len(colors)), 2)), int).reshape(-1, 2)
     labs = [to_lab(colors, vision) for vision in VISIONS]
     found = []
     for (one, other), near in zip(pairs, np.stack([ciede2000(*lab[pairs.T]) for lab in labs], 1), strict=True):
@@ -74,11 +75,16 @@ def look_alike(palette: Palette, least: float = APART) -> list[tuple[float, str,
     return sorted(found)
 
 
-def said_alike(palette: Palette) -> list[str]:
-    """One line on the classes that look alike, with the nearest pairs; none where all can be told apart."""
-    found = look_alike(palette)
-    nearest = "; ".join(
-        f"{one} and {other} ({'' if vision == 'normal' else f'with {vision}, '}CIEDE2000 {apart:.1f})"
-        for apart, one, other, vision in found[:3]
-    )
-    return [f"{len(found)} pairs of classes look alike ({APART} is apart): {nearest}"] if found else []
+def said_alike(palette: Palette, ids: Collection[int]) -> list[str]:
+    """A line each on the classes, of these ids, that look alike to all, and to people who are color blind."""
+    found, lines = look_alike(Palette(tuple(label for label in palette.labels if label.id in ids))), []
+    for blind in (False, True):
+        pairs = [pair for pair in found if (pair[3] != "normal") == blind]
+        if pairs:
+            apart, one, other, vision = pairs[0]
+            whom = f" to people with {vision}" if blind else ""
+            more = f", and {len(pairs) - 1} more" if len(pairs) > 1 else ""
+            lines.append(
+                f"{one} and {other}{more} look alike{whom}: difference {apart:.1f}, from {APART} on it is easy"
+            )
+    return lines

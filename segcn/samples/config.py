@@ -51,8 +51,8 @@ class MeasureConfig(SampleConfig):
 
     controlnet_model_name_or_path: str | None = flag(None, "ControlNet folder; none: the one shipped with the base")
     resolution: int = flag(128, "image size in pixels", low=1)
-    count: int = flag(500, "held-out landscapes to measure on", low=2)
-    held_out: int = flag(512, "landscapes written for it, of which --count are the first", low=2)
+    count: int = flag(256, "held-out landscapes to measure on", low=2)
+    held_out: int = flag(256, "landscapes written for it, of which --count are the first", low=2)
     earth_count: int = flag(128, "held-out tiles of the Earth, for their style; 0: none", low=0)
     batch_size: int = flag(16, "images generated at once", low=1)
     output_dir: str = flag(str(OUTPUTS / "measure"), "output folder; rerun the same command to resume")

@@ -331,9 +331,10 @@ def write_score(run: Run, score: dict) -> bool:
             f"By the segmenter that rewards it is {by_reward:.1%} of its ceiling, by the one that scores "
             f"{score['of_ceiling']:.1%}: they part by more than {PARTED}. Believe the one that scores."
         )
-    began = convergence_step(*fractions(read_log(run.log.path)))
-    if began is not None and began != convergence_step(steps, shares):
-        run.log.say(f"The ControlNet began to obey the masks at step {began}.")
+    began, before = convergence_step(*fractions(read_log(run.log.path))), convergence_step(steps, shares)
+    if began is not None and began != before:
+        corrected = "" if before is None else f", not {before} as it seemed"
+        run.log.say(f"The ControlNet began to obey the masks at step {began}{corrected}.")
     return better
 
 

@@ -233,7 +233,9 @@ def nearest_hashes(hashes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, 
 def split_findings(facts: Facts, classes: dict[str, list[dict]]) -> Iterator[Finding]:
     """Splits with another palette than the first one, and classes of the palette that no mask of a split shows."""
     first, *_ = facts.splits
-    yield from (Finding("colors", message, first) for message in said_alike(facts.splits[first].palette))
+    ids = {entry["id"] for entry in classes[first] if entry["masks"]} & set(facts.splits[first].palette.ids)
+    lines = said_alike(facts.splits[first].palette, ids) if ids - {IGNORE} else []
+    yield from (Finding("colors", line, first) for line in lines)
     for name, split in facts.splits.items():
         shown = {entry["id"]: entry["share"] for entry in classes[name] if entry["masks"]}
         if IGNORE in shown and IGNORE not in split.palette.ids:

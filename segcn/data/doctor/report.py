@@ -88,7 +88,8 @@ def summary_lines(checkup: Checkup) -> list[str]:
     room = LINES - 8 - (len(kinds) > LINES - 8)
     for kind, found in kinds[:room]:
         severity, title, _ = FAULTS[kind]
-        lines.append(f"  {severity:8}{len(found):6}  {title:40} {where(found[0])}")
+        place = found[0].message if found[0].row is None else where(found[0])
+        lines.append(f"  {severity:8}{len(found):6}  {title:40} {place}")
     if len(kinds) > room:
         lines.append(f"  and {len(kinds) - room} more kinds, in doctor.html")
     splits = list(facts.splits)[:2]
@@ -113,9 +114,10 @@ def where(finding: Finding) -> str:
 def checkup_verdict(checkup: Checkup) -> str:
     """One sentence: fit for training, or not."""
     errors, warned = len(checkup.errors), len(checkup.findings) - len(checkup.errors)
+    warned_of = f"{warned} warning{'' if warned == 1 else 's'}"
     if not errors:
-        return f"No errors, {warned} warnings: fit for training."
-    return f"{errors} errors ({len(checkup.bad_rows)} rows), {warned} warnings: training would fail or go wrong."
+        return f"No errors, {warned_of}: fit for training."
+    return f"{errors} errors ({len(checkup.bad_rows)} rows), {warned_of}: training would fail or go wrong."
 
 
 def _lengths(captions: dict) -> str:

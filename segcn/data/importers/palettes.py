@@ -70,7 +70,8 @@ def make_palette(config: PaletteConfig, log: Callable[[str], None] = print) -> P
             warnings = check_fit(found, palette)
         for line in palette_table_text(palette, found, swatches=sys.stdout.isatty()):
             log(line)
-        for warning in [*warnings, *said_alike(palette)]:
+        shown = [label.id for label in palette.labels if found.value_of(label) in found.pixels]
+        for warning in [*warnings, *(said_alike(palette, shown) if shown else [])]:
             log(f"Warning: {warning}")
     assert palette is not None
     try:
