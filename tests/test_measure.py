@@ -94,7 +94,7 @@ def test_the_recognizer_learns(landscapes, tmp_path):
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(UserError, match="--count 600: expected 2 to 512"):
+    with pytest.raises(UserError, match="--count 600: expected 2 to 256"):
         run_command(["samples", "measure", "--count", "600"])
     with pytest.raises(UserError, match="expected a ControlNet"):
         open_generator(dataclasses.replace(TOY, pretrained_model_name_or_path=str(tmp_path)))
