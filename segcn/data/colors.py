@@ -84,7 +84,5 @@ def said_alike(palette: Palette, ids: Collection[int]) -> list[str]:
             apart, one, other, vision = pairs[0]
             whom = f" to people with {vision}" if blind else ""
             more = f", and {len(pairs) - 1} more" if len(pairs) > 1 else ""
-            lines.append(
-                f"{one} and {other}{more} look alike{whom}: difference {apart:.1f}, from {APART} on it is easy"
-            )
+            lines.append(f"{one} and {other}{more} look alike{whom}: difference {apart:.1f}, {APART} is easy to see")
     return lines

@@ -45,7 +45,7 @@ def resamples(count: int, name: str = "rows", draws: int = DRAWS) -> Iterator[to
 def nested_resamples(groups: int, members: int, draws: int = DRAWS) -> Iterator[torch.Tensor]:
     """What each of `members` members of each of `groups` groups weighs, float64 [b, groups, members], in such blocks.
 
-    A hierarchical bootstrap of a mean over both: groups are drawn first and, anew for each that was drawn, its members,
+    A hierarchical bootstrap of a mean over both: groups are drawn first and, for each that was drawn, its members,
     both with replacement; the mean weight is 1. Of the groups, or of the members where there is one group, one fewer is
     drawn than there are, so that the variance of their mean is not underestimated (McCarthy and Snowden 1985), and the
     weights are moved further from 1 as Student's t asks with so few: three draws are not taken for many. Weights may be

@@ -23,7 +23,7 @@ def open_app(**parameters: Any) -> Panel:
     """The panel over a data set's masks, those of test/ where it has one; the model is loaded while it is looked at.
 
     parameters: those of AppConfig that are not ""; relative paths start at the repository's root. UserError for a data
-    set that cannot be read; what is wrong with the models is told in the panel.
+    set that cannot be read; what is wrong with the models is shown in the panel.
     """
     config = make(AppConfig, **{name: value for name, value in parameters.items() if value != ""})
     folders = {name: str(from_root(path)) for name in FOLDERS if (path := getattr(config, name))}

@@ -80,12 +80,12 @@ class MaskPainter(anywidget.AnyWidget):
         self.download("mask.png", file.getvalue())
 
     def _receive(self, _, content: dict, buffers: list) -> None:
-        """A change made in the browser; nothing is sent back, since more may have been painted by now."""
+        """A change made in the browser; nothing is sent back, since more may have been drawn by now."""
         if content.get("kind") == "generate":
             return self.wanted()
         expected = ("painted", self.height, self.width)
         if (content.get("kind"), content.get("height"), content.get("width")) != expected:
-            return None  # painted on a mask that is not shown any more
+            return None  # drawn on a mask that is not shown any more
         if len(buffers) == 1 and len(buffers[0]) == self.height * self.width:
             self.set_state({"ids": memoryview(bytes(buffers[0]))})
             self.changed()
@@ -126,7 +126,7 @@ def read_at(path: Path, palette: Palette, settings: SampleConfig) -> np.ndarray:
 class MaskPicker(w.HBox):
     """Puts masks on the canvas: of a row (`use` gets its caption), of a file, or a blank one; and a photo beneath.
 
-    fail(error): told of a file that cannot be used. `again`, `path` and `size` are to be shown by the panel.
+    fail(error): called for a file that cannot be used. `again`, `path` and `size` are to be shown by the panel.
     """
 
     def __init__(self, split: Split, settings: SampleConfig, canvas: MaskPainter, use: Callable, fail: Callable):

@@ -105,7 +105,7 @@ class PanelSettings(w.VBox):
 
 
 class Panel(w.VBox):
-    """Mask painter and settings over a split's masks, images beside; what is saved goes to the data set `save_dir`.
+    """Canvas and settings over a split's masks, images beside; what is saved goes to the data set `save_dir`.
 
     pipeline: None where `load` brings it. segmenter: says how far images follow their masks; None: nobody does.
     """
@@ -167,7 +167,7 @@ class Panel(w.VBox):
                 self.pipeline, self.gallery.segmenter = models()
                 if not self.busy:
                     self.say("Ready. Paint on the mask, write a prompt, press Generate.")
-            except Exception as error:  # told where it is seen
+            except Exception as error:  # shown where it is looked for
                 self.say(f"Error: {error}")
 
         self.say("Loading the model; you can paint meanwhile.")
@@ -288,7 +288,7 @@ class Panel(w.VBox):
             if self.loader is not None and self.loader.is_alive():
                 self.say("Loading the model ...")
                 self.loader.join()
-            if self.pipeline is not None:  # else it was told what failed
+            if self.pipeline is not None:  # else what failed is shown
                 work()
         except Exception as error:  # whatever it is, the panel stays usable
             self.say(f"Error: {error}")

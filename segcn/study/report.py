@@ -73,8 +73,8 @@ def metrics_of(
     for (fraction, arm), found in counts.items():
         cases = [case for case in plan.rows if case.fraction == fraction]
         rows = plan.rows[cases[0]]
-        told = [[plan.result(case, arm, seed) for seed in range(found.shape[1])] for case in cases]
-        mean = {name: np.mean([[one[name] for one in seeds] for seeds in told])
+        results = [[plan.result(case, arm, seed) for seed in range(found.shape[1])] for case in cases]
+        mean = {name: np.mean([[one[name] for one in seeds] for seeds in results])
                 for name in ("steps_taken", "validation_miou")}  # fmt: skip
         images = len(rows.other) if rows.other and OTHER in (arm, arm.after) else (arm.after or arm).images
         entry = {
