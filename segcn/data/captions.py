@@ -10,6 +10,7 @@ import numpy as np
 
 from segcn.data.masks import count_ids
 from segcn.data.palette import IGNORE, Palette
+from segcn.utils import rng
 
 SEASONS = ("spring", "summer", "autumn", "winter")
 TIMES = {"dawn": "at dawn", "day": "by day", "dusk": "at dusk", "night": "at night"}
@@ -72,17 +73,21 @@ def classes_of(mask: np.ndarray, palette: Palette) -> str:
     return listed(found or ["nothing labelled"])
 
 
-def without_classes(caption: str, palette: Palette) -> str:
+def without_classes(caption: str, palette: Palette, one: int | None = None) -> str:
     """The caption without the phrases that name a class of the palette: its name or one of its `words`, or the plural.
 
     "a winter landscape at dusk with mountains, a lake and a red house" becomes "a winter landscape at dusk": it
-    says how the image looks, and leaves to the mask what is where.
+    says how the image looks, and leaves to the mask what is where. one: cuts a single phrase, the one of this number,
+    counted round: with 1 the lake is no longer named, and mountains and house are.
     """
     pattern = _class_words(palette)
     parts = PHRASES.split(caption.strip())  # phrase, connector, phrase, ...
-    kept = [number for number in range(0, len(parts), 2) if not pattern.search(parts[number])]
-    if len(kept) == (len(parts) + 1) // 2:
+    phrases = range(0, len(parts), 2)
+    cut = [number for number in phrases if pattern.search(parts[number])]
+    if not cut:
         return caption
+    cut = cut if one is None else [cut[one % len(cut)]]
+    kept = [number for number in phrases if number not in cut]
     text = parts[kept[0]] if kept else ""
     for before, number in pairwise(kept):
         first, last = parts[before + 1], parts[number - 1]  # the connectors on both sides of what was cut out
@@ -95,6 +100,15 @@ def classes_named(caption: str, palette: Palette) -> set[int]:
     """The ids of the classes that a caption names: by name, one of their `words`, or the plural."""
     labels = [label for label in palette.labels if not label.ignore]
     return {label.id for label in labels if _finder((label.name, *label.words)).search(caption)}
+
+
+def cut_captions(caption: str, palette: Palette) -> list[str]:
+    """What --caption_class_dropout makes of a caption: without its classes, and twice without one of them.
+
+    Which one is left out differs between captions: so, over a data set, each class is sometimes in the mask alone.
+    """
+    one = rng.integer(2**16, "cut", caption)
+    return [without_classes(caption, palette, which) for which in (None, one, one + 1)]
 
 
 def _class_words(palette: Palette) -> re.Pattern:

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import Dataset
 
 from segcn.data import sampler
-from segcn.data.captions import without_classes
+from segcn.data.captions import cut_captions
 from segcn.data.dataset import PairedDataset, to_control
 from segcn.data.metadata import Split
 from segcn.data.sampler import Stream, cell_weights, class_weights
@@ -20,7 +20,7 @@ from segcn.utils.errors import UserError
 REWARDED = 0.5  # share of the rows of a batch
 EXAMPLE_DEFAULTS = {
     "empty_prompts": 0.0,  # share of captions replaced by the empty one
-    "class_dropout": 0.0,  # share of captions without the phrases that name classes
+    "class_dropout": 0.0,  # share of captions that leave out a class, half of them all classes
     "empty_controls": 0.0,  # share of controls replaced by black
     "class_weights": None,  # float32 [K] by class id; None: no weights
     "reward": None,  # (low, high): half of the rows also get a timestep from low to high, for --reward_weight
@@ -73,12 +73,12 @@ class Examples(Dataset):
         }
 
     def _dropped(self, caption: str, visit: int, row: int) -> str:
-        """The caption, the empty one, or the one without its classes."""
+        """The caption, the empty one, or one that names no class or all but one."""
         seed, settings = self.settings["seed"], self.settings
         if rng.uniform("caption drop", seed, visit, row) < settings["empty_prompts"]:
             return ""
         if rng.uniform("class drop", seed, visit, row) < settings["class_dropout"]:
-            return without_classes(caption, self.dataset.split.palette)
+            return cut_captions(caption, self.dataset.split.palette)[max(0, rng.integer(4, "cut", seed, visit, row) - 1)]
         return caption
 
     def _read(self, visit: int, row: int) -> tuple[dict, torch.Tensor, torch.Tensor]:

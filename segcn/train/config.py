@@ -94,7 +94,7 @@ a Slurm script that requeues itself, are in
     class_balance: float = flag(0.0, "repeat rows with classes rarer than this share; 0: off", low=0, high=1)
     proportion_empty_prompts: float = flag(0.0, "share of captions replaced by the empty one", low=0, high=1)
     caption_class_dropout: float = flag(
-        0.0, "share of captions without the phrases that name classes: the mask says what is where", low=0, high=1
+        0.0, "share of captions that leave out classes, half of them all: the mask says what is where", low=0, high=1
     )
     proportion_empty_controls: float = flag(0.0, "share of masks replaced by an empty control", low=0, high=1)
     # the loss

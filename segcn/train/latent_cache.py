@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from segcn.data.captions import without_classes
+from segcn.data.captions import cut_captions
 from segcn.data.dataset import PairedDataset, Sample
 from segcn.models.base import Base, encode_moments, encode_text, weights_digest
 from segcn.train.config import TrainConfig
@@ -223,9 +223,9 @@ def layout_of(dataset: PairedDataset, base: Base) -> CacheLayout:
 
 
 def cached_captions(dataset: PairedDataset, class_dropout: bool = False) -> list[str]:
-    """What is embedded: the empty caption, and every one that a sample may have, also without its classes."""
+    """What is embedded: the empty caption, and every one that a sample may have, also cut."""
     captions = list(dataset.captions())
-    cut = (without_classes(caption, dataset.split.palette) for caption in captions) if class_dropout else ()
+    cut = (text for caption in captions if class_dropout for text in cut_captions(caption, dataset.split.palette))
     return list(dict.fromkeys(["", *captions, *cut]))
 
 
