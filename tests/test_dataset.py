@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from runs import ALONE
 
-from segcn.data.captions import without_classes
+from segcn.data.captions import cut_captions, without_classes
 from segcn.data.dataset import PairedDataset, read_control_mask, read_framed_mask, to_control, to_image, to_uint8
 from segcn.data.files import read_image
 from segcn.data.masks import read_mask, write_mask
@@ -158,6 +158,15 @@ def test_no_caption_comes_with_an_image_that_it_does_not_fit_and_every_one_is_li
 ])  # fmt: skip
 def test_phrases_that_name_a_class_leave_a_caption_and_nothing_else_does(caption, left):
     assert without_classes(caption, palette()) == left
+
+
+def test_a_caption_is_cut_of_all_its_classes_and_twice_of_one_of_them():
+    cut = "a dusk with {}".format
+    whole, pairs = cut("mountains, a lake and a red house"), ("a lake and a red house", "mountains and a red house")
+    whole_cut, *one_cut = cut_captions(whole, palette())
+    assert whole_cut == "a dusk" and len(set(one_cut)) == 2
+    assert set(one_cut) < {*map(cut, pairs), cut("mountains, a lake")}
+    assert cut_captions(cut("a lake"), palette()) == ["a dusk"] * 3 and cut_captions("a dusk", palette()) == ["a dusk"] * 3
 
 
 def test_words_of_a_class_are_kept_in_the_file_and_leave_the_label_contract_alone(tmp_path):
