@@ -78,7 +78,8 @@ class Examples(Dataset):
         if rng.uniform("caption drop", seed, visit, row) < settings["empty_prompts"]:
             return ""
         if rng.uniform("class drop", seed, visit, row) < settings["class_dropout"]:
-            return cut_captions(caption, self.dataset.split.palette)[max(0, rng.integer(4, "cut", seed, visit, row) - 1)]
+            which = max(0, rng.integer(4, "cut", seed, visit, row) - 1)  # half of them name no class
+            return cut_captions(caption, self.dataset.split.palette)[which]
         return caption
 
     def _read(self, visit: int, row: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
