@@ -178,7 +178,7 @@ def test_a_blank_start_a_class_that_the_prompt_lacks_and_a_prompt_that_stays(per
     person.prompt.fill("a winter landscape")
     person.panel.locator("button.segcn-class", has_text="house").click()
     person.drag((0.3, 0.5), (0.5, 0.5))
-    person.panel.get_by_role("button", name="The mask holds house, the prompt does not: add").click()
+    person.panel.get_by_role("button", name="Add to the prompt: house").click()
     expect(person.prompt).to_have_value("a winter landscape, house")
     mask = person.mask()
     assert set(np.unique(mask)) == {GRASS, HOUSE} and mask[64, 40:63].tolist() == [HOUSE] * 23

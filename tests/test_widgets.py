@@ -394,9 +394,7 @@ def test_classes_that_the_mask_holds_and_the_prompt_does_not_are_one_click_away(
     brush(panel, mask)
     words = ("lake", "house") if "lake" in " ".join(r.caption for r in panel.split.records) else ("river", "house")
     told = panel.add_button.description
-    assert (
-        told == f"The mask holds {words[0]} and house, the prompt does not: add" and not panel.add_button.layout.display
-    )
+    assert told == f"Add to the prompt: {words[0]} and house" and not panel.add_button.layout.display
     panel.add_button.click()
     assert panel.controls.prompt.value == f"a winter landscape, {words[0]} and house"
     assert panel.add_button.layout.display == "none"

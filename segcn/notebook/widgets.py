@@ -131,6 +131,7 @@ class Panel(w.VBox):
         self.generate_button.tooltip = "Ctrl+Enter"
         self.stop_button = button("Stop", self.stopped.set, "64px", disabled=True)
         self.add_button = button("", self.add_classes, button_style="info")
+        self.add_button.tooltip = "the mask holds these classes, and the prompt does not name them"
         self.mask_button = button("Photo to mask", self.photo_to_mask)
         self.mask_button.tooltip = "the classes that the segmenter finds in the photo"
         self.captions_button = button("Same mask, four captions", self.four_captions, "196px")
@@ -227,7 +228,7 @@ class Panel(w.VBox):
         """Offer to add the classes that the mask holds and the prompt does not name."""
         missing = listed(self.missing())
         self.add_button.layout.display = "" if missing else "none"
-        self.add_button.description = f"The mask holds {missing}, the prompt does not: add" if missing else ""
+        self.add_button.description = f"Add to the prompt: {missing}" if missing else ""
 
     def add_classes(self) -> None:
         """Add these classes to the prompt."""
