@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -115,9 +116,12 @@ def person(browser, tmp_path_factory):
         assert address, log.read_text()
         page = browser.new_page(viewport={"width": 1280, "height": 720})
         page.set_default_timeout(PATIENCE)
+        requests = []
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(address[1], wait_until="commit")
         page.locator("canvas.segcn-canvas[data-ready]").wait_for()
         someone = Person(page, folder, {"panel": time.monotonic() - began})
+        someone.requests = requests
         someone.sees("^Ready")
         someone.opened["model"] = time.monotonic() - began
         yield someone
@@ -125,6 +129,8 @@ def person(browser, tmp_path_factory):
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0, log.read_text()
+    said = [line for line in log.read_text().splitlines() if "still working" not in line]  # on a busy machine
+    assert not said and not process.stdout.read()
 
 
 @pytest.mark.slow
@@ -165,6 +171,33 @@ def assert_nothing_is_cut_off(person):
 
 
 @pytest.mark.slow
+def test_no_request_leaves_this_machine(person):
+    hosts = {urlsplit(url).hostname for url in person.requests if not url.startswith(("data:", "blob:"))}
+    assert len(person.requests) > 5 and hosts == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_the_settings_and_four_images_are_in_sight_and_the_canvas_uses_a_large_window(person, size):
+    page, (width, height) = person.page, SIZES[size]
+    page.set_viewport_size({"width": width, "height": height})
+    for name in ("Same mask, four captions", "Same caption, four masks", "Settings"):
+        box = page.get_by_role("button", name=name).bounding_box()
+        assert box["y"] + box["height"] < person.paper.bounding_box()["y"], name
+    assert person.paper.bounding_box()["height"] > 0.7 * height
+    expect(person.field("steps")).to_be_hidden()
+    person.press("Settings")
+    expect(person.field("steps")).to_be_visible()
+    steps, seed = person.field("steps").bounding_box(), person.field("seed").bounding_box()
+    assert seed["y"] + seed["height"] <= height and steps["x"] + steps["width"] <= width
+    person.prompt.fill("a landscape")  # so that the classes of the mask are offered
+    page.screenshot(path=person.folder / f"{size}_settings.png")
+    assert_nothing_is_cut_off(person)
+    person.press("Settings")
+    expect(person.field("steps")).to_be_hidden()
+
+
+@pytest.mark.slow
 def test_a_first_preview_within_a_second_and_the_image_within_three(person):
     found = [person.generate() for _ in range(2)]
     print(found)
@@ -173,8 +206,11 @@ def test_a_first_preview_within_a_second_and_the_image_within_three(person):
 
 @pytest.mark.slow
 def test_a_blank_start_a_class_that_the_prompt_lacks_and_a_prompt_that_stays(person):
-    person.choose("class of a blank mask", "grass")
-    person.press("Blank")
+    chosen = person.panel.locator("button.segcn-class[aria-pressed=true]")
+    for background in ("sky", "grass"):  # the first stroke is of another class
+        person.choose("class of a blank mask", background)
+        person.press("New mask of")
+        expect(chosen).not_to_have_text(background)
     person.prompt.fill("a winter landscape")
     person.panel.locator("button.segcn-class", has_text="house").click()
     person.drag((0.3, 0.5), (0.5, 0.5))
@@ -186,7 +222,7 @@ def test_a_blank_start_a_class_that_the_prompt_lacks_and_a_prompt_that_stays(per
     expect(person.prompt).to_have_value("a winter landscape, house")
     assert (person.mask() == read_mask(SPLIT[1].mask, SPLIT.palette)).all()
     person.choose("class of a blank mask", "unlabelled")
-    person.press("Blank")
+    person.press("New mask of")
     person.generate()
     person.sees("From the text alone: the mask is all unlabelled")
 
@@ -198,7 +234,7 @@ def test_classes_stand_for_themselves_in_the_prompt_and_an_image_says_how_far_it
     person.generate()
     card = person.page.locator(".segcn-card")
     expect(card).to_contain_text(TEXT)
-    expect(card).to_contain_text(re.compile(r"mIoU 0\.\d\d"))
+    expect(card).to_contain_text(re.compile(r"follows its mask: mIoU 0\.\d\d"))
     image = person.page.locator(".segcn-card img")
     before = image.get_attribute("src")
     person.choose("view", "disagreement")
@@ -212,6 +248,7 @@ def test_classes_stand_for_themselves_in_the_prompt_and_an_image_says_how_far_it
 
 @pytest.mark.slow
 def test_stop_keeps_what_there_is_and_save_writes_a_row(person):
+    person.press("Settings")
     person.field("steps").fill("300")
     person.press("Generate")
     person.sees(r"step [1-9]\d* of 300, about \d+ s left")
@@ -226,6 +263,7 @@ def test_stop_keeps_what_there_is_and_save_writes_a_row(person):
     (row,) = read_split(person.folder / "saved").records
     assert read_settings(row.image)["stopped"] > 0 and row.caption == TEXT
     person.field("steps").fill("14")
+    person.press("Settings")
 
 
 @pytest.mark.slow
@@ -239,7 +277,7 @@ def test_a_photo_becomes_a_mask_and_masks_are_imported(person):
             person.panel.get_by_role("button", name=re.compile(name)).click()
         chooser.value.set_files(person.folder / file)
 
-    hand_over("Photo \\(", "photo.png")
+    hand_over("^Photo$", "photo.png")
     slider = person.page.locator("input[title^='how much of the photo']")
     slider.wait_for()
     slider.fill("80")

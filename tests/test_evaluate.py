@@ -26,7 +26,7 @@ from segcn.evaluate.config import EvaluateConfig
 from segcn.evaluate.evaluator import DRAWS_FILE, LEAST_CROP, METRICS_FILE, Observer, evaluate, faithfulness
 from segcn.evaluate.metrics import VISIBLE
 from segcn.evaluate.page import extremes, image_scores, report_html, strip
-from segcn.evaluate.report import comparison, lookup, metrics_table
+from segcn.evaluate.report import QUESTIONS, answers, comparison, lookup, metrics_table, number
 from segcn.evaluate.run import evaluate_folders
 from segcn.models.features import INCEPTION, INCEPTION_WEIGHTS, open_extractor
 from segcn.models.segmenter import SegmenterConfig, load_segmenter, train_segmenter
@@ -322,7 +322,7 @@ def test_distances_by_other_extractors_stand_beside_their_names_in_every_report(
     found.write(tmp_path)
     page, low = text_of(report_html(found, tmp_path)), found.metrics["intervals"]["distances"]["CLIP (vit)"]["CMMD"][0]
     assert "dinov2: FD " in metrics_table(found.metrics) and "KD (dinov2)" in page and "CMMD (CLIP (vit))" in page
-    assert f"{low:.3g}" in metrics_table(found.metrics) and "CMMD (CLIP (vit))" in comparison(tmp_path, tmp_path)
+    assert number(low, 3) in metrics_table(found.metrics) and "CMMD (CLIP (vit))" in comparison(tmp_path, tmp_path)
 
 
 def test_the_report_is_one_file_that_escapes_names_and_names_its_extractor(folder, observer, real, tmp_path):
@@ -386,6 +386,9 @@ def test_captions_without_classes_and_of_other_rows_have_rows_of_their_own_in_ev
     share = metrics["shares_of_with_mask"]
     assert share["without_classes"]["miou"] < 0.6 < share["other_captions"]["miou"]
     assert "Does a mask suffice without classes in the caption?</dt> <dd>No: mIoU is" in page
+    for value, said in ((0.96, "Yes"), (0.86, "Less well"), (0.5, "No")):
+        other = metrics | {"shares_of_with_mask": share | {"without_classes": {"miou": value}}}
+        assert dict(answers(other))[QUESTIONS["without_classes"]].startswith(f"{said}: mIoU is 0.")
     assert "Is the mask followed under another row&#39;s caption?" in page and not metrics["not_given"]
     recaptioned.write(tmp_path)
     lines = comparison(tmp_path, tmp_path)

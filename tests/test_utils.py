@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from segcn.generate.config import GenerateConfig, SampleConfig
 from segcn.train.config import OBSOLETE, TrainConfig
+from segcn.utils import progress as progress_of_work
 from segcn.utils.args import arguments_of, help_text, main_guard, make, parse, stoppable, to_json
 from segcn.utils.errors import UserError
 from segcn.utils.html import img, render
@@ -188,7 +190,7 @@ def test_progress_is_a_bar_in_a_terminal_and_a_line_now_and_then_in_a_log(monkey
     progress = Progress("rows encoded", 4, lines.append)
     for done in (1, 2, 3):
         progress(done)
-    assert lines == ["  rows encoded 2 of 4, 5.5 s each, 0:11 min left"]
+    assert lines == ["  rows encoded 2 of 4, 5.5 s each, 11 s left"]
     monkeypatch.undo()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     progress = Progress("rows encoded", 2)
@@ -210,7 +212,12 @@ def test_a_command_is_never_silent_for_long_and_its_output_is_left_alone(monkeyp
         time.sleep(0.6)
     out, said = capsys.readouterr()
     assert (sys.stdout, sys.stderr) == streams and out == "result\n" * 6
-    assert said and all(line.startswith("  files read 4 of 9, at work for 0:0") for line in said.splitlines())
+    assert said and all(line.startswith("  files read 4 of 9, still working after ") for line in said.splitlines())
+    monkeypatch.setattr(progress_of_work, "WAITING", threading.Event())
+    progress_of_work.WAITING.set()  # for a person
+    with never_silent(after=0.05):
+        time.sleep(0.2)
+    progress_of_work.WAITING.clear()
     monkeypatch.setenv("RANK", "1")
     with never_silent(after=0.05):
         time.sleep(0.2)

@@ -141,9 +141,10 @@ def test_the_legend_names_every_class_and_what_the_eraser_leaves():
     assert canvas.erased(Palette((Label(1, "air", (1, 2, 3)),))) == (255, "unlabelled")
 
 
-def upload(panel, name, content):
-    file = {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": 0}
-    panel.picker.upload.set_state({"value": [file]})
+def upload(button, name, content):
+    """A file as the browser sends it."""
+    data = {"method": "custom", "content": {"name": name}}
+    button._handle_msg({"content": {"data": data}, "buffers": [memoryview(content)]})
 
 
 def test_a_mask_comes_from_a_row_a_path_or_an_upload_and_a_bad_one_changes_nothing(panel, split, tmp_path):
@@ -158,9 +159,9 @@ def test_a_mask_comes_from_a_row_a_path_or_an_upload_and_a_bad_one_changes_nothi
     panel.picker.path.value = str(tmp_path / "own.png")
     assert (panel.canvas.mask == mask).all() and panel.controls.prompt.value == "my own words"
     write_mask(tmp_path / "next.png", mask.T.copy(), split.palette)
-    upload(panel, "next.png", (tmp_path / "next.png").read_bytes())
-    assert (panel.canvas.mask == mask.T).all() and panel.picker.upload.value == ()
-    upload(panel, "<b>empty</b>.png", b"")
+    upload(panel.picker.upload, "next.png", (tmp_path / "next.png").read_bytes())
+    assert (panel.canvas.mask == mask.T).all()
+    upload(panel.picker.upload, "<b>empty</b>.png", b"")
     assert "Error: <b>empty</b>.png: the mask cannot be read" in panel.status.value
     for path in ("nowhere.png", str(tmp_path)):
         panel.picker.path.value = path
@@ -415,7 +416,7 @@ def test_each_image_says_how_far_it_follows_its_mask(quick_panel, split, monkeyp
     press(panel, panel.generate_button)
     (card,) = panel.gallery.cards
     expected = float(iou(confusion_matrix(torch.from_numpy(wrong), torch.from_numpy(mask), 9)).nanmean())
-    assert card.agreement.value == f"mIoU {expected:.2f}" and (card.found[1] == (wrong != mask)).all()
+    assert card.agreement.value == f"follows its mask: mIoU {expected:.2f}" and (card.found[1] == (wrong != mask)).all()
     panel.gallery.view.value = "disagreement"
     shown = np.asarray(Image.open(io.BytesIO(card.image.value)))
     assert ((shown == gallery.WRONG).all(2) == (wrong != mask)).all()
@@ -426,9 +427,9 @@ def test_a_photo_lies_under_the_mask_and_becomes_one(quick_panel, split, monkeyp
     press(panel, panel.mask_button)
     assert panel.status.value == "Error: there is no photo yet: choose one by Photo"
     Image.fromarray(np.zeros((100, 50, 3), np.uint8)).save(tmp_path / "photo.png")
-    content = (tmp_path / "photo.png").read_bytes()
-    file = {"name": "photo.png", "type": "", "size": 0, "content": memoryview(content), "last_modified": 0}
-    panel.picker.photo.set_state({"value": [file]})
+    assert panel.mask_button.layout.display == "none"
+    upload(panel.picker.photo, "photo.png", (tmp_path / "photo.png").read_bytes())
+    assert not panel.mask_button.layout.display
     assert panel.canvas.under.shape == (64, 64, 3) and bytes(panel.canvas.photo)[1:4] == b"PNG"
     panel.gallery.segmenter = build_segmenter(9, 8)
     monkeypatch.setattr("segcn.models.segmenter.predict", lambda *_: torch.from_numpy(found)[None])

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from segcn.utils.args import flag
 from segcn.utils.paths import BASE, MAX_PIXELS
 
+# The colors are those of the benchmarks. Where two classes share one, the later class has the nearest free color that
+# is as far from all others as they usually are: 1 in ADE20K, 9 in COCO-Stuff, 1 ignored label in Cityscapes.
+READY = ("ade20k", "ade20k-from-0", "cityscapes", "cityscapes-labelids", "voc", "coco-stuff", "coco-stuff-from-0",
+         "binary")  # fmt: skip
 FITS = ("crop", "pad", "stretch")
 SMALL = "small"  # the segmenter's architecture that is our own
 ARCHITECTURE = (
@@ -31,7 +35,7 @@ class PaletteConfig:
     """Write a palette.json for masks that have none: a ready one that fits, or one proposed from the masks."""
 
     dataset_name: str = flag("", "folder of masks, or data set folder")
-    ready: str | None = flag(None, "ready palette: ade20k, cityscapes, voc, coco-stuff, binary ...; others list all")
+    ready: str | None = flag(None, f"ready palette: {', '.join(READY)}")
     names: str | None = flag(None, "names of the proposed classes in the order of their ids: sky,grass,lake")
     output: str | None = flag(None, "PALETTE.json to write; none: palette.json in the folder")
 

@@ -18,7 +18,7 @@ from segcn.data.visualize import ACCENT, grid, heat_map, legend, name_classes, o
 from segcn.evaluate.bootstrap import LEVEL
 from segcn.evaluate.evaluator import LEAST_CROP, ROWS, Evaluation
 from segcn.evaluate.metrics import COMPARED, NEIGHBORS, VISIBLE
-from segcn.evaluate.report import DISTANCES, answers, lookup, within
+from segcn.evaluate.report import DISTANCES, answers, lookup, number, within
 from segcn.models.base import one_core
 from segcn.utils.html import figure_img, render
 from segcn.utils.io import write_text
@@ -65,7 +65,7 @@ def class_scores(metrics: dict) -> Figure:
     """IoU and boundary F-score of each class with its interval, for every set of images."""
     measured, labels = metrics["faithfulness"], worst_classes(metrics)
     names = [name for name in ROWS if name in measured]
-    figure = Figure(figsize=(9, 1.1 + 0.17 * len(labels) * len(names)))
+    figure = Figure(figsize=(9, 1.1 + 0.09 * len(labels) * len(names)))
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key, title in ((left, "per_class", "IoU"), (right, "per_class_boundary_f", "boundary F-score")):
         for at, name in enumerate(names):
@@ -166,7 +166,7 @@ def closest_pairs(evaluation: Evaluation) -> Figure:
     pairs = [(_image(evaluation, "synthetic", one["row"])[0], _image(evaluation, "train", one["training_row"])[0])
              for one in closest]  # fmt: skip
     below = [[f"row {one['row']}" for one in closest],
-             [f"row {one['training_row']}\n{one['distance']:.3g} away" for one in closest]]  # fmt: skip
+             [f"row {one['training_row']}\n{number(one['distance'], 3)} away" for one in closest]]  # fmt: skip
     return grid(list(zip(*pairs, strict=True)), left=["generated", "nearest\ntraining image"], below=below, width=1.25)
 
 

@@ -29,7 +29,7 @@ def metrics_table(metrics: dict) -> str:
         ["", *(ROWS[name] for name in names)],
         ["images", *(str(scored[name]["images"]) for name in names)],
         ["mIoU", *(within(metrics, "faithfulness", name, "miou") for name in names)],
-        ["of ceiling", "1", *(within(metrics, "shares_of_ceiling", name, "miou") for name in names[1:])],
+        ["of ceiling", number(1), *(within(metrics, "shares_of_ceiling", name, "miou") for name in names[1:])],
         ["boundary F", *(within(metrics, "faithfulness", name, "boundary_f") for name in names)],
     ]
     classes = [columns[0]]
@@ -40,7 +40,7 @@ def metrics_table(metrics: dict) -> str:
     return "\n\n".join([*_side_by_side(columns), *_side_by_side(classes), lines, *warnings]) + "\n"
 
 
-SUFFICES = 0.95  # of the images with captions as they are, from which on a mask is said to suffice
+SUFFICES, LESS_WELL = 0.95, 0.75  # of the mIoU with captions as they are: from there on "Yes", "Less well"
 QUESTIONS = {
     "without_classes": "Does a mask suffice without classes in the caption?",
     "other_captions": "Is the mask followed under another row's caption?",
@@ -62,12 +62,14 @@ def answers(metrics: dict) -> Iterator[tuple[str, str]]:
             yield question, _sentence(not_given(name, metrics["not_given"][name]).partition(": ")[2])
         else:
             value = metrics["shares_of_with_mask"][name]["miou"] or 0.0
-            said, share = within(metrics, "shares_of_with_mask", name, "miou"), "shares_of_ceiling"
+            said = within(metrics, "shares_of_with_mask", name, "miou")
+            share = within(metrics, "shares_of_ceiling", name, "miou")
+            level = "Yes" if value >= SUFFICES else "Less well" if value >= LESS_WELL else "No"
             yield (
                 question,
                 (
-                    f"{'Yes' if value >= SUFFICES else 'No'}: mIoU is {said} of that with the captions as they are "
-                    f"({within(metrics, share, name, 'miou')} of the ceiling)."
+                    f"{level}: mIoU is {said} of that with the captions as they are ({share} of the ceiling). "
+                    f"From {SUFFICES} on: yes; below {LESS_WELL}: no."
                 ),
             )
     if metrics["reward"]:
@@ -82,10 +84,10 @@ def answers(metrics: dict) -> Iterator[tuple[str, str]]:
             f"({metrics['distance']['extractor']}) {within(metrics, 'distance', 'kernel_distance', digits=3)}."
         ),
     )
-    for name in metrics["text"].get("synthetic", {}):
-        real = number(metrics["text"]["real"][name])
-        found = within(metrics, "text", "synthetic", name)
-        yield "Do they show what the captions say?", f"{name}: {found}; of real images {real}."
+    scores = [f"{name} {within(metrics, 'text', 'synthetic', name)}, in real images {number(real)}"
+              for name, real in metrics["text"].get("real", {}).items()]  # fmt: skip
+    if scores:
+        yield "Do they show what the captions say?", _sentence("; ".join(scores))
     if metrics["copies"]:
         low, high = metrics["intervals"]["copies"]["nearer_than_real"]
         far = far_from_real(metrics)
@@ -213,7 +215,7 @@ def number(value: float | None, digits: int = 0) -> str:
     if value is None or math.isnan(value):
         return "-"
     if digits:
-        return f"{value:.{digits}g}"
+        return f"{value:#.{digits}g}".rstrip(".")
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
 
 

@@ -1,6 +1,9 @@
 """`segcn app`: the panel alone, in the browser. voila serves notebook 08 with the settings of the command line."""
 
 import json
+import logging
+import os
+import re
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +13,7 @@ from segcn.data.metadata import find_splits, read_named_split
 from segcn.generate.config import SampleConfig
 from segcn.notebook.config import AppConfig
 from segcn.notebook.widgets import Panel
+from segcn.utils import progress
 from segcn.utils.args import make, preset_of_base
 from segcn.utils.paths import ROOT, from_root
 
@@ -17,6 +21,7 @@ NOTEBOOK = ROOT / "notebooks" / "08_app.ipynb"
 OF_SERVER = {"port", "no_browser"}  # settings that are no parameters of the notebook
 FOLDERS = ("dataset_name", "pretrained_model_name_or_path", "lora", "controlnet_model_name_or_path", "segmenter",
            "output_dir")  # fmt: skip
+FROM_OUTSIDE = re.compile(r'<link [^>]*href="https?://[^>]*>')  # in voila's page: icons, which it brings along, too
 
 
 def open_app(**parameters: Any) -> Panel:
@@ -57,9 +62,19 @@ def serve(config: AppConfig) -> None:
     from voila.app import Voila
 
     class App(Voila):
-        """voila that says where it is in one line."""
+        """voila that says where it is in one line, and whose page asks no other host for anything."""
+
+        template_paths: list[str]
+
+        def setup_template_dirs(self) -> None:
+            super().setup_template_dirs()
+            page = "index.html.j2"
+            found = next(path for path in map(Path, self.template_paths) if (path / page).is_file())
+            (Path(folder) / page).write_text(FROM_OUTSIDE.sub("", (found / page).read_text()))
+            self.template_paths = [folder, *self.template_paths]
 
         def launch_browser(self) -> None:
+            progress.WAITING.set()
             print(f"segcn app: {self.display_url}  (Ctrl+C ends it)", flush=True)
             if not config.no_browser:
                 super().launch_browser()
@@ -67,7 +82,11 @@ def serve(config: AppConfig) -> None:
     with TemporaryDirectory() as folder:
         notebook = Path(folder) / NOTEBOOK.name
         notebook.write_text(with_settings(NOTEBOOK, config))
-        words = [str(notebook), "--Voila.log_level=WARN", "--Voila.ip=127.0.0.1", f"--port={config.port}", "--token"]
+        for name in ("tornado.general", "tornado.application"):  # of a ping that is longer than its interval
+            logging.getLogger(name).setLevel(logging.ERROR)
+        words = [str(notebook), "--Voila.log_level=ERROR", "--Voila.ip=127.0.0.1", f"--port={config.port}", "--token"]
+        if os.name == "posix":
+            words.append("--KernelManager.transport=ipc")  # files only the user can open, in place of open ports
         App.launch_instance([*words, "--VoilaConfiguration.show_tracebacks=True"])
 
 

@@ -11,7 +11,7 @@ import ipywidgets as w
 import numpy as np
 from ipywidgets.widgets.trait_types import CByteMemoryView
 from PIL import Image, ImageOps
-from traitlets import Int, List
+from traitlets import Int, List, Unicode
 
 from segcn.data.files import read_image
 from segcn.data.masks import count_ids, read_mask, write_mask
@@ -28,7 +28,7 @@ LISTED_ROWS = 500  # masks in the dropdown
 class MaskPainter(anywidget.AnyWidget):
     """A canvas in the browser with drawing tools, undo and the classes of a palette; `mask` is what it shows.
 
-    changed: called after each change of the mask. wanted: called when Ctrl+Enter is pressed in the panel around it.
+    changed: called after each change of mask or photo. wanted: called on Ctrl+Enter in the panel around it.
     """
 
     _esm = HERE / "painter.js"
@@ -68,6 +68,7 @@ class MaskPainter(anywidget.AnyWidget):
             fitted.save(file, format="PNG")
             self.under = np.array(fitted)
         self.photo = file.getvalue()
+        self.changed()
 
     def download(self, name: str, content: bytes) -> None:
         """Hand a file to the browser, which saves it."""
@@ -123,6 +124,33 @@ def read_at(path: Path, palette: Palette, settings: SampleConfig) -> np.ndarray:
     return read_control_mask(path, palette, settings.resolution, settings.fit)
 
 
+class FileButton(anywidget.AnyWidget):
+    """A button that asks for a file, whose name and content `use` gets. (A FileUpload adds a count to its name.)"""
+
+    _esm = """
+    function render({ model, el }) {
+      const [name, title] = [model.get("description"), model.get("tooltip")];
+      const file = Object.assign(document.createElement("input"), { type: "file", accept: "image/*", hidden: true });
+      const button = Object.assign(document.createElement("button"), { type: "button", textContent: name, title });
+      button.className = "jupyter-widgets jupyter-button widget-button";
+      button.style.width = "auto";
+      button.addEventListener("click", () => file.click());
+      file.addEventListener("change", async () => {
+        const [chosen] = file.files;
+        if (chosen) model.send({ name: chosen.name }, undefined, [await chosen.arrayBuffer()]);
+        file.value = "";
+      });
+      el.append(button, file);
+    }
+    export default { render };
+    """
+    description = Unicode().tag(sync=True)
+
+    def __init__(self, description: str, tooltip: str, use: Callable[[str, bytes], None]):
+        super().__init__(description=description, tooltip=tooltip)
+        self.on_msg(lambda _, content, buffers: use(content["name"], bytes(buffers[0])))
+
+
 class MaskPicker(w.HBox):
     """Puts masks on the canvas: of a row (`use` gets its caption), of a file, or a blank one; and a photo beneath.
 
@@ -138,19 +166,15 @@ class MaskPicker(w.HBox):
         self.again = button("Reload", self.pick, tooltip="this row's mask as it is in the data set")
         classes = [(entry["name"], entry["id"]) for entry in canvas.labels]
         self.background = w.Dropdown(options=classes, layout=w.Layout(width="92px"), tooltip="class of a blank mask")
-        self.blank = button("Blank", self.clean, tooltip="a mask of one class: the one chosen beside")
+        self.blank = button("New mask of", self.clean, tooltip="a mask of one class: the one chosen beside")
         self.size = w.BoundedIntText(min=8, max=4096, step=8, continuous_update=False)
         hint = "a mask's path: class ids or palette colors"
         self.path = w.Text(description="mask file", placeholder=hint, continuous_update=False)
-        auto = w.Layout(width="auto")
-        self.upload = w.FileUpload(description="Import", accept="image/*", tooltip="a mask file", layout=auto)
-        self.photo = w.FileUpload(
-            description="Photo", accept="image/*", tooltip="a photo that shows through the mask", layout=auto
-        )
+        self.upload = FileButton("Import", "a mask file: class ids or palette colors", self._read_upload)
+        beneath = "a photo to draw on: it shows through the mask, and the segmenter can make a mask of it"
+        self.photo = FileButton("Photo", beneath, self._read_photo)
         self.row.observe(lambda _: self.pick(), "value")
         self.path.observe(lambda _: self._read_path(), "value")
-        self.upload.observe(lambda _: self._read_upload(), "value")
-        self.photo.observe(lambda _: self._read_photo(), "value")
         save = button("Download", canvas.download_mask, tooltip="the mask as an indexed PNG of class ids")
         super().__init__([self.row, self.blank, self.background, self.upload, save, self.photo])
         self.layout.flex_flow, self.layout.width = "row wrap", "calc(var(--side) + var(--pane) + 10px)"
@@ -186,18 +210,19 @@ class MaskPicker(w.HBox):
                 path = Path(self.path.value.strip()).expanduser()
                 self.use(read_at(path, self.split.palette, self.settings), None)
 
-    def _read_upload(self) -> None:
-        self._receive(self.upload, lambda path: self.use(read_at(path, self.split.palette, self.settings), None))
+    def _read_upload(self, name: str, content: bytes) -> None:
+        with self._copied(name, content) as path:
+            self.use(read_at(path, self.split.palette, self.settings), None)
 
-    def _read_photo(self) -> None:
-        self._receive(self.photo, lambda path: self.canvas.lay_under(read_image(path)))
+    def _read_photo(self, name: str, content: bytes) -> None:
+        with self._copied(name, content) as path:
+            self.canvas.lay_under(read_image(path))
 
-    def _receive(self, upload: w.FileUpload, use: Callable[[Path], None]) -> None:
-        """Use a copy of the file that was chosen, if one was."""
-        for file in upload.value[:1]:
-            with TemporaryDirectory() as folder:
-                path = Path(folder) / "file"
-                path.write_bytes(file["content"])
-                with self.failing(path, file["name"]):
-                    use(path)
-            upload.value = ()
+    @contextmanager
+    def _copied(self, name: str, content: bytes):
+        """A copy of a file that was chosen in the browser."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "file"
+            path.write_bytes(content)
+            with self.failing(path, name):
+                yield path

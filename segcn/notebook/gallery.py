@@ -64,16 +64,24 @@ class Card(w.VBox):
         self.save_button, self.reuse_button, self.download_button = (
             button(text, partial(act, self)) for text, act in actions.items()
         )
-        self.agreement = w.Label(f"mIoU {found[0]:.2f}" if found else "")
-        self.agreement.tooltip = "how far the image follows its mask, by the segmenter: 1 is all of it"
+        self.agreement = w.Label(f"follows its mask: mIoU {found[0]:.2f}" if found else "")
+        self.agreement.tooltip = (
+            "mean intersection over union of the classes in the mask and those that the segmenter finds in the image;"
+            " 1: all pixels agree"
+        )
         seed, stopped = made.settings.seed, made.record.get("stopped")
         where = f", stopped in step {stopped} of {made.settings.num_inference_steps}" if stopped else ""
         caption, seed = w.Label(made.caption), w.Label(f"seed {seed}{where}")
         caption.add_class("segcn-wrapped")
         seed.add_class("segcn-quiet")
-        line = w.HBox([self.save_button, self.reuse_button, self.download_button, self.agreement, seed])
-        line.layout.flex_flow = "row wrap"
-        super().__init__([line, self.image, caption])
+        press, known = (
+            w.HBox([self.save_button, self.reuse_button, self.download_button]),
+            w.HBox([self.agreement, seed]),
+        )
+        for line in (press, known):
+            line.layout.flex_flow = "row wrap"
+        known.add_class("segcn-known")
+        super().__init__([press, self.image, known, caption])
         self.add_class("segcn-card")
 
     def look(self, view: str, palette: Palette) -> None:

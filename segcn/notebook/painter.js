@@ -93,7 +93,7 @@ function render({ model, el }) {
   for (const { id, color: [red, green, blue] } of labels) colors[id] = 0xff000000 | (blue << 16) | (green << 8) | red;
 
   let mask = { ids: new Uint8Array(), width: 0, height: 0 };
-  let tool = "brush", chosen = labels[0].id, size = 1;
+  let tool = "brush", chosen = labels[0].id, picked = false, size = 1; // picked: by a person
   let before = null, start = null, last = null, corners = []; // of what is being painted
   let view = { zoom: 1, x: 0, y: 0 }, pan = null, cursor = null;
   const past = [], future = [];
@@ -222,8 +222,16 @@ function render({ model, el }) {
     corners = [];
     if (sized) keep(old);
     else fit();
+    if (!picked || mask.ids.every((id) => id === chosen)) chosen = rarest();
     show();
     canvas.dataset.ready = "true";
+  }
+
+  function rarest() { // the class with the fewest pixels: drawn with it, the first stroke is seen
+    const pixels = new Uint32Array(256);
+    for (const id of mask.ids) pixels[id]++;
+    const ids = labels.map(({ id }) => id).filter((id) => id !== eraser);
+    return ids.reduce((one, other) => (pixels[other] < pixels[one] ? other : one), ids[0] ?? eraser);
   }
 
   // Painting, by pointer and by keys: down, move and up at places of the mask
@@ -280,6 +288,7 @@ function render({ model, el }) {
   function choose(id) {
     if (before) drop();
     chosen = id;
+    picked = true;
     if (tool === "eraser" || tool === "pick") tool = "brush";
     show();
   }

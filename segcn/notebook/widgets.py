@@ -136,6 +136,10 @@ class Panel(w.VBox):
         self.mask_button.tooltip = "the classes that the segmenter finds in the photo"
         self.captions_button = button("Same mask, four captions", self.four_captions, "196px")
         self.masks_button = button("Same caption, four masks", self.four_masks, "196px")
+        self.settings_button = w.ToggleButton(description="Settings", layout=w.Layout(width="auto"))
+        self.settings_button.tooltip = "steps, guidance, seed, images at once, size of a new mask, a mask's path"
+        self.settings_button.add_class("segcn-more")
+        self.settings_button.observe(lambda change: self._unfold(change.new), "value")
         self.controls.prompt.observe(lambda _: self.check(), "value")
         self.named = self._named_classes()
         super().__init__(self._parts())
@@ -146,19 +150,27 @@ class Panel(w.VBox):
     def _parts(self) -> list[w.Widget]:
         """The prompt and its buttons, messages, mask and images beside each other, settings."""
         work = w.VBox([w.HBox([self.generate_button, self.stop_button]), self.progress])
-        top, notes = w.HBox([self.controls.prompt, work]), w.HBox([self.status, self.add_button])
+        said = w.HBox([self.status, self.add_button], layout=w.Layout(flex="1 1 380px", align_items="center"))
+        more = w.HBox([self.captions_button, self.masks_button, self.settings_button])
+        top, notes = w.HBox([self.controls.prompt, work]), w.HBox([said, more])
         top.add_class("segcn-top")
         notes.add_class("segcn-notes")
-        notes.layout.align_items = "center"
+        notes.layout.flex_flow, more.layout.flex_flow = "row wrap", "row wrap"
         self.picker.children = (*self.picker.children, self.mask_button)
-        for control, name in ((self.picker.path, "mask file"), (self.picker.size, "blank size")):
+        for control, name in ((self.picker.path, "mask file"), (self.picker.size, "new mask, px")):
             control.description, control.layout, control.style.description_width = name, WIDE, "104px"
-        fours = w.HBox([self.captions_button, self.masks_button])
         self.picker.again.layout.align_self = "flex-end"
-        settings = w.VBox([fours, self.controls, self.picker.size, self.picker.path, self.picker.again])
+        settings = w.VBox([self.controls, self.picker.size, self.picker.path, self.picker.again])
+        settings.add_class("segcn-settings")
         left = w.VBox([self.picker, self.canvas])
-        across = w.Layout(flex_flow="row wrap", grid_gap="4px 14px", align_items="flex-start")
-        return [top, notes, w.Box([left, self.gallery, settings], layout=across)]
+        across = w.Box([left, self.gallery, settings])
+        across.layout = w.Layout(flex_flow="row wrap", grid_gap="4px 14px", align_items="flex-start")
+        across.add_class("segcn-across")
+        return [top, notes, across]
+
+    def _unfold(self, open: bool) -> None:
+        """Show the settings, or hide them, where the panel is the whole page; in a notebook they are always shown."""
+        (self.add_class if open else self.remove_class)("segcn-open")
 
     def load(self, models: "Callable[[], tuple[Pipeline, AnySegmenter | None]]") -> None:
         """Bring pipeline and segmenter in a thread: what is done meanwhile waits for them only where it needs them."""
@@ -225,10 +237,11 @@ class Panel(w.VBox):
                 if pixels[id] and id in self.named and id not in found]  # fmt: skip
 
     def check(self) -> None:
-        """Offer to add the classes that the mask holds and the prompt does not name."""
+        """Offer what can be done: to add classes of the mask to the prompt, and to make a mask of the photo."""
         missing = listed(self.missing())
         self.add_button.layout.display = "" if missing else "none"
         self.add_button.description = f"Add to the prompt: {missing}" if missing else ""
+        self.mask_button.layout.display = "none" if self.canvas.under is None else ""
 
     def add_classes(self) -> None:
         """Add these classes to the prompt."""

@@ -12,7 +12,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 EVERY = 10.0  # seconds between two lines in a log
-SILENCE = 15.0  # seconds without any output, after which a command says that it is at work
+SILENCE = 15.0  # seconds without any output, after which a command says that it is still working
+WAITING = threading.Event()  # set by a command that waits for a person: then silence is right
 
 
 class Progress:
@@ -45,7 +46,7 @@ class Progress:
         Progress.now = self
 
     def __call__(self, done: int, note: Callable[[], str] | None = None) -> None:
-        """Show "encoded 32 of 128, 2.1 per second, 0:46 min left" when it is time; note: asked for what follows."""
+        """Show "encoded 32 of 128, 2.1 per second, 46 s left" when it is time; note: asked for what follows."""
         Progress.now, self.done = (None if done == self.total else self), done
         if self.bar is not None:
             if note is not None and done % 10 == 0:
@@ -82,15 +83,15 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """ "3:05 min"."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+    """ "45 s", or "3:05 min"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min" if seconds >= 60 else f"{int(seconds)} s"
 
 
 @contextmanager
 def never_silent(after: float = SILENCE) -> Iterator[None]:
-    """While it lasts, say on standard error that a command is at work where it printed nothing for so many seconds.
+    """While it lasts, say on standard error that a command still works where it printed nothing for so many seconds.
 
-    Of several processes only the first one does.
+    Of several processes only the first one does; none where `WAITING` is set.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -103,13 +104,13 @@ def never_silent(after: float = SILENCE) -> Iterator[None]:
         said = began
         while not ended.wait(after / 10):
             now = time.monotonic()
-            if now - max(said, *(stream.written for stream in streams)) > after:
+            if now - max(said, *(stream.written for stream in streams)) > after and not WAITING.is_set():
                 said, work = now, Progress.now
                 if work is not None and work.bar is not None:
                     work.bar.refresh()
                 else:
                     what = f"{work.count}, " if work is not None else ""
-                    print(f"  {what}at work for {clock(now - began)}", file=err, flush=True)
+                    print(f"  {what}still working after {clock(now - began)}", file=err, flush=True)
 
     threading.Thread(target=watch, daemon=True).start()
     try:

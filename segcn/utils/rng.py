@@ -5,8 +5,10 @@ be carried along, so a run can be resumed, reordered or split over processes wit
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # at run time where a tensor is drawn: it takes seconds to be imported
+    import torch
 
 
 def seed_of(*key: str | int) -> int:
@@ -15,13 +17,17 @@ def seed_of(*key: str | int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def generator(*key: str | int, device: str | torch.device = "cpu") -> torch.Generator:
+def generator(*key: str | int, device: "str | torch.device" = "cpu") -> "torch.Generator":
     """A fresh generator that depends on the key alone; on another kind of device its numbers are other ones."""
+    import torch
+
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
-def normal(shape: tuple[int, ...], *key: str | int) -> torch.Tensor:
+def normal(shape: tuple[int, ...], *key: str | int) -> "torch.Tensor":
     """Standard normal float32 tensor of `shape`."""
+    import torch
+
     return torch.randn(shape, generator=generator(*key))
 
 
@@ -42,4 +48,6 @@ def integer(high: int, *key: str | int) -> int:
 
 def permutation(count: int, *key: str | int) -> list[int]:
     """The numbers 0 to count - 1 in an order that depends on the key alone."""
+    import torch
+
     return torch.randperm(count, generator=generator(*key)).tolist()

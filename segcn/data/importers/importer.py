@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from segcn.data.captions import classes_of
-from segcn.data.config import ImportConfig
+from segcn.data.config import READY, ImportConfig
 from segcn.data.files import ORIENTATION, READABLE, open_image
 from segcn.data.importers.formats import DICOM, class_dict, read_dicom, window_of
 from segcn.data.importers.palettes import (
-    READY,
     Reading,
     check_fit,
     choose_reading,

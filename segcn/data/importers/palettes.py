@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from segcn.data.colors import said_alike
-from segcn.data.config import PaletteConfig
+from segcn.data.config import READY, PaletteConfig
 from segcn.data.files import READABLE, Boundary, open_image
 from segcn.data.masks import Color, code_of, color_of, lossy_error, read_stored_mask
 from segcn.data.metadata import METADATA, find_splits, read_lines
@@ -24,10 +24,6 @@ from segcn.utils.errors import UserError
 from segcn.utils.progress import Progress
 
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in READABLE}
-# The colors are those of the benchmarks. Where two classes share one, the later class has the nearest free color that
-# is as far from all others as they usually are: 1 in ADE20K, 9 in COCO-Stuff, 1 ignored label in Cityscapes.
-READY = ("ade20k", "ade20k-from-0", "cityscapes", "cityscapes-labelids", "voc", "coco-stuff", "coco-stuff-from-0",
-         "binary")  # fmt: skip
 FOLDER = Path(__file__).parents[1] / "palettes"
 TWINS = {"ade20k": "ade20k-from-0", "cityscapes": "cityscapes-labelids", "coco-stuff": "coco-stuff-from-0"}
 TWINS |= {second: first for first, second in TWINS.items()}  # two ways to number the same classes
