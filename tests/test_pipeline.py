@@ -16,7 +16,15 @@ from segcn.data.dataset import to_control
 from segcn.data.masks import read_mask
 from segcn.data.metadata import read_split
 from segcn.generate.config import SampleConfig
-from segcn.generate.pipeline import Pipeline, control_at, diffusers_pipeline, first_noise, generate, load_pipeline
+from segcn.generate.pipeline import (
+    Pipeline,
+    control_at,
+    denoising_loop,
+    diffusers_pipeline,
+    first_noise,
+    generate,
+    load_pipeline,
+)
 from segcn.models.controlnet import make_controlnet
 from segcn.utils.errors import UserError
 
@@ -122,6 +130,23 @@ def test_the_controlnet_runs_only_where_it_acts_and_guidance_is_rescaled_as_diff
     rescaled = generate(pipeline, None, CAPTIONS, ROWS, replace(SETTINGS, guidance_rescale=0.7), size=(64, 64))
     assert apart(rescaled, by_diffusers(pipeline, None, SETTINGS, guidance_rescale=0.7)) <= 1
     assert apart(rescaled, by_diffusers(pipeline, None, SETTINGS)) > 3
+
+
+def test_mask_guidance_leads_away_from_the_image_without_text_and_mask(pipeline, masks):
+    """In one step of DDIM latents are linear in the prediction."""
+    settings = replace(SETTINGS, num_inference_steps=1, scheduler="ddim", mask_guidance=True)
+    noise = first_noise(pipeline.base, ROWS, settings, masks.shape[1:])
+    control = to_control(masks, pipeline.palette)
+    negative, text = (torch.stack([pipeline.embedding(one) for one in ones]) for ones in (["a house"] * 2, CAPTIONS))
+    sizes = sizes_seen(pipeline.controlnet.conv_in)
+    found = denoising_loop(pipeline, noise, negative, text, control, settings)
+    assert sizes == [2]  # the ControlNet computes half
+    plain = replace(settings, guidance_scale=1.0)
+    without = denoising_loop(pipeline, noise, negative, negative, None, plain)
+    both = denoising_loop(pipeline, noise, negative, text, control, plain)
+    assert torch.allclose(found, without + 5 * (both - without), atol=1e-3)
+    assert not torch.allclose(found, denoising_loop(pipeline, noise, negative, text, control,
+                                                    replace(settings, mask_guidance=False)), atol=0.1)  # fmt: skip
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

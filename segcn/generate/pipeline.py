@@ -252,8 +252,11 @@ def denoising_loop(
         noisy = torch.cat([latents] * copies).to(pipeline.base.dtype)
         residuals = {}
         if controlnet is not None and control is not None and weight:
-            shown = torch.cat([control] * copies)
-            down, middle = controlnet(noisy, timestep, prompts, shown, weight, return_dict=False)
+            first = len(latents) if settings.mask_guidance and copies == 2 else 0  # of those that get the mask
+            shown = torch.cat([control] * copies)[first:]
+            down, middle = controlnet(noisy[first:], timestep, prompts[first:], shown, weight, return_dict=False)
+            if first:
+                down, middle = [without_and_with(one) for one in down], without_and_with(middle)
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         prediction = unet(noisy, timestep, prompts, **residuals).sample.float()
         if copies == 1:
@@ -278,6 +281,14 @@ def denoising_loop(
             if on_guess(step + 1, partial(to_pixels, guess)):
                 return guess
     return latents
+
+
+def without_and_with(residual: torch.Tensor) -> torch.Tensor:
+    """A residual [B, C, h, w] of the ControlNet, for guidance of which one half knows no mask: zeros, then itself.
+
+    So guidance strengthens the mask as it strengthens the text (Zhang et al. 2023, arXiv:2302.05543, section 3.4).
+    """
+    return torch.cat([torch.zeros_like(residual), residual])
 
 
 def clean_guess(scheduler: Any, prediction: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
