@@ -48,7 +48,7 @@ SAMPLES, GENERATE, DATA = "segcn.samples.config:", "segcn.generate.config:", "se
 COMMANDS = {
     "run": Command("run notebooks 01 to 05 in order: data, augmentation, training, generation, evaluation",
                    "segcn.notebook.config:RunConfig", "segcn.notebook.run:run"),
-    "app": Command("paint masks and generate images in the browser, from the model and the masks that come with it",
+    "app": Command("draw masks and generate images in the browser, from the model and the masks that come with it",
                    "segcn.notebook.config:AppConfig", "segcn.notebook.app:serve", ("dataset_name",), stopped=CLOSED),
     "samples": Command("sample data (landscapes, earth, echo), bases (base, sd15), typical failures, measurements"),
     "samples landscapes": Command("procedural landscapes with exact masks and captions", SAMPLES + "SampleSetConfig",

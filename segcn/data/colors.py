@@ -20,7 +20,7 @@ VISIONS = {  # linear RGB to what is seen: Machado, Oliveira and Fernandes 2009 
     "tritanopia": np.array([[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
                             [0.004733, 0.691367, 0.303900]]),
 }  # fmt: skip
-APART = 12  # CIEDE2000 from which on two classes of a mask are told apart at a glance
+APART = 12  # CIEDE2000 from which on two classes of a mask are seen as two at a glance
 
 
 def to_lab(image: np.ndarray, vision: str = "normal") -> np.ndarray:

@@ -48,7 +48,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class AppConfig:
-    """Paint masks and generate images in the browser. Ctrl+C ends it."""
+    """Draw masks and generate images in the browser. Ctrl+C ends it."""
 
     dataset_name: str = flag(str(ROOT / "data" / "examples"), "data set whose masks and captions can be chosen")
     pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")

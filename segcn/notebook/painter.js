@@ -1,10 +1,10 @@
-// A mask is one byte a pixel, the class id. It is painted without antialiasing, so no class is invented. Each change
+// A mask is one byte a pixel, the class id. It is drawn without antialiasing, so no class is invented. Each change
 // goes to the kernel whole and as a message of its own: a widget's state may be held back while the kernel is busy, and
 // a button pressed after a stroke would then overtake it.
 
 const STEPS_BACK = 50;
 const TOOLS = {
-  brush: ["Brush", "b", "paint"], line: ["Line", "l", "drag a straight line"],
+  brush: ["Brush", "b", "draw"], line: ["Line", "l", "drag a straight line"],
   rectangle: ["Rectangle", "r", "drag a filled rectangle"], polygon: ["Polygon", "p", "click corners; Enter closes it"],
   lasso: ["Lasso", "o", "drag around an area"], fill: ["Fill", "f", "fill an area of one class"],
   pick: ["Pick", "i", "take the class under the pointer"], eraser: ["Eraser", "e", "make unlabelled"],
@@ -94,7 +94,7 @@ function render({ model, el }) {
 
   let mask = { ids: new Uint8Array(), width: 0, height: 0 };
   let tool = "brush", chosen = labels[0].id, picked = false, size = 1; // picked: by a person
-  let before = null, start = null, last = null, corners = []; // of what is being painted
+  let before = null, start = null, last = null, corners = []; // of what is being drawn
   let view = { zoom: 1, x: 0, y: 0 }, pan = null, cursor = null;
   const past = [], future = [];
 
@@ -102,7 +102,7 @@ function render({ model, el }) {
   root.dataset.lmSuppressShortcuts = "true"; // JupyterLab's own, such as z
   const side = make("div", "segcn-side"), tools = make("div", "segcn-tools"), legend = make("div", "segcn-legend");
   const left = make("div", "segcn-left"), under = make("div", "segcn-under"), paper = make("div", "segcn-paper");
-  const spoken = "mask: arrows move, Space paints, ? lists all keys";
+  const spoken = "mask: arrows move, Space draws, ? lists all keys";
   Object.assign(paper, { tabIndex: 0, role: "application", ariaLabel: spoken });
   const sheet = make("div", "segcn-sheet"), photo = make("img", "segcn-photo", { alt: "photo under the mask" });
   const canvas = make("canvas", "segcn-canvas"), context = canvas.getContext("2d"), ring = make("div", "segcn-ring");
@@ -218,7 +218,7 @@ function render({ model, el }) {
     if (sized && same(found.ids, mask.ids)) return;
     const old = before ?? mask.ids;
     mask = found;
-    before = null; // what was being painted was on the old one
+    before = null; // what was being drawn was on the old one
     corners = [];
     if (sized) keep(old);
     else fit();
@@ -234,7 +234,7 @@ function render({ model, el }) {
     return ids.reduce((one, other) => (pixels[other] < pixels[one] ? other : one), ids[0] ?? eraser);
   }
 
-  // Painting, by pointer and by keys: down, move and up at places of the mask
+  // Drawing, by pointer and by keys: down, move and up at places of the mask
 
   function again(paint) {
     mask.ids = before.slice();

@@ -1,4 +1,4 @@
-"""The panel of notebook 04 and of `segcn app`: paint a mask, write a prompt, see images, keep some."""
+"""The panel of notebook 04 and of `segcn app`: draw a mask, write a prompt, see images, keep some."""
 
 import dataclasses
 import secrets
@@ -145,7 +145,7 @@ class Panel(w.VBox):
         super().__init__(self._parts())
         self.add_class("segcn-panel")
         self.picker.pick()
-        self.say("Paint on the mask, write a prompt, press Generate.")
+        self.say("Draw on the mask, write a prompt, press Generate.")
 
     def _parts(self) -> list[w.Widget]:
         """The prompt and its buttons, messages, mask and images beside each other, settings."""
@@ -179,11 +179,11 @@ class Panel(w.VBox):
             try:
                 self.pipeline, self.gallery.segmenter = models()
                 if not self.busy:
-                    self.say("Ready. Paint on the mask, write a prompt, press Generate.")
+                    self.say("Ready. Draw on the mask, write a prompt, press Generate.")
             except Exception as error:  # shown where it is looked for
                 self.say(f"Error: {error}")
 
-        self.say("Loading the model; you can paint meanwhile.")
+        self.say("Loading the model; you can draw meanwhile.")
         self.loader = threading.Thread(target=bring, daemon=True)
         self.loader.start()
 
