@@ -4,6 +4,7 @@ Notebook 05 holds mIoU and its interval against what it computes by hand.
 """
 
 import html
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 from PIL import Image, ImageFilter
 from test_segmenter import PALETTE, write_rectangles
 
+from segcn import cli
 from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import read_split, write_metadata
 from segcn.data.palette import IGNORE, Label, Palette
@@ -212,33 +214,14 @@ def test_a_changed_image_is_looked_at_again(tmp_path, observer):
 
 
 COMMAND = ["-m", "segcn.cli", "evaluate"]
-KILLED = """
-import os, signal, sys
-import segcn.evaluate.run
-from segcn import cli
-replace, done = os.replace, []
-def replace_or_die(*paths):
-    done.append(paths)
-    if len(done) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-        signal.pause()  # some kernels come back from the call before the process ends
-    replace(*paths)
-os.replace = replace_or_die
-cli.run_command(["evaluate", *sys.argv[1:]])
-"""
 
 
 @pytest.fixture
-def started(folder, tmp_path, blurred):
-    """A function from an output and the words that start Python to the exit code of an evaluation of `blurred`."""
-
-    def start(output, *python):
-        paths = {"real": "data", "synthetic": "blurred", "segmenter": "segmenter"}
-        words = [f"--{name}={folder / path}" for name, path in paths.items()]
-        words = [*python, *words, f"--output_dir={tmp_path / output}", "--batch_size=3"]
-        return subprocess.run([sys.executable, *words], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).returncode
-
-    return start
+def words(folder, tmp_path, blurred):
+    """A function from the name of an output to the flags of an evaluation of `blurred`."""
+    paths = {"real": "data", "synthetic": "blurred", "segmenter": "segmenter"}
+    given = [f"--{name}={folder / path}" for name, path in paths.items()]
+    return lambda output: [*given, f"--output_dir={tmp_path / output}", "--batch_size=3"]
 
 
 def assert_same_files(one, other):
@@ -246,19 +229,43 @@ def assert_same_files(one, other):
         assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
-def test_an_evaluation_that_was_killed_and_restarted_writes_the_bytes_of_one_that_was_not(tmp_path, started):
-    assert started("killed", "-c", KILLED) == -signal.SIGKILL
+def evaluate_quietly(words, last=0):
+    """`segcn evaluate`; with `last`: die of SIGKILL before the `last`-th file gets its name."""
+    replace, renamed = os.replace, itertools.count(1)
+
+    def replace_or_die(*paths):
+        if next(renamed) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()  # some kernels come back from the call before the process ends
+        replace(*paths)
+
+    os.replace = replace_or_die
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with open(os.devnull, "w") as sys.stdout:
+        cli.run_command(["evaluate", *words])
+
+
+def test_an_evaluation_that_was_killed_and_restarted_writes_the_bytes_of_one_that_was_not(tmp_path, words, warm):
+    def ended(output, last=0):
+        process = warm.Process(target=evaluate_quietly, args=(words(output), last))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert ended("killed", 4) == -signal.SIGKILL
     stood = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "cache" / "seen").glob("*.safetensors")}
     assert stood and not (tmp_path / "killed" / METRICS_FILE).exists()
-    assert started("killed", *COMMAND) == started("whole", *COMMAND) == 0
+    assert ended("killed") == ended("whole") == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stood.items())
     assert_same_files(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_write_the_bytes_of_one(tmp_path, started):
-    assert started("one", *COMMAND) == 0
-    assert started("two", "-m", "torch.distributed.run", "--nproc_per_node=2", *COMMAND) == 0
+def test_two_processes_of_torchrun_write_the_bytes_of_one(tmp_path, words):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    for output, python in {"one": [], "two": ["-m", "torch.distributed.run", "--nproc_per_node=2"]}.items():
+        command = [sys.executable, *python, *COMMAND, *words(output)]
+        assert subprocess.run(command, env=environment).returncode == 0
     assert_same_files(tmp_path / "one", tmp_path / "two")
 
 

@@ -97,6 +97,14 @@ def test_the_report_says_what_was_dropped_and_what_the_dropped_ones_had(folder, 
         assert "16 images asked for, 12 kept (4 of them regenerated), 4 dropped" in text and "night 100%" in text
 
 
+@pytest.fixture
+def trained(folder, monkeypatch):
+    """The segmenter that an evaluation trains is the one of its seed, without the training."""
+    take = lambda split, settings, *rest: load_segmenter(folder / f"segmenter-{settings.seed}", "cpu")  # noqa: E731
+    monkeypatch.setattr(run, "segmenter_of", take)
+
+
+@pytest.mark.usefixtures("trained")
 def test_a_set_is_not_scored_by_the_segmenter_that_filtered_it(folder, filtered):
     config = EvaluateConfig(real=str(folder / "data"), synthetic=str(filtered.folder))
     lines = []
@@ -123,13 +131,6 @@ def rewarded(folder, tmp_path):
     made = {"controlnet": str(run / "checkpoint-6" / "controlnet"), "reward_segmenter_weights": digest}
     (out / "generation.json").write_text(json.dumps(made))
     return read_split(out)
-
-
-@pytest.fixture
-def trained(folder, monkeypatch):
-    """The segmenter that an evaluation trains is the one of its seed, without the training."""
-    take = lambda split, settings, *rest: load_segmenter(folder / f"segmenter-{settings.seed}", "cpu")  # noqa: E731
-    monkeypatch.setattr(run, "segmenter_of", take)
 
 
 @pytest.mark.usefixtures("trained")
