@@ -151,6 +151,7 @@ class Panel(w.VBox):
         """The prompt and its buttons, messages, mask and images beside each other, settings."""
         work = w.VBox([w.HBox([self.generate_button, self.stop_button]), self.progress])
         said = w.HBox([self.status, self.add_button], layout=w.Layout(flex="1 1 380px", align_items="center"))
+        said.layout.flex_flow = "row wrap"
         more = w.HBox([self.captions_button, self.masks_button, self.settings_button])
         top, notes = w.HBox([self.controls.prompt, work]), w.HBox([said, more])
         top.add_class("segcn-top")
