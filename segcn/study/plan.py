@@ -22,7 +22,7 @@ from segcn.utils.args import check_values, make
 from segcn.utils.errors import UserError
 from segcn.utils.io import write_whole
 
-TRAINING_STEP = 0.5  # seconds of a ControlNet's step at batch 16, 128 pixels, on two slow cores
+TRAINING_STEP = 0.27  # seconds of a ControlNet's step at batch 8, 128 pixels, on two slow cores
 DENOISING_STEP = 0.02  # of one image there
 FITTING_SAMPLE = 0.0017  # of one image of 64 pixels through a small segmenter and back there
 USUAL_STEPS = 2000  # about where a training ends whose length its plateau sets

@@ -29,17 +29,17 @@ class TrainConfig:
         "sd15": {},
         "tiny": {
             "resolution": 128,
-            "train_batch_size": 16,
-            "max_train_steps": 400,
-            "learning_rate": 2e-3,
+            "train_batch_size": 8,
+            "max_train_steps": 800,
+            "learning_rate": 1.5e-3,
             "lr_scheduler": "cosine",
-            "lr_warmup_steps": 20,
+            "lr_warmup_steps": 40,
             "proportion_empty_prompts": 0.1,
             "caption_class_dropout": 0.5,
             "cache_draws": 2,
-            "checkpointing_steps": 200,
+            "checkpointing_steps": 400,
             "checkpoints_total_limit": 2,
-            "validation_steps": 50,
+            "validation_steps": 100,
             "num_validation_images": 1,
             "report_to": "none",
         },
@@ -210,8 +210,8 @@ class AdaptConfig(TrainConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "sd15": {},
         "tiny": TrainConfig.PRESETS["tiny"] | {
-            "max_train_steps": 1000, "learning_rate": 1e-3, "checkpointing_steps": 250, "validation_steps": 250,
-            "caption_class_dropout": 0.0,
+            "train_batch_size": 16, "max_train_steps": 1000, "learning_rate": 1e-3, "lr_warmup_steps": 20,
+            "checkpointing_steps": 250, "validation_steps": 250, "caption_class_dropout": 0.0,
         },
     }  # fmt: skip
     SECTIONS: ClassVar[dict[str, str]] = TrainConfig.SECTIONS | {
