@@ -134,7 +134,7 @@ def test_the_controlnet_runs_only_where_it_acts_and_guidance_is_rescaled_as_diff
 
 def test_mask_guidance_leads_away_from_the_image_without_text_and_mask(pipeline, masks):
     """In one step of DDIM latents are linear in the prediction."""
-    settings = replace(SETTINGS, num_inference_steps=1, scheduler="ddim", mask_guidance=True)
+    settings = replace(SETTINGS, num_inference_steps=1, scheduler="ddim", guided_by="text_and_mask")
     noise = first_noise(pipeline.base, ROWS, settings, masks.shape[1:])
     control = to_control(masks, pipeline.palette)
     negative, text = (torch.stack([pipeline.embedding(one) for one in ones]) for ones in (["a house"] * 2, CAPTIONS))
@@ -146,7 +146,7 @@ def test_mask_guidance_leads_away_from_the_image_without_text_and_mask(pipeline,
     both = denoising_loop(pipeline, noise, negative, text, control, plain)
     assert torch.allclose(found, without + 5 * (both - without), atol=1e-3)
     assert not torch.allclose(found, denoising_loop(pipeline, noise, negative, text, control,
-                                                    replace(settings, mask_guidance=False)), atol=0.1)  # fmt: skip
+                                                    replace(settings, guided_by="text")), atol=0.1)  # fmt: skip
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

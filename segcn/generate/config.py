@@ -27,7 +27,7 @@ class SampleConfig:
             "guidance_scale": 3.5,
             "guidance_end": 0.4,
             "scheduler": "unipc",
-            "mask_guidance": True,
+            "guided_by": "text_and_mask",
             "controlnet_conditioning_scale": 1.3,
         },
     }
@@ -46,7 +46,7 @@ class SampleConfig:
     guidance_start: float = flag(0.0, "guidance acts from this share of the steps on", low=0, high=1)
     guidance_end: float = flag(1.0, "guidance acts up to this share; later steps are faster", low=0, high=1)
     guidance_rescale: float = flag(0.0, "rescale guidance to the conditional spread; 0: off", low=0, high=1)
-    mask_guidance: bool = flag(False, "guidance leads away from an image without the mask, too, not only without text")
+    guided_by: str = flag("text", "guidance leads away from an image without these", ("text", "text_and_mask"))
     controlnet_conditioning_scale: float = flag(1.0, "weight of the mask; 0: ignored")
     control_guidance_start: float = flag(0.0, "the mask acts from this share of the steps on", low=0, high=1)
     control_guidance_end: float = flag(1.0, "the mask acts up to this share of the steps", low=0, high=1)
