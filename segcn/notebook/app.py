@@ -4,6 +4,9 @@ import json
 import logging
 import os
 import re
+import signal
+import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +24,7 @@ NOTEBOOK = ROOT / "notebooks" / "08_app.ipynb"
 OF_SERVER = {"port", "no_browser"}  # settings that are no parameters of the notebook
 FOLDERS = ("dataset_name", "pretrained_model_name_or_path", "lora", "controlnet_model_name_or_path", "segmenter",
            "output_dir")  # fmt: skip
+ENDING = 10.0  # s that the kernels get to end
 FROM_OUTSIDE = re.compile(r'<link [^>]*href="https?://[^>]*>')  # in voila's page: icons, which it brings along, too
 
 
@@ -75,9 +79,16 @@ def serve(config: AppConfig) -> None:
 
         def launch_browser(self) -> None:
             progress.WAITING.set()
+            signal.signal(signal.SIGINT, lambda *_: self.ioloop.add_callback(self.ioloop.stop))  # nothing swallows it
             print(f"segcn app: {self.display_url}  (Ctrl+C ends it)", flush=True)
             if not config.no_browser:
                 super().launch_browser()
+
+        def stop(self) -> None:
+            watchdog = threading.Timer(ENDING, os._exit, (0,))
+            watchdog.daemon = True
+            watchdog.start()
+            super().stop()
 
     with TemporaryDirectory() as folder:
         notebook = Path(folder) / NOTEBOOK.name
@@ -88,6 +99,8 @@ def serve(config: AppConfig) -> None:
         if os.name == "posix":
             words.append("--KernelManager.transport=ipc")  # files only the user can open, in place of open ports
         App.launch_instance([*words, "--VoilaConfiguration.show_tracebacks=True"])
+    sys.stdout.flush()
+    os._exit(0)  # a socket of a kernel that is gone could keep the interpreter waiting
 
 
 def with_settings(notebook: Path, config: AppConfig) -> str:

@@ -306,9 +306,9 @@ class Panel(w.VBox):
             if self.pipeline is not None:  # else what failed is shown
                 work()
         except Exception as error:  # whatever it is, the panel stays usable
+            self.gallery.end()
             self.say(f"Error: {error}")
         finally:
-            self.gallery.end()
             self._show_busy(False)
 
     def _segment(self) -> None:
@@ -345,6 +345,7 @@ class Panel(w.VBox):
             self.gallery.add(made)
             if "stopped" not in made.record:
                 done += 1
+        self.gallery.end()  # before it is said: a press of Back may follow at once
         if self.stopped.is_set():
             self.say(f"Stopped; {done} of {len(wanted)} generated, and one as far as it was.")
         else:
