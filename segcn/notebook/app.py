@@ -1,5 +1,6 @@
 """`segcn app`: the panel alone, in the browser. voila serves notebook 08 with the settings of the command line."""
 
+import asyncio
 import json
 import logging
 import os
@@ -79,7 +80,8 @@ def serve(config: AppConfig) -> None:
 
         def launch_browser(self) -> None:
             progress.WAITING.set()
-            signal.signal(signal.SIGINT, lambda *_: self.ioloop.add_callback(self.ioloop.stop))  # nothing swallows it
+            loop = asyncio.get_event_loop()  # a handler of our own: some callbacks swallow KeyboardInterrupt
+            signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(loop.stop))
             print(f"segcn app: {self.display_url}  (Ctrl+C ends it)", flush=True)
             if not config.no_browser:
                 super().launch_browser()
