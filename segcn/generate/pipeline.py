@@ -252,9 +252,8 @@ def denoising_loop(
         noisy = torch.cat([latents] * copies).to(pipeline.base.dtype)
         residuals = {}
         if controlnet is not None and control is not None and weight:
-            first = (
-                len(latents) if settings.guided_by == "text_and_mask" and copies == 2 else 0
-            )  # of those that get the mask
+            halved = copies == 2 and settings.guided_by == "text_and_mask"
+            first = len(latents) if halved else 0  # of those that get the mask
             shown = torch.cat([control] * copies)[first:]
             down, middle = controlnet(noisy[first:], timestep, prompts[first:], shown, weight, return_dict=False)
             if first:
