@@ -30,7 +30,10 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]  # fmt: skip
-QUICK = {"resolution": 64, "train_batch_size": 2, "checkpointing_steps": 3, "logging_steps": 1, "max_train_steps": 6}
+QUICK = {
+    "resolution": 64, "train_batch_size": 2, "checkpointing_steps": 3, "logging_steps": 1, "max_train_steps": 6,
+    "reward_weight": 0.0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,13 @@ from segcn.data.metadata import read_split
 from segcn.generate.conditions import read_conditions
 from segcn.generate.config import SampleConfig
 from segcn.generate.writer import settings_of
-from segcn.models.base import weights_digest
+from segcn.models.base import encode_mean, weights_digest
 from segcn.models.segmenter import (
     REWARD_FOLDER,
     REWARD_SEGMENTER,
+    LatentSegmenter,
     SegmenterConfig,
+    load_latent_segmenter,
     load_segmenter,
     open_rewarding,
     reward_record,
@@ -68,8 +70,11 @@ def test_from_the_true_noise_or_v_the_estimate_is_the_clean_image(kind):
     assert not torch.allclose(clean_estimate(scheduler, noisy, -told, timestep)[1:], clean[1:], atol=0.1)
 
 
-def test_the_reward_reaches_the_controlnet_and_a_few_steps_lower_its_cross_entropy(rewarded, tmp_path):
-    run = prepare(rewarded(tmp_path / "run", train_batch_size=4))
+@pytest.mark.parametrize("latents", [True, False])
+def test_the_reward_reaches_the_controlnet_and_a_few_steps_lower_its_cross_entropy(rewarded, latents, tmp_path):
+    given = {"reward_segmenter": None, "max_train_steps": 40} if latents else {}
+    run = prepare(rewarded(tmp_path / "run", train_batch_size=4, **given))
+    assert isinstance(run.reward_segmenter, LatentSegmenter) == latents
     batch = default_collate([run.examples[0, row] for row in range(4)])
     assert set((batch["reward_timestep"] >= 0).tolist()) == {True, False}  # half of the rows, on average
     plain = step_losses(replace(run, reward_segmenter=None), batch)
@@ -89,17 +94,21 @@ def test_the_reward_reaches_the_controlnet_and_a_few_steps_lower_its_cross_entro
     assert all(weight.grad is None or not weight.grad.any() for weight in frozen)
 
 
-def test_the_run_folder_keeps_the_segmenter_and_goes_on_with_it(quick, tmp_path, monkeypatch, segmenters):
-    monkeypatch.setattr(reward, "SegmenterConfig", lambda **given: replace(SMALL, steps=2, **given))
+def test_the_run_folder_keeps_the_segmenter_and_goes_on_with_it(quick, base, tmp_path, monkeypatch, segmenters):
     config = quick(tmp_path / "run", reward_weight=0.5, reward_start=0.0, max_train_steps=1)
     out = train(config)
     run, record = reward_record(out / "checkpoint-1" / "controlnet")
-    kept = load_segmenter(out / REWARD_FOLDER, "cpu")
+    kept = load_latent_segmenter(out / REWARD_FOLDER, base.vae, "cpu")
     assert run == out and io.problem(out / REWARD_FOLDER) is None and kept.settings["seed"] == reward.REWARD_SEED
     assert record == {"weights": weights_digest(kept), "folder": None, "weight": 0.5}
-    look = read_split(config.dataset_name, "train").palette, 64, "crop"
-    assert weights_digest(open_rewarding(out, *look)) == record["weights"]
-    monkeypatch.setattr(reward, "segmenter_of", lambda *_: pytest.fail("trained again"))
+    look = config.pretrained_model_name_or_path, read_split(config.dataset_name, "train").palette, 64, "crop"
+    opened, image = open_rewarding(out, *look), torch.rand(2, 3, 64, 64) * 2 - 1
+    assert weights_digest(opened) == record["weights"] and opened(image).shape == (2, kept.num_classes, 64, 64)
+    assert torch.equal(opened(image), kept.network(encode_mean(base.vae, image)))
+    assert open_rewarding(out, "no such base", *look[1:]) is None
+    with pytest.raises(UserError, match=r"reward_segmenter: expected one that looks at images"):
+        load_segmenter(out / REWARD_FOLDER)
+    monkeypatch.setattr(reward, "fit", lambda *_: pytest.fail("trained again"))
     train(replace(config, max_train_steps=2))
     after = quick(tmp_path / "after", controlnet_model_name_or_path=str(out), max_train_steps=1)
     assert reward_record(train(after))[1]["weights"] == record["weights"]  # it began with what was rewarded
@@ -111,8 +120,9 @@ def test_the_run_folder_keeps_the_segmenter_and_goes_on_with_it(quick, tmp_path,
     assert open_rewarding(out, *look) is None  # not the one that rewarded
 
 
-def test_a_rewarded_run_that_was_killed_ends_with_the_same_bytes(warm, rewarded, tmp_path):
-    steps = {"max_train_steps": 2, "checkpointing_steps": 1}
+@pytest.mark.parametrize("latents", [True, False])
+def test_a_rewarded_run_that_was_killed_ends_with_the_same_bytes(warm, rewarded, latents, tmp_path):
+    steps = {"max_train_steps": 2, "checkpointing_steps": 1} | ({"reward_segmenter": None} if latents else {})
     straight = train(rewarded(tmp_path / "straight", **steps))
     config = rewarded(tmp_path / "cut", **steps)
     half = tmp_path / "cut" / f".{REWARD_FOLDER}.staged"  # as a kill in its commit leaves it
@@ -127,11 +137,12 @@ def test_a_rewarded_run_that_was_killed_ends_with_the_same_bytes(warm, rewarded,
 
 @pytest.mark.slow
 def test_two_processes_are_rewarded_as_one(rewarded, tmp_path):
-    config = rewarded(tmp_path / "two", train_batch_size=1, max_train_steps=2)
+    given = {"reward_segmenter": None, "max_train_steps": 2}
+    config = rewarded(tmp_path / "two", train_batch_size=1, **given)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "segcn.train"]
     done = subprocess.run([*launcher, *arguments_of(config)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    one = train(rewarded(tmp_path / "one", train_batch_size=2, max_train_steps=2))
+    one = train(rewarded(tmp_path / "one", train_batch_size=2, **given))
     losses = [[entry["loss"] for entry in log_of(run)] for run in (tmp_path / "two", one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert reward_record(tmp_path / "two")[1] == reward_record(one)[1]

@@ -152,7 +152,8 @@ def variant_words(config: BenchTrainConfig, name: str, side: str) -> tuple[str, 
 
     Where segcn would start a small ControlNet, both sides start from one that is as wide as diffusers starts it.
     """
-    own = VARIANTS[name].baseline if side == "baseline" and config.peer else VARIANTS[name].ours
+    foreign = side == "baseline" and config.peer
+    own = VARIANTS[name].baseline if foreign else (*VARIANTS[name].ours, "--reward_weight", "0")  # the same work
     base = config.pretrained_model_name_or_path
     if UNet2DConditionModel.load_config(base, subfolder="unet")["block_out_channels"][0] >= WIDE:
         return own

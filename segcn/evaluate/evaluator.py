@@ -400,7 +400,7 @@ def rewarding_observer(synthetic: Split, observer: Observer) -> Observer | None:
     if digest in (None, weights_digest(observer.segmenter)) or not made.get("controlnet"):
         return None
     look = (settings.get("resolution", SegmenterConfig.resolution), settings.get("fit", SegmenterConfig.fit))
-    found = open_rewarding(made["controlnet"], synthetic.palette, *look)
+    found = open_rewarding(made["controlnet"], made.get("pretrained_model_name_or_path", ""), synthetic.palette, *look)
     if found is None or weights_digest(found) != digest:
         return None
     return replace(observer, segmenter=found, extractor=None, readers=(), others=())

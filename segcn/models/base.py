@@ -220,14 +220,14 @@ def load_base(
     # parts are loaded, as this is where the most memory is taken.
     for parameter in unet.parameters():
         parameter.data = parameter.data.clone()
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **hub)
+    vae = load_vae(folder, device, dtype, **hub)
     if not lora:
         text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **hub)
-    for part in (vae, text_encoder, unet):
+    for part in (text_encoder, unet):
         part.requires_grad_(False).eval().to(device)
     return Base(
         folder=str(folder),
-        vae=lay_out(vae, device),
+        vae=vae,
         vae_config=dict(vae.config),
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(tokenizer_name or folder, **own_tokenizer, **unvaried),
@@ -236,6 +236,14 @@ def load_base(
         dtype=dtype,
         lora=lora,
     )
+
+
+def load_vae(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **hub: Any
+) -> AutoencoderKL:
+    """The autoencoder of a base alone, frozen; OSError where there is none."""
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **hub)
+    return lay_out(vae.requires_grad_(False).eval().to(device), device)
 
 
 def _check_layout(folder: str | Path) -> None:
@@ -330,10 +338,14 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return decode_latents(vae, latents)
 
 
+def encode_mean(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
+    """image [B,3,H,W] in [-1,1] -> the posterior's mean as scaled latents [B,C,h,w]."""
+    return encode_moments(vae, image).chunk(2, dim=1)[0] * vae.config.scaling_factor
+
+
 def reconstruct(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
     """image [B,3,H,W] in [-1,1] through the autoencoder's posterior mean and back: the best any latent model can do."""
-    mean = encode_moments(vae, image).chunk(2, dim=1)[0]
-    return decode(vae, mean * vae.config.scaling_factor)
+    return decode(vae, encode_mean(vae, image))
 
 
 def encode_text(base: Base, captions: list[str], trained: nn.Module | None = None) -> torch.Tensor:

@@ -26,13 +26,14 @@ from segcn.data.metadata import Split
 from segcn.data.palette import IGNORE, Palette
 from segcn.data.sampler import COUNTED_ROWS, class_pixels, class_weights
 from segcn.data.transforms import AugmentConfig
-from segcn.models.base import folder_digest, pick_device, weights_digest
+from segcn.models.base import encode_mean, folder_digest, load_vae, pick_device, weights_digest
 from segcn.utils import io, rng
 from segcn.utils.errors import UserError
 from segcn.utils.paths import OUTPUTS
 from segcn.utils.progress import Progress
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
     from transformers import PreTrainedModel
 
 # Colors vary more than in the ControlNet's training, as generated images are a little off in tone. No affine: it costs
@@ -96,32 +97,32 @@ class Segmenter(AnySegmenter):
     """U-Net (Ronneberger et al. 2015, arXiv:1505.04597) that works at half resolution and below.
 
     The stem is space-to-depth, the head a pixel shuffle (Shi et al. 2016, arXiv:1609.05158); skips are added,
-    as in LinkNet (Chaurasia and Culurciello 2017, arXiv:1707.03718), which halves the decoder's work.
+    as in LinkNet (Chaurasia and Culurciello 2017, arXiv:1707.03718), which halves the decoder's work. On latents
+    (`LatentSegmenter`) it works at their resolution: channels C, a cell of 1 in and of the autoencoder's factor out.
     """
 
-    stride = 16  # px; the bottleneck's step
-
-    def __init__(self, num_classes: int, width: int):
+    def __init__(self, num_classes: int, width: int, channels: int = 3, cell_in: int = 2, cell_out: int = 2):
         super().__init__()
-        self.num_classes, self.width = num_classes, width
+        self.num_classes, self.width, self.cell_in, self.cell_out = num_classes, width, cell_in, cell_out
         widths = [width, width * 3 // 2, width * 2, width * 3]
         pairs = list(pairwise(widths))
-        self.stem = _convolution(12, width)
+        self.stride = cell_in * 2 ** len(pairs)  # px; the bottleneck's step
+        self.stem = _convolution(channels * cell_in**2, width)
         self.down = nn.ModuleList(
             nn.Sequential(_convolution(fine, coarse, stride=2), _convolution(coarse, coarse)) for fine, coarse in pairs
         )
         self.lateral = nn.ModuleList(nn.Conv2d(coarse, fine, 1, bias=False) for fine, coarse in pairs)
         self.up = nn.ModuleList(_convolution(fine, fine) for fine, _ in pairs)
-        self.head = nn.Conv2d(width, 4 * num_classes, 1)
+        self.head = nn.Conv2d(width, cell_out**2 * num_classes, 1)
         self.settings = {}  # how it was trained, as stored in config.json
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """image [B, 3, H, W] in [-1, 1], any size -> logits [B, num_classes, H, W]."""
-        height, width = image.shape[-2:]
+        height, width = (side * self.cell_out // self.cell_in for side in image.shape[-2:])
         *skips, hidden = self._encode(image)
         for skip, lateral, up in reversed(list(zip(skips, self.lateral, self.up, strict=True))):
             hidden = up(skip + F.interpolate(lateral(hidden), scale_factor=2))
-        return F.pixel_shuffle(self.head(hidden), 2)[..., :height, :width]
+        return F.pixel_shuffle(self.head(hidden), self.cell_out)[..., :height, :width]
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """image [B, 3, H, W] in [-1, 1] -> mean over the bottleneck's places [B, 3 * width]."""
@@ -131,17 +132,45 @@ class Segmenter(AnySegmenter):
     def lower(self, amounts: torch.Tensor) -> None:
         """Lower the logit of each class for good, by amounts [num_classes]."""
         assert self.head.bias is not None
-        self.head.bias -= amounts.repeat_interleave(4)  # the pixel shuffle's four places of each class
+        self.head.bias -= amounts.repeat_interleave(self.cell_out**2)  # the pixel shuffle's places of each class
 
     def _encode(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states at 1/2 to 1/16 of the size; the last row and column repeat up to the stride."""
         missing_rows, missing_columns = -image.shape[-2] % self.stride, -image.shape[-1] % self.stride
         if missing_rows or missing_columns:
             image = F.pad(image, (0, missing_columns, 0, missing_rows), mode="replicate")
-        hidden = [self.stem(F.pixel_unshuffle(image, 2))]
+        hidden = [self.stem(F.pixel_unshuffle(image, self.cell_in))]
         for down in self.down:
             hidden.append(down(hidden[-1]))
         return hidden
+
+
+class LatentSegmenter(AnySegmenter):
+    """Looks at scaled latents of an autoencoder, [B, C, h, w]: for a reward without a decoder in between.
+
+    An image is encoded first, by `vae`, which stays the base's: it is not among the weights. None: no images.
+    """
+
+    def __init__(self, num_classes: int, width: int, channels: int, factor: int, vae: "AutoencoderKL | None" = None):
+        super().__init__()
+        self.network = Segmenter(num_classes, width, channels, 1, factor)
+        self.num_classes, self.settings, self.encoder = num_classes, {}, (vae,)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """image [B, 3, H, W] in [-1, 1], of whole latent cells -> logits [B, num_classes, H, W]."""
+        return self.network(self._encode(image))
+
+    def features(self, image: torch.Tensor) -> torch.Tensor:
+        """image [B, 3, H, W] in [-1, 1] -> mean over the bottleneck's places [B, 3 * width]."""
+        return self.network.features(self._encode(image))
+
+    def lower(self, amounts: torch.Tensor) -> None:
+        """Lower the logit of each class for good, by amounts [num_classes]."""
+        self.network.lower(amounts)
+
+    def _encode(self, image: torch.Tensor) -> torch.Tensor:
+        assert self.encoder[0] is not None
+        return encode_mean(self.encoder[0], image).float()
 
 
 def _convolution(fan_in: int, fan_out: int, stride: int = 1) -> nn.Sequential:
@@ -177,8 +206,22 @@ def load_segmenter(folder: str | Path, device: str | None = None) -> AnySegmente
     settings = json.loads((folder / "config.json").read_text())
     if "model_type" in settings:  # of transformers; how it was trained stands in its config.json
         return open_segmenter(folder, Palette.load(folder / "palette.json"), 0, "", device)
+    if "latents" in settings:
+        raise UserError(f"--segmenter {folder}: expected one that looks at images, found a reward's, of latents")
     segmenter = build_segmenter(settings["num_classes"], settings["width"])
     segmenter.load_state_dict(load_file(folder / "model.safetensors"))
+    segmenter.settings = settings
+    return segmenter.to(pick_device(device))
+
+
+def load_latent_segmenter(
+    folder: str | Path, vae: "AutoencoderKL | None", device: str | None = None
+) -> LatentSegmenter:
+    """Read the folder of a whole one that `write_segmenter` wrote, in evaluation mode."""
+    settings = json.loads((Path(folder) / "config.json").read_text())
+    channels, factor = settings["latents"]
+    segmenter = LatentSegmenter(settings["num_classes"], settings["width"], channels, factor, vae).eval()
+    segmenter.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     segmenter.settings = settings
     return segmenter.to(pick_device(device))
 
@@ -258,18 +301,23 @@ def reward_record(controlnet: str | Path) -> tuple[Path, dict] | None:
     return None if found is None else (run, found)
 
 
-def open_rewarding(controlnet: str | Path, palette: Palette, resolution: int, fit: str) -> AnySegmenter | None:
+def open_rewarding(
+    controlnet: str | Path, base: str | Path, palette: Palette, resolution: int, fit: str
+) -> AnySegmenter | None:
     """The segmenter that rewarded a ControlNet's training; None where it is not at hand any more, as it was then.
 
-    resolution, fit: as of `open_segmenter`.
+    base: whose autoencoder encodes images for one that looks at latents; resolution, fit: as of `open_segmenter`.
     """
     record = reward_record(controlnet)
     if record is None:
         return None
     for folder in (record[0] / REWARD_FOLDER, record[1].get("folder")):
         if folder and Path(folder).is_dir():
-            with suppress(UserError):
-                segmenter = open_segmenter(folder, palette, resolution, fit)
+            with suppress(UserError, OSError):
+                if "latents" in (_read_json(Path(folder) / "config.json") or {}) and io.problem(Path(folder)) is None:
+                    segmenter: AnySegmenter = load_latent_segmenter(folder, load_vae(base, pick_device()))
+                else:
+                    segmenter = open_segmenter(folder, palette, resolution, fit)
                 if weights_digest(segmenter) == record[1]["weights"]:
                     return segmenter
     return None

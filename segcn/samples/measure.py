@@ -324,7 +324,7 @@ def write_failures(out: Path, work: Path, dataset: Path, recipe: FailureRecipe =
              ("copying", recipe.copied_rows, recipe.copying_steps, {"augment": "none"}))  # fmt: skip
     for name, count, steps, more in kinds:
         shared = {"dataset_name": str(dataset), "cache_dir": str(work / "cache"), "output_dir": folders[name]}
-        sizes = {"max_train_samples": count, "max_train_steps": steps}
+        sizes = {"max_train_samples": count, "max_train_steps": steps, "reward_weight": 0.0}
         train(make(TrainConfig, "tiny", resolution=128, cache_draws=1, **shared, **sizes, **more))
     splits = {name: read_split(dataset, name) for name in ("train", "test")}
     settings = make(SampleConfig, "tiny", controlnet_model_name_or_path=folders["shipped"])

@@ -149,7 +149,7 @@ def make_examples(config: TrainConfig, dataset: PairedDataset, base: Base, accel
         cache = latent_cache.build(folder, dataset, base, config.cache_draws, accelerator, log.say, limit, cuts)
         if not (config.validation_image or config.validation_prompt or config.faithfulness_rows):
             base.text_encoder = base.text_encoder if "text_encoder" in config.trains else None
-            base.vae = base.vae if config.reward_weight or "vae_decoder" in config.trains else None
+            base.vae = base.vae if config.reward_segmenter or "vae_decoder" in config.trains else None
     settings = {
         "seed": config.seed,
         "captions": "text_encoder" in config.trains,

@@ -36,6 +36,7 @@ class TrainConfig:
             "lr_warmup_steps": 40,
             "proportion_empty_prompts": 0.1,
             "caption_class_dropout": 0.5,
+            "reward_weight": 1.0,
             "cache_draws": 2,
             "checkpointing_steps": 400,
             "checkpoints_total_limit": 2,
@@ -106,13 +107,11 @@ a Slurm script that requeues itself, are in
     rescale_betas_zero_snr: bool = flag(False, "zero terminal SNR (arXiv:2305.08891); for bases that predict v")
     snr_gamma: float | None = flag(None, "Min-SNR weights of the loss (arXiv:2303.09556); 5 is usual; none: off")
     class_weighting: float = flag(0.0, "weight the loss by class, 1 / (share of pixels)^this, such as 0.5; 0: off")
-    reward_weight: float = flag(
-        0.0, "weight of the consistency reward (arXiv:2404.07987); 1 is usual; 0: off: takes memory and time", low=0
-    )
+    reward_weight: float = flag(0.0, "weight of the consistency reward (arXiv:2404.07987); 1 is usual; 0: off", low=0)
     reward_start: float = flag(0.5, "share of the training after which it rewards", low=0, high=1)
     reward_timesteps: str = flag("200,700", "LOW,HIGH: the timesteps of the rewarded half of each batch")
     reward_segmenter: str | None = flag(
-        None, "trained segmenter folder that rewards, and never scores; none: trained on the training rows"
+        None, "trained segmenter folder that rewards, and never scores; none: a fast one of latents is trained"
     )
     # what is trained of the base
     train_unet: str | None = flag(None, "train it too: a lora, or its decoder in full; none: frozen", UNET_PARTS[:2])
@@ -211,7 +210,7 @@ class AdaptConfig(TrainConfig):
         "sd15": {},
         "tiny": TrainConfig.PRESETS["tiny"] | {
             "train_batch_size": 16, "max_train_steps": 1000, "learning_rate": 1e-3, "lr_warmup_steps": 20,
-            "checkpointing_steps": 250, "validation_steps": 250, "caption_class_dropout": 0.0,
+            "checkpointing_steps": 250, "validation_steps": 250, "caption_class_dropout": 0.0, "reward_weight": 0.0,
         },
     }  # fmt: skip
     SECTIONS: ClassVar[dict[str, str]] = TrainConfig.SECTIONS | {

@@ -167,10 +167,10 @@ def prepare(
         values = json.loads(to_json(config)).items()
         shown_values = {key: value for key, value in values if isinstance(value, int | float | str)}
         accelerator.init_trackers(config.tracker_project_name, shown_values)
-    reward_segmenter = open_reward_segmenter(config, split, output_dir, accelerator, log)
     began = time.monotonic()
     examples = make_examples(config, dataset, base, accelerator, log)
     cache_seconds = time.monotonic() - began
+    reward_segmenter = open_reward_segmenter(config, base, examples, output_dir, accelerator, log)
     networks = {"controlnet": make_trainable(config, base, new_controlnet)} if "controlnet" in config.trains else {}
     networks |= trained_parts(config, base)  # after the ControlNet, which begins as a copy of the base
     weights = trained_weights(networks)

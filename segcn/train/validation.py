@@ -325,17 +325,23 @@ def write_score(run: Run, score: dict) -> bool:
     run.log.say(
         f"Faithfulness at step {run.step}: mIoU {score['miou']:.3f}, {score['of_ceiling']:.0%} of the ceiling{best}."
     )
-    by_reward = score.get("of_ceiling_by_reward")
-    if by_reward is not None and abs(by_reward - score["of_ceiling"]) > PARTED:
+    late = run.config.reward_start * run.total_steps
+    scored = {step: one for step, one in validation_scores(read_log(run.log.path)).items() if late < step <= run.step}
+    if [step for step, one in scored.items() if parted(one)] == [run.step]:  # said once
         run.log.say(
-            f"By the segmenter that rewards it is {by_reward:.1%} of its ceiling, by the one that scores "
-            f"{score['of_ceiling']:.1%}: they part by more than {PARTED}. Believe the one that scores."
+            f"By the segmenter that rewards it is {score['of_ceiling_by_reward']:.1%} of its ceiling, by the one that "
+            f"scores {score['of_ceiling']:.1%}: they part by more than {PARTED}. Believe the one that scores."
         )
     began, before = convergence_step(*fractions(read_log(run.log.path))), convergence_step(steps, shares)
     if began is not None and began != before:
         corrected = "" if before is None else f", not {before} as it seemed"
         run.log.say(f"The ControlNet began to obey the masks at step {began}{corrected}.")
     return better
+
+
+def parted(score: dict) -> bool:
+    """Whether the segmenter that rewards and the one that scores see another share of their ceilings."""
+    return abs(score.get("of_ceiling_by_reward", score["of_ceiling"]) - score["of_ceiling"]) > PARTED
 
 
 def warn_if_slow(run: Run, seconds: float) -> None:
