@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,16 @@ def test_training_images_are_found_out_as_copies(folder, observer, real):
     assert found["intervals"]["copies"]["nearer_than_real"][0] > 0.9
     assert all(one["row"] == one["training_row"] and one["distance"] < 1e-5 for one in found["copies"]["closest"])
     assert not found["color"]["same_masks"]
+    assert "look at the closest pairs" in dict(answers(found))["Are they copies of training images?"]
+
+
+def test_images_made_from_real_ones_are_said_to_be_near_by_design(folder, observer, real):
+    train = read_split(folder / "data" / "train")
+    made = read_split(shutil.copytree(train.folder, folder / "from_images"))
+    (made.folder / "generation.json").write_text('{"from_images": 0.6, "inpaint": []}')
+    found = evaluate(real, made, observer, train=train, log=len).metrics
+    assert "near by design" in dict(answers(found))["Are they copies of training images?"]
+    assert "near by design" in metrics_table(found).replace("\n", " ")
 
 
 def test_the_floor_lies_below_the_ceiling_and_every_interval_holds_its_value(blurred):

@@ -25,7 +25,14 @@ from segcn.data.metadata import Split
 from segcn.data.palette import IGNORE, Palette
 from segcn.data.transforms import AUGMENTS
 from segcn.evaluate import bootstrap, metrics
-from segcn.evaluate.provenance import RECAPTIONED, filtering_of, generation_of, recaption_command, unlike
+from segcn.evaluate.provenance import (
+    RECAPTIONED,
+    filtering_of,
+    generation_of,
+    recaption_command,
+    starts_from_images,
+    unlike,
+)
 from segcn.models.base import one_core, weights_digest
 from segcn.models.features import Extractor, Reader
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_rewarding, predict
@@ -352,7 +359,8 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
     copies = None
     if "train" in seen:
         vectors = (seen[name]["features"] for name in ("synthetic", "real", "train"))
-        copies = {"extractor": extractor.name} | metrics.memorization(*vectors)
+        copies = {"extractor": extractor.name, "from_images": starts_from_images(splits["synthetic"])}
+        copies |= metrics.memorization(*vectors)
     scorer = weights_digest(observer.segmenter)
     few = metrics.few_images(min(len(splits["real"]), len(splits["synthetic"])), distance["features"], extractor.name)
     result: dict[str, Any] = {

@@ -19,6 +19,12 @@ def generation_of(split: Split) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def starts_from_images(split: Split) -> bool:
+    """Whether a generated set was made from real images, which it is near to by design."""
+    made = generation_of(split)
+    return (made.get("from_images") or 1) < 1 or bool(made.get("inpaint"))
+
+
 def recaption_command(splits: dict[str, Split], name: str) -> str:
     """The command that generates a set with other captions, as far as the generated set says how it was made."""
     made = generation_of(splits["synthetic"])

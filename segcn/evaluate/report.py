@@ -18,6 +18,7 @@ from segcn.utils.errors import UserError
 WIDTH = 100  # characters a line
 FAR = 0.5  # precision or coverage, below which images are called far from the real ones
 SPREADS = ("precision", "recall", "density", "coverage")
+NEAR_BY_DESIGN = "they were made from real images (--from_images, --inpaint), to which they are near by design"
 DISTANCES = ("frechet_distance", "kernel_distance")
 
 
@@ -94,6 +95,7 @@ def answers(metrics: dict) -> Iterator[tuple[str, str]]:
         verdict = "closer to them than real test images are: look at the closest pairs" if low > 0.5 else (
             "no closer to them than real test images are")  # fmt: skip
         said = f"the test {far}" if far and low <= 0.5 else f"they are {verdict}"
+        said = NEAR_BY_DESIGN if metrics["copies"].get("from_images") else said
         yield "Are they copies of training images?", f"Memorization test {low:.2f} to {high:.2f} (0.5 = none): {said}."
     shift = metrics["color"]["delta_e"]
     yield (
@@ -137,7 +139,7 @@ def _lines(metrics: dict) -> Iterator[str]:
         delta = within(metrics, "color", "delta_e", digits=3)
         yield f"mean color shift (CIE L*a*b*): {channels}, delta E {delta}"
     if metrics["copies"]:
-        far = far_from_real(metrics)
+        far = NEAR_BY_DESIGN if metrics["copies"].get("from_images") else far_from_real(metrics)
         yield f"memorization test: {within(metrics, 'copies', 'nearer_than_real')} ({far or '0.5 = none'})"
     if metrics.get("filtering"):
         yield filtering_line(metrics["filtering"])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +18,12 @@ from segcn.data.captions import CLASSES, classes_of, mirrored, mirrored_ids, wit
 from segcn.data.dataset import read_framed_mask
 from segcn.data.importers.palettes import is_dataset, mask_files
 from segcn.data.masks import read_mask
-from segcn.data.metadata import read_named_split
+from segcn.data.metadata import Split, read_named_split, read_row
 from segcn.data.palette import Palette, find_palette
 from segcn.data.transforms import AugmentConfig, Box, Draw, apply, draw
 from segcn.generate.config import GenerateConfig
 from segcn.utils import rng
+from segcn.utils.args import suggest
 from segcn.utils.errors import UserError, refuse_failed
 from segcn.utils.progress import Progress
 
@@ -39,6 +40,8 @@ class Condition(NamedTuple):
     mask: np.ndarray  # uint8 [H, W], class ids
     frame: Box  # the part of the mask that is not padding
     prompt: str
+    image: np.ndarray | None = None  # uint8 [H, W, 3], the row's own, which --from_images and --inpaint start from
+    region: np.ndarray | None = None  # bool [H, W], the classes of --inpaint
 
 
 class WordGroup(NamedTuple):
@@ -58,6 +61,8 @@ class Conditions:
     palette: Palette
     augment: AugmentConfig | None  # of --augment_masks
     groups: Sequence[WordGroup]
+    real: Split | None = None  # the rows with their images, where these are started from
+    inpainted: Sequence[int] = ()  # class ids of --inpaint
 
     def __len__(self) -> int:
         """The number of rows to generate from."""
@@ -72,14 +77,16 @@ class Conditions:
         return digest.hexdigest()[:16]
 
     def read(self, row: int, replicate: int) -> Condition:
-        """Mask and prompt of one image, which depend on the seed, its row and its replicate alone."""
+        """All that one image is generated from, which depends on the seed, its row and its replicate alone."""
         prompt = self.prompt(row, replicate)
         mask, frame, drawn = self.read_mask(row, replicate, prompt)
         if CLASSES in prompt and self.config.prompt is not None:
             prompt = prompt.replace(CLASSES, classes_of(frame.cut(mask), self.palette))
         if self.augment and drawn and drawn.flip and self.augment.sided_captions == "rewrite":
             prompt = mirrored(prompt)
-        return Condition(row, replicate, mask, frame, prompt)
+        image = self.read_image(row, mask.shape[0], drawn) if self.real else None
+        region = np.isin(mask, self.inpainted) if self.inpainted else None
+        return Condition(row, replicate, mask, frame, prompt, image, region)
 
     def read_mask(self, row: int, replicate: int, prompt: str) -> tuple[np.ndarray, Box, Draw | None]:
         """Class ids, uint8 [H, W], the part of them that is not padding, and how they were moved.
@@ -100,6 +107,16 @@ class Conditions:
         moved = apply(blank, torch.from_numpy(mask)[None], drawn, side)[1][0]
         ids = swapped[moved.numpy()] if drawn.flip and swapped is not None else moved.numpy()
         return ids, Box(0, 0, side, side), drawn
+
+    def read_image(self, row: int, side: int, drawn: Draw | None) -> np.ndarray:
+        """The row's own image, uint8 [H, W, 3], cut, fitted and moved as its mask; UserError names its line."""
+        assert self.real is not None
+        image = read_row(self.real, row)[0]
+        if drawn is None and self.config.resolution is None:
+            return image
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
+        moved = apply(pixels, torch.zeros_like(pixels[:1]), drawn or Draw(fit=self.config.fit), side)[0]
+        return moved.permute(1, 2, 0).numpy()
 
     def prompt(self, row: int, replicate: int) -> str:
         """The text of an image before its mask is read: of several captions of a row, each replicate takes the next."""
@@ -129,11 +146,17 @@ def read_conditions(config: GenerateConfig) -> Conditions:
     """The rows, texts and palette of --controls; UserError where there are none, and for flags that do not fit them."""
     if not config.controls:
         raise UserError("--controls: expected a data set or a folder of masks, found nothing")
-    folder = Path(config.controls)
+    folder, real, inpainted = Path(config.controls), None, list[int]()
     if is_dataset(folder):
         split = read_named_split(folder, config.split)
-        files, captions = [str(record.mask) for record in split.records], [row.captions for row in split.records]
         palette = Palette.load(config.palette) if config.palette else split.palette
+        if config.from_images is not None or config.inpaint:
+            inpainted = _ids_of(config.inpaint, palette)
+            real = split = _rows_with(inpainted, replace(split, palette=palette), config)
+        files, captions = [str(record.mask) for record in split.records], [row.captions for row in split.records]
+    elif config.from_images is not None or config.inpaint:
+        flag = "--inpaint" if config.inpaint else "--from_images"
+        raise UserError(f"{flag} starts from real images, and --controls {folder} holds masks alone: give a data set")
     else:
         files, captions = [str(path) for path in mask_files(folder)], []
         palette = Palette.load(config.palette or find_palette(folder))
@@ -144,7 +167,31 @@ def read_conditions(config: GenerateConfig) -> Conditions:
         captions = [tuple(without_classes(text, palette) for text in each) for each in captions]
     augment = _augment_masks(config.augment_masks) if config.augment_masks else None
     groups = [_word_group(text, config, captions) for text in config.vary]
-    return Conditions(config, files, captions, palette, augment, groups)
+    return Conditions(config, files, captions, palette, augment, groups, real, inpainted)
+
+
+def _ids_of(names: Sequence[str], palette: Palette) -> list[int]:
+    """The class ids of --inpaint; UserError for a name that is not in the palette."""
+    ids = {label.name: label.id for label in palette.labels if not label.ignore}
+    for name in names:
+        if name not in ids:
+            raise UserError(f"--inpaint: expected a class of palette.json, found {name!r}.{suggest(name, ids)}")
+    return [ids[name] for name in names]
+
+
+def _rows_with(ids: Sequence[int], split: Split, config: GenerateConfig) -> Split:
+    """The rows whose masks, as they are used, have one of these classes; all rows where `ids` is empty."""
+    if not ids:
+        return split
+
+    def has_one(file: Path) -> bool:
+        return bool(np.isin(read_framed_mask(file, split.palette, config.resolution, config.fit)[0], ids).any())
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        records = tuple(compress(split.records, pool.map(has_one, [record.mask for record in split.records])))
+    if not records:
+        raise UserError(f"--inpaint {' '.join(config.inpaint)}: no mask of {config.controls}, {config.split} has it")
+    return replace(split, records=records)
 
 
 def _check_prompt(config: GenerateConfig, captions: Sequence) -> None:
@@ -190,7 +237,9 @@ def check_masks(conditions: Conditions, rows: Iterable[int], factor: int, log: C
 
     def problem(row: int) -> str | None:
         try:
-            mask = conditions.read_mask(row, 0, "")[0]
+            mask, _, drawn = conditions.read_mask(row, 0, "")
+            if conditions.real:
+                conditions.read_image(row, mask.shape[0], drawn)
         except UserError as error:
             return str(error)
         if mask.shape[0] % factor or mask.shape[1] % factor:

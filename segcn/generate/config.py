@@ -99,6 +99,16 @@ class GenerateConfig(SampleConfig):
     limit: int | None = flag(None, "use only the first rows", low=1)
     replicates: int = flag(1, "images of each row", low=1)
     augment_masks: str | None = flag(None, "draw a new layout for each image as in training: affine,degrees=20")
+    from_images: float | None = flag(
+        None,
+        "start from the row's own image, noised, in place of noise alone, and do this share of the steps: near 0 the"
+        " image stays as it is, 1 is generated from noise alone",
+        above=0, high=1,
+    )  # fmt: skip
+    inpaint: list[str] = flag(
+        [], "generate only the pixels of these classes anew, in the rows that have one; the rest of the row's own image"
+        " stays as it is",
+    )  # fmt: skip
     batch_size: int = flag(16, "images generated at once", low=1)
     reconstruct: bool = flag(False, "the real images through the autoencoder: for segcn evaluate --reconstructions")
     without_control: bool = flag(False, "ignore the mask: the floor of an evaluation")

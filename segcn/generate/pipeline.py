@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
@@ -26,7 +27,7 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from segcn.data.dataset import to_control, to_uint8
+from segcn.data.dataset import to_control, to_image, to_uint8
 from segcn.data.palette import Palette
 from segcn.generate.config import SampleConfig
 from segcn.models.base import (
@@ -34,6 +35,7 @@ from segcn.models.base import (
     Base,
     base_fingerprint,
     decode,
+    encode_mean,
     encode_text,
     keep_freed_memory,
     load_base,
@@ -84,6 +86,14 @@ class Pipeline:
         Each caption is encoded alone, so that no image depends on the captions of others.
         """
         return lru_cache(KEPT_CAPTIONS)(lambda caption: encode_text(self.base, [caption])[0])
+
+
+class Start(NamedTuple):
+    """Real images that generated ones start from, in place of noise alone."""
+
+    images: np.ndarray  # uint8 [B, H, W, 3]
+    strength: float = 1.0  # share of the steps that are done, in (0, 1]; 1: from noise alone
+    region: np.ndarray | None = None  # bool [B, H, W], the pixels to generate anew; none: all
 
 
 def load_pipeline(settings: SampleConfig, palette: Palette | None = None) -> Pipeline:
@@ -179,6 +189,7 @@ def generate(
     on_step: OnStep | None = None,
     sampler: Sampler | None = None,
     on_guess: OnGuess | None = None,
+    start: Start | None = None,
 ) -> np.ndarray:
     """Generate an image for each mask and caption: uint8 [B, H, W, 3].
 
@@ -187,8 +198,11 @@ def generate(
     sampler(denoise, noise, scheduler): replaces the loop over the steps, and returns latents [B, C, h, w], where
     denoise(latents, step) is the guided prediction at scheduler.timesteps[step] and noise is float32 [B, C, h, w]; it
     is not asked for `on_step`. on_guess: as on_step, and called also with a function that gives the images as the
-    network guesses them in this step, uint8 [B, H, W, 3]; where it stops, these are the images. UserError for settings
-    out of range and a size that the base cannot have.
+    network guesses them in this step, uint8 [B, H, W, 3]; where it stops, these are the images. start: real images to
+    start from (SDEdit, Meng et al. 2022, arXiv:2108.01073), noised; the steps before that noise are skipped, the others
+    are as without it. Outside of its region the images stay the real ones, byte for byte (blended latent diffusion,
+    Avrahami et al. 2022, arXiv:2206.02779; RePaint, Lugmayr et al. 2022, arXiv:2201.09865). It cannot be combined with
+    a sampler. UserError for settings out of range and a size that the base cannot have.
     """
     check_sampling(settings)
     base = pipeline.base
@@ -199,8 +213,9 @@ def generate(
     negative = torch.stack([pipeline.embedding(settings.negative_prompt)] * len(captions))
     text = torch.stack([pipeline.embedding(caption) for caption in captions])
     control = None if masks is None else to_control(masks, pipeline.palette).to(noise.device, base.dtype)
-    latents = denoising_loop(pipeline, noise, negative, text, control, settings, on_step, sampler, on_guess)
-    return to_uint8(decode(base.vae, latents))
+    latents = denoising_loop(pipeline, noise, negative, text, control, settings, on_step, sampler, on_guess, start)
+    images = to_uint8(decode(base.vae, latents))
+    return images if start is None or start.region is None else blended(start, images, base.latent_factor)
 
 
 def noise_of(row: int, replicate: int, attempt: int) -> int:
@@ -231,6 +246,7 @@ def denoising_loop(
     on_step: OnStep | None = None,
     sampler: Sampler | None = None,
     on_guess: OnGuess | None = None,
+    start: Start | None = None,
 ) -> torch.Tensor:
     """Noise float32 [B, C, h, w] to scaled latents [B, C, h, w].
 
@@ -270,11 +286,22 @@ def denoising_loop(
         return to_uint8(decode(pipeline.base.vae, guess))
 
     if sampler is not None:
+        assert start is None, "a sampler of one's own starts from noise"
         return sampler(denoise, noise, scheduler)
-    latents = noise
-    for step, timestep in enumerate(scheduler.timesteps):
+    latents, first, cells = noise, 0, None
+    if start is not None:
+        real = encode_mean(pipeline.base.vae, to_image(torch.from_numpy(start.images).movedim(-1, 1))).float()
+        first = len(scheduler.timesteps) - int(len(scheduler.timesteps) * start.strength)  # as diffusers counts
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        latents = noised(scheduler, real, noise, first) if first else noise
+        if start.region is not None:
+            cells = redrawn_cells(start.region, pipeline.base.latent_factor).to(noise.device)
+    for step, timestep in enumerate(scheduler.timesteps[first:], first):
         noisy, prediction = latents, denoise(latents, step)
         latents = scheduler.step(prediction, timestep, noisy).prev_sample
+        if cells is not None:
+            latents = torch.where(cells, latents, noised(scheduler, real, noise, step + 1))
         if on_step and on_step(step + 1):
             break
         if on_guess:
@@ -282,6 +309,34 @@ def denoising_loop(
             if on_guess(step + 1, partial(to_pixels, guess)):
                 return guess
     return latents
+
+
+def noised(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
+    """Clean latents [B, C, h, w] with the noise that they have before a step; after the last one they have none."""
+    timestep = scheduler.timesteps[step : step + 1]
+    return scheduler.add_noise(latents, noise, timestep) if len(timestep) else latents
+
+
+def redrawn_cells(region: np.ndarray, factor: int) -> torch.Tensor:
+    """The cells that hold a pixel of the region, and their neighbors: bool [B, H, W] -> [B, 1, H / factor, W / factor].
+
+    So an outline may move by the width of a cell.
+    """
+    held = F.max_pool2d(torch.from_numpy(region)[:, None].float(), factor)
+    return F.max_pool2d(held, 3, 1, 1).bool()
+
+
+def blended(start: Start, images: np.ndarray, factor: int) -> np.ndarray:
+    """Generated images in the cells that are redrawn, the real ones around them, as they are: uint8 [B, H, W, 3].
+
+    The seam, the width of a cell, lies inside the redrawn cells and outside of the region.
+    """
+    assert start.region is not None
+    half = factor // 2
+    pool = {"kernel_size": 2 * half + 1, "stride": 1, "padding": half}
+    kept = F.interpolate((~redrawn_cells(start.region, factor)).float(), scale_factor=factor)
+    weight = F.avg_pool2d(1 - F.max_pool2d(kept, **pool), count_include_pad=False, **pool).movedim(1, -1).numpy()
+    return (start.images + weight * (images.astype(np.float32) - start.images)).round().astype(np.uint8)
 
 
 def without_and_with(residual: torch.Tensor) -> torch.Tensor:

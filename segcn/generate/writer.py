@@ -30,7 +30,7 @@ from segcn.data.transforms import AUGMENTS, boxes
 from segcn.generate.conditions import Condition, Conditions, check_masks, read_conditions
 from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate.filtering import Filter, Generated, draw_filtering, generate_filtered, likely_cause, open_filter
-from segcn.generate.pipeline import Pipeline, check_sampling, generate, load_pipeline, noise_of
+from segcn.generate.pipeline import Pipeline, Start, check_sampling, generate, load_pipeline, noise_of
 from segcn.models.base import Base, load_base, pick_device, reconstruct, weights_digest
 from segcn.models.segmenter import reward_record
 from segcn.utils import io
@@ -301,13 +301,24 @@ def generate_batch(task: Task, batch: range) -> dict[int, tuple[Condition, Gener
             shown = None if task.config.without_control else masks
             prompts = [condition.prompt for condition in some]
             noise = [noise_of(condition.row, condition.replicate, number) for condition in some]
-            images = generate(task.pipeline, shown, prompts, noise, task.config, masks.shape[1:])
+            images = generate(
+                task.pipeline, shown, prompts, noise, task.config, masks.shape[1:], **start_of(task, some)
+            )
             return [condition.frame.of(image) for condition, image in zip(some, images, strict=True)]
 
         masks = [condition.frame.cut(condition.mask) for condition in conditions]
         generated = generate_filtered(attempt, masks, task.criterion)
         results |= dict(zip(group, zip(conditions, generated, strict=True), strict=True))
     return results
+
+
+def start_of(task: Task, conditions: Sequence[Condition]) -> dict[str, Start]:
+    """`start` of `generate`, where --from_images or --inpaint ask for it."""
+    if task.conditions.real is None:
+        return {}
+    images, regions = ([getattr(one, name) for one in conditions] for name in ("image", "region"))
+    strength = 1.0 if task.config.from_images is None else task.config.from_images
+    return {"start": Start(np.stack(images), strength, np.stack(regions) if task.config.inpaint else None)}
 
 
 def write_image(task: Task, image: int, condition: Condition, generated: Generated) -> None:
