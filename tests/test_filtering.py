@@ -37,7 +37,7 @@ def config(config, segmenter):
 def noise_images(monkeypatch):
     """Images are noise, by row and attempt."""
 
-    def noise(pipeline, masks, captions, rows, settings, size):
+    def noise(pipeline, masks, captions, rows, settings, size, start):
         return np.stack([np.random.default_rng(row).integers(0, 256, (*size, 3), np.uint8) for row in rows])
 
     monkeypatch.setattr(writer, "generate", noise)

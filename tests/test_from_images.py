@@ -23,6 +23,7 @@ from segcn.generate.filtering import Filter
 from segcn.generate.pipeline import Start, diffusers_pipeline, first_noise, generate
 from segcn.generate.writer import generate_dataset, records_of
 from segcn.models.base import reconstruct
+from segcn.models.controlnet import make_controlnet
 from segcn.models.segmenter import build_segmenter
 from segcn.utils.errors import UserError
 from segcn.utils.io import Process
@@ -49,29 +50,38 @@ def common(real, pairs):
     return next(one for one in found.items() if 2 <= one[1].any((1, 2)).sum() < 6)
 
 
+@pytest.fixture
+def loud(pipeline):
+    """The pipeline with a ControlNet that has an effect."""
+    controlnet = make_controlnet(pipeline.base.unet).eval()
+    for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+        block.weight.data += 0.3
+    return replace(pipeline, controlnet=controlnet)
+
+
 @pytest.mark.parametrize("scheduler", ["dpm", "unipc", "ddim"])
-def test_every_scheduler_gives_the_images_of_diffusers_img2img_pipeline(
-    pipeline, pairs, config, scheduler, monkeypatch
-):
+def test_every_scheduler_gives_the_images_of_diffusers_img2img_pipeline(loud, pairs, config, scheduler, monkeypatch):
     images, masks = pairs[0][:2], pairs[1][:2]
-    settings = replace(config, scheduler=scheduler, num_inference_steps=6, guidance_end=1.0, guided_by="text")
-    noise = first_noise(pipeline.base, [3, 7], settings, (64, 64))
+    settings = replace(config, scheduler=scheduler, num_inference_steps=6, guidance_end=1.0, guided_by="text",
+                       control_guidance_end=0.7)  # fmt: skip
+    noise = first_noise(loud.base, [3, 7], settings, (64, 64))
     monkeypatch.setattr(img2img, "randn_tensor", lambda *_, **__: noise)
     monkeypatch.setattr(img2img, "retrieve_latents", lambda encoded, generator: encoded.latent_dist.mode())
-    parts = diffusers_pipeline(pipeline.base, settings, pipeline.controlnet).components
+    parts = diffusers_pipeline(loud.base, settings, loud.controlnet).components
     pipe = StableDiffusionControlNetImg2ImgPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
         prompt=CAPTIONS, negative_prompt=[""] * 2, image=torch.from_numpy(images).movedim(-1, 1) / 255,
-        control_image=to_control(masks, pipeline.palette), strength=0.6, num_inference_steps=6,
-        guidance_scale=settings.guidance_scale, output_type="np",
+        control_image=to_control(masks, loud.palette), strength=0.6, num_inference_steps=6,
+        guidance_scale=settings.guidance_scale, output_type="np", control_guidance_end=0.7,
         controlnet_conditioning_scale=settings.controlnet_conditioning_scale,
     ).images  # fmt: skip
-    steps = []
-    pipeline.base.unet.register_forward_pre_hook(lambda *_: steps.append(1))
-    ours = generate(pipeline, masks, CAPTIONS, [3, 7], settings, start=Start(images, 0.6))
+    steps, masked = [], []
+    loud.base.unet.register_forward_pre_hook(lambda *_: steps.append(1))
+    loud.controlnet.register_forward_pre_hook(lambda *_: masked.append(1))
+    ours = generate(loud, masks, CAPTIONS, [3, 7], settings, start=Start(images, 0.6))
     assert np.abs(ours - (expected * 255).round()).max() <= 1
-    assert len(steps) == 3  # of 6: those before the noise of the start are skipped
+    assert (len(steps), len(masked)) == (3, 2)  # of 6: those before the noise of the start are skipped
 
 
 def test_a_strength_near_0_gives_the_reconstruction_and_1_the_bytes_of_generation_from_noise(
@@ -168,6 +178,7 @@ def test_what_cannot_be_started_from_is_named_before_anything_is_generated(
         ({**masks, "prompt": "a lake", "from_images": 0.5}, "--from_images starts from real images"),
         ({**masks, "prompt": "a lake", "inpaint": ["tree"]}, "--inpaint starts from real images"),
         ({"inpaint": ["tre"]}, "--inpaint: expected a class of palette.json, found 'tre'. Did you mean tree?"),
+        ({"inpaint": ["house"], "limit": 1, "split": "test[:1]"}, "--inpaint house: no mask of .* has it"),
         ({"controls": str(data), "from_images": 0.5}, r"metadata.csv, line 3 \(row 1\).*mask of its image's size"),
     ):
         with pytest.raises(UserError, match=match):

@@ -45,7 +45,7 @@ def opened(tmp_path):
 @pytest.fixture
 def no_generation(monkeypatch):
     """Generating fails the test."""
-    monkeypatch.setattr(writer, "generate", lambda *_: pytest.fail("generated before the fault was found"))
+    monkeypatch.setattr(writer, "generate", lambda *_, **__: pytest.fail("generated before the fault was found"))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def quick_images(monkeypatch):
     """Each image has one color, by what its noise depends on; returns the calls."""
     calls = []
 
-    def one_color(pipeline, masks, captions, rows, settings, size):
+    def one_color(pipeline, masks, captions, rows, settings, size, start):
         calls.append(rows)
         return np.stack([np.full((*size, 3), row % 251, np.uint8) for row in rows])
 
@@ -213,7 +213,9 @@ def test_a_group_of_words_that_would_vary_nothing_is_refused(config):
 
 def test_augmented_masks_are_new_layouts_that_fill_the_frame_and_are_used(write, landscapes, monkeypatch):
     seen = []
-    monkeypatch.setattr(writer, "generate", lambda pipeline, masks, *_: seen.extend(masks) or np.stack([masks] * 3, -1))
+    monkeypatch.setattr(
+        writer, "generate", lambda pipeline, masks, *_, **__: seen.extend(masks) or np.stack([masks] * 3, -1)
+    )
     made, source = read_split(write(augment_masks="affine,degrees=30", replicates=2)), read_split(landscapes, "test")
     masks, real = ([read_mask(row.mask, split.palette) for row in split.records] for split in (made, source))
     assert all((a == b).all() for a, b in zip(masks, seen, strict=True)) and not (np.stack(masks) == 255).any()

@@ -199,10 +199,11 @@ def generate(
     denoise(latents, step) is the guided prediction at scheduler.timesteps[step] and noise is float32 [B, C, h, w]; it
     is not asked for `on_step`. on_guess: as on_step, and called also with a function that gives the images as the
     network guesses them in this step, uint8 [B, H, W, 3]; where it stops, these are the images. start: real images to
-    start from (SDEdit, Meng et al. 2022, arXiv:2108.01073), noised; the steps before that noise are skipped, the others
-    are as without it. Outside of its region the images stay the real ones, byte for byte (blended latent diffusion,
-    Avrahami et al. 2022, arXiv:2206.02779; RePaint, Lugmayr et al. 2022, arXiv:2201.09865). It cannot be combined with
-    a sampler. UserError for settings out of range and a size that the base cannot have.
+    start from, noised (SDEdit, Meng et al. 2022, arXiv:2108.01073); the steps before that noise are skipped, and
+    windows and schedules are shares of the others, as in diffusers. Outside of its region the images stay the real
+    ones, byte for byte (blended latent diffusion, Avrahami et al. 2022, arXiv:2206.02779; RePaint, Lugmayr et al. 2022,
+    arXiv:2201.09865). It cannot be combined with a sampler. UserError for settings out of range and a size that the
+    base cannot have.
     """
     check_sampling(settings)
     base = pipeline.base
@@ -257,12 +258,13 @@ def denoising_loop(
         controlnet = embedding_once(pipeline.controlnet, len(control))
     scheduler = SCHEDULERS[settings.scheduler].from_config(pipeline.base.scheduler.config)
     scheduler.set_timesteps(settings.num_inference_steps, device=noise.device)
+    skipped = 0 if start is None else len(scheduler.timesteps) - int(len(scheduler.timesteps) * start.strength)
     both = torch.cat([negative, text])
 
     def denoise(latents: torch.Tensor, step: int) -> torch.Tensor:
         """The prediction for latents [B, C, h, w], guided (arXiv:2207.12598) and rescaled (arXiv:2305.08891)."""
-        timestep, steps = scheduler.timesteps[step], len(scheduler.timesteps)
-        guidance, weight = guidance_at(settings, step, steps), control_at(settings, step, steps)
+        timestep, done = scheduler.timesteps[step], (step - skipped, len(scheduler.timesteps) - skipped)
+        guidance, weight = guidance_at(settings, *done), control_at(settings, *done)
         prompts = both if guidance > 1 else text
         copies = len(prompts) // len(latents)  # 2 with guidance
         noisy = torch.cat([latents] * copies).to(pipeline.base.dtype)
@@ -288,16 +290,15 @@ def denoising_loop(
     if sampler is not None:
         assert start is None, "a sampler of one's own starts from noise"
         return sampler(denoise, noise, scheduler)
-    latents, first, cells = noise, 0, None
+    latents, cells = noise, None
     if start is not None:
         real = encode_mean(pipeline.base.vae, to_image(torch.from_numpy(start.images).movedim(-1, 1))).float()
-        first = len(scheduler.timesteps) - int(len(scheduler.timesteps) * start.strength)  # as diffusers counts
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
-        latents = noised(scheduler, real, noise, first) if first else noise
+            scheduler.set_begin_index(skipped)
+        latents = noised(scheduler, real, noise, skipped) if skipped else noise
         if start.region is not None:
             cells = redrawn_cells(start.region, pipeline.base.latent_factor).to(noise.device)
-    for step, timestep in enumerate(scheduler.timesteps[first:], first):
+    for step, timestep in enumerate(scheduler.timesteps[skipped:], skipped):
         noisy, prediction = latents, denoise(latents, step)
         latents = scheduler.step(prediction, timestep, noisy).prev_sample
         if cells is not None:
@@ -333,9 +334,10 @@ def blended(start: Start, images: np.ndarray, factor: int) -> np.ndarray:
     """
     assert start.region is not None
     half = factor // 2
-    pool = {"kernel_size": 2 * half + 1, "stride": 1, "padding": half}
+    window = (2 * half + 1, 1, half)  # pixels, stride and padding
     kept = F.interpolate((~redrawn_cells(start.region, factor)).float(), scale_factor=factor)
-    weight = F.avg_pool2d(1 - F.max_pool2d(kept, **pool), count_include_pad=False, **pool).movedim(1, -1).numpy()
+    inside = 1 - F.max_pool2d(kept, *window)
+    weight = F.avg_pool2d(inside, *window, count_include_pad=False).movedim(1, -1).numpy()
     return (start.images + weight * (images.astype(np.float32) - start.images)).round().astype(np.uint8)
 
 

@@ -301,9 +301,8 @@ def generate_batch(task: Task, batch: range) -> dict[int, tuple[Condition, Gener
             shown = None if task.config.without_control else masks
             prompts = [condition.prompt for condition in some]
             noise = [noise_of(condition.row, condition.replicate, number) for condition in some]
-            images = generate(
-                task.pipeline, shown, prompts, noise, task.config, masks.shape[1:], **start_of(task, some)
-            )
+            size, start = masks.shape[1:], start_of(some, task.config)
+            images = generate(task.pipeline, shown, prompts, noise, task.config, size, start=start)
             return [condition.frame.of(image) for condition, image in zip(some, images, strict=True)]
 
         masks = [condition.frame.cut(condition.mask) for condition in conditions]
@@ -312,13 +311,12 @@ def generate_batch(task: Task, batch: range) -> dict[int, tuple[Condition, Gener
     return results
 
 
-def start_of(task: Task, conditions: Sequence[Condition]) -> dict[str, Start]:
-    """`start` of `generate`, where --from_images or --inpaint ask for it."""
-    if task.conditions.real is None:
-        return {}
-    images, regions = ([getattr(one, name) for one in conditions] for name in ("image", "region"))
-    strength = 1.0 if task.config.from_images is None else task.config.from_images
-    return {"start": Start(np.stack(images), strength, np.stack(regions) if task.config.inpaint else None)}
+def start_of(conditions: Sequence[Condition], config: GenerateConfig) -> Start | None:
+    """What --from_images and --inpaint start from; None without them."""
+    images = [condition.image for condition in conditions if condition.image is not None]
+    regions = [condition.region for condition in conditions if condition.region is not None]
+    strength = 1.0 if config.from_images is None else config.from_images
+    return Start(np.stack(images), strength, np.stack(regions) if regions else None) if images else None
 
 
 def write_image(task: Task, image: int, condition: Condition, generated: Generated) -> None:
