@@ -94,7 +94,7 @@ def test_the_help_says_what_a_preset_changes(capsys):
     with pytest.raises(SystemExit):
         cli.run_command(["infer", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "denoising steps (default: 14; --preset sd15: 20)" in text and "--scheduler" in text
+    assert "denoising steps (default: 10; --preset sd15: 20)" in text and "--scheduler" in text
     assert "(default: 3.5; --preset sd15: 7.5)" in text and "DPM-Solver++), unipc or ddim (default: unipc)" in text
 
 

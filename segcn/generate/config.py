@@ -23,7 +23,7 @@ class SampleConfig:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "sd15": {"num_inference_steps": 20, "guidance_scale": 7.5, "scheduler": "unipc"},
         "tiny": {
-            "num_inference_steps": 14,
+            "num_inference_steps": 10,
             "guidance_scale": 3.5,
             "guidance_end": 0.4,
             "scheduler": "unipc",

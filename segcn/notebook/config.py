@@ -22,7 +22,7 @@ class RunConfig:
     row: int | None = flag(None, "notebook 02: row to augment; none: 0", low=0)
     draws: int | None = flag(None, "notebook 02: augmentations of it; none: 10", low=1)
     counted_rows: int | None = flag(None, "notebook 02: rows in which classes are counted; none: 200", low=1)
-    max_train_steps: int | None = flag(None, "optimizer steps; none: 400, or one epoch with sd15", low=1)
+    max_train_steps: int | None = flag(None, "optimizer steps; none: 800, or one epoch with sd15", low=1)
     train_batch_size: int | None = flag(None, "rows in each step; none: 8, or 4 with sd15", low=1)
     faithfulness_rows: int | None = flag(None, "held-out masks generated from and scored in training; none: 12", low=0)
     num_processes: int | None = flag(None, "processes that train together; none: 1", low=1)

@@ -40,7 +40,7 @@ class TrainConfig:
             "cache_draws": 2,
             "checkpointing_steps": 400,
             "checkpoints_total_limit": 2,
-            "validation_steps": 100,
+            "validation_steps": 200,
             "num_validation_images": 1,
             "report_to": "none",
         },
