@@ -157,7 +157,7 @@ def test_an_image_that_fails_the_filter_is_generated_again_from_its_own_image_wi
     segmenter, calls = build_segmenter(9, 8), count()
     segmenter.settings = {"resolution": 64}
     first = pixels(write(from_images=0.5, limit=2))
-    monkeypatch.setattr(writer, "open_filter", lambda *_: Filter(segmenter, 0.5, 2, False))
+    monkeypatch.setattr(writer, "open_filter", lambda *_: Filter(segmenter, 0.5, 2))
     monkeypatch.setattr(Filter, "score", lambda *_: float(next(calls) >= 2))
     out = write(from_images=0.5, limit=2, min_miou=0.5, output_dir=str(tmp_path / "filtered"))
     assert [(record["attempt"], record["kept"]) for record in records_of(out)] == [(1, True)] * 2

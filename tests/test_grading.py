@@ -59,7 +59,7 @@ def filtered(folder, tmp_path):
     write_metadata(out, [tuple(record[name] for name in names) for record in records if record["kept"]])
     (out / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     digest = weights_digest(load_segmenter(folder / "segmenter-1", "cpu"))
-    settings = {"min_miou": 0.5, "ignore_disagreement": True, "segmenter_weights": digest}
+    settings = {"min_miou": 0.5, "filter_regions": 1.25, "segmenter_weights": digest}
     (out / "generation.json").write_text(json.dumps(settings))
     return read_split(out)
 
@@ -211,7 +211,7 @@ def test_the_filter_and_the_evaluation_train_two_segmenters(config, landscapes, 
 def test_a_generated_set_keeps_the_requested_masks_and_opens_elsewhere(write, monkeypatch, landscapes, tmp_path):
     segmenter = tmp_path / "segmenter"
     train_segmenter(read_split(landscapes, "train"), replace(QUICK, steps=2, width=8), segmenter, quiet)
-    split = read_split(write(segmenter=str(segmenter), ignore_disagreement=True))
+    split = read_split(write(segmenter=str(segmenter), filter_regions=1.25))
     wanted = [read_mask(record.mask, split.palette) for record in read_split(landscapes, "test").records]
     found = [read_mask(record.mask, split.palette) for record in split.requested().records]
     assert all(np.array_equal(*pair) for pair in zip(wanted, found, strict=True))

@@ -457,9 +457,9 @@ def _doubts(found: dict) -> Iterator[str]:
             "The segmenter that scores these images has filtered them: the scores flatter them. Leave out --segmenter, "
             "or give another one."
         )
-    if filtering and filtering["ignore_disagreement"] and not found["sets"]["synthetic"]["requested_masks"]:
+    if filtering and filtering["filter_regions"] and not found["sets"]["synthetic"]["requested_masks"]:
         yield (
-            "Filtering has edited the masks of these images and the requested ones were not kept (an older set): they "
+            "Filtering has edited the masks of these images and those in requested_masks/ are missing: they "
             "are scored against the edited masks, which flatters them."
         )
     reward = found["reward"]

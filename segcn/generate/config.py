@@ -115,7 +115,13 @@ class GenerateConfig(SampleConfig):
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
     min_miou: float | None = flag(None, "regenerate an image with a lower mIoU; none: keep all", low=0, high=1)
     max_attempts: int = flag(4, "times that a row is generated before its best image goes to rejected/", low=1)
-    ignore_disagreement: bool = flag(False, "mark pixels as unlabeled in which the segmenter finds another class")
+    filter_regions: float | None = flag(
+        None,
+        "mark pixels as unlabeled whose loss under the segmenter exceeds this times the mean loss of their class, as"
+        " 1.25; none: off",
+        above=0,
+    )
+    edge_band: int = flag(1, "pixels on each side of an outline that --filter_regions marks as unlabeled, too", low=0)
     segmenter: str | None = flag(
         None,
         "trained segmenter: ours, or any AutoModelForSemanticSegmentation folder; none: trained on the real train rows",

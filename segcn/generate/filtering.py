@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch.nn import functional as F
 
 from segcn.data import visualize
 from segcn.data.dataset import PairedDataset, to_image, to_uint8
@@ -38,7 +39,9 @@ class Filter:
     segmenter: AnySegmenter
     min_miou: float  # below it an image is generated again; 0: never
     max_attempts: int
-    ignore_disagreement: bool
+    tolerance: float | None = None  # of --filter_regions
+    edge_band: int = 1  # px on each side of an outline
+    class_losses: np.ndarray | None = None  # float64 [256] by class id, of `mean_losses`
 
     def predict(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Class ids, uint8 [H, W], of images, uint8 [H, W, 3] of any size; 255 where the segmenter sees nothing.
@@ -66,6 +69,66 @@ class Filter:
         confusion = confusion_matrix(torch.from_numpy(predicted), torch.from_numpy(mask), self.segmenter.num_classes)
         return round(float(iou(confusion).nanmean()), 4) if (mask != IGNORE).any() else 1.0
 
+    @torch.no_grad()
+    def losses(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Cross entropy of each pixel of an image, uint8 [H, W, 3], with its mask, uint8 [H, W]: float32 [H, W].
+
+        nan where the mask is unlabelled or the segmenter sees nothing.
+        """
+        side, fit = self.segmenter.settings["resolution"], self.segmenter.settings.get("fit", SegmenterConfig.fit)
+        pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+        square = apply(pixels, torch.zeros_like(pixels[:1]), Draw(fit=fit), side)[0]
+        source, frame = boxes(Draw(fit=fit), mask.shape, side)
+        logits = self.segmenter(to_image(square[None]).to(next(self.segmenter.parameters()).device))
+        logits = F.interpolate(frame.cut(logits), source[2:], mode="bilinear").cpu()
+        wanted = torch.from_numpy(source.cut(mask).astype(np.int64))[None]
+        loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none")
+        found = np.full(mask.shape, np.nan, np.float32)
+        source.cut(found)[:] = torch.where(wanted == IGNORE, torch.nan, loss)[0]
+        return found
+
+    def mean_losses(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """The mean loss of each class over (image, mask), float64 [256] by class id, to four digits.
+
+        Of a class that no mask holds it is the mean of the others.
+        """
+        summed, pixels = np.zeros((2, 256))
+        for image, mask in pairs:
+            losses = self.losses(image, mask)
+            seen = ~np.isnan(losses)
+            summed += np.bincount(mask[seen], losses[seen], 256)
+            pixels += np.bincount(mask[seen], minlength=256)
+        means = summed / np.maximum(pixels, 1)
+        means[pixels == 0] = means[pixels > 0].mean() if pixels.any() else np.inf
+        return np.array([float(f"{mean:.4g}") for mean in means])  # the last bits depend on the batch size
+
+    def noisy(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Where a mask, uint8 [H, W], should be unlabelled for this image, uint8 [H, W, 3]: bool [H, W].
+
+        Where the loss exceeds `tolerance` times the mean loss of the class (FreeMask, Yang et al. 2023,
+        arXiv:2310.15160, 3.3), and in a band at outlines, which no generated image draws exactly. Parts thinner than
+        the band are left to the loss: they would vanish.
+        """
+        assert self.tolerance is not None and self.class_losses is not None
+        return (self.losses(image, mask) > self.tolerance * self.class_losses[mask]) | edges(mask, self.edge_band)
+
+
+def edges(mask: np.ndarray, band: int) -> np.ndarray:
+    """Pixels of a mask, uint8 [H, W], at most `band` px from another class, but in parts thinner than the band.
+
+    bool [H, W]; unlabelled pixels are no other class, and never in it.
+    """
+    ids = np.unique(mask[mask != IGNORE])[:, None, None]
+    own, others = mask == ids, (mask != ids) & (mask != IGNORE)
+
+    def widened(some: np.ndarray) -> np.ndarray:
+        return F.max_pool2d(torch.from_numpy(some)[None].float(), 2 * band + 1, 1, band)[0].bool().numpy()
+
+    if not len(ids):
+        return np.zeros(mask.shape, bool)
+    inner = own & ~widened(others)
+    return (own & ~inner & widened(inner)).any(0)
+
 
 @dataclass
 class Generated:
@@ -76,7 +139,7 @@ class Generated:
     attempt: int = 0
     kept: bool = True
     scores: list[float] = field(default_factory=list)
-    ignored: float = 0.0  # share of the pixels that --ignore_disagreement removed from the mask
+    ignored: float = 0.0  # share of the pixels that --filter_regions removed from the mask
 
 
 class Attempt(NamedTuple):
@@ -85,7 +148,6 @@ class Attempt(NamedTuple):
     score: float
     number: int
     image: np.ndarray
-    predicted: np.ndarray
 
 
 def generate_filtered(
@@ -106,18 +168,18 @@ def generate_filtered(
             score = criterion.score(predicted, masks[one])
             scores[one].append(score)
             if one not in best or score > best[one].score:
-                best[one] = Attempt(score, number, image, predicted)
+                best[one] = Attempt(score, number, image)
         left = [one for one in left if best[one].score < criterion.min_miou]
         if not left:
             break
     results = []
     for one, mask in enumerate(masks):
-        score, number, image, predicted = best[one]
+        score, number, image = best[one]
         result = Generated(image, mask, number, score >= criterion.min_miou, scores[one])
-        if result.kept and criterion.ignore_disagreement:
-            wrong = (predicted != mask) & (predicted != IGNORE) & (mask != IGNORE)
-            result.mask = np.where(wrong, np.uint8(IGNORE), mask)
-            result.ignored = round(float(wrong.mean()), 4)
+        if result.kept and criterion.tolerance is not None:
+            noisy = criterion.noisy(image, mask)
+            result.mask = np.where(noisy, np.uint8(IGNORE), mask)
+            result.ignored = round(float(noisy.mean()), 4)
         results.append(result)
     return results
 
@@ -130,7 +192,7 @@ def open_filter(config: GenerateConfig, conditions: Conditions, log: Callable[[s
     of the ceiling more than they should, by one of another seed by 0.021 and 0.004, by one of the other half of the
     rows by 0.032 and 0.004.) UserError where there are no real images, or the segmenter has other classes.
     """
-    if config.min_miou is None and not config.ignore_disagreement:
+    if config.min_miou is None and config.filter_regions is None:
         return None
     shape = conditions.read_mask(0, 0, "")[0].shape
     side = max(shape) if config.fit == "pad" else min(shape)
@@ -150,7 +212,7 @@ def open_filter(config: GenerateConfig, conditions: Conditions, log: Callable[[s
             f"--controls {config.controls} holds masks alone, and no real images to train a segmenter on: give a"
             " trained one by --segmenter DIR"
         )
-    return Filter(segmenter, config.min_miou or 0.0, config.max_attempts, config.ignore_disagreement)
+    return Filter(segmenter, config.min_miou or 0.0, config.max_attempts, config.filter_regions, config.edge_band)
 
 
 def likely_cause(config: GenerateConfig, base: Base, criterion: Filter, scored: Sequence[dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from io import FileIO
@@ -33,7 +33,7 @@ from segcn.generate.filtering import Filter, Generated, draw_filtering, generate
 from segcn.generate.pipeline import Pipeline, Start, check_sampling, generate, load_pipeline, noise_of
 from segcn.models.base import Base, load_base, pick_device, reconstruct, weights_digest
 from segcn.models.segmenter import reward_record
-from segcn.utils import io
+from segcn.utils import io, rng
 from segcn.utils.errors import UserError
 from segcn.utils.html import render
 from segcn.utils.io import Process, write_whole
@@ -45,6 +45,7 @@ RECORDS = "manifest.jsonl"
 WORK = ".work"  # in the folder: records and half-written files; gone when the data set is finished
 FIGURE = "filtering.png"
 FLAT = 1000  # images of a job that are put into one folder; of a larger job, each folder holds so many
+MEASURED_ROWS = 64  # of which an image is generated to measure the mean loss of each class
 WRITERS = 4  # threads that write images while the next ones are generated
 CHANGE_NO_IMAGE = (
     "allow_symlinks", "batch_size", "controlnet_model_name_or_path", "limit", "output_dir", "reconstruct", "segmenter",
@@ -195,6 +196,8 @@ def generate_dataset(
         settings = settings_of(config, pipeline, conditions, criterion)
         _compare_settings(out, settings, allow=not any((out / "images").rglob("*.png")))
         task = Task(config, out, pipeline, conditions, job, manifest, criterion)
+        if batches and criterion and criterion.tolerance is not None:
+            task.criterion = replace(criterion, class_losses=class_losses(task, criterion, log))
         finished = manifest.finished()
         if any(manifest.done):
             log(f"{out}: {sum(manifest.done)} of {len(job)} images exist already and are kept.")
@@ -285,7 +288,7 @@ def generate_batches(task: Task, batches: Sequence[range], log: Callable) -> Non
         task.manifest.file.close()
 
 
-def generate_batch(task: Task, batch: range) -> dict[int, tuple[Condition, Generated]]:
+def generate_batch(task: Task, batch: Sequence[int]) -> dict[int, tuple[Condition, Generated]]:
     """Every image of a batch, whether it exists already or not, with what it was generated from."""
     sizes: dict[tuple, dict[int, Condition]] = {}
     for image in batch:
@@ -311,6 +314,21 @@ def generate_batch(task: Task, batch: range) -> dict[int, tuple[Condition, Gener
     return results
 
 
+def class_losses(task: Task, criterion: Filter, log: Callable) -> np.ndarray:
+    """The mean loss of each class, float64 [256], over images of up to 64 rows, at their first attempt.
+
+    Of generated images, as in FreeMask: the loss on real ones, most of all on those that the segmenter was trained on,
+    is lower, and a tolerance would mean another thing in each set; a folder of masks has none. The rows are drawn from
+    all, also those that --limit leaves out, so that every process, a resumed one and a longer set find the same.
+    """
+    rows = sorted(rng.permutation(len(task.conditions.files), "regions", task.config.seed)[:MEASURED_ROWS])
+    check_masks(task.conditions, rows, task.pipeline.base.latent_factor, log)
+    log(f"--filter_regions: measuring the mean loss of each class on {len(rows)} images")
+    once, size = replace(task, job=replace(task.job, replicates=1), criterion=None), task.job.batch_size
+    batches = (generate_batch(once, rows[first : first + size]) for first in range(0, len(rows), size))
+    return criterion.mean_losses((made.image, made.mask) for batch in batches for _, made in batch.values())
+
+
 def start_of(conditions: Sequence[Condition], config: GenerateConfig) -> Start | None:
     """What --from_images and --inpaint start from; None without them."""
     images = [condition.image for condition in conditions if condition.image is not None]
@@ -322,10 +340,10 @@ def start_of(conditions: Sequence[Condition], config: GenerateConfig) -> Start |
 def write_image(task: Task, image: int, condition: Condition, generated: Generated) -> None:
     """Write mask, then image, then the record: what is recorded exists.
 
-    Where --ignore_disagreement edits masks, the requested ones are kept in requested_masks/.
+    Where --filter_regions edits masks, the requested ones are kept in requested_masks/.
     """
     names = task.job.names(image, generated.kept)
-    if task.config.ignore_disagreement:
+    if task.config.filter_regions is not None:
         path, requested = task.out / names[1].replace("masks/", "requested_masks/"), condition.frame.cut(condition.mask)
         write_whole(path, lambda file: write_mask(file, requested, task.conditions.palette), task.out / WORK)
     write_pair(task.out, names, generated.image, generated.mask, task.conditions.palette, work=task.out / WORK)

@@ -68,10 +68,15 @@ class StudyConfig:
     controlnet_conditioning_scale: float = flag(1.0, "weight of the mask")
     prompt: str | None = flag(None, "prompt of the images in place of their captions, as in segcn generate")
     vary: list[str] = flag([], "words of the captions to exchange, as in segcn generate")
+    from_images: float | None = flag(
+        None, "start from the rows' own images and do this share of the steps, as in segcn generate", above=0, high=1
+    )
     augment_masks: str = flag("affine", "how new layouts are drawn from the rows' masks, as in segcn generate")
     min_miou: float = flag(0.6, "regenerate an image whose mIoU with its mask is lower", low=0, high=1)
     max_attempts: int = flag(3, "times that an image is generated before it is dropped", low=1)
-    ignore_disagreement: bool = flag(False, "leave out pixels in which that segmenter finds another class")
+    filter_regions: float | None = flag(
+        None, "leave out pixels whose loss exceeds this times the mean of their class, as in segcn generate", above=0
+    )
     batch_size: int = flag(16, "images generated at once", low=1)
     segmenter_architecture: str = flag(SMALL, ARCHITECTURE)
     segmenter_steps: int = flag(3000, "steps until the plateau at most, before the learning rate falls", low=1)

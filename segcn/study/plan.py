@@ -27,8 +27,8 @@ DENOISING_STEP = 0.02  # of one image there
 FITTING_SAMPLE = 0.0017  # of one image of 64 pixels through a small segmenter and back there
 USUAL_STEPS = 2000  # about where a training ends whose length its plateau sets
 VALIDATED, MOST_VALIDATED = 5, 256  # every fifth row drawn validates, at most so many
-GENERATED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "vary", "augment_masks", "min_miou",
-             "max_attempts", "ignore_disagreement", "batch_size")  # fmt: skip
+GENERATED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "vary", "from_images",
+             "augment_masks", "min_miou", "max_attempts", "filter_regions", "batch_size")  # fmt: skip
 PLACES = {"dataset_name", "controls", "output_dir", "cache_dir", "pretrained_model_name_or_path", "segmenter",
           "controlnet_model_name_or_path", "architecture"}  # fmt: skip
 
