@@ -86,6 +86,8 @@ COMMANDS = {
                      GENERATE + "InferConfig", "segcn.generate.infer:infer", stopped=NOTHING),
     "generate": Command("masks to a data set of new images; the same as accelerate launch -m segcn.generate",
                         GENERATE + "GenerateConfig", "segcn.generate.__main__:generate_share_of_process"),
+    "layouts": Command("new masks for generate, made from those of a data set",
+                       GENERATE + "LayoutsConfig", "segcn.generate.layouts:make_layouts", ("dataset_name",)),
     "evaluate": Command("do generated images follow their masks, and are they like real ones? (compare)",
                         "segcn.evaluate.config:EvaluateConfig", "segcn.cli:run_evaluation"),
     "evaluate compare": Command("two evaluations side by side", "segcn.evaluate.config:CompareConfig",

@@ -59,10 +59,14 @@ def _found_in(folder: Path) -> Iterator[Record]:
             failed.append(f"{folder}: {problem[1]}")
     refuse_failed(failed, len(found))
     for row, name in enumerate(sorted(found)):
-        text = (folder / name).with_suffix(".txt")
-        lines = text.read_text(encoding="utf-8-sig", errors="replace").splitlines() if text.is_file() else []
-        captions = tuple(line.strip() for line in lines if line.strip()) or ("",)
-        yield Record(row, row + 1, str(folder), name, "", captions)
+        yield Record(row, row + 1, str(folder), name, "", captions_beside(folder / name) or ("",))
+
+
+def captions_beside(file: Path) -> tuple[str, ...]:
+    """The captions of NAME.png: the lines of NAME.txt beside it."""
+    text = file.with_suffix(".txt")
+    lines = text.read_text(encoding="utf-8-sig", errors="replace").splitlines() if text.is_file() else []
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _rows_of(metadata: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:

@@ -21,6 +21,7 @@ from segcn.data.masks import read_mask
 from segcn.data.metadata import Split, read_named_split, read_row
 from segcn.data.palette import Palette, find_palette
 from segcn.data.transforms import AugmentConfig, Box, Draw, apply, draw
+from segcn.data.unlabelled import captions_beside
 from segcn.generate.config import GenerateConfig
 from segcn.utils import rng
 from segcn.utils.args import suggest
@@ -158,7 +159,9 @@ def read_conditions(config: GenerateConfig) -> Conditions:
         flag = "--inpaint" if config.inpaint else "--from_images"
         raise UserError(f"{flag} starts from real images, and --controls {folder} holds masks alone: give a data set")
     else:
-        files, captions = [str(path) for path in mask_files(folder)], []
+        paths = mask_files(folder)
+        files, captions = [str(path) for path in paths], [captions_beside(path) for path in paths]
+        captions = captions if all(captions) else []
         palette = Palette.load(config.palette or find_palette(folder))
     if not files:
         raise UserError(f"--controls {folder}: --split {config.split} leaves no row")
@@ -198,7 +201,7 @@ def _check_prompt(config: GenerateConfig, captions: Sequence) -> None:
     prompt = CAPTION if config.prompt is None else config.prompt
     if CAPTION in prompt and not captions:
         raise UserError(
-            f"--controls {config.controls} has no captions: give one by --prompt, where {CLASSES} is replaced by the"
+            f"--controls {config.controls} has no captions, or not for every mask: give one by --prompt, where {CLASSES} is replaced by the"
             " classes of each mask"
         )
     if config.without_class_words and CAPTION not in prompt:

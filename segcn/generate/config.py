@@ -127,3 +127,25 @@ class GenerateConfig(SampleConfig):
         "trained segmenter: ours, or any AutoModelForSemanticSegmentation folder; none: trained on the real train rows",
     )
     segmenter_architecture: str = flag(SMALL, ARCHITECTURE)
+
+
+@dataclass(frozen=True)
+class LayoutsConfig:
+    """New masks for segcn generate --controls, made from those of a data set. Rerun the same command to resume."""
+
+    dataset_name: str = flag("", "data set whose masks are recombined or learned", required=True)
+    output_dir: str = flag("", "folder of masks to write", required=True)
+    count: int = flag(256, "layouts", low=1)
+    split: str = flag("train", "split of a data set that has several")
+    seed: int = flag(0, "layout i depends on this, i and the rows alone")
+    method: str = flag(
+        "recombine",
+        "recombine: rows stretched, their objects exchanged; learned: a diffusion of label maps, trained in minutes",
+        ("recombine", "learned"),
+    )
+    ratios: str = flag("", "share of the labelled pixels of some classes: road=0.2,house=0.1; none: those of the rows")
+    things: str = flag("", "classes whose objects are exchanged: house,tree; none: those that lie inside the images")
+    resolution: int | None = flag(None, "side of the masks; none: the shorter side of the first row's", low=16)
+    fit: str = flag("crop", "how a mask becomes square: crop or stretch", ("crop", "stretch"))
+    max_train_steps: int = flag(1200, "training steps of --method learned", low=1)
+    allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
