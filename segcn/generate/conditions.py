@@ -201,8 +201,8 @@ def _check_prompt(config: GenerateConfig, captions: Sequence) -> None:
     prompt = CAPTION if config.prompt is None else config.prompt
     if CAPTION in prompt and not captions:
         raise UserError(
-            f"--controls {config.controls} has no captions, or not for every mask: give one by --prompt, where {CLASSES} is replaced by the"
-            " classes of each mask"
+            f"--controls {config.controls} has no captions, or not for every mask: give one by --prompt, where"
+            f" {CLASSES} is replaced by the classes of each mask"
         )
     if config.without_class_words and CAPTION not in prompt:
         raise UserError(f"--without_class_words cuts the captions of a data set: leave out --prompt, or say {CAPTION}")

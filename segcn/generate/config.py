@@ -143,7 +143,7 @@ class LayoutsConfig:
         "recombine: rows stretched, their objects exchanged; learned: a diffusion of label maps, trained in minutes",
         ("recombine", "learned"),
     )
-    ratios: str = flag("", "share of the labelled pixels of some classes: road=0.2,house=0.1; none: those of the rows")
+    ratios: str = flag("", "share of the pixels that some classes have: road=0.2,house=0.1; none: as in the rows")
     things: str = flag("", "classes whose objects are exchanged: house,tree; none: those that lie inside the images")
     resolution: int | None = flag(None, "side of the masks; none: the shorter side of the first row's", low=16)
     fit: str = flag("crop", "how a mask becomes square: crop or stretch", ("crop", "stretch"))
