@@ -51,6 +51,7 @@ TOY = {  # what makes a command quick; everything else is as the page says
     "segcn evaluate --real": "--segmenter judge",
     "segcn generate": "--resolution 64 --num_inference_steps 2 --limit 2 --min_miou 0 --segmenter judge",
     "segcn infer": "--num_inference_steps 2",
+    "segcn layouts": "--count 4 --resolution 64",
     "segcn run": "--resolution 64 --max_train_steps 2 --train_batch_size 2 --faithfulness_rows 0 --limit 4"
     " --more_flags '--max_train_samples 8' --num_inference_steps 2 --floor_limit 2 --segmenter_steps 3",
     "segcn run --preset sd15": "--pretrained_model_name_or_path $MODEL_DIR --dataset_name data/landscapes",

@@ -54,7 +54,8 @@ def make_layouts(config: LayoutsConfig, log: Callable = print) -> str:
     UserError where the rows have no objects, and for a folder that holds something else.
     """
     out = Path(config.output_dir)
-    if out.exists() and any(out.iterdir()) and not (out / SETTINGS).is_file():
+    found = [path for path in out.iterdir() if path.name[0] != "."] if out.exists() else []
+    if found and not (out / SETTINGS).is_file():
         raise UserError(f"--output_dir {out} is not empty and was not written by segcn layouts: choose another.")
     io.lock(out, log, "makes layouts", "rerunning the same command resumes")
     try:
@@ -188,7 +189,8 @@ def missed(shares: np.ndarray, ratios: dict[int, float]) -> np.ndarray:
 
 def energy_distance(one: np.ndarray, other: np.ndarray) -> float:
     """Energy distance (Székely and Rizzo 2013) of two sets of vectors, [N, D] and [M, D]: 0 where they are the same."""
-    x, y = (torch.from_numpy(part.reshape(len(part), -1)).double() for part in (one, other))
+    used = one.any(0) | other.any(0)
+    x, y = (torch.from_numpy(part[:, used]).double() for part in (one, other))
     return float(2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean())
 
 
@@ -197,10 +199,10 @@ def nearest_masks(masks: np.ndarray, real: RealMasks, same: bool = False) -> tup
 
     same: the masks are the rows, which are not compared with themselves. About 64 px a side are compared.
     """
-    step, flips = max(1, masks.shape[-1] // 64), real.mirror is not None
-    rows, agreements = real.masks[:MEASURED, ::step, ::step], []
+    step, agreements = max(1, masks.shape[-1] // 64), []
+    rows = real.masks[:MEASURED, ::step, ::step]
     for number, mask in enumerate(masks[:, ::step, ::step]):
-        views = [mask, real.mirror[mask[:, ::-1]]] if flips and real.mirror is not None else [mask]
+        views = [mask] if real.mirror is None else [mask, real.mirror[mask[:, ::-1]]]
         found = np.max([(rows == view).mean((1, 2)) for view in views], axis=0)
         if same:
             found[number] = 0

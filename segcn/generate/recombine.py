@@ -8,7 +8,7 @@ import numpy as np
 
 from segcn.data.captions import cannot_be_mirrored, classes_of, mirrored, mirrored_ids, without_classes
 from segcn.data.dataset import read_control_mask
-from segcn.data.masks import read_mask
+from segcn.data.masks import read_mask, resize_mask
 from segcn.data.metadata import Split, read_named_split
 from segcn.data.palette import IGNORE, Palette
 from segcn.generate.config import LayoutsConfig
@@ -20,7 +20,7 @@ ROWS = 2048  # of a larger data set, so many are drawn once and used
 BORDER = 0.005  # share of a mask's boundary from which on two classes count as neighbors
 SMALLEST = 0.001  # share of a mask's pixels from which on connected pixels count as a piece
 LARGEST = 0.1  # share up to which they may be an object
-INSIDE = 0.5  # share of a class's pieces that are objects, from which on it is a thing
+INSIDE = 0.4  # share of a class's pieces that are objects, from which on it is a thing
 APART = 0.25  # total variation up to which the surroundings of an object are like those of a real one
 PLACES = 12  # tries for an object
 STRETCH = 0.3  # each quarter of a row becomes at most so much longer or shorter
@@ -39,13 +39,6 @@ class Piece(NamedTuple):
     def foot(self) -> tuple[int, float]:
         """The row below it, and its central column."""
         return self.top + len(self.shape), self.left + self.shape.shape[1] / 2
-
-
-class MaskObject(NamedTuple):
-    """A whole object of a thing class, and the states around it."""
-
-    piece: Piece
-    around: np.ndarray  # float [2, S]: their shares of the pixels right below it, and of those at its other sides
 
 
 class Layout(NamedTuple):
@@ -76,7 +69,10 @@ class RealMasks:
     counted: Counted
     neighbors: np.ndarray  # bool [2 S S]: pairs that share enough of the boundary of some mask
     things: list[int]  # ids of the classes whose objects are exchanged
-    objects: list[list[MaskObject]]  # of each row
+    objects: list[list[Piece]]  # of each row: whole ones of these classes
+    places: dict[
+        int, tuple[list[Piece], np.ndarray]
+    ]  # of each thing: all its objects, and what is around them [n, 2, S]
 
     def count(self, mask: np.ndarray) -> Counted:
         """What is compared of a mask, uint8 [R, R]."""
@@ -126,13 +122,13 @@ def count_mask(mask: np.ndarray, state_of: np.ndarray, states: int, pieces: Sequ
     return Counted(shares, (boundary / max(1, boundary.sum())).astype(np.float32), pieces_of_state)
 
 
-def around(states: np.ndarray, shape: np.ndarray, top: int, left: int, count: int) -> np.ndarray:
-    """The shares of the states, uint8 [R, R], below a shape inside of the mask and at its other sides, [2, S]."""
-    own = np.pad(shape, 1)
+def around(states: np.ndarray, piece: Piece, count: int) -> np.ndarray:
+    """The shares of the states, uint8 [R, R], below a piece inside of the mask and at its other sides, [2, S]."""
+    own = np.pad(piece.shape, 1)
     below = np.roll(own, 1, 0) & ~own
     sides = (np.roll(own, -1, 0) | np.roll(own, 1, 1) | np.roll(own, -1, 1)) & ~own & ~below
-    window = states[top - 1 : top + len(own) - 1, left - 1 : left + own.shape[1] - 1]
-    return np.stack([np.bincount(window[part], minlength=count) / part.sum() for part in (below, sides)])
+    window = states[piece.top - 1 :, piece.left - 1 :][: len(own), : own.shape[1]]
+    return np.stack([np.bincount(window[part], minlength=count) / max(1, part.sum()) for part in (below, sides)])
 
 
 def read_real_masks(config: LayoutsConfig, log: Callable = print) -> RealMasks:
@@ -157,15 +153,20 @@ def read_real_masks(config: LayoutsConfig, log: Callable = print) -> RealMasks:
     if config.method == "recombine":
         names = [label.name for label in split.palette.labels if label.id in things]
         log(f"layouts: things are {', '.join(names) or 'none'}; --things names others")
-    objects = []
-    for mask, row in zip(masks, pieces, strict=True):
-        owned = [one for one in row if one.inside and one.id in things]
-        found = [MaskObject(one, around(state_of[mask], one.shape, one.top, one.left, count)) for one in owned]
-        objects.append([one for one in found if one.around[:, state_of[things]].sum(1).max() <= APART])  # not cut off
+    objects: list[list[Piece]] = [[] for _ in masks]
+    places: dict[int, tuple[list, list]] = {}
+    for mask, row, whole_ones in zip(masks, pieces, objects, strict=True):
+        for one in (one for one in row if one.inside and one.id in things):
+            beside = around(state_of[mask], one, count)
+            if beside[:, state_of[things]].sum(1).max() <= APART:  # else another thing may cover a part of it
+                whole_ones.append(one)
+                for found, new in zip(places.setdefault(one.id, ([], [])), (one, beside), strict=True):
+                    found.append(new)
+    surroundings = {id: (found, np.stack(beside)) for id, (found, beside) in places.items()}
     mirror = mirrored_ids(split.palette)
     mirror = mirror if mirror is not None and np.isin(mirror[states], states).all() else None
     neighbors = np.any(whole.boundary >= BORDER, axis=0)
-    return RealMasks(masks, split, states, state_of, mirror, whole, neighbors, things, objects)
+    return RealMasks(masks, split, states, state_of, mirror, whole, neighbors, things, objects, surroundings)
 
 
 def class_ids(names: Sequence[str], palette: Palette, states: np.ndarray, flag: str) -> list[int]:
@@ -194,10 +195,10 @@ def recombine(real: RealMasks, row: int, other: int, *key: str | int) -> Layout:
         if piece.id in real.things and rng.uniform(*key, "remove", number) < 0.5:
             changed |= _removed(mask, piece, things)
     most = real.counted.pieces.max(0)
-    for number, one in enumerate(sorted(real.objects[other], key=lambda one: one.piece.foot)):
+    for number, one in enumerate(sorted(real.objects[other], key=lambda one: one.foot)):
         if rng.uniform(*key, "paste", number) < 0.5:
             for place in range(PLACES):
-                changed |= (pasted := _pasted(real, mask, one.piece, most, things, *key, number, place))
+                changed |= (pasted := _pasted(real, mask, one, most, things, *key, number, place))
                 if pasted:
                     break
     if changed:
@@ -229,9 +230,9 @@ def _removed(mask: np.ndarray, piece: Piece, things: np.ndarray) -> bool:
     ring = (grown[2:, 1:-1] | grown[:-2, 1:-1] | grown[1:-1, 2:] | grown[1:-1, :-2]) & ~own & ~things[mask]
     if not ring.any():
         return False
-    holes, edges = np.argwhere(own), np.argwhere(ring)
-    nearest = ((holes[:, None] - edges) ** 2 @ [2, 1]).argmin(1)  # what is beside it counts more than what is above
-    mask[own] = mask[ring][nearest]
+    edges, labels = np.argwhere(ring), mask[ring]
+    for hole in np.argwhere(own):
+        mask[tuple(hole)] = labels[((hole - edges) ** 2 @ [2, 1]).argmin()]  # what is beside counts more than above
     return True
 
 
@@ -239,26 +240,23 @@ def _pasted(
     real: RealMasks, mask: np.ndarray, piece: Piece, most: np.ndarray, things: np.ndarray, *key: str | int
 ) -> bool:
     """Put an object in place of a real one of its class, in place; False where it would look as no real one does."""
-    same = [one for row in real.objects for one in row if one.piece.id == piece.id]
-    place = same[rng.integer(len(same), *key, "place")].piece
+    same, surroundings = real.places[piece.id]
+    place = same[rng.integer(len(same), *key, "place")]
     scale = np.sqrt(place.shape.sum() / piece.shape.sum()).clip(0.8, 1.25)
     height, width = (max(1, round(side * scale)) for side in piece.shape.shape)
-    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int)
-                     for new, old in zip((height, width), piece.shape.shape, strict=True))  # fmt: skip
-    shape, (bottom, center) = piece.shape[np.ix_(rows, columns)], place.foot
+    shape, (bottom, center) = resize_mask(piece.shape.view(np.uint8), (height, width)).astype(bool), place.foot
     if real.mirror is not None and real.mirror[piece.id] == piece.id:
         shape = shape[:, ::-1] if rng.uniform(*key, "flip") < 0.5 else shape
         center = len(mask) - center if rng.uniform(*key, "side") < 0.5 else center
-    top, left = bottom - height, round(center - width / 2)
-    if min(top, left, len(mask) - bottom, len(mask) - left - width) < 1:
+    moved = Piece(piece.id, bottom - height, round(center - width / 2), shape, True)
+    if min(moved.top, moved.left, len(mask) - bottom, len(mask) - moved.left - width) < 1:
         return False
-    below, covered = around(real.state_of[mask], shape, top, left, len(real.states)), mask[top:bottom, left:][:, :width]
-    apart = np.abs(np.stack([one.around for one in same]) - below).sum(-1).max(-1).min() / 2
-    new = np.where(shape, np.uint8(piece.id), covered)
-    if apart > APART or things[covered[shape]].mean() > APART:
+    covered = mask[moved.top : bottom, moved.left : moved.left + width]
+    apart = np.abs(surroundings - around(real.state_of[mask], moved, len(real.states))).sum(-1).max(-1) / 2
+    if apart.min() > APART or things[covered[shape]].mean() > APART:
         return False
     before = covered.copy()
-    covered[:] = new
+    covered[shape] = piece.id
     fits = bool((real.count(mask).pieces <= most).all())
     if not fits:
         covered[:] = before
