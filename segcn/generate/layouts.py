@@ -33,7 +33,7 @@ from segcn.utils.progress import Progress
 
 SETTINGS, RECORDS, RESULTS, FIGURE = "layouts_config.json", "layouts.jsonl", "layouts.json", "layouts.png"
 MEASURED = 1024  # masks of each set that distances are measured on
-BATCH = 32  # layouts that the network draws at once
+BATCH = 8  # layouts that the network draws at once
 REDRAWN = 8  # draws of a layout at most
 MEANINGS = {
     "valid": "all neighbors occur in rows (rows: halves)",
