@@ -72,12 +72,12 @@ def test_a_layout_depends_on_seed_and_number_alone_and_rerunning_resumes(made, t
     out = made(method=method, max_train_steps=2)
     whole = tree(out)
     (out / "masks" / "000001.png").unlink()
-    with (out / layouts.RECORDS).open("ab") as file:
+    with (out / layouts.LAYOUT_RECORDS).open("ab") as file:
         file.write(b'\n{"layout": 4, "ro')  # as a kill leaves it
     made(method=method, max_train_steps=2)
     again = tree(out)
-    assert {name: again[name] for name in whole if name != layouts.RECORDS} == {
-        name: whole[name] for name in whole if name != layouts.RECORDS
+    assert {name: again[name] for name in whole if name != layouts.LAYOUT_RECORDS} == {
+        name: whole[name] for name in whole if name != layouts.LAYOUT_RECORDS
     }
     fewer = tree(made(method=method, max_train_steps=2, count=3, output_dir=str(tmp_path / "fewer")))
     assert all(fewer[name] == whole[name] for name in fewer if name.startswith("masks/"))
@@ -105,7 +105,7 @@ def test_layouts_are_new_have_the_classes_and_neighbors_of_rows_and_their_captio
 
 
 def records(out):
-    return [line for line in (out / layouts.RECORDS).read_text().splitlines() if line]
+    return [line for line in (out / layouts.LAYOUT_RECORDS).read_text().splitlines() if line]
 
 
 @pytest.mark.parametrize("method", ["recombine", "learned"])

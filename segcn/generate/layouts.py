@@ -31,7 +31,7 @@ from segcn.utils import io, rng
 from segcn.utils.errors import UserError
 from segcn.utils.progress import Progress
 
-SETTINGS, RECORDS, RESULTS, FIGURE = "layouts_config.json", "layouts.jsonl", "layouts.json", "layouts.png"
+SETTINGS, LAYOUT_RECORDS, RESULTS, LAYOUT_SHEET = "layouts_config.json", "layouts.jsonl", "layouts.json", "layouts.png"
 MEASURED = 1024  # masks of each set that distances are measured on
 BATCH = 8  # layouts that the network draws at once
 REDRAWN = 8  # draws of a layout at most
@@ -82,7 +82,7 @@ def _write_layouts(
     config: LayoutsConfig, real: RealMasks, ratios: dict[int, float], out: Path, log: Callable
 ) -> list[dict[str, Any]]:
     """Draw and write the layouts that are missing; the records of all, in order."""
-    lines = (out / RECORDS).read_text().splitlines() if (out / RECORDS).is_file() else []
+    lines = (out / LAYOUT_RECORDS).read_text().splitlines() if (out / LAYOUT_RECORDS).is_file() else []
     known = {one["layout"]: one for one in map(json.loads, (line for line in lines if line.endswith("}")))}
     known = {number: one for number, one in known.items() if (out / _name(number)).is_file()}
     draw: Callable | None = None
@@ -98,7 +98,7 @@ def _write_layouts(
                 path.parent.mkdir(exist_ok=True)
                 io.write_text(path.with_suffix(".txt"), "\n".join(texts) + "\n")
                 io.write_whole(path, partial(write_mask, mask=layout.mask, palette=real.split.palette))
-                with (out / RECORDS).open("a") as file:
+                with (out / LAYOUT_RECORDS).open("a") as file:
                     file.write("\n" + json.dumps(record) + "\n")
                 known[number] = record
             progress(len(known))
@@ -242,8 +242,8 @@ def _measure(
             for masks in (layouts[list(line)], real.masks[nearest[list(line)]])]  # fmt: skip
     with matplotlib.rc_context(visualize.STYLE):
         figure = visualize.grid(rows, left=["layout", "nearest row"] * len(picked), width=1.0)
-        io.write_whole(out / FIGURE, lambda path: figure.savefig(path, format="png", bbox_inches="tight"))
+        io.write_whole(out / LAYOUT_SHEET, lambda path: figure.savefig(path, format="png", bbox_inches="tight"))
     lines = [f"{'':56}{'layouts':>9}{'rows':>9}"]
     lines += [f"{MEANINGS[name]:56}" + "".join(f"{'' if one is None else f'{one:.3f}':>9}" for one in values)
               for name, values in found.items() if name in MEANINGS]  # fmt: skip
-    return "\n".join([*lines, f"{len(layouts)} layouts in {out}: see {FIGURE}"])
+    return "\n".join([*lines, f"{len(layouts)} layouts in {out}: see {LAYOUT_SHEET}"])

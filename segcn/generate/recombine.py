@@ -16,13 +16,13 @@ from segcn.utils import rng
 from segcn.utils.errors import UserError
 from segcn.utils.progress import Progress
 
-ROWS = 2048  # of a larger data set, so many are drawn once and used
+USED_ROWS = 2048  # of a larger data set, so many are drawn once and used
 BORDER = 0.005  # share of a mask's boundary from which on two classes count as neighbors
-SMALLEST = 0.001  # share of a mask's pixels from which on connected pixels count as a piece
+SPECK = 0.001  # share of a mask's pixels from which on connected pixels count as a piece
 LARGEST = 0.1  # share up to which they may be an object
 INSIDE = 0.4  # share of a class's pieces that are objects, from which on it is a thing
-APART = 0.25  # total variation up to which the surroundings of an object are like those of a real one
-PLACES = 12  # tries for an object
+UNLIKE = 0.25  # total variation up to which the surroundings of an object are like those of a real one
+PLACE_TRIES = 12  # tries for an object
 STRETCH = 0.3  # each quarter of a row becomes at most so much longer or shorter
 
 
@@ -103,7 +103,7 @@ def pieces_of(mask: np.ndarray) -> Iterator[Piece]:
     numbers, (height, width) = components(mask), mask.shape
     found, sizes = np.unique(numbers, return_counts=True)
     for number, size in zip(found, sizes, strict=True):
-        if size >= SMALLEST * mask.size and (id := int(mask.flat[number])) != IGNORE:
+        if size >= SPECK * mask.size and (id := int(mask.flat[number])) != IGNORE:
             rows, columns = np.nonzero(numbers == number)
             (top, left), (bottom, right) = (rows.min(), columns.min()), (rows.max() + 1, columns.max() + 1)
             inside = size <= LARGEST * mask.size and min(top, left, height - bottom, width - right) > 0
@@ -134,7 +134,7 @@ def around(states: np.ndarray, piece: Piece, count: int) -> np.ndarray:
 def read_real_masks(config: LayoutsConfig, log: Callable = print) -> RealMasks:
     """Read the rows; UserError where a class of --things is unknown, or no class has objects."""
     split = read_named_split(config.dataset_name, config.split)
-    chosen = sorted(rng.permutation(len(split), "layouts", config.seed, "rows")[:ROWS])
+    chosen = sorted(rng.permutation(len(split), "layouts", config.seed, "rows")[:USED_ROWS])
     split = replace(split, records=tuple(split[row] for row in chosen))
     side = config.resolution or min(read_mask(split[0].mask, split.palette).shape)
     masks = np.stack([read_control_mask(one.mask, split.palette, side, config.fit) for one in split.records])
@@ -158,7 +158,7 @@ def read_real_masks(config: LayoutsConfig, log: Callable = print) -> RealMasks:
     for mask, row, whole_ones in zip(masks, pieces, objects, strict=True):
         for one in (one for one in row if one.inside and one.id in things):
             beside = around(state_of[mask], one, count)
-            if beside[:, state_of[things]].sum(1).max() <= APART:  # else another thing may cover a part of it
+            if beside[:, state_of[things]].sum(1).max() <= UNLIKE:  # else another thing may cover a part of it
                 whole_ones.append(one)
                 for found, new in zip(places.setdefault(one.id, ([], [])), (one, beside), strict=True):
                     found.append(new)
@@ -197,7 +197,7 @@ def recombine(real: RealMasks, row: int, other: int, *key: str | int) -> Layout:
     most = real.counted.pieces.max(0)
     for number, one in enumerate(sorted(real.objects[other], key=lambda one: one.foot)):
         if rng.uniform(*key, "paste", number) < 0.5:
-            for place in range(PLACES):
+            for place in range(PLACE_TRIES):
                 changed |= (pasted := _pasted(real, mask, one, most, things, *key, number, place))
                 if pasted:
                     break
@@ -253,7 +253,7 @@ def _pasted(
         return False
     covered = mask[moved.top : bottom, moved.left : moved.left + width]
     apart = np.abs(surroundings - around(real.state_of[mask], moved, len(real.states))).sum(-1).max(-1) / 2
-    if apart.min() > APART or things[covered[shape]].mean() > APART:
+    if apart.min() > UNLIKE or things[covered[shape]].mean() > UNLIKE:
         return False
     before = covered.copy()
     covered[shape] = piece.id
