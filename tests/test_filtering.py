@@ -219,3 +219,45 @@ def test_a_segmenter_of_other_classes_is_refused(config, write, noise_images, tm
     train_segmenter(renamed, SegmenterConfig(steps=1, width=8, resolution=64), tmp_path / "other", str)
     with pytest.raises(UserError, match="another palette"):
         write(segmenter=str(tmp_path / "other"), min_miou=0.5)
+
+
+@pytest.mark.parametrize("replicates", [1, 2, 4])
+def test_hard_rows_get_more_images_and_all_together_as_many(replicates):
+    hardness = np.random.default_rng(0).random(50) ** 2
+    counts = filtering.allocate(hardness, replicates)
+    assert sum(counts) == 50 * replicates and min(counts) >= min(1, replicates - 1)
+    ordered = [counts[row] for row in np.argsort(hardness)]
+    assert ordered == sorted(ordered) and ordered[-1] > replicates
+    assert filtering.allocate(np.zeros(5), replicates) == [replicates] * 5
+
+
+def test_a_set_with_hard_rows_first_that_was_cut_ends_with_the_same_bytes(write, noise_images, monkeypatch):
+    given = {"min_miou": 0.0, "hard_first": True, "limit": 3, "replicates": 2}
+    with pytest.raises(UserError, match="--min_miou"):
+        write(hard_first=True)
+    monkeypatch.setattr(writer, "images_of_rows", lambda *_: [3, 1, 2])
+    out = write(**given)
+    whole = tree(out)
+    places = [(record["row"], record["replicate"]) for record in records_of(out)]
+    assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
+    for name in ("metadata.csv", *[record["file_name"] for record in records_of(out)][2:4]):
+        (out / name).unlink()
+    write(**given)
+    assert tree(out) == whole
+    with pytest.raises(UserError, match="limit: was 3, is 4"):
+        write(**given | {"limit": 4})
+
+
+def test_how_hard_a_row_is_depends_on_what_the_segmenter_finds_in_real_images(config, monkeypatch):
+    conditions = writer.read_conditions(replace(config, replicates=3))
+    criterion = filtering.open_filter(replace(config, min_miou=0.0), conditions, str)
+    masks = [conditions.read_mask(row, 0, "")[0] for row in range(6)]
+    missed = next(id for id in range(9) if 0 < sum((mask == id).any() for mask in masks) < 6)
+    seen = iter([np.where(mask == missed, (missed + 1) % 9, mask).astype(np.uint8) for mask in masks])
+    monkeypatch.setattr(Filter, "predict", lambda *_: [next(seen)])
+    counts = filtering.images_of_rows(replace(config, replicates=3), conditions, criterion)
+    assert len(counts) == 6 and sum(counts) == 18 and min(counts) >= 1
+    having, others = ([counts[row] for row in range(6) if (masks[row] == missed).any() == has] for has in (True, False))
+    assert np.mean(having) > np.mean(others) and max(having) > max(others)
+    with pytest.raises(UserError, match="masks alone"):
+        filtering.images_of_rows(replace(config, controls=config.controls + "/test/masks"), conditions, criterion)

@@ -1,7 +1,7 @@
 """Images scored while they are generated: one that does not follow its mask is regenerated, in the end dropped."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from segcn.data.dataset import PairedDataset, to_image, to_uint8
 from segcn.data.files import read_image
 from segcn.data.importers.palettes import is_dataset
 from segcn.data.masks import colorize, read_mask, resize_mask
-from segcn.data.metadata import read_named_split, read_split
+from segcn.data.metadata import read_named_split, read_row, read_split
 from segcn.data.palette import IGNORE, Palette
+from segcn.data.sampler import class_pixels, class_weights
 from segcn.data.transforms import AUGMENTS, Draw, apply, boxes
 from segcn.evaluate.metrics import confusion_matrix, iou
 from segcn.generate.conditions import Conditions
@@ -27,6 +28,7 @@ from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter
 from segcn.utils.errors import UserError
 
 FILTER_SEED = 7001  # of the segmenter that filters; the one that scores has --seed, 0 by default
+MEASURED_REAL = 256  # real rows at most, on which --hard_first measures the segmenter
 CAUSE_ROWS = 16  # real rows that are looked at where no image was kept
 BASE_SHARE = 0.9  # of the real images' score, that reconstructions reach with a base that fits
 SHEET_IMAGES = 3  # images of each kind in the figure
@@ -193,6 +195,8 @@ def open_filter(config: GenerateConfig, conditions: Conditions, log: Callable[[s
     rows by 0.032 and 0.004.) UserError where there are no real images, or the segmenter has other classes.
     """
     if config.min_miou is None and config.filter_regions is None:
+        if config.hard_first:
+            raise UserError("--hard_first: the filter's segmenter says what is hard: give --min_miou 0.5 or another")
         return None
     shape = conditions.read_mask(0, 0, "")[0].shape
     side = max(shape) if config.fit == "pad" else min(shape)
@@ -213,6 +217,45 @@ def open_filter(config: GenerateConfig, conditions: Conditions, log: Callable[[s
             " trained one by --segmenter DIR"
         )
     return Filter(segmenter, config.min_miou or 0.0, config.max_attempts, config.filter_regions, config.edge_band)
+
+
+def images_of_rows(config: GenerateConfig, conditions: Conditions, criterion: Filter) -> list[int]:
+    """How many images --hard_first gives each row: rows x replicates in all, in proportion to how hard its mask is.
+
+    That is the mean of 1 - IoU over the classes of the mask, weighted by how rare they are, 1 / sqrt(share of the
+    pixels) (after FreeMask, arXiv:2310.15160, 3.4, and SyntheticGen, arXiv:2602.04749). The IoU is the segmenter's on
+    the rows' real images; of two replicates and more each row gets one at least. What is left of whole numbers goes to
+    the largest remainders. UserError where there are no real images.
+    """
+    if not is_dataset(Path(config.controls)):
+        raise UserError(f"--hard_first needs real images, and --controls {config.controls} holds masks alone")
+    split, files = read_named_split(config.controls, config.split), set(conditions.files)
+    used = tuple(record for record in split.records if str(record.mask) in files)[: len(conditions)]
+    split = replace(split, palette=conditions.palette, records=used)
+    pixels, confusion = class_pixels(split), torch.zeros(1, dtype=torch.int64)
+    for row in range(min(MEASURED_REAL, len(split))):
+        image, mask = read_row(split, row)
+        predicted = criterion.predict([image])[0]
+        mask = np.where(predicted == IGNORE, predicted, mask)
+        pair = torch.from_numpy(predicted), torch.from_numpy(mask)
+        confusion = confusion + confusion_matrix(*pair, criterion.segmenter.num_classes)
+    missed = 1 - iou(confusion)
+    weak = torch.where(missed.isnan(), missed.nanmean(), missed).numpy().round(3)  # machines differ in the last digits
+    weights = (pixels > 0) * class_weights(pixels).numpy()
+    return allocate(weights @ weak / np.maximum(weights.sum(1), 1e-9), config.replicates)
+
+
+def allocate(hardness: np.ndarray, replicates: int) -> list[int]:
+    """Whole numbers in proportion to hardness [N], N x replicates in all; 1 at least where replicates are 2 or more."""
+    hardness = np.maximum(np.nan_to_num(hardness), 1e-6)
+    free, left = np.ones(len(hardness), bool), len(hardness) * replicates
+    shares = left * hardness / hardness.sum()
+    while replicates > 1 and (low := free & (shares < 1)).any():
+        free &= ~low
+        shares = np.where(free, (left - (~free).sum()) * hardness / hardness[free].sum(), 1.0)
+    counts = np.floor(shares + 1e-9).astype(int)
+    counts[np.argsort(-np.round(shares - counts, 9), kind="stable")[: left - counts.sum()]] += 1
+    return counts.tolist()
 
 
 def likely_cause(config: GenerateConfig, base: Base, criterion: Filter, scored: Sequence[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import statistics
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from io import FileIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,15 @@ from segcn.data.palette import Palette, palette_table
 from segcn.data.transforms import AUGMENTS, boxes
 from segcn.generate.conditions import Condition, Conditions, check_masks, read_conditions
 from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
-from segcn.generate.filtering import Filter, Generated, draw_filtering, generate_filtered, likely_cause, open_filter
+from segcn.generate.filtering import (
+    Filter,
+    Generated,
+    draw_filtering,
+    generate_filtered,
+    images_of_rows,
+    likely_cause,
+    open_filter,
+)
 from segcn.generate.pipeline import Pipeline, Start, check_sampling, generate, load_pipeline, noise_of
 from segcn.models.base import Base, load_base, pick_device, reconstruct, weights_digest
 from segcn.models.segmenter import reward_record
@@ -58,16 +68,27 @@ COMPARED_BY_CONTENT = frozenset(
 
 @dataclass(frozen=True)
 class Job:
-    """`replicates` images of each of `rows` rows; without --limit it would have `all_rows`."""
+    """`replicates` images of each of `rows` rows; without --limit it would have `all_rows`.
+
+    ends: under --hard_first the number of images of the rows up to each, itself included.
+    """
 
     rows: int
     all_rows: int
     replicates: int
     batch_size: int
+    ends: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """The number of images."""
         return self.rows * self.replicates
+
+    def place(self, image: int) -> tuple[int, int]:
+        """The row and the replicate of an image."""
+        if not self.ends:
+            return divmod(image, self.replicates)
+        row = bisect_right(self.ends, image)
+        return row, image - (self.ends[row - 1] if row else 0)
 
     def batches(self, process: Process) -> Iterator[range]:
         """The batches of a process, each the numbers of its images, whether they exist already or not."""
@@ -187,13 +208,17 @@ def generate_dataset(
     with _locked(config, process, log) as out:
         pipeline = pipeline or load_pipeline(config, conditions.palette)
         job = Job(len(conditions), len(conditions.files), config.replicates, config.batch_size)
+        criterion = open_filter(config, conditions, log) if config.hard_first else None
+        if criterion:
+            job = replace(job, ends=tuple(accumulate(images_of_rows(config, conditions, criterion))))
         log(f"Generating with {pipeline}, seed {config.seed}.")
         manifest = Manifest(out, job, process.rank)
         batches = [batch for batch in job.batches(process) if manifest.missing(batch)]
-        rows = (image // config.replicates for batch in batches for image in manifest.missing(batch))
+        rows = (job.place(image)[0] for batch in batches for image in manifest.missing(batch))
         check_masks(conditions, rows, pipeline.base.latent_factor, log)
-        criterion = open_filter(config, conditions, log)
+        criterion = criterion or open_filter(config, conditions, log)
         settings = settings_of(config, pipeline, conditions, criterion)
+        settings |= {"images_up_to_row": job.ends} if job.ends else {}
         _compare_settings(out, settings, allow=not any((out / "images").rglob("*.png")))
         task = Task(config, out, pipeline, conditions, job, manifest, criterion)
         if batches and criterion and criterion.tolerance is not None:
@@ -236,7 +261,8 @@ def settings_of(
     """All that the images depend on, by value and by the content of what is named."""
     settings = asdict(config) | {"base_fingerprint": pipeline.base.fingerprint, "rows": conditions.fingerprint}
     for name in CHANGE_NO_IMAGE:
-        settings.pop(name)
+        if name != "limit" or not config.hard_first:  # which then shares out other images
+            settings.pop(name)
     if not config.without_control:
         settings |= {"controlnet": pipeline.controlnet_folder, "controlnet_weights": pipeline.controlnet_digest}
         if rewarded := reward_record(pipeline.controlnet_folder):
@@ -292,7 +318,7 @@ def generate_batch(task: Task, batch: Sequence[int]) -> dict[int, tuple[Conditio
     """Every image of a batch, whether it exists already or not, with what it was generated from."""
     sizes: dict[tuple, dict[int, Condition]] = {}
     for image in batch:
-        condition = task.conditions.read(*divmod(image, task.job.replicates))
+        condition = task.conditions.read(*task.job.place(image))
         sizes.setdefault(condition.mask.shape, {})[image] = condition
     results: dict[int, Any] = {}
     for group in sizes.values():  # one call of `generate` has masks of one size
@@ -324,7 +350,7 @@ def class_losses(task: Task, criterion: Filter, log: Callable) -> np.ndarray:
     rows = sorted(rng.permutation(len(task.conditions.files), "regions", task.config.seed)[:MEASURED_ROWS])
     check_masks(task.conditions, rows, task.pipeline.base.latent_factor, log)
     log(f"--filter_regions: measuring the mean loss of each class on {len(rows)} images")
-    once, size = replace(task, job=replace(task.job, replicates=1), criterion=None), task.job.batch_size
+    once, size = replace(task, job=replace(task.job, replicates=1, ends=()), criterion=None), task.job.batch_size
     batches = (generate_batch(once, rows[first : first + size]) for first in range(0, len(rows), size))
     return criterion.mean_losses((made.image, made.mask) for batch in batches for _, made in batch.values())
 
