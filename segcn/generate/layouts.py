@@ -220,8 +220,9 @@ def _measure(
     half, other = order[:size], order[-size:]
     agreement, nearest = nearest_masks(layouts, real)
     usual = np.quantile(nearest_masks(real.masks[:MEASURED], real, True)[0], [0.5, 0.99])
-    seen = (real.counted.boundary[half] >= BORDER).any(0)
-    unseen = (real.counted.boundary[other] >= BORDER) & ~seen
+    middle = max(1, len(order) // 2)
+    seen = (real.counted.boundary[order[:middle]] >= BORDER).any(0)
+    unseen = (real.counted.boundary[order[-middle:]] >= BORDER) & ~seen
     found: dict[str, Any] = {
         "layouts": len(layouts),
         "valid": [float((real.foreign(counted.boundary) == 0).mean()), float((~unseen.any(1)).mean())],
