@@ -105,7 +105,7 @@ def test_both_sides_get_the_same_flags_and_train_the_same_network(bench, base):
     config = bench(max_train_samples=7)
     lines = [command(config, side, Path("/x"), 5, 5, variant_words(config, "bf16", side)) for side in train.SIDES]
     theirs, ours = ([word for word in line if word.startswith("--")] for line in lines)
-    assert [name for name in ours if name not in theirs] == ["--logging_steps", "--augment"]
+    assert [name for name in ours if name not in theirs] == ["--logging_steps", "--augment", "--reward_weight"]
     assert set(theirs) <= set(ours)
     assert variant_words(config, "memory", "baseline") == variant_words(config, "ours", "baseline")
     alone = bench(peer="")

@@ -117,7 +117,9 @@ def train_latent_segmenter(config: TrainConfig, base: Base, examples: Examples, 
 def _latent_settings(config: TrainConfig) -> SegmenterConfig:
     assert config.max_train_steps is not None
     steps = max(1, min(LATENT_STEPS, config.max_train_steps // 2))
-    return SegmenterConfig(steps, width=LATENT_WIDTH, resolution=config.resolution, seed=REWARD_SEED, fit=config.fit)
+    return SegmenterConfig(
+        steps=steps, width=LATENT_WIDTH, seed=REWARD_SEED, resolution=config.resolution, fit=config.fit
+    )
 
 
 def _fingerprint(config: TrainConfig, base: Base, examples: Examples) -> str:
