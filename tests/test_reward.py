@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from runs import log_of
+from safetensors.torch import load_file
 from test_resume import assert_same, ended
 from torch.utils.data import default_collate
 
@@ -145,7 +146,9 @@ def test_two_processes_are_rewarded_as_one(rewarded, tmp_path):
     one = train(rewarded(tmp_path / "one", train_batch_size=2, **given))
     losses = [[entry["loss"] for entry in log_of(run)] for run in (tmp_path / "two", one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert reward_record(tmp_path / "two")[1] == reward_record(one)[1]
+    kept = [load_file(run / REWARD_FOLDER / "model.safetensors") for run in (tmp_path / "two", one)]
+    for name, weight in kept[0].items():  # on one and on two cores: sums differ in the last digits
+        assert torch.allclose(weight, kept[1][name], atol=1e-3), name
     assert io.problem(tmp_path / "two" / REWARD_FOLDER) is None
 
 
