@@ -66,9 +66,9 @@ def test_from_the_true_noise_or_v_the_estimate_is_the_clean_image(kind):
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=kind)
     clean, noise, timestep = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.tensor([0, 200, 500, 700])
     noisy = scheduler.add_noise(clean, noise, timestep)
-    told = noise if kind == "epsilon" else scheduler.get_velocity(clean, noise, timestep)
-    assert torch.allclose(clean_estimate(scheduler, noisy, told, timestep), clean, atol=1e-5)
-    assert not torch.allclose(clean_estimate(scheduler, noisy, -told, timestep)[1:], clean[1:], atol=0.1)
+    prediction = noise if kind == "epsilon" else scheduler.get_velocity(clean, noise, timestep)
+    assert torch.allclose(clean_estimate(scheduler, noisy, prediction, timestep), clean, atol=1e-5)
+    assert not torch.allclose(clean_estimate(scheduler, noisy, -prediction, timestep)[1:], clean[1:], atol=0.1)
 
 
 @pytest.mark.parametrize("latents", [True, False])

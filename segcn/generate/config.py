@@ -109,7 +109,7 @@ class GenerateConfig(SampleConfig):
         above=0, high=1,
     )  # fmt: skip
     inpaint: list[str] = flag(
-        [], "generate only the pixels of these classes anew, in the rows that have one; the rest of the row's own image"
+        [], "regenerate only the pixels of these classes, in the rows that have one; the rest of the row's own image"
         " stays as it is",
     )  # fmt: skip
     batch_size: int = flag(16, "images generated at once", low=1)

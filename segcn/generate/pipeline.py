@@ -93,7 +93,7 @@ class Start(NamedTuple):
 
     images: np.ndarray  # uint8 [B, H, W, 3]
     strength: float = 1.0  # share of the steps that are done, in (0, 1]; 1: from noise alone
-    region: np.ndarray | None = None  # bool [B, H, W], the pixels to generate anew; none: all
+    region: np.ndarray | None = None  # bool [B, H, W], the pixels to regenerate; none: all
 
 
 def load_pipeline(settings: SampleConfig, palette: Palette | None = None) -> Pipeline:
