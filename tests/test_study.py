@@ -91,6 +91,25 @@ def test_every_stage_of_a_case_gets_a_folder_of_its_rows_alone(data, config, tmp
     assert (generation.limit, generation.replicates) == (3, 2)
 
 
+def test_new_layouts_come_from_the_rows_of_a_case_alone_and_every_image_has_one_of_its_own(config, tmp_path):
+    for row, record in enumerate(write_rectangles(tmp_path / "data/train", 8).records):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[6 + row : 14 + row, 12:20] = 1  # an object
+        write_mask(record.mask, mask, PALETTE)
+    write_rectangles(tmp_path / "data/test", 2)
+    config = dataclasses.replace(config, dataset_name=str(tmp_path / "data"))
+    before, plan = (
+        run.open_plan(dataclasses.replace(config, layouts=method), quietly) for method in (None, "recombine")
+    )
+    for case, rows in plan.rows.items():
+        settings, generation = plan.layouts(case), plan.synthetic(case)
+        assert settings.dataset_name == str(rows.learned.folder) and before.layouts(case) is None
+        assert generation.controls == settings.output_dir and (generation.limit, generation.replicates) == (4, 1)
+        assert generation.prompt == "{caption} with {classes}"
+        assert len(list(Path(settings.output_dir).glob("masks/*.png"))) == 4
+        assert generation.output_dir != before.synthetic(case).output_dir
+
+
 STAGES = [  # a setting, and the stages that it makes stale: of the smaller fraction and of the larger one
     ({"controlnet_steps": 7}, "cCiIsSpPmM"), ({"controlnet_more_steps": 7}, "CISPM"), ({"min_miou": 0.1}, "iIsSpPmM"),
     ({"segmenter_steps": 7}, "iIsSpPmMrR"), ({"patience": 3}, "iIsSpPmMrR"), ({"ratio": 2.0}, "sSpPmM"),

@@ -72,6 +72,11 @@ class StudyConfig:
         None, "start from the rows' own images and do this share of the steps, as in segcn generate", above=0, high=1
     )
     hard_first: bool = flag(False, "more images of the rows that the segmenter finds hard, as in segcn generate")
+    layouts: str | None = flag(
+        None,
+        "generate for new masks, as segcn layouts --method makes them of the rows",
+        ("recombine", "learned"),
+    )
     augment_masks: str = flag("affine", "how new layouts are drawn from the rows' masks, as in segcn generate")
     min_miou: float = flag(0.6, "regenerate an image whose mIoU with its mask is lower", low=0, high=1)
     max_attempts: int = flag(3, "times that an image is generated before it is dropped", low=1)

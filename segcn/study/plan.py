@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from segcn.data.metadata import Split, find_splits, read_split, write_metadata
 from segcn.data.transforms import AugmentConfig
-from segcn.generate.config import GenerateConfig
+from segcn.generate.config import GenerateConfig, LayoutsConfig
 from segcn.models.base import base_fingerprint
 from segcn.models.segmenter import SegmenterConfig
 from segcn.study.config import StudyConfig
@@ -29,6 +29,7 @@ USUAL_STEPS = 2000  # about where a training ends whose length its plateau sets
 VALIDATED, MOST_VALIDATED = 5, 256  # every fifth row drawn validates, at most so many
 GENERATED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "vary", "from_images",
              "augment_masks", "min_miou", "max_attempts", "filter_regions", "hard_first", "batch_size")  # fmt: skip
+NEW_TEXT = "{caption} with {classes}"  # of a new mask, whose caption names no class
 PLACES = {"dataset_name", "controls", "output_dir", "cache_dir", "pretrained_model_name_or_path", "segmenter",
           "controlnet_model_name_or_path", "architecture"}  # fmt: skip
 
@@ -203,19 +204,37 @@ class StudyPlan:
         key = digest(settings, rows.fingerprint, self.base, Path(smaller.output_dir).name if smaller else None)
         return replace(settings, output_dir=str(config.folder / "controlnets" / f"{case.name}-{key}"))
 
+    def layouts(self, case: Portion) -> LayoutsConfig | None:
+        """How the masks of the synthetic images of a case are made; None: they are those of its rows."""
+        config, rows = self.config, self.rows[case].learned
+        if not config.layouts:
+            return None
+        settings = LayoutsConfig(
+            dataset_name=str(rows.folder), count=config.amounts[-1], method=config.layouts, seed=config.seed,
+            resolution=config.resolution, fit="stretch" if config.fit == "stretch" else "crop",
+        )  # fmt: skip
+        folder = config.folder / "layouts" / f"{case.name}-{digest(settings, rows.fingerprint)}"
+        return replace(settings, output_dir=str(folder))
+
     def synthetic(self, case: Portion) -> GenerateConfig:
         """How the synthetic images of a case are generated and filtered: from its rows, by networks of its rows."""
         config, rows, controlnet = self.config, self.rows[case].learned, self.controlnet(case).output_dir
         _, segmenter = self.segmenter(case, REAL, 0)
+        layouts = self.layouts(case)
+        masks = layouts.count if layouts else len(rows)
         settings = make(
-            GenerateConfig, config.preset, controls=str(rows.folder), split="train", seed=config.seed,
+            GenerateConfig, config.preset, split="train", seed=config.seed,
+            controls=layouts.output_dir if layouts else str(rows.folder),
             pretrained_model_name_or_path=config.pretrained_model_name_or_path, lora=config.lora,
             segmenter=str(segmenter),
             controlnet_model_name_or_path=controlnet, resolution=config.resolution, fit=config.fit,
-            limit=min(config.amounts[-1], len(rows)), replicates=-(-config.amounts[-1] // len(rows)),
+            limit=min(config.amounts[-1], masks), replicates=-(-config.amounts[-1] // masks),
             **{name: getattr(config, name) for name in GENERATED if getattr(config, name) != ""},
         )  # fmt: skip
-        key = digest(settings, rows.fingerprint, Path(controlnet).name, segmenter.name)
+        if layouts and settings.prompt is None:
+            settings = replace(settings, prompt=NEW_TEXT)
+        key = digest(settings, rows.fingerprint, Path(controlnet).name, segmenter.name,
+                     *([Path(layouts.output_dir).name] if layouts else []))  # fmt: skip
         return replace(settings, output_dir=str(config.folder / "images" / f"{case.name}-{key}"))
 
     def learned_from(self, case: Portion, arm: Arm) -> tuple[Split | None, Split | None]:

@@ -18,6 +18,7 @@ from segcn.data.metadata import METADATA, Split, check_split, read_split
 from segcn.data.transforms import AugmentConfig
 from segcn.generate.conditions import read_conditions
 from segcn.generate.config import GenerateConfig
+from segcn.generate.layouts import make_layouts
 from segcn.generate.writer import generate_dataset
 from segcn.models.base import one_core, pick_device
 from segcn.models.segmenter import AnySegmenter, load_segmenter, write_segmenter
@@ -101,6 +102,9 @@ def open_plan(config: StudyConfig, log: Log) -> StudyPlan:
     write_text(config.folder / "rows.json", json.dumps(named, indent=1) + "\n")
     plan = StudyPlan(config, staged, test)
     for case in plan.rows:  # what generation refuses is refused before anything is trained
+        layouts = plan.layouts(case)
+        if layouts and not Path(layouts.output_dir, "layouts.json").is_file():
+            make_layouts(layouts, log)
         read_conditions(plan.synthetic(case))
         if not any(io.problem(plan.segmenter(case, REAL, 0, choice)[1]) for choice in plan.candidates):
             plan.choose(case)
