@@ -233,3 +233,19 @@ def test_label_studios_brushes_are_joined_by_their_task(tmp_path):
     found, names = brought(tmp_path / "in", tmp_path / "out")
     assert names == ("background", "cat", "left dog")
     assert np.array_equal(found[0], boxes(2, 1)) and np.array_equal(found[1], boxes(0, 1))
+
+
+def test_images_of_coco_a_stack_and_volumes_are_cut_into_tiles_alike(tmp_path):
+    photos(tmp_path / "coco/images")
+    wanted = {"coco": list(coco_file(tmp_path / "coco/annotations/instances.json")), "stack": [boxes(1, 2)] * 2}
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH), np.uint8)
+    for name, page in (("images", noise), ("masks", boxes(1, 2))):
+        (tmp_path / "stack" / name).mkdir(parents=True)
+        pages = [Image.fromarray(page)] * 2
+        pages[0].save(tmp_path / "stack" / name / "s.tif", save_all=True, append_images=pages[1:])
+    scans = volumes(tmp_path / "volumes", patients=2, slices=3)
+    wanted["volumes"] = [mask[:, :, k].T for _, mask in scans.values() for k in (1, 2)]
+    for source, masks in wanted.items():
+        found, _ = brought(tmp_path / source, tmp_path / f"{source}_out", tile=16, overlap=4, window="0,255")
+        tiles = [mask[top : top + 16, left : left + 16] for mask in masks for top in (0, 4) for left in (0, 8)]
+        assert len(found) == len(tiles) and all(np.array_equal(*pair) for pair in zip(found, tiles, strict=True))

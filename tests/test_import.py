@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -427,3 +428,67 @@ def test_rows_may_be_held_out_the_same_at_each_call_and_every_pair_stays_one(tmp
             run(source, tmp_path / "out", caption="a", test=count)
     with pytest.raises(UserError, match="use --files copy or symlink"):
         run(source, tmp_path, caption="a", test=1, files="rewrite")
+
+
+def make_large(folder, sizes=((30, 45), (20, 20), (41, 20)), palette=PALETTE):
+    """Pairs of these (height, width), every pixel of an image of its own color; the images and masks."""
+    made = []
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for k, size in enumerate(sizes):
+        image = np.random.default_rng(k).integers(0, 256, (*size, 3), np.uint8)
+        made.append((image, (image[..., 0] % 3).astype(np.uint8)))
+        Image.fromarray(image).save(folder / f"images/p{k}.png")
+        write_mask(folder / f"masks/p{k}.png", made[-1][1], palette)
+    palette.save(folder / "palette.json")
+    return made
+
+
+def test_tiles_are_full_squares_of_image_and_mask_that_cover_every_pixel_and_say_where_they_are(tmp_path):
+    made = make_large(tmp_path / "source")
+    lines = run(tmp_path / "source", tmp_path / "out", tile=20, overlap=6, caption="{classes}")
+    assert any("--test 8 holds out whole images" in line for line in lines)
+    found, covered = read_split(tmp_path / "out"), [np.zeros(mask.shape, int) for _, mask in made]
+    check_split(found)
+    starts = {20: (0,), 30: (0, 10), 41: (0, 14, 21), 45: (0, 14, 25)}
+    assert len(found) == 2 * 3 + 1 + 3 == len({record.image_name for record in found.records})
+    for record in found.records:
+        number, row, column = record.image.stem.split("_")
+        image, ids = made[int(number)]
+        top, left = starts[len(ids)][int(row[1:])], starts[ids.shape[1]][int(column[1:])]
+        there = np.s_[top : top + 20, left : left + 20]
+        assert np.array_equal(read_image(record.image), image[there]) and image[there].shape == (20, 20, 3)
+        assert (
+            np.array_equal(read_mask(record.mask, found.palette), ids[there]) and record.mask.stem == record.image.stem
+        )
+        covered[int(number)][there] += 1
+        origin = f"{record.image_name},{tmp_path / 'source/images'}/p{int(number)}.png"
+        assert origin in (tmp_path / "out/sources.csv").read_text()
+    assert all(each.min() == 1 for each in covered) and covered[0].max() > 1
+    assert sorted(os.listdir(tmp_path / "out/images")) == sorted(record.image.name for record in found.records)
+
+
+def test_all_tiles_of_an_image_are_on_one_side_of_a_split(tmp_path):
+    make_large(tmp_path / "source", [(30, 30)] * 5)
+    run(tmp_path / "source", tmp_path / "out", tile=20, caption="a", test=2)
+    rows = {}
+    for side in ("train", "test"):
+        lines = (tmp_path / f"out/{side}/sources.csv").read_text().splitlines()[1:]
+        rows[side] = Counter(line.split(",")[1] for line in lines)
+    assert [sorted(rows[side].values()) for side in rows] == [[4] * 3, [4] * 2] and not set(rows["train"]) & set(
+        rows["test"]
+    )
+
+
+def test_an_image_smaller_than_a_tile_is_refused_by_its_own_name_and_tiles_need_copies(tmp_path):
+    source = tmp_path / "source"
+    make_large(source)
+    message = refused(source, tmp_path / "out", tile=21, caption="a")
+    assert f"{source / 'images/p1.png'}: expected 21 x 21 pixels at least, found 20 x 20: use a smaller" in message
+    assert "1 more of 3 images fail" in message and "partial" not in message
+    assert "expected less than --tile 8" in refused(source, tmp_path / "out", tile=8, overlap=8, caption="a")
+    assert "none was given" in refused(source, tmp_path / "out", overlap=8, caption="a")
+    assert "use --files copy" in refused(source, tmp_path / "out", tile=8, caption="a", files="symlink")
+    write_mask(source / "masks/p0.png", np.zeros((30, 44), np.uint8), PALETTE)
+    message = refused(source, tmp_path / "out", tile=20, caption="a")
+    assert f"{source / 'images/p0.png'}: expected an image and a mask of one size, found 45 x 30 and 44 x 30" in message

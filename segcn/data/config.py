@@ -64,6 +64,12 @@ class ImportConfig:
         ("one", "name"),
     )
     skip_unpaired: bool = flag(False, "leave out images without a mask, masks without an image, rows without a mask")
+    tile: int | None = flag(
+        None,
+        "cut images and masks into squares of so many pixels a side; none: leave them whole",
+        low=1,
+    )
+    overlap: int = flag(0, "pixels by which neighboring tiles overlap, at least", low=0)
     test: int = flag(0, "rows for test/, drawn at random from a SOURCE without splits; 0: none", low=0)
     image_column: str | None = flag(None, "column of the images; none: file_name, or image")
     conditioning_image_column: str | None = flag(

@@ -219,6 +219,14 @@ def _to_square(image: torch.Tensor, draw: Draw, resolution: int, interpolation, 
     return F.pad(resized, [frame.left, frame.top, right, bottom], **padding)
 
 
+def window_starts(length: int, size: int, overlap: int) -> list[int]:
+    """Where windows of `size` start so that they cover `length` >= size, each over `overlap` of the one before or more.
+
+    The last one is shifted inwards. overlap < size.
+    """
+    return [*range(0, length - size, size - overlap), length - size]
+
+
 # --- Where a draw puts each pixel: numbers alone, so that an image can be held against them
 
 

@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 
 from segcn.data.captions import classes_of
 from segcn.data.config import READY, ImportConfig
-from segcn.data.files import ORIENTATION, READABLE, open_image
+from segcn.data.files import ORIENTATION, READABLE, open_image, read_image
 from segcn.data.importers.formats import DICOM, class_dict, read_dicom, window_of
 from segcn.data.importers.palettes import (
     Reading,
@@ -31,6 +32,7 @@ from segcn.data.importers.tables import Row
 from segcn.data.masks import read_mask, read_stored_mask, write_mask
 from segcn.data.metadata import METADATA, STRAY, check_split, read_split, write_csv, write_metadata
 from segcn.data.palette import Label, Palette, find_palette
+from segcn.data.transforms import Box, window_starts
 from segcn.utils.errors import UserError, refuse_failed
 from segcn.utils.paths import SYMLINKS
 from segcn.utils.progress import Progress
@@ -93,6 +95,10 @@ def _target(config: ImportConfig) -> Path:
     if not (config.source and config.out):
         raise UserError("segcn import needs two places: segcn import SOURCE OUT")
     source, out = Path(config.source).resolve(), Path(config.out).resolve()
+    if config.overlap >= (config.tile or 1):
+        raise UserError(f"--overlap {config.overlap}: expected less than --tile {config.tile or '(none was given)'}")
+    if config.tile and config.files != "copy":
+        raise UserError(f"--tile: tiles are new files, as --files {config.files} does not write: use --files copy")
     if config.files == "rewrite":
         if config.test:
             raise UserError("--test: the files would have to lie in train/ and test/; use --files copy or symlink")
@@ -358,6 +364,8 @@ def _write(
             raise UserError(str(error).replace("--ready", "--palette")) from None
     if reading:
         _write_ids(folder, rows, reading, palette, config)
+    if config.tile:
+        _cut(folder, rows, palette, config.tile, config.overlap, log)
     captioned = {name: [_captioned(folder / name, row, palette, config.caption or "") for row in placed]
                  for name, placed in rows.items()}  # fmt: skip
     if not (folder / "palette.json").exists():
@@ -391,6 +399,50 @@ def _write_ids(
             old.unlink()
             placed[number] = row._replace(mask=str(Path(row.mask).with_suffix(".png")))
             write_mask(folder / name / placed[number].mask, ids, palette)
+
+
+def _cut(folder: Path, rows: dict[str, list[Placed]], palette: Palette, tile: int, overlap: int, log: Callable) -> None:
+    """Replace the copies by their tiles, images/000000_r0_c1.png and its mask: row and column of tiles from 0.
+
+    All are full squares that cover every pixel; the last of a row or column is shifted inwards. UserError for an image
+    that is smaller than a tile (padding would be drawn by what is trained on it), and one without a mask of its size.
+    """
+
+    def tiles_of(name: str, row: Placed) -> list[Placed] | str:
+        try:
+            image, mask = read_image(folder / name / row.image), read_mask(folder / name / row.mask, palette)
+        except UserError as error:
+            return str(error)
+        (height, width), where = mask.shape, folder / name / row.image
+        if image.shape[:2] != mask.shape:
+            sizes = f"{image.shape[1]} x {image.shape[0]} and {width} x {height}"
+            return f"{where}: expected an image and a mask of one size, found {sizes}"
+        if min(height, width) < tile:
+            return f"{where}: expected {tile} x {tile} pixels at least, found {width} x {height}: use a smaller --tile"
+        found = []
+        for r, top in enumerate(window_starts(height, tile, overlap)):
+            for c, left in enumerate(window_starts(width, tile, overlap)):
+                ending, box = f"_r{r}_c{c}.png", Box(top, left, tile, tile)
+                names = [f"{each.rpartition('.')[0]}{ending}" for each in row[1:]]
+                Image.fromarray(box.of(image)).save(folder / name / names[0])
+                write_mask(folder / name / names[1], box.cut(mask), palette)
+                found.append(Placed(row.source, *names))
+        for each in row[1:]:
+            (folder / name / each).unlink()
+        return found
+
+    for name, placed in rows.items():
+        progress = Progress(f"{name or 'rows'} cut into tiles", len(placed), log)
+        tiles, problems = list[Placed](), list[str]()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done, found in enumerate(pool.map(tiles_of, [name] * len(placed), placed), start=1):
+                problems += [found] if isinstance(found, str) else []
+                tiles += [] if isinstance(found, str) else found
+                progress(done)
+        refuse_failed(problems, len(placed), "images")
+        rows[name] = tiles
+    if list(rows) == [""]:
+        log("--tile: rows that are held out later may be tiles of images to train on; --test 8 holds out whole images.")
 
 
 def _naming_sources(message: str, folder: Path, rows: dict[str, list[Placed]]) -> str:
