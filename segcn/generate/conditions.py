@@ -94,7 +94,7 @@ class Conditions:
 
         Where the prompt says left or right, the mask is not mirrored. UserError names the file.
         """
-        file, resolution, fit = self.files[row], self.config.resolution, self.config.fit
+        file, resolution, fit = self.files[row], self.config.square, self.config.fit
         if self.augment is None:
             return *read_framed_mask(file, self.palette, resolution, fit), None
         mask = read_mask(file, self.palette)
@@ -147,6 +147,7 @@ def read_conditions(config: GenerateConfig) -> Conditions:
     """The rows, texts and palette of --controls; UserError where there are none, and for flags that do not fit them."""
     if not config.controls:
         raise UserError("--controls: expected a data set or a folder of masks, found nothing")
+    check_tiled(config)
     folder, real, inpainted = Path(config.controls), None, list[int]()
     if is_dataset(folder):
         split = read_named_split(folder, config.split)
@@ -171,6 +172,13 @@ def read_conditions(config: GenerateConfig) -> Conditions:
     augment = _augment_masks(config.augment_masks) if config.augment_masks else None
     groups = [_word_group(text, config, captions) for text in config.vary]
     return Conditions(config, files, captions, palette, augment, groups, real, inpainted)
+
+
+def check_tiled(config: GenerateConfig) -> None:
+    """UserError for a flag that --tiled cannot be combined with: all that reads real images, and square masks."""
+    for name in ("from_images", "inpaint", "augment_masks", "min_miou", "filter_regions", "reconstruct"):
+        if config.tiled and getattr(config, name) not in (None, [], False):
+            raise UserError(f"--tiled generates from masks as they are, all that it generates is kept: drop --{name}")
 
 
 def _ids_of(names: Sequence[str], palette: Palette) -> list[int]:
@@ -245,10 +253,10 @@ def check_masks(conditions: Conditions, rows: Iterable[int], factor: int, log: C
                 conditions.read_image(row, mask.shape[0], drawn)
         except UserError as error:
             return str(error)
-        if mask.shape[0] % factor or mask.shape[1] % factor:
+        if not conditions.config.tiled and (mask.shape[0] % factor or mask.shape[1] % factor):
             return (
                 f"{conditions.files[row]}: expected sides that are multiples of {factor}, found {_size(mask)}:"
-                " --resolution makes a square of the size that you give"
+                " --resolution makes a square of the size that you give, --tiled takes any"
             )
         return None
 

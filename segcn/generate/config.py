@@ -40,6 +40,7 @@ class SampleConfig:
     )
     palette: str | None = flag(None, "palette.json of the masks; none: found beside them, else the ControlNet's")
     resolution: int | None = flag(None, "image size in pixels, made by --fit; none: the mask's own size", low=1)
+    tiled: bool = flag(False, "masks keep their size: overlapping windows of --resolution are blended into one image")
     fit: str = flag("crop", "how --resolution makes a mask square: crop, pad or stretch, as in training", FITS)
     num_inference_steps: int = flag(20, "denoising steps", low=1)
     guidance_scale: float = flag(4.0, "weight of the text (classifier-free guidance); 1: off")
@@ -58,6 +59,11 @@ class SampleConfig:
     seed: int = flag(0, "each image's noise depends on this and its row alone")
     mixed_precision: str = flag("no", "no, fp16 or bf16", PRECISIONS)
     torch_compile: bool = flag(False, "compile the networks: minutes at the start, faster steps; needs a GPU")
+
+    @property
+    def square(self) -> int | None:
+        """The side of the square that --fit makes of a mask; None: it keeps its size."""
+        return None if self.tiled else self.resolution
 
 
 @dataclass(frozen=True)

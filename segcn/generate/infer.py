@@ -113,17 +113,18 @@ def infer(config: InferConfig) -> Path:
     """Generate every prompt with every seed, and write one PNG: a row of images for each prompt."""
     out, mask_path = _check_files(config)
     palette = _palette_of(mask_path, config)
-    framed = palette and read_framed_mask(mask_path, palette, config.resolution, config.fit)
+    framed = palette and read_framed_mask(mask_path, palette, config.square, config.fit)
     pipeline = load_pipeline(config, palette)
-    mask, frame = framed or read_framed_mask(mask_path, pipeline.palette, config.resolution, config.fit)
+    mask, frame = framed or read_framed_mask(mask_path, pipeline.palette, config.square, config.fit)
     columns = [(seed, 0) for seed in config.seeds] or [(config.seed, row) for row in range(config.num_images)]
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(seed for seed, _ in columns))
     print(f"Generating with {pipeline}, seed {seeds}.", file=sys.stderr)
     images: dict[tuple[str, int, int], np.ndarray] = {}
     batches: list[tuple[int, list[tuple[str, int]]]] = []
+    at_once = 1 if config.tiled else BATCH_SIZE
     for seed in dict.fromkeys(seed for seed, _ in columns):
         cells = [(prompt, row) for prompt in config.prompt for own, row in dict.fromkeys(columns) if own == seed]
-        batches += [(seed, cells[first : first + BATCH_SIZE]) for first in range(0, len(cells), BATCH_SIZE)]
+        batches += [(seed, cells[first : first + at_once]) for first in range(0, len(cells), at_once)]
     steps = config.num_inference_steps
     progress = Progress("denoising steps", steps * len(batches), file=sys.stderr)
 

@@ -7,7 +7,7 @@ the window each image passes through the networks once, and the ControlNet runs 
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -29,7 +29,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from segcn.data.dataset import to_control, to_image, to_uint8
 from segcn.data.palette import Palette
+from segcn.data.transforms import Box
 from segcn.generate.config import SampleConfig
+from segcn.generate.tiling import Windows
 from segcn.models.base import (
     DTYPES,
     Base,
@@ -54,9 +56,12 @@ CONTROL_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
+WINDOWS_AT_ONCE = 8  # of --tiled, where there is no --batch_size
+STRIP = 64  # rows of a large image that become bytes at once
 KEPT_CAPTIONS = 256  # embeddings that a pipeline keeps: 60 MB with Stable Diffusion 1.5
 Sampler = Callable[[Callable[[torch.Tensor, int], torch.Tensor], torch.Tensor, Any], torch.Tensor]  # see `generate`
 OnStep = Callable[[int], bool | None]
+Tiles = tuple[Windows, Callable[[Sequence[Box]], torch.Tensor | None]]  # and the control of some of them
 OnGuess = Callable[[int, Callable[[], np.ndarray]], bool | None]
 
 
@@ -177,6 +182,8 @@ def check_sampling(settings: SampleConfig) -> None:
         first, last = getattr(settings, start), getattr(settings, end)
         if first > last:
             raise UserError(f"--{start} and --{end}: expected 0 <= start <= end <= 1, found {first} and {last}")
+    if settings.tiled and settings.resolution is None:
+        raise UserError("--tiled: expected --resolution, the side of its windows, at which the ControlNet was trained")
 
 
 def generate(
@@ -202,21 +209,77 @@ def generate(
     start from, noised (SDEdit, Meng et al. 2022, arXiv:2108.01073); the steps before that noise are skipped, and
     windows and schedules are shares of the others, as in diffusers. Outside of its region the images stay the real
     ones, byte for byte (blended latent diffusion, Avrahami et al. 2022, arXiv:2206.02779; RePaint, Lugmayr et al. 2022,
-    arXiv:2201.09865). It cannot be combined with a sampler. UserError for settings out of range and a size that the
-    base cannot have.
+    arXiv:2201.09865). It cannot be combined with a sampler. With settings.tiled, images larger than
+    settings.resolution are generated one by one, at any size (`tiling`), from noise alone. UserError for settings out
+    of range and a size that the base cannot have.
     """
     check_sampling(settings)
     base = pipeline.base
     if masks is not None:
         size = masks.shape[1:]
     assert size is not None
+    if settings.tiled and (max(size) > (settings.resolution or 0) or any(side % base.latent_factor for side in size)):
+        assert start is None, "--tiled starts from noise"
+        images = zip([None] * len(rows) if masks is None else masks, captions, rows, strict=True)
+        tiled = partial(
+            generate_tiled, settings=settings, size=size, on_step=on_step, sampler=sampler, on_guess=on_guess
+        )
+        return np.stack([tiled(pipeline, mask, caption, row) for mask, caption, row in images])
     noise = first_noise(base, rows, settings, size)
     negative = torch.stack([pipeline.embedding(settings.negative_prompt)] * len(captions))
     text = torch.stack([pipeline.embedding(caption) for caption in captions])
     control = None if masks is None else to_control(masks, pipeline.palette).to(noise.device, base.dtype)
     latents = denoising_loop(pipeline, noise, negative, text, control, settings, on_step, sampler, on_guess, start)
-    images = to_uint8(decode(base.vae, latents))
-    return images if start is None or start.region is None else blended(start, images, base.latent_factor)
+    made = to_pixels(base, latents)
+    return made if start is None or start.region is None else blended(start, made, base.latent_factor)
+
+
+def generate_tiled(
+    pipeline: Pipeline,
+    mask: np.ndarray | None,
+    caption: str,
+    row: int,
+    settings: SampleConfig,
+    size: tuple[int, int],
+    on_step: OnStep | None = None,
+    sampler: Sampler | None = None,
+    on_guess: OnGuess | None = None,
+) -> np.ndarray:
+    """One image of any size, uint8 [H, W, 3], from windows of settings.resolution; its noise is one field.
+
+    mask: uint8 [H, W]. What the sides lack to a multiple of a latent cell repeats the mask's edge, and is cut off.
+    Beside arrays of the image's size the memory is that of a batch of windows.
+    """
+    base, factor = pipeline.base, pipeline.base.latent_factor
+    assert settings.resolution is not None
+    if settings.resolution % factor:
+        raise UserError(f"--resolution: expected a multiple of {factor} with --tiled, found {settings.resolution}")
+    cells = (-(-size[0] // factor), -(-size[1] // factor))
+    windows = Windows(cells, settings.resolution // factor, getattr(settings, "batch_size", WINDOWS_AT_ONCE))
+    noise = first_noise(base, [row], settings, (cells[0] * factor, cells[1] * factor))
+    padded = None if mask is None else np.pad(mask, [(0, -side % factor) for side in size], mode="edge")
+
+    def control_of(boxes: Sequence[Box]) -> torch.Tensor | None:
+        """Of windows in cells: [N, 3, h, w] in [0, 1]."""
+        if padded is None:
+            return None
+        parts = np.stack([Box(*(factor * each for each in box)).cut(padded) for box in boxes])
+        return to_control(parts, pipeline.palette).to(noise.device, base.dtype)
+
+    negative, text = pipeline.embedding(settings.negative_prompt)[None], pipeline.embedding(caption)[None]
+    tiles = windows, control_of
+    latents = denoising_loop(pipeline, noise, negative, text, None, settings, on_step, sampler, on_guess, tiles=tiles)
+    return to_pixels(base, latents, windows)[0, : size[0], : size[1]]
+
+
+def to_pixels(base: Base, latents: torch.Tensor, windows: Windows | None = None) -> np.ndarray:
+    """Scaled latents [B, C, h, w] -> uint8 [B, H, W, 3]; of a large image (B = 1) window by window, blended."""
+    if windows is None:
+        return to_uint8(decode(base.vae, latents))
+    image = windows.blend(
+        lambda boxes: decode(base.vae, torch.cat([box.cut(latents) for box in boxes])), 3, base.latent_factor
+    )
+    return np.concatenate([to_uint8(strip) for strip in image.split(STRIP, dim=2)], axis=1)
 
 
 def noise_of(row: int, replicate: int, attempt: int) -> int:
@@ -248,12 +311,14 @@ def denoising_loop(
     sampler: Sampler | None = None,
     on_guess: OnGuess | None = None,
     start: Start | None = None,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """Noise float32 [B, C, h, w] to scaled latents [B, C, h, w].
 
     negative, text: embeddings [B, L, D] of the negative prompts and of the captions. control: [B, 3, H, W] in [0, 1].
+    tiles: of a large image (B = 1), its windows and their control, in place of `control`.
     """
-    unet, controlnet = pipeline.base.unet, None
+    unet, controlnet = pipeline.base.unet, pipeline.controlnet
     if control is not None:
         controlnet = embedding_once(pipeline.controlnet, len(control))
     scheduler = SCHEDULERS[settings.scheduler].from_config(pipeline.base.scheduler.config)
@@ -261,11 +326,11 @@ def denoising_loop(
     skipped = 0 if start is None else len(scheduler.timesteps) - int(len(scheduler.timesteps) * start.strength)
     both = torch.cat([negative, text])
 
-    def denoise(latents: torch.Tensor, step: int) -> torch.Tensor:
-        """The prediction for latents [B, C, h, w], guided (arXiv:2207.12598) and rescaled (arXiv:2305.08891)."""
+    def predict(latents: torch.Tensor, step: int, control: torch.Tensor | None) -> torch.Tensor:
+        """The prediction for latents [N, C, h, w], guided (arXiv:2207.12598) and rescaled (arXiv:2305.08891)."""
         timestep, done = scheduler.timesteps[step], (step - skipped, len(scheduler.timesteps) - skipped)
         guidance, weight = guidance_at(settings, *done), control_at(settings, *done)
-        prompts = both if guidance > 1 else text
+        prompts = (both if guidance > 1 else text).repeat_interleave(len(latents) // len(text), 0)  # windows share one
         copies = len(prompts) // len(latents)  # 2 with guidance
         noisy = torch.cat([latents] * copies).to(pipeline.base.dtype)
         residuals = {}
@@ -284,8 +349,15 @@ def denoising_loop(
         guided = without_text + guidance * (with_text - without_text)
         return rescale_noise_cfg(guided, with_text, settings.guidance_rescale) if settings.guidance_rescale else guided
 
-    def to_pixels(guess: torch.Tensor) -> np.ndarray:
-        return to_uint8(decode(pipeline.base.vae, guess))
+    def denoise(latents: torch.Tensor, step: int) -> torch.Tensor:
+        """The prediction for all latents, [B, C, h, w]."""
+        if tiles is None:
+            return predict(latents, step, control)
+        windows, control_of = tiles
+        return windows.blend(
+            lambda boxes: predict(torch.cat([box.cut(latents) for box in boxes]), step, control_of(boxes)),
+            latents.shape[1],
+        )
 
     if sampler is not None:
         assert start is None, "a sampler of one's own starts from noise"
@@ -307,7 +379,7 @@ def denoising_loop(
             break
         if on_guess:
             guess = clean_guess(scheduler, prediction, noisy, timestep)
-            if on_guess(step + 1, partial(to_pixels, guess)):
+            if on_guess(step + 1, partial(to_pixels, pipeline.base, guess, tiles and tiles[0])):
                 return guess
     return latents
 

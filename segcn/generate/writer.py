@@ -29,7 +29,7 @@ from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import Split, finish_dataset, read_named_split, write_pair
 from segcn.data.palette import Palette, palette_table
 from segcn.data.transforms import AUGMENTS, boxes
-from segcn.generate.conditions import Condition, Conditions, check_masks, read_conditions
+from segcn.generate.conditions import Condition, Conditions, check_masks, check_tiled, read_conditions
 from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate.filtering import (
     Filter,
@@ -207,7 +207,8 @@ def generate_dataset(
     conditions = read_conditions(config)
     with _locked(config, process, log) as out:
         pipeline = pipeline or load_pipeline(config, conditions.palette)
-        job = Job(len(conditions), len(conditions.files), config.replicates, config.batch_size)
+        at_once = 1 if config.tiled else config.batch_size  # images: under --tiled a batch is of windows
+        job = Job(len(conditions), len(conditions.files), config.replicates, at_once)
         criterion = open_filter(config, conditions, log) if config.hard_first else None
         if criterion:
             job = replace(job, ends=tuple(accumulate(images_of_rows(config, conditions, criterion))))
@@ -403,7 +404,7 @@ def finish_set(task: Task, process: Process, settings: dict[str, Any], log: Call
     manifest = Manifest(out, task.job, process.rank)  # with what other processes recorded
     missing = manifest.missing(range(len(task.job)))
     if missing:
-        others = sorted({image // config.batch_size % process.world for image in missing})
+        others = sorted({image // task.job.batch_size % process.world for image in missing})
         raise UserError(
             f"{out}: {len(missing)} of {len(task.job)} images are still missing, from process"
             f" {', '.join(map(str, others))} of {process.world}. When no process is running any more, rerun the same"
@@ -432,6 +433,7 @@ def finish_set(task: Task, process: Process, settings: dict[str, Any], log: Call
 
 def reconstruct_controls(config: GenerateConfig) -> Path:
     """`segcn generate --reconstruct`: the real images of --controls through the autoencoder of the base."""
+    check_tiled(config)
     out = Path(config.output_dir)
     if not config.output_dir or (out.exists() and any(out.iterdir())):
         raise UserError(f"--output_dir {out}: expected a folder that is empty or not there yet")
