@@ -230,7 +230,7 @@ def generate(
     text = torch.stack([pipeline.embedding(caption) for caption in captions])
     control = None if masks is None else to_control(masks, pipeline.palette).to(noise.device, base.dtype)
     latents = denoising_loop(pipeline, noise, negative, text, control, settings, on_step, sampler, on_guess, start)
-    made = to_pixels(base, latents)
+    made = decoded(base, latents)
     return made if start is None or start.region is None else blended(start, made, base.latent_factor)
 
 
@@ -269,10 +269,10 @@ def generate_tiled(
     negative, text = pipeline.embedding(settings.negative_prompt)[None], pipeline.embedding(caption)[None]
     tiles = windows, control_of
     latents = denoising_loop(pipeline, noise, negative, text, None, settings, on_step, sampler, on_guess, tiles=tiles)
-    return to_pixels(base, latents, windows)[0, : size[0], : size[1]]
+    return decoded(base, latents, windows)[0, : size[0], : size[1]]
 
 
-def to_pixels(base: Base, latents: torch.Tensor, windows: Windows | None = None) -> np.ndarray:
+def decoded(base: Base, latents: torch.Tensor, windows: Windows | None = None) -> np.ndarray:
     """Scaled latents [B, C, h, w] -> uint8 [B, H, W, 3]; of a large image (B = 1) window by window, blended."""
     if windows is None:
         return to_uint8(decode(base.vae, latents))
@@ -379,7 +379,7 @@ def denoising_loop(
             break
         if on_guess:
             guess = clean_guess(scheduler, prediction, noisy, timestep)
-            if on_guess(step + 1, partial(to_pixels, pipeline.base, guess, tiles and tiles[0])):
+            if on_guess(step + 1, partial(decoded, pipeline.base, guess, tiles and tiles[0])):
                 return guess
     return latents
 
