@@ -207,8 +207,7 @@ def generate_dataset(
     conditions = read_conditions(config)
     with _locked(config, process, log) as out:
         pipeline = pipeline or load_pipeline(config, conditions.palette)
-        at_once = 1 if config.tiled else config.batch_size  # images: under --tiled a batch is of windows
-        job = Job(len(conditions), len(conditions.files), config.replicates, at_once)
+        job = Job(len(conditions), len(conditions.files), config.replicates, 1 if config.tiled else config.batch_size)
         criterion = open_filter(config, conditions, log) if config.hard_first else None
         if criterion:
             job = replace(job, ends=tuple(accumulate(images_of_rows(config, conditions, criterion))))
