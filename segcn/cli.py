@@ -50,7 +50,7 @@ COMMANDS = {
                    "segcn.notebook.config:RunConfig", "segcn.notebook.run:run"),
     "app": Command("draw masks and generate images in the browser, from the model and the masks that come with it",
                    "segcn.notebook.config:AppConfig", "segcn.notebook.app:serve", ("dataset_name",), stopped=CLOSED),
-    "samples": Command("sample data (landscapes, earth, echo), bases (base, sd15), typical failures, measurements"),
+    "samples": Command("sample data (landscapes, earth, echo), bases (base, sd15, sdxl), failures, measurements"),
     "samples landscapes": Command("procedural landscapes with exact masks and captions", SAMPLES + "LandscapesConfig",
                                   "segcn.samples.landscapes.scene:write_landscapes", ("out",), True),
     "samples earth": Command("real places with MODIS land cover; needs pip install 'segcn[samples]'",
@@ -61,6 +61,8 @@ COMMANDS = {
                             SAMPLES + "BaseConfig", "segcn.cli:train_base", ("out",)),
     "samples sd15": Command("a base of Stable Diffusion 1.5's size with random weights, for timings",
                             SAMPLES + "LargeBaseConfig", "segcn.cli:write_large_base", ("out",), stopped=NOTHING),
+    "samples sdxl": Command("a base of Stable Diffusion XL's size, or a toy, with random weights",
+                            SAMPLES + "BaseXLConfig", "segcn.cli:write_sdxl", ("out",), stopped=NOTHING),
     "samples failures": Command("a figure of typical failures, provoked on the landscapes",
                                 SAMPLES + "FailuresConfig", "segcn.cli:draw_failures", ("out",)),
     "samples measure": Command("measure the embedded base and its ControlNet on held-out images",
@@ -173,6 +175,13 @@ def write_large_base(config: Any) -> None:
     from segcn.samples.base_model.recipe import build_sd15
 
     build_sd15(Path(config.out), config.seed)
+
+
+def write_sdxl(config: Any) -> None:
+    """`segcn samples sdxl`."""
+    from segcn.samples.base_model.sdxl import build_sdxl
+
+    build_sdxl(Path(config.out), config.toy, config.seed)
 
 
 def draw_failures(config: Any) -> None:

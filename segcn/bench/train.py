@@ -25,7 +25,7 @@ from segcn.data.metadata import find_splits, read_split
 from segcn.data.visualize import TONES
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline
-from segcn.models.base import WIDE, base_fingerprint, latent_factor, load_base, pick_device
+from segcn.models.base import WIDE, base_fingerprint, latent_factor, load_base, pick_device, refuse_xl
 from segcn.models.controlnet import load_controlnet
 from segcn.samples.landscapes.scene import sample_landscapes
 from segcn.train import checkpoint
@@ -86,6 +86,7 @@ def check_bench(config: BenchTrainConfig) -> None:
             f" {config.checkpointing_steps}: checkpoints are what is scored"
         )
     latent_factor(config.pretrained_model_name_or_path)
+    refuse_xl(config.pretrained_model_name_or_path, "segcn bench train, beside train_controlnet.py")
 
 
 class Results:

@@ -291,3 +291,16 @@ def _linear(draw: Draw) -> np.ndarray:
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     down, along = np.array([[1, 0], [-math.tan(shear_y), 1]]), np.array([[1, -math.tan(shear_x)], [0, 1]])
     return draw.scale * rotation @ down @ along
+
+
+def size_ids(draw: Draw, size: Sequence[int], resolution: int) -> list[float]:
+    """What Stable Diffusion XL reads of an image (Podell et al. 2023, arXiv:2307.01952, section 2.2), six numbers.
+
+    Height and width of the original, top and left of the output in the original once that is resized and mirrored, and
+    twice R. Shift and scale of a draw count; rotation and shear cannot be said so. 0, 0 where a border is shown.
+    """
+    height, width = size
+    by = source_matrix(replace(draw, angle=0.0, shear_x=0.0, shear_y=0.0), (height, width), resolution)
+    corners = np.array([(-0.5, -0.5, 1), (width - 0.5, height - 0.5, 1)]) @ by.T  # of a mirrored one, the other is left
+    left, top = (-0.5 - corners.min(0)[:2]).round().clip(min=0).tolist()
+    return [float(height), float(width), top, left, float(resolution), float(resolution)]

@@ -54,7 +54,9 @@ class CheckConfig:
     """
 
     dataset_name: str = flag("", "data set folder", required=True)
-    pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
+    pretrained_model_name_or_path: str = flag(
+        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x or XL)"
+    )
     resolution: int | None = flag(None, "image size in pixels; none: that of the preset that fits the base", low=1)
     fit: str = flag("crop", "how images become square: crop, pad or stretch", FITS)
     output_dir: str = flag(str(OUTPUTS / "check"), "folder of base_check.png")

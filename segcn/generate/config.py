@@ -33,7 +33,9 @@ class SampleConfig:
     }
 
     preset: str = flag("tiny", "defaults: tiny (embedded base) or sd15; none: what fits the base", ("tiny", "sd15"))
-    pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
+    pretrained_model_name_or_path: str = flag(
+        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x or XL)"
+    )
     lora: str | None = flag(None, "LoRA of the base: a folder that segcn adapt or diffusers wrote")
     controlnet_model_name_or_path: str | None = flag(
         None, "ControlNet folder; none: the newest trained one whose palette matches, else the shipped one"

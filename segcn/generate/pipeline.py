@@ -21,8 +21,6 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
@@ -42,6 +40,7 @@ from segcn.models.base import (
     keep_freed_memory,
     load_base,
     pick_device,
+    plain_pipeline,
     weights_digest,
 )
 from segcn.models.controlnet import load_controlnet
@@ -91,6 +90,11 @@ class Pipeline:
         Each caption is encoded alone, so that no image depends on the captions of others.
         """
         return lru_cache(KEPT_CAPTIONS)(lambda caption: encode_text(self.base, [caption])[0])
+
+    def negative(self, prompt: str) -> torch.Tensor:
+        """The embedding [L, D] that guidance leads away from; without a prompt zeros, where the base learned it so."""
+        found = self.embedding(prompt)
+        return found if prompt or not self.base.zeros_without_prompt else torch.zeros_like(found)
 
 
 class Start(NamedTuple):
@@ -226,7 +230,7 @@ def generate(
         )
         return np.stack([tiled(pipeline, mask, caption, row) for mask, caption, row in images])
     noise = first_noise(base, rows, settings, size)
-    negative = torch.stack([pipeline.embedding(settings.negative_prompt)] * len(captions))
+    negative = torch.stack([pipeline.negative(settings.negative_prompt)] * len(captions))
     text = torch.stack([pipeline.embedding(caption) for caption in captions])
     control = None if masks is None else to_control(masks, pipeline.palette).to(noise.device, base.dtype)
     latents = denoising_loop(pipeline, noise, negative, text, control, settings, on_step, sampler, on_guess, start)
@@ -324,7 +328,8 @@ def denoising_loop(
     scheduler = SCHEDULERS[settings.scheduler].from_config(pipeline.base.scheduler.config)
     scheduler.set_timesteps(settings.num_inference_steps, device=noise.device)
     skipped = 0 if start is None else len(scheduler.timesteps) - int(len(scheduler.timesteps) * start.strength)
-    both = torch.cat([negative, text])
+    both, factor = torch.cat([negative, text]), pipeline.base.latent_factor
+    size = noise.shape[2] * factor, noise.shape[3] * factor
 
     def predict(latents: torch.Tensor, step: int, control: torch.Tensor | None) -> torch.Tensor:
         """The prediction for latents [N, C, h, w], guided (arXiv:2207.12598) and rescaled (arXiv:2305.08891)."""
@@ -338,11 +343,14 @@ def denoising_loop(
             halved = copies == 2 and settings.guided_by == "text_and_mask"
             first = len(latents) if halved else 0  # of those that get the mask
             shown = torch.cat([control] * copies)[first:]
-            down, middle = controlnet(noisy[first:], timestep, prompts[first:], shown, weight, return_dict=False)
+            given = pipeline.base.conditions(prompts[first:], size)
+            down, middle = controlnet(
+                noisy[first:], timestep, **given, controlnet_cond=shown, conditioning_scale=weight, return_dict=False
+            )
             if first:
                 down, middle = [without_and_with(one) for one in down], without_and_with(middle)
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        prediction = unet(noisy, timestep, prompts, **residuals).sample.float()
+        prediction = unet(noisy, timestep, **pipeline.base.conditions(prompts, size), **residuals).sample.float()
         if copies == 1:
             return prediction
         without_text, with_text = prediction.chunk(2)
@@ -369,7 +377,7 @@ def denoising_loop(
             scheduler.set_begin_index(skipped)
         latents = noised(scheduler, real, noise, skipped) if skipped else noise
         if start.region is not None:
-            cells = redrawn_cells(start.region, pipeline.base.latent_factor).to(noise.device)
+            cells = redrawn_cells(start.region, factor).to(noise.device)
     for step, timestep in enumerate(scheduler.timesteps[skipped:], skipped):
         noisy, prediction = latents, denoise(latents, step)
         latents = scheduler.step(prediction, timestep, noisy).prev_sample
@@ -471,19 +479,6 @@ def embedding_once(controlnet: ControlNetModel, images: int) -> ControlNetModel:
 def diffusers_pipeline(base: Base, settings: SampleConfig, controlnet: ControlNetModel | None = None):
     """diffusers' own pipeline around the loaded parts, without the safety checker, which blackens images."""
     check_sampling(settings)
-    kind, more = StableDiffusionPipeline, {}
-    if controlnet is not None:
-        kind, more = StableDiffusionControlNetPipeline, {"controlnet": controlnet}
-    pipe = kind(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        tokenizer=base.tokenizer,
-        unet=base.unet,
-        scheduler=SCHEDULERS[settings.scheduler].from_config(base.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **more,
-    )
+    pipe = plain_pipeline(base, SCHEDULERS[settings.scheduler].from_config(base.scheduler.config), controlnet)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,6 +1,7 @@
 """Frozen base models in Stable Diffusion's layout: load, encode, decode; devices and half precision.
 
-This is the only file that knows the scale of the latents."""
+This is the only file that knows the scale of the latents, and which family a base belongs to: Stable Diffusion 1.x and
+2.x, or XL (Podell et al. 2023, arXiv:2307.01952), which has two text encoders and reads the sizes of images."""
 
 import contextlib
 import ctypes
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from segcn.models.lora import fuse_lora, lora_file
+from segcn.models.text import TextEncoders, load_text_encoder, tokenize
 from segcn.utils.errors import UserError
 
 WIDE = 320  # channels of the first block of Stable Diffusion's U-Net
@@ -27,6 +29,7 @@ MMAP_MAX, TRIM_THRESHOLD = -4, -1  # parameters of mallopt(3)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CPU_FLAGS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 LAYOUT = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+LAYOUT_XL = (*LAYOUT, "text_encoder_2", "tokenizer_2")
 
 
 # Devices
@@ -157,17 +160,18 @@ class _Convert(torch.autograd.Function):
 
 @dataclass
 class Base:
-    """A frozen Stable Diffusion: its five parts and where they came from."""
+    """A frozen Stable Diffusion: its parts and where they came from."""
 
     folder: str
     vae: AutoencoderKL | None  # None once the caches are complete and memory is needed
     vae_config: dict[str, Any]
-    text_encoder: CLIPTextModel | None
+    text_encoder: CLIPTextModel | TextEncoders | None
     tokenizer: CLIPTokenizer
     unet: UNet2DConditionModel
     scheduler: DDPMScheduler
     dtype: torch.dtype  # in which it computes; its weights may be stored in a narrower one, see `hold`
     lora: str | None = None  # what was added to its weights
+    zeros_without_prompt: bool = False  # it was trained with zeros, not with the empty text's embedding
 
     @cached_property
     def fingerprint(self) -> str:
@@ -186,6 +190,46 @@ class Base:
         """The width of a latent cell in pixels, 8 in Stable Diffusion."""
         return _factor(self.vae_config)
 
+    @property
+    def family(self) -> str:
+        """How the names of diffusers' pipelines for it begin."""
+        return "StableDiffusionXL" if self.reads_sizes else "StableDiffusion"
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether its U-Net reads the sizes of images: Stable Diffusion XL."""
+        return _is_xl(self.unet)
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(L,D) of the embedding of a caption, as `encode_text` gives it."""
+        length = self.tokenizer.model_max_length
+        return length + self.reads_sizes, self.unet.config.cross_attention_dim
+
+    def conditions(self, text: torch.Tensor, sizes: torch.Tensor | tuple[int, int] | None) -> dict[str, Any]:
+        """What U-Net and ControlNet take besides latents and timestep, by diffusers' names.
+
+        text: [B,L,D] of `encode_text`. sizes: [B,6] of `size_ids`, or (height, width) of images that are not cut out of
+        larger ones; only a base that reads sizes needs them.
+        """
+        if not self.reads_sizes:
+            return {"encoder_hidden_states": text}
+        assert sizes is not None
+        if isinstance(sizes, tuple):
+            sizes = torch.tensor([[*sizes, 0, 0, *sizes]]).expand(len(text), -1)
+        config = self.unet.config
+        width = config.projection_class_embeddings_input_dim - sizes.shape[1] * config.addition_time_embed_dim
+        added = {"text_embeds": text[:, -1, :width], "time_ids": sizes.to(text.device, torch.float32)}
+        return {"encoder_hidden_states": text[:, :-1], "added_cond_kwargs": added}
+
+    def one_text_encoder(self, flag: str) -> CLIPTextModel:
+        """Its text encoder; UserError where it has two, which `flag` can't train."""
+        assert self.text_encoder is not None
+        if isinstance(self.text_encoder, TextEncoders):
+            raise UserError(f"{flag}: expected a base with one text encoder, as in Stable Diffusion 1.x and 2.x, found"
+                            f" two in {self.folder}; leave the flag out")  # fmt: skip
+        return self.text_encoder
+
 
 def load_base(
     folder: str | Path,
@@ -194,12 +238,14 @@ def load_base(
     tokenizer_name: str | None = None,
     held: torch.dtype | None = None,
     lora: str | None = None,
+    vae_folder: str | None = None,
     **hub: str | None,
 ) -> Base:
-    """Load a base in Stable Diffusion 1.x/2.x layout, frozen; the safety checker is never loaded.
+    """Load a base in Stable Diffusion's layout (1.x, 2.x or XL), frozen; the safety checker is never loaded.
 
     held: in what the weights of its U-Net are stored; none: `dtype`, as the rest. lora: a LoRA that is added to them.
-    hub: revision and variant, of a base by name. UserError if a part of the layout is missing.
+    vae_folder: an autoencoder in place of its own. hub: revision and variant, of a base by name. UserError if a part of
+    the layout is missing.
     """
     _check_layout(folder)
     hub = {key: value for key, value in hub.items() if value is not None}
@@ -210,8 +256,9 @@ def load_base(
     exact = torch.float32 if lora else dtype  # a LoRA's changes are small: they are added before weights are rounded
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=exact, **hub)
     if lora:
-        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=exact, **hub)
-        fuse_lora(lora, unet, text_encoder)
+        text_encoder = load_text_encoder(folder, _is_xl(unet), exact, **hub)
+        encoders = text_encoder.children() if isinstance(text_encoder, TextEncoders) else [text_encoder]
+        fuse_lora(lora, unet, *encoders)
         for network in (unet, text_encoder):
             nn.Module.to(network, dtype)  # diffusers' own warns
     if held not in (None, dtype):
@@ -220,9 +267,9 @@ def load_base(
     # parts are loaded, as this is where the most memory is taken.
     for parameter in unet.parameters():
         parameter.data = parameter.data.clone()
-    vae = load_vae(folder, device, dtype, **hub)
+    vae = load_vae(folder, device, dtype, vae_folder, upcast=_is_xl(unet), **hub)
     if not lora:
-        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **hub)
+        text_encoder = load_text_encoder(folder, _is_xl(unet), dtype, **hub)
     for part in (text_encoder, unet):
         part.requires_grad_(False).eval().to(device)
     return Base(
@@ -235,27 +282,68 @@ def load_base(
         scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **unvaried),
         dtype=dtype,
         lora=lora,
+        zeros_without_prompt=_is_xl(unet) and _index(folder, **unvaried).get("force_zeros_for_empty_prompt", True),
     )
 
 
+def _is_xl(unet: UNet2DConditionModel) -> bool:
+    return unet.config.addition_embed_type == "text_time"
+
+
+def _index(folder: str | Path, **hub: Any) -> dict[str, Any]:
+    """The model_index.json of a base, empty where a folder has none."""
+    if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
+        return {}
+    return diffusers.DiffusionPipeline.load_config(folder, **hub)
+
+
 def load_vae(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **hub: Any
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    other: str | None = None,
+    upcast: bool = False,
+    **hub: Any,
 ) -> AutoencoderKL:
-    """The autoencoder of a base alone, frozen; OSError where there is none."""
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **hub)
+    """The autoencoder of a base alone, frozen; other: the folder or name of one in place of it.
+
+    upcast: it is in float32 where its config says so, as that of Stable Diffusion XL, whose images are black in fp16.
+    OSError where there is none; UserError where `other` is none.
+    """
+    place: dict[str, Any] = {} if other else {"subfolder": "vae", **hub}
+    try:
+        config = AutoencoderKL.load_config(other or folder, **{k: v for k, v in place.items() if k != "variant"})
+        dtype = torch.float32 if upcast and config.get("force_upcast", True) else dtype
+        vae = AutoencoderKL.from_pretrained(other or folder, torch_dtype=dtype, **place)
+    except OSError as error:
+        if other is None:
+            raise
+        raise UserError(
+            f"--pretrained_vae_model_name_or_path {other}: expected a folder with the config.json and weights of an"
+            f" AutoencoderKL, or its name on the hub, found none ({str(error).splitlines()[0]})"
+        ) from None
     return lay_out(vae.requires_grad_(False).eval().to(device), device)
 
 
 def _check_layout(folder: str | Path) -> None:
     """A local folder must have every part; a name on the hub is left to diffusers."""
     folder = Path(folder)
-    missing = [part for part in LAYOUT if not (folder / part).is_dir()]
+    layout = LAYOUT_XL if any((folder / part).is_dir() for part in set(LAYOUT_XL) - set(LAYOUT)) else LAYOUT
+    missing = [part for part in layout if not (folder / part).is_dir()]
     looks_local = folder.exists() or folder.is_absolute() or str(folder).startswith(".")
     if missing and looks_local:
         found = "no such folder" if not folder.exists() else f"no {missing[0]}/ in it"
         raise UserError(
             f"--pretrained_model_name_or_path {folder}: expected a Stable Diffusion folder with "
-            f"{', '.join(part + '/' for part in LAYOUT)}, found {found}"
+            f"{', '.join(part + '/' for part in layout)}, found {found}"
+        )
+
+
+def refuse_xl(folder: str | Path, what: str) -> None:
+    """UserError where a base is Stable Diffusion XL; what: the flag or command that does not support it."""
+    if UNet2DConditionModel.load_config(folder, subfolder="unet").get("addition_embed_type") == "text_time":
+        raise UserError(
+            f"{what}: expected a base of Stable Diffusion 1.x or 2.x, found Stable Diffusion XL in {folder}"
         )
 
 
@@ -276,7 +364,7 @@ def base_fingerprint(folder: str | Path, lora: str | None = None) -> str:
     """
     digest = hashlib.sha256() if Path(folder).is_dir() else hashlib.sha256(str(folder).encode())
     for path in sorted(Path(folder).glob("*/*")):
-        if path.parent.name in LAYOUT and path.is_file():
+        if path.parent.name in LAYOUT_XL and path.is_file():
             digest.update(path.relative_to(folder).as_posix().encode() + _sampled(path))
     if lora:
         file = lora_file(lora)
@@ -349,17 +437,29 @@ def reconstruct(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
 
 
 def encode_text(base: Base, captions: list[str], trained: nn.Module | None = None) -> torch.Tensor:
-    """Captions -> embeddings [B,L,D], cut at the tokenizer's length L.
+    """Captions -> embeddings [B,L,D], cut at the tokenizer's length; `Base.conditions` says how they are read.
 
     trained: the base's text encoder as it is trained, which then gets gradients.
     """
-    assert base.text_encoder is not None
-    tokens = base.tokenizer(
-        captions,
-        padding="max_length",
-        max_length=base.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
+    encoder = base.text_encoder
+    assert encoder is not None
+    tokens = tokenize(base.tokenizer, captions).to(encoder.device)
     with torch.set_grad_enabled(trained is not None):
-        return (trained or base.text_encoder)(tokens.input_ids.to(base.text_encoder.device))[0]
+        if isinstance(encoder, TextEncoders):
+            return encoder(tokens, tokenize(encoder.tokenizer_2, captions).to(encoder.device))
+        return (trained or encoder)(tokens)[0]
+
+
+def plain_pipeline(base: Base, scheduler: Any, controlnet: ModelMixin | None = None) -> Any:
+    """diffusers' own pipeline around the loaded parts, without the safety checker, which blackens images."""
+    parts: dict[str, Any] = {"vae": base.vae, "unet": base.unet, "tokenizer": base.tokenizer, "scheduler": scheduler}
+    encoder = base.text_encoder
+    if isinstance(encoder, TextEncoders):
+        parts |= {"text_encoder": encoder.text_encoder, "text_encoder_2": encoder.text_encoder_2}
+        parts |= {"tokenizer_2": encoder.tokenizer_2, "add_watermarker": False}
+        parts |= {"force_zeros_for_empty_prompt": base.zeros_without_prompt}
+    else:
+        parts |= {"text_encoder": encoder, "safety_checker": None, "feature_extractor": None}
+        parts |= {"requires_safety_checker": False}
+    parts |= {} if controlnet is None else {"controlnet": controlnet}
+    return getattr(diffusers, f"{base.family}{'' if controlnet is None else 'ControlNet'}Pipeline")(**parts)

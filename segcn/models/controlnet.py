@@ -12,7 +12,9 @@ from segcn.utils.errors import UserError
 
 SILU_GAIN = 1.68  # 1 / the root mean square of SiLU of a standard normal
 FILES = "config.json and diffusion_pytorch_model.safetensors"
-SHARED_SIZES = ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block")  # with the U-Net
+SHARED_SIZES = (  # with the U-Net
+    "in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type",
+)  # fmt: skip
 
 
 def make_controlnet(unet: UNet2DConditionModel, latent_factor: int = 8) -> ControlNetModel:

@@ -92,10 +92,10 @@ def restore_lora(folder: Path, networks: Mapping[str, Any]) -> None:
             set_peft_model_state_dict(network, own, PLACE)
 
 
-def fuse_lora(lora: str | Path, unet: Any, text_encoder: nn.Module) -> None:
+def fuse_lora(lora: str | Path, unet: Any, *text_encoders: nn.Module) -> None:
     """Add a LoRA to the weights of a float32 base, as `pipe.load_lora_weights` and `pipe.fuse_lora` do.
 
-    UserError where there is none, or where it is that of another architecture.
+    text_encoders: the base's one or two. UserError where there is none, or where it is that of another architecture.
     """
     file = lora_file(lora)
     with quiet_diffusers():
@@ -107,17 +107,17 @@ def fuse_lora(lora: str | Path, unet: Any, text_encoder: nn.Module) -> None:
             StableDiffusionPipeline.load_lora_into_unet(weights, alphas, unet, metadata=settings)
             unet.fuse_lora()
             unet.unload_lora()
-            _fuse_text(weights, alphas, settings, text_encoder)
+            for part, text_encoder in zip(("text_encoder.", "text_encoder_2."), text_encoders, strict=False):
+                _fuse_text(part, weights, alphas, settings, text_encoder)
         except (OSError, ValueError, RuntimeError, IndexError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"--lora {lora}: expected a LoRA for this base, found none that fits: {reason}") from None
-    for network in (unet, text_encoder):
+    for network in (unet, *text_encoders):
         network.requires_grad_(False)
 
 
-def _fuse_text(weights: dict, alphas: dict | None, settings: dict | None, text_encoder: nn.Module) -> None:
-    """The part of a LoRA that is the text encoder's; peft alone does it, as transformers wants a newer one for it."""
-    part = "text_encoder."
+def _fuse_text(part: str, weights: dict, alphas: dict | None, settings: dict | None, text_encoder: nn.Module) -> None:
+    """The part of a LoRA that is a text encoder's; peft alone does it, as transformers wants a newer one for it."""
     own = {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
     if not own:
         return

@@ -51,7 +51,9 @@ class AppConfig:
     """Draw masks and generate images in the browser. Ctrl+C ends it."""
 
     dataset_name: str = flag(str(ROOT / "data" / "examples"), "data set whose masks and captions can be chosen")
-    pretrained_model_name_or_path: str = flag(str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout")
+    pretrained_model_name_or_path: str = flag(
+        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x or XL)"
+    )
     lora: str = flag("", "LoRA of the base; none: none")
     controlnet_model_name_or_path: str = flag(
         "", "ControlNet folder; none: the newest trained one whose palette matches, else the shipped one"

@@ -54,6 +54,15 @@ class LargeBaseConfig:
 
 
 @dataclass(frozen=True)
+class BaseXLConfig:
+    """Write a base model of Stable Diffusion XL's size with random weights, for timings; or a toy one, for tests."""
+
+    out: str = flag("", "model folder to write, 13.9 GB", required=True)
+    toy: bool = flag(False, "the same layout with a few channels: 2 MB")
+    seed: int = flag(0, "seed of the weights")
+
+
+@dataclass(frozen=True)
 class FailuresConfig:
     """Draw what typical failures look like, provoked on the landscapes."""
 

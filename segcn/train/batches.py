@@ -1,5 +1,7 @@
 """What a training step needs of each row (Examples), and which rows each step takes (Plan)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -9,6 +11,7 @@ from segcn.data.captions import cut_captions
 from segcn.data.dataset import PairedDataset, to_control
 from segcn.data.metadata import Split
 from segcn.data.sampler import Stream, cell_weights, class_weights
+from segcn.data.transforms import Draw, size_ids
 from segcn.models.base import Base
 from segcn.train import latent_cache
 from segcn.train.config import TrainConfig, reward_timesteps
@@ -90,6 +93,7 @@ class Examples(Dataset):
             raise BadSample(f"{error}\nThe file was good when it was checked. Fix it, then rerun to resume.") from None
         caption = self._dropped(sample.caption, visit, row)
         example = {"image": sample.image, "control": sample.control, "caption": caption, "row": row}
+        example["sizes"] = self._sizes(sample.draw, sample.original.shape[1:])
         example |= {"valid": sample.valid} if self.settings["images"] else {}
         return example, sample.mask, sample.valid
 
@@ -101,19 +105,26 @@ class Examples(Dataset):
         entry = cache.entry(draw, used)
         mask = torch.from_numpy(np.array(entry["mask"]))
         valid = torch.from_numpy(np.unpackbits(entry["frame"], count=side * side)).bool().view(side, side)
-        caption = self._dropped(self.dataset.caption(used, visit, self.dataset.draw(used, draw).flip), visit, row)
+        drawn = self.dataset.draw(used, draw)
+        caption = self._dropped(self.dataset.caption(used, visit, drawn.flip), visit, row)
         example = {
             "moments": torch.from_numpy(entry["moments"].astype(np.float32)),
             "control": to_control(mask, self.dataset.split.palette) * valid,
             "text": torch.from_numpy(cache.text_of(caption).astype(np.float32)),
             "row": used,
         }
+        if cache.layout.sized:
+            example["sizes"] = self._sizes(drawn, entry["size"].tolist())
         if self.settings["captions"]:
             example["caption"] = caption
             del example["text"]
         if self.settings["images"]:
             example |= {"image": self.dataset.sample(used, draw).image, "valid": valid}
         return example, mask, valid
+
+    def _sizes(self, drawn: Draw, size: Sequence[int]) -> torch.Tensor:
+        """float32 [6], of a row whose original has that size: height, width."""
+        return torch.tensor(size_ids(drawn, size, self.dataset.resolution))
 
 
 class Plan:

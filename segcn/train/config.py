@@ -71,7 +71,10 @@ a Slurm script that requeues itself, are in
     )
     # data and models
     pretrained_model_name_or_path: str = flag(
-        str(BASE), "base model: a folder in Stable Diffusion 1.x/2.x layout, or its name on the hub"
+        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x or XL), or its name on the hub"
+    )
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None, "autoencoder in place of the base's: a folder, or a name"
     )
     controlnet_model_name_or_path: str | None = flag(None, "ControlNet to start from; none: a copy of the base")
     tokenizer_name: str | None = flag(None, "tokenizer folder, if it is not the base's")
@@ -254,7 +257,10 @@ MEMORY_PRESETS = {  # GB: images of 512 px in a micro-batch, and what is switche
     24: (4, {}),
 }
 # Settings that may differ when a run is resumed: neither data nor loss change (only the end of a schedule moves).
-MODELS_BY_CONTENT = ("controlnet_model_name_or_path", "reward_segmenter", "segmenter", "tokenizer_name")
+MODELS_BY_CONTENT = (
+    "controlnet_model_name_or_path", "pretrained_vae_model_name_or_path", "reward_segmenter", "segmenter",
+    "tokenizer_name",
+)  # fmt: skip
 FREE_TO_CHANGE = {  # the data set and the base are compared by their content, too
     *MODELS_BY_CONTENT, "dataset_name", "pretrained_model_name_or_path",
     "allow_changes", "allow_symlinks", "cache_budget_gb", "cache_dir", "checkpointing_steps", "lora", "merge",

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers import ControlNetModel
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
 from segcn.data.metadata import Split
 from segcn.data.palette import palette_table
-from segcn.models.base import LAYOUT, load_base
+from segcn.models.base import LAYOUT_XL, load_base, plain_pipeline
 from segcn.models.lora import LORA_WEIGHTS, changed_layers, save_lora
 from segcn.train.checkpoint import read_best
 from segcn.train.config import TrainConfig
@@ -31,7 +31,10 @@ TAGS = [
     "stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "controlnet", "diffusers-training",
     "segcn",
 ]  # fmt: skip
-LICENSES = {"stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++"}  # by names on the hub
+LICENSES = {  # by names on the hub
+    "stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++",
+    "stable-diffusion-xl": "openrail++",
+}  # fmt: skip
 
 
 def finish_training(run: Run) -> Path:
@@ -50,7 +53,7 @@ def finish_training(run: Run) -> Path:
             run.base.scheduler.save_pretrained(output_dir / "scheduler")  # images must be generated with this one
         kind = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "CPU"
         machine = f"{accelerator.num_processes} x {kind}, precision {accelerator.mixed_precision}"
-        if not write_model_card(output_dir, run.config, run.split, run.step, machine):
+        if not write_model_card(output_dir, run.config, run.split, run.step, machine, run.base.family):
             run.log.say(f"{output_dir}/README.md is yours: no model card is written.")
     accelerator.end_training()
     if accelerator.is_main_process and run.config.push_to_hub:
@@ -82,7 +85,7 @@ def export_networks(config: TrainConfig, networks: Networks, output_dir: Path) -
         if said:
             said.append(f"Its base is in {folder}: use both by {both} {flag} {folder}")
         else:
-            said.append(f"Done: {folder} opens with StableDiffusionPipeline.from_pretrained; segcn takes it as {flag}.")
+            said.append(f"Done: {folder} opens with DiffusionPipeline.from_pretrained; segcn takes it as {flag}.")
     return said
 
 
@@ -90,7 +93,8 @@ def write_base(config: TrainConfig, networks: Networks, folder: Path, lora: Path
     """Write the base with the weights that were trained, in float32, as a folder that plain pipelines open."""
     hub = {"revision": config.revision, "variant": config.variant}
     name, added = config.pretrained_model_name_or_path, str(lora) if lora else config.lora
-    base = load_base(name, "cpu", torch.float32, config.tokenizer_name, None, added, **hub)
+    vae = config.pretrained_vae_model_name_or_path
+    base = load_base(name, "cpu", torch.float32, config.tokenizer_name, None, added, vae, **hub)
     assert base.vae is not None
     if lora is None:
         parts: dict[str, torch.nn.Module] = {"unet": base.unet, "vae": LatentDecoder(base.vae)}
@@ -99,13 +103,9 @@ def write_base(config: TrainConfig, networks: Networks, folder: Path, lora: Path
                 parts[part].load_state_dict(changed_layers(network), strict=False)
     for network in (base.unet, base.vae):
         network.to(memory_format=torch.contiguous_format)
-    pipe = StableDiffusionPipeline(
-        base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler, None, None,
-        requires_safety_checker=False,
-    )  # fmt: skip
     staged = folder / ".base"
     shutil.rmtree(staged, ignore_errors=True)
-    pipe.save_pretrained(staged)
+    plain_pipeline(base, base.scheduler).save_pretrained(staged)
     for path in [staged / "model_index.json", *staged.rglob("config.json")]:  # without the path that it came from
         written = json.loads(path.read_text())
         written.pop("_name_or_path", None)
@@ -129,8 +129,13 @@ def export(controlnet: ControlNetModel, folder: Path) -> None:
     staged.rmdir()
 
 
-def write_model_card(output_dir: Path, config: TrainConfig, split: Split, step: int, machine: str) -> bool:
-    """Write README.md to a run folder, of paths only their last part; False where the user's own is there."""
+def write_model_card(
+    output_dir: Path, config: TrainConfig, split: Split, step: int, machine: str, family: str = "StableDiffusion"
+) -> bool:
+    """Write README.md to a run folder, of paths only their last part; False where the user's own is there.
+
+    family: the base's, by which the code on the card opens it.
+    """
     path = output_dir / "README.md"
     if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
@@ -148,6 +153,7 @@ def write_model_card(output_dir: Path, config: TrainConfig, split: Split, step: 
         mark=CARD_MARK,
         name=name,
         base=base,
+        family=family,
         repository=config.hub_model_id or name,
         prompt=(config.validation_prompt or ["a text"])[0].replace('"', "'"),
         sheet=sheet and sheet.relative_to(output_dir).as_posix(),
@@ -210,7 +216,7 @@ def upload(run: Run) -> str:
     published += [path for part in ("", "lora/") for path in output_dir.glob(f"{part}{LORA_WEIGHTS}")]
     if "controlnet" not in run.config.trains or (output_dir / "base").is_dir():
         own = output_dir if "controlnet" not in run.config.trains else output_dir / "base"
-        published += [*own.glob("model_index.json"), *(path for part in LAYOUT for path in own.glob(f"{part}/*"))]
+        published += [*own.glob("model_index.json"), *(path for part in LAYOUT_XL for path in own.glob(f"{part}/*"))]
     files = sorted(path.relative_to(output_dir).as_posix() for path in published)
     try:
         name = api.create_repo(name, exist_ok=True).repo_id

@@ -64,13 +64,15 @@ class CacheLayout:
     latent_shape: tuple[int, int, int]  # (C,h,w)
     resolution: int
     text_shape: tuple[int, int]  # (L,D) of one caption
+    sized: bool = False  # whether it keeps the sizes of the originals, which some bases read
 
     @property
     def entry(self) -> np.dtype:
-        """One draw of one row: moments, class ids, and which pixels are in frame, packed."""
+        """One draw of one row: moments, class ids, which pixels are in frame, packed; the original's height, width."""
         (channels, height, width), side = self.latent_shape, self.resolution
         moments, frame = (2 * channels, height, width), (-(-side * side // 8),)
-        return np.dtype([("moments", "f2", moments), ("mask", "u1", (side, side)), ("frame", "u1", frame)])
+        parts = [("moments", "f2", moments), ("mask", "u1", (side, side)), ("frame", "u1", frame)]
+        return np.dtype([*parts, *([("size", "u4", (2,))] if self.sized else [])])
 
     @property
     def embedding(self) -> np.dtype:
@@ -111,7 +113,7 @@ class LatentCache:
         self.folder, self.draws, self.texts = folder, draws, texts
         found = read_json(folder / SHAPES)
         shapes = tuple(found["latent_shape"]), found["resolution"], tuple(found["text_shape"])
-        self.layout = CacheLayout(found["rows"], *shapes)
+        self.layout = CacheLayout(found["rows"], *shapes, found.get("sized", False))
         captions = read_json(folder / texts)
         self._draws = self.layout.draw_blocks(folder, draws)
         self._text = self.layout.text_blocks(folder / texts, len(captions))
@@ -127,7 +129,7 @@ class LatentCache:
         return LatentCache, (self.folder, self.draws, self.texts)  # a process that reads data opens the files itself
 
     def entry(self, draw: int, row: int) -> np.void:
-        """moments float16 [2C,h,w], mask uint8 [R,R] and frame uint8 [R*R/8], packed, of a draw of a row."""
+        """moments float16 [2C,h,w], mask uint8 [R,R] and frame uint8 [R*R/8], packed, of a draw of a row; its size."""
         block, place = divmod(row, self.layout.block_rows)
         return self._open(self._draws[draw * (len(self._draws) // self.draws) + block])[place]
 
@@ -217,9 +219,8 @@ def encoders_fingerprint(base: Base) -> str:
 def layout_of(dataset: PairedDataset, base: Base) -> CacheLayout:
     """The shapes of the cache of a data set under a base."""
     side = dataset.resolution // base.latent_factor
-    assert base.text_encoder is not None
-    text_shape = base.tokenizer.model_max_length, base.text_encoder.config.hidden_size
-    return CacheLayout(len(dataset), (base.unet.config.in_channels, side, side), dataset.resolution, text_shape)
+    latents = base.unet.config.in_channels, side, side
+    return CacheLayout(len(dataset), latents, dataset.resolution, base.text_shape, base.reads_sizes)
 
 
 def cached_captions(dataset: PairedDataset, class_dropout: bool = False) -> list[str]:
@@ -317,7 +318,8 @@ def build(
             with suppress(FileNotFoundError):
                 if time.time() - leftover.stat().st_mtime > 3600:
                     leftover.unlink()
-        write_file(folder / SHAPES, json.dumps(dataclasses.asdict(layout)))
+        shapes = {name: value for name, value in dataclasses.asdict(layout).items() if value is not False}
+        write_file(folder / SHAPES, json.dumps(shapes))
         write_file(texts, json.dumps(captions, indent=0))
     process = Process(accelerator.process_index, accelerator.num_processes)
     write_text_blocks(_missing_share(text_blocks, process), captions, base)
@@ -378,7 +380,8 @@ def write_draw_blocks(blocks: list[Block], dataset: PairedDataset, base: Base, l
                     images = torch.stack([sample.image for _, sample in good])
                     moments = encode_moments(base.vae, images).float().cpu().numpy()
                     for (n, sample), moment in zip(good, moments, strict=True):
-                        chunk[n] = moment, sample.mask.numpy(), np.packbits(sample.valid.numpy())
+                        parts = moment, sample.mask.numpy(), np.packbits(sample.valid.numpy())
+                        chunk[n] = (*parts, sample.original.shape[1:]) if "size" in dtype.names else parts
                 done += len(chunk)
                 progress(done)
             if bad.keys() & set(rows):  # written before the file of draws, which is then never without it

@@ -89,13 +89,14 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
     if rewards is not None:
         timestep = torch.where(batch["reward_timestep"].to(device) < 0, timestep, batch["reward_timestep"].to(device))
     noisy = base.scheduler.add_noise(clean, noise, timestep)
-    text, residuals = text.to(device, torch.float32), {}
+    text, sizes, residuals = text.to(device, torch.float32), batch.get("sizes"), {}
     if run.controlnet is not None:
         control = batch["control"].to(device)
-        down, middle = run.controlnet(noisy, timestep, text, controlnet_cond=control, return_dict=False)
+        given = base.conditions(text, sizes)
+        down, middle = run.controlnet(noisy, timestep, **given, controlnet_cond=control, return_dict=False)
         residuals["down_block_additional_residuals"] = [residual.to(dtype) for residual in down]
         residuals["mid_block_additional_residual"] = middle.to(dtype)
-    prediction = run.unet(noisy.to(dtype), timestep, text.to(dtype), **residuals).sample
+    prediction = run.unet(noisy.to(dtype), timestep, **base.conditions(text.to(dtype), sizes), **residuals).sample
     target = base.scheduler.get_velocity(clean, noise, timestep) if base.predicts_v else noise
     weights = batch["weights"].to(device) if "weights" in batch else None
     losses = run.loss(prediction, target, batch["cells"].to(device), weights)

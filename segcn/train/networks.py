@@ -55,9 +55,8 @@ def trained_parts(config: TrainConfig, base: Base) -> dict[str, nn.Module]:
         (base.unet if "all" in trains else base.unet.up_blocks).requires_grad_(True)
         found["unet"] = base.unet
     if "text_encoder" in trains:
-        assert base.text_encoder is not None
-        add_lora(base.text_encoder, config.lora_rank, alpha, TEXT_TARGETS)
-        found["text_encoder"] = base.text_encoder
+        found["text_encoder"] = base.one_text_encoder("--lora_text_encoder")
+        add_lora(found["text_encoder"], config.lora_rank, alpha, TEXT_TARGETS)
     if "vae_decoder" in trains:
         assert base.vae is not None
         decoder = LatentDecoder(base.vae).requires_grad_(True)

@@ -302,7 +302,10 @@ def load_frozen(config: TrainConfig, accelerator: Accelerator) -> Base:
         held = computed = torch.float32
     hub = {"revision": config.revision, "variant": config.variant}
     name, tokenizer = config.pretrained_model_name_or_path, config.tokenizer_name
-    base = load_base(name, accelerator.device, computed, tokenizer, held, config.lora, **hub)
+    vae = config.pretrained_vae_model_name_or_path
+    base = load_base(name, accelerator.device, computed, tokenizer, held, config.lora, vae, **hub)
+    if "text_encoder" in config.trains:
+        base.one_text_encoder("--lora_text_encoder")
     if config.memory_preset is None:
         keep_freed_memory(accelerator.device)  # not sooner: the encoders' memory shall be given back
     base.scheduler = make_noise_schedule(config, base)

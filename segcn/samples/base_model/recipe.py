@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -155,17 +155,18 @@ def export_base(out: Path, recipe: BaseRecipe, vae, tokenizer, denoiser) -> Path
         denoiser.unet.half().save_pretrained(folder / "unet")
         config = folder / "text_encoder" / "config.json"  # transformers opens it in the precision that is said here
         config.write_text(config.read_text().replace('"float16"', '"float32"'))
-        write_rest(folder, tokenizer, training.build_scheduler())
+        write_rest(folder, training.build_scheduler(), MODEL_INDEX, tokenizer=tokenizer)
         (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
     return io.commit(out.parent, out.name, write)
 
 
-def write_rest(folder: Path, tokenizer: CLIPTokenizer, scheduler: DDPMScheduler) -> None:
+def write_rest(folder: Path, scheduler: SchedulerMixin, index: dict[str, Any], **tokenizers: CLIPTokenizer) -> None:
     """What a pipeline's folder holds besides its networks."""
-    tokenizer.save_pretrained(folder / "tokenizer")
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(folder / name)
     scheduler.save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 MODEL_INDEX = {
@@ -206,23 +207,43 @@ PARTS = {
 
 def build_sd15(out: Path, seed: int = 0, log: Callable[[str], None] = print) -> Path:
     """Write a base of Stable Diffusion 1.5's size with random weights, 4.3 GB, in one step; `out` must not exist."""
+
+    def rest(folder: Path) -> None:
+        write_rest(folder, DDPMScheduler(**SCHEDULER), MODEL_INDEX, tokenizer=sample_tokenizer())
+
+    return write_random(out, PARTS, rest, SIZE_OF_SD15, seed, log)
+
+
+def sample_tokenizer() -> CLIPTokenizer:
+    """One of the landscapes' words: CLIP's own vocabulary is large."""
+    captions = [describe(season, time, []) for season in SEASONS for time in TIMES]
+    return build_tokenizer(captions, TEXT["max_position_embeddings"])
+
+
+def write_random(
+    out: Path,
+    parts: Mapping[str, Callable[[], Any]],
+    rest: Callable[[Path], None],
+    size: float,
+    seed: int,
+    log: Callable[[str], None],
+) -> Path:
+    """Build each network with random weights and write it to its folder, then the `rest`; size: bytes on disk."""
     out = out.absolute()
     if out.exists():
         raise UserError(f"{out} exists: choose another folder for the model")
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
-    if free < SIZE_OF_SD15:
-        raise UserError(f"{out}: expected {SIZE_OF_SD15 / 1e9:.0f} GB of free disk space, found {free / 1e9:.1f} GB")
+    if free < size:
+        raise UserError(f"{out}: expected {size / 1e9:.0f} GB of free disk space, found {free / 1e9:.1f} GB")
     transformers.utils.logging.disable_progress_bar()
-    captions = [describe(season, time, []) for season in SEASONS for time in TIMES]  # CLIP's own vocabulary is large
 
     def write(folder: Path) -> None:
-        for number, (name, build) in enumerate(PARTS.items()):
+        for number, (name, build) in enumerate(parts.items()):
             torch.manual_seed(seed + number)
             part = build()
             log(f"{name}: {part.num_parameters():,} random parameters")
             part.save_pretrained(folder / name)
-        tokenizer = build_tokenizer(captions, TEXT["max_position_embeddings"])
-        write_rest(folder, tokenizer, DDPMScheduler(**SCHEDULER))
+        rest(folder)
 
     return io.commit(out.parent, out.name, write)
