@@ -381,7 +381,7 @@ def write_draw_blocks(blocks: list[Block], dataset: PairedDataset, base: Base, l
                     moments = encode_moments(base.vae, images).float().cpu().numpy()
                     for (n, sample), moment in zip(good, moments, strict=True):
                         parts = moment, sample.mask.numpy(), np.packbits(sample.valid.numpy())
-                        chunk[n] = (*parts, sample.original.shape[1:]) if "size" in dtype.names else parts
+                        chunk[n] = (*parts, sample.original.shape[1:]) if "size" in (dtype.names or ()) else parts
                 done += len(chunk)
                 progress(done)
             if bad.keys() & set(rows):  # written before the file of draws, which is then never without it

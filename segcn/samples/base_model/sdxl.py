@@ -84,4 +84,4 @@ def build_sdxl(out: Path, toy: bool = False, seed: int = 0, log: Callable[[str],
 
 
 def _schedule() -> dict[str, Any]:
-    return {name: value for name, value in SCHEDULER.items() if name != "clip_sample"}
+    return {name: value for name, value in SCHEDULER.items() if name != "clip_sample"} | {"timestep_spacing": "leading"}
