@@ -183,7 +183,7 @@ def test_the_loss_is_that_of_diffusers_script(xl, toy, tmp_path, cache):
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         return F.mse_loss(unet(noisy, timestep, **given, **residuals).sample, noise).item()
 
-    ours, near = step_losses(run, batch).mean().item(), {"rel": 1e-6 if cache == "none" else 1e-3}
+    ours, near = step_losses(run, batch).mean().item(), {"rel": 1e-6 if cache == "none" else 1e-4}  # it stores float16
     assert ours == pytest.approx(loss_with([64, 64, 0, 0, 64, 64]), **near)  # original, crop, target
     assert ours != pytest.approx(loss_with([512, 768, 0, 128, 64, 64]), **near)
 
@@ -247,11 +247,11 @@ def test_what_is_trained_of_the_base_opens_in_diffusers_and_here(xl, toy, tmp_pa
         here = load_base(toy, lora=str(folder / "lora")).unet(*inputs, **given).sample
     assert (there - here).abs().max() < 1e-4 < (there - before).abs().max() / 10
 
-    folder = train(xl(tmp_path / "decoder", train_unet="decoder", max_train_steps=2))
+    folder = train(xl(tmp_path / "decoder", train_unet="decoder", max_train_steps=2, learning_rate=0.01))
     pipe = StableDiffusionXLPipeline.from_pretrained(folder / "base")
     with torch.no_grad():
         there, here = (unet(*inputs, **given).sample for unet in (pipe.unet, load_base(folder / "base").unet))
-    assert torch.equal(there, here) and not torch.equal(here, before)
+    assert (there - here).abs().max() < 1e-4 < (there - before).abs().max() / 10
     assert pipe.config.force_zeros_for_empty_prompt
 
 
