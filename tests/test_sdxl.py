@@ -276,3 +276,13 @@ def test_every_part_of_it_counts_in_the_bases_fingerprint(toy, tmp_path):
     shutil.rmtree(copy / "tokenizer_2")
     with pytest.raises(UserError, match="text_encoder_2/, tokenizer_2/, found no tokenizer_2/ in it"):
         load_base(copy)
+
+
+@pytest.mark.slow
+def test_segcn_run_goes_from_rows_to_a_report_on_it(toy, landscapes, tmp_path):
+    words = f"""run --pretrained_model_name_or_path {toy} --dataset_name {landscapes} --output_dir {tmp_path}
+        --resolution 64 --max_train_steps 4 --train_batch_size 2 --faithfulness_rows 2 --limit 4 --floor_limit 2
+        --num_inference_steps 2 --segmenter_steps 3"""
+    run_command(words.split())
+    assert {"report.html", "metrics.json", "story.png", "generated"} <= {path.name for path in tmp_path.iterdir()}
+    assert ControlNetModel.load_config(tmp_path / "controlnet")["addition_embed_type"] == "text_time"
