@@ -95,7 +95,8 @@ def one_step(base: Base, image: torch.Tensor, caption: str, timesteps: Sequence[
     alpha = base.scheduler.alphas_cumprod[when].sqrt()[:, None, None, None]
     sigma = (1 - alpha**2).sqrt()
     noisy = alpha * clean + sigma * noise  # [T, C, h, w]
-    velocity = base.unet(noisy, when, encode_text(base, [caption] * len(when))).sample
+    given = base.conditions(encode_text(base, [caption] * len(when)), (image.shape[1], image.shape[2]))
+    velocity = base.unet(noisy, when, **given).sample
     guess = alpha * noisy - sigma * velocity
     errors, shares = (guess - clean).square().mean((1, 2, 3)).tolist(), sigma.flatten().square().tolist()
     notes = [[f"t = {step}, {share:.0%} noise" for step, share in zip(timesteps, shares, strict=True)],
