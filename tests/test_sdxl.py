@@ -255,6 +255,14 @@ def test_what_is_trained_of_the_base_opens_in_diffusers_and_here(xl, toy, tmp_pa
     assert pipe.config.force_zeros_for_empty_prompt
 
 
+def test_an_adapted_base_with_its_lora_is_a_whole_one(xl, tmp_path):
+    given = {name: getattr(xl("x"), name) for name in ("pretrained_model_name_or_path", "cache_dir", "dataset_name")}
+    given |= {"resolution": 64, "train_batch_size": 2, "max_train_steps": 1, "lora_targets": ["to_q"]}
+    folder = train(make(AdaptConfig, "tiny", **given, output_dir=str(tmp_path / "out"), merge=True))
+    assert StableDiffusionXLPipeline.from_pretrained(folder).text_encoder_2 is not None
+    assert 'pipe = StableDiffusionXLPipeline.from_pretrained("out")' in (folder / "README.md").read_text()
+
+
 def test_what_it_does_not_support_is_refused_before_anything_is_written(xl, toy, random_base, tmp_path):
     shared = {name: getattr(xl("x"), name) for name in ("pretrained_model_name_or_path", "cache_dir", "dataset_name")}
     adapt = make(AdaptConfig, "tiny", **shared, output_dir=str(tmp_path / "out"), lora_text_encoder=True, resolution=64)
