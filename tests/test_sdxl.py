@@ -133,6 +133,19 @@ def test_images_are_those_of_diffusers_pipeline(toy, loud, landscapes, changes):
         assert apart.max() > 3, other
 
 
+def test_a_large_image_is_made_by_windows_that_are_each_as_an_image_alone(toy, loud, landscapes):
+    settings = SampleConfig(pretrained_model_name_or_path=str(toy), controlnet_model_name_or_path=str(loud))
+    settings = replace(settings, num_inference_steps=2, resolution=64, guidance_scale=5.0)
+    split = read_split(landscapes, "test")
+    pipeline = load_pipeline(settings, split.palette)
+    mask = np.resize(read_mask(split[0].mask, split.palette), (64, 64))
+    whole, tiled = (generate(pipeline, mask[None], CAPTIONS[:1], [3], replace(settings, tiled=tiled))[0]
+                    for tiled in (False, True))  # fmt: skip
+    assert np.array_equal(whole, tiled)
+    wide = generate(pipeline, np.tile(mask, 2)[None], CAPTIONS[:1], [3], replace(settings, tiled=True))[0]
+    assert wide.shape == (64, 128, 3) and wide.std() > 5
+
+
 def test_the_sizes_of_an_image_say_what_was_cut_off():
     ramp = torch.arange(96).expand(3, 64, 96).to(torch.uint8)
     for draw, size, resolution, expected in (

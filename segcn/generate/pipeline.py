@@ -270,7 +270,7 @@ def generate_tiled(
         parts = np.stack([Box(*(factor * each for each in box)).cut(padded) for box in boxes])
         return to_control(parts, pipeline.palette).to(noise.device, base.dtype)
 
-    negative, text = pipeline.embedding(settings.negative_prompt)[None], pipeline.embedding(caption)[None]
+    negative, text = pipeline.negative(settings.negative_prompt)[None], pipeline.embedding(caption)[None]
     tiles = windows, control_of
     latents = denoising_loop(pipeline, noise, negative, text, None, settings, on_step, sampler, on_guess, tiles=tiles)
     return decoded(base, latents, windows)[0, : size[0], : size[1]]
@@ -329,7 +329,6 @@ def denoising_loop(
     scheduler.set_timesteps(settings.num_inference_steps, device=noise.device)
     skipped = 0 if start is None else len(scheduler.timesteps) - int(len(scheduler.timesteps) * start.strength)
     both, factor = torch.cat([negative, text]), pipeline.base.latent_factor
-    size = noise.shape[2] * factor, noise.shape[3] * factor
 
     def predict(latents: torch.Tensor, step: int, control: torch.Tensor | None) -> torch.Tensor:
         """The prediction for latents [N, C, h, w], guided (arXiv:2207.12598) and rescaled (arXiv:2305.08891)."""
@@ -337,6 +336,7 @@ def denoising_loop(
         guidance, weight = guidance_at(settings, *done), control_at(settings, *done)
         prompts = (both if guidance > 1 else text).repeat_interleave(len(latents) // len(text), 0)  # windows share one
         copies = len(prompts) // len(latents)  # 2 with guidance
+        size = latents.shape[2] * factor, latents.shape[3] * factor  # of a window where there are some
         noisy = torch.cat([latents] * copies).to(pipeline.base.dtype)
         residuals = {}
         if controlnet is not None and control is not None and weight:
