@@ -115,7 +115,7 @@ def test_a_failing_cell_is_named_and_the_executed_copy_kept(tmp_path):
 
 
 def test_a_page_of_a_notebook_loads_nothing_from_elsewhere_and_says_what_each_image_shows():
-    png = base64.b64encode((ROOT / "data" / "utility.png").read_bytes()).decode()
+    png = base64.b64encode((ROOT / "data" / "study.png").read_bytes()).decode()
     view = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "Panel(...)"}
     cells = [nbformat.v4.new_markdown_cell("## What it <shows>\n\nMore.")]
     for data in ({"image/png": png, "text/plain": "<Figure>"}, view):

@@ -21,6 +21,7 @@ from segcn.study.training import mean_iou
 from segcn.utils.io import write_text
 
 COLORS = {"real": "#555555", "pretrained": "#2f6db3", "mixed": "#c8721b", "bound": "#3a8f4d"}
+ASIDE = 1.015  # of the rows or images, by which the next curve is shifted
 DIGITS = 5  # of every number in metrics.json
 NO_LEAK = (
     "Of each draw and fraction the ControlNet, the segmenter that filters its images, and the masks and captions that"
@@ -261,8 +262,8 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
     value = lambda arm: (arm["miou"], arm["miou_interval"])  # noqa: E731
     words = {"real": "real alone", "pretrained": f"pretrained on {amount:,} synthetic",
              "mixed": f"{amount:,} synthetic mixed in", "bound": "pretrained on other real rows"}  # fmt: skip
-    for kind, label in words.items():
-        _curve(left, [arm for arm in shown if arm["kind"] == kind], "rows", value, COLORS[kind], label)
+    for place, (kind, label) in enumerate(words.items()):
+        _curve(left, [arm for arm in shown if arm["kind"] == kind], "rows", value, COLORS[kind], label, place)
     longer = [arm for arm in shown if arm["kind"] == "longer" and arm["name"].startswith(f"real, as long as {amount} ")]
     left.plot([arm["rows"] for arm in longer], [arm["miou"] for arm in longer], ":", color=COLORS["real"],
               label="real alone, as long as pretrained")  # fmt: skip
@@ -271,15 +272,17 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
     for place, fraction in enumerate(sorted({arm["fraction"] for arm in shown})):
         arms = [arm for arm in metrics["arms"] if arm["kind"] == "pretrained" and arm["fraction"] == fraction]
         shade = matplotlib.colormaps["viridis"](place / 3)
-        _curve(right, arms, "images", lambda arm: _gain(arm, "equal_exposure"), shade, f"{arms[0]['rows']} real rows")
+        gain, label = lambda arm: _gain(arm, "equal_exposure"), f"{arms[0]['rows']} real rows"
+        _curve(right, arms, "images", gain, shade, label, place)
     right.axhline(0, color="#999999", linewidth=0.8)
     right.set(title="Gain of pretraining over real alone", xlabel="synthetic images", ylabel="mIoU, points")
     right.legend(loc="best", fontsize=8)
     small = rest.subplots(below, columns, squeeze=False).flatten()
     for axes, name in zip(small, classes, strict=False):
-        for kind in ("pretrained", "mixed", "bound"):
+        for place, kind in enumerate(("pretrained", "mixed", "bound")):
             arms = [arm for arm in shown if arm["kind"] == kind]
-            _curve(axes, arms, "rows", lambda arm, name=name: _gain(arm, "equal_exposure", name), COLORS[kind], kind)
+            gain = lambda arm, name=name: _gain(arm, "equal_exposure", name)  # noqa: E731
+            _curve(axes, arms, "rows", gain, COLORS[kind], kind, place)
         axes.axhline(0, color="#999999", linewidth=0.8)
         axes.set_title(f"{name}, gain in points", fontsize=9)
         axes.tick_params(labelsize=7)
@@ -288,16 +291,20 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
     return figure
 
 
-def _curve(axes: Axes, arms: list[dict], over: str, read: Callable, color: Any, label: str) -> None:
-    """What `read` takes from arms, a value and the ends of its interval, over their rows or images."""
+def _curve(axes: Axes, arms: list[dict], over: str, read: Callable, color: Any, label: str, place: int = 0) -> None:
+    """What `read` takes from arms, a value and the ends of its interval, over their rows or images.
+
+    place: of several curves, each a little to the right of the one before, so that intervals do not hide others.
+    """
     if not arms:
         return
-    places = [arm[over] for arm in arms]
+    ticks = [arm[over] for arm in arms]
     values, ends = zip(*map(read, arms), strict=True)
-    axes.errorbar(places, values, np.abs(np.array(ends).T - values), color=color, fmt="o-", markersize=4, capsize=2,
-                  linewidth=1.2, elinewidth=0.7, label=label)  # fmt: skip
     axes.set_xscale("log")
-    axes.set_xticks(places, [str(place) for place in places])
+    axes.errorbar([tick * ASIDE**place for tick in ticks], values, np.abs(np.array(ends).T - values), color=color,
+                  fmt="o-", markersize=4, capsize=2, linewidth=1.2, elinewidth=0.7, label=label)  # fmt: skip
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_xlim(min(ticks) / ASIDE**6, max(ticks) * ASIDE**8)
     axes.minorticks_off()
 
 
