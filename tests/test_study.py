@@ -211,11 +211,11 @@ def test_a_training_ends_a_third_after_the_plateau_and_one_of_set_length_has_the
     assert rates_of([], steps=1)[0] == [1 / 50]
 
 
-def test_trainings_that_differ_in_length_alone_are_one_and_each_has_the_weights_as_if_alone(tmp_path):
+def test_trainings_that_differ_in_length_alone_are_one_and_each_has_the_weights_as_if_alone(tmp_path, segformer):
     real, synthetic = write_rectangles(tmp_path / "real", 5), write_rectangles(tmp_path / "synthetic", 3, seed=9)
-    lengths = (4, 7, 7, 12)
-    for splits in ((real, None), (real, synthetic)):
-        train = partial(train_arm, mixture_of(*splits), QUICK, Draws(real), Rule(1, 1), log=quietly)
+    lengths, foreign = (4, 7, 7, 12), dataclasses.replace(QUICK, architecture=str(segformer))
+    for config, splits in ((QUICK, (real, None)), (QUICK, (real, synthetic)), (foreign, (real, None))):
+        train = partial(train_arm, mixture_of(*splits), config, Draws(real), Rule(1, 1), log=quietly)
         alone = [train([length])[0] for length in lengths]
         together = train(lengths)
         assert [one.settings["steps_taken"] for one in together] == list(lengths)

@@ -370,8 +370,9 @@ def fit(
     log: Callable[[str], None],
     rates: Iterator[float] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    first: int = 0,
 ) -> int:
-    """One optimizer step a batch; the number of steps.
+    """One optimizer step a batch; the number of steps, of which `first` were made before.
 
     batches: (image [B, 3, R, R] in [-1, 1], mask uint8 [B, R, R]) and, where images do not count alike, their weights
     [B]; class_weights [K]. rates: the learning rate of each step, which is asked for when the one before is done; the
@@ -384,7 +385,7 @@ def fit(
     cycle = torch.optim.lr_scheduler.OneCycleLR
     schedule = None if rates else cycle(optimizer, config.learning_rate, total_steps=config.steps + 1)
     segmenter.train()
-    progress, step = Progress("segmenter: steps", 0 if rates else config.steps, log, SAID_EVERY), 0
+    progress, step = Progress("segmenter: steps", 0 if rates else config.steps, log, SAID_EVERY), first
     every: Iterator[float | None] = rates or repeat(None, config.steps)
     for rate, (image, *labels) in zip(every, batches, strict=False):
         step += 1

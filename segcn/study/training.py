@@ -128,8 +128,9 @@ def train_arm(
     shift, finished = log_weights(mixture.class_weights), list[AnySegmenter]()
 
     def finish(network: AnySegmenter, optimizer: Optimizer, rates: Iterator[float], first: int = 0) -> None:
-        taken = fit(network, mixture.batches(config, first), mixture.class_weights, config, log, rates, optimizer)
-        network.settings |= config.content | {"num_classes": classes, "steps_taken": first + taken}
+        batches, weights = mixture.batches(config, first), mixture.class_weights
+        taken = fit(network, batches, weights, config, log, rates, optimizer, first)
+        network.settings |= config.content | {"num_classes": classes, "steps_taken": taken}
         network.settings["validation_miou"] = mean_iou(count_pixels(network, validation, config))
         finished.append(network)
 
