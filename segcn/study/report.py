@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,8 +273,8 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
     for place, fraction in enumerate(sorted({arm["fraction"] for arm in shown})):
         arms = [arm for arm in metrics["arms"] if arm["kind"] == "pretrained" and arm["fraction"] == fraction]
         shade = matplotlib.colormaps["viridis"](place / 3)
-        gain, label = lambda arm: _gain(arm, "equal_exposure"), f"{arms[0]['rows']} real rows"
-        _curve(right, arms, "images", gain, shade, label, place)
+        gain = partial(_gain, control="equal_exposure")
+        _curve(right, arms, "images", gain, shade, f"{arms[0]['rows']} real rows", place)
     right.axhline(0, color="#999999", linewidth=0.8)
     right.set(title="Gain of pretraining over real alone", xlabel="synthetic images", ylabel="mIoU, points")
     right.legend(loc="best", fontsize=8)
@@ -281,7 +282,7 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
     for axes, name in zip(small, classes, strict=False):
         for place, kind in enumerate(("pretrained", "mixed", "bound")):
             arms = [arm for arm in shown if arm["kind"] == kind]
-            gain = lambda arm, name=name: _gain(arm, "equal_exposure", name)  # noqa: E731
+            gain = partial(_gain, control="equal_exposure", name=name)
             _curve(axes, arms, "rows", gain, COLORS[kind], kind, place)
         axes.axhline(0, color="#999999", linewidth=0.8)
         axes.set_title(f"{name}, gain in points", fontsize=9)
