@@ -130,7 +130,7 @@ def test_images_are_those_of_diffusers_pipeline(toy, loud, landscapes, changes):
         {"controlnet_conditioning_scale": 0},
     ):
         apart = np.abs(generate(pipeline, masks, CAPTIONS, ROWS, replace(changed, **other)).astype(int) - theirs)
-        assert apart.max() > 3, other
+        assert apart.max() > 1, other  # more than ours may be apart from theirs
 
 
 def test_a_large_image_is_made_by_windows_that_are_each_as_an_image_alone(toy, loud, landscapes):
