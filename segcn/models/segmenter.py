@@ -399,7 +399,8 @@ def fit(
         if schedule:
             schedule.step()
         progress(step, partial(_said, loss))
-    log(f"segmenter: {step} steps, {_said(loss)}")
+    if step > first:
+        log(f"segmenter: {step} steps, {_said(loss)}")
     segmenter.lower(log_weights(class_weights))
     segmenter.eval()
     return step
