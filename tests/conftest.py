@@ -3,15 +3,19 @@
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub must fail
+# One of two workers computes on one core, and so do the processes that it starts.
+os.environ.update({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from transformers import SegformerConfig
+from xdist.scheduler import LoadScopeScheduling
 
 from segcn.data.metadata import read_split
 from segcn.generate.config import GenerateConfig
@@ -34,6 +38,30 @@ QUICK = {
     "resolution": 64, "train_batch_size": 2, "checkpointing_steps": 3, "logging_steps": 1, "max_train_steps": 6,
     "reward_weight": 0.0,
 }  # fmt: skip
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+SLACK = float(os.environ.get("SEGCN_SLACK", 2 if WORKER else 1))  # times slower than on two idle cores
+LONG = ["test_pages", "test_run_all", "test_notebooks", "test_resume"]  # first, so that both workers end together
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two; for a single file none, as its tests share what they make, except for the commands of pages."""
+    names = {Path(argument.partition("::")[0]).name for argument in config.args}
+    return 0 if len(names) == 1 and names != {"test_pages.py"} and names.pop().endswith(".py") else 2
+
+
+class Scheduling(LoadScopeScheduling):
+    """A worker gets whole files, but of the pages one block of commands."""
+
+    def _split_scope(self, nodeid):
+        return nodeid if "test_pages.py" in nodeid else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

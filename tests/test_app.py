@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from conftest import CHROMIUM
+from conftest import CHROMIUM, SLACK
 from PIL import Image
 
 from segcn.data.captions import classes_of
@@ -33,7 +33,6 @@ TEXT = f"a {classes_of(read_mask(SPLIT[0].mask, SPLIT.palette), SPLIT.palette)}"
 HOUSE, GRASS = 8, 4
 PATIENCE = 60_000  # ms
 SIZES = {"small": (1280, 720), "large": (1920, 1080)}
-SLACK = float(os.environ.get("SEGCN_SLACK", "1"))  # times slower than two idle cores
 
 
 def test_the_examples_are_those_of_the_sample_landscapes_and_fit_the_shipped_controlnet(tmp_path):

@@ -165,7 +165,8 @@ def test_one_command_generates_from_one_mask(tmp_path):
     assert image.shape == (128, 128, 3) and sky[2] > sky[0] + 30 and grass[1] > grass[2] + 30
 
 
-def test_the_recipe_of_the_base_runs_resumes_and_never_overwrites(tmp_path):
+def test_the_recipe_of_the_base_runs_resumes_and_never_overwrites(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", torch.get_num_threads)  # the tests after it keep their threads
     recipe = dataclasses.replace(SMOKE, landscapes=8, resolution=64)
     out = build_base(tmp_path / "work", tmp_path / "base", recipe, log=lambda line: None)
     said = []

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SLACK
 from PIL import Image
 
 from segcn.data.masks import colorize, read_mask, write_mask
@@ -476,5 +477,5 @@ def test_the_panel_is_there_before_the_model_and_says_what_fails(split, tmp_path
 def test_on_the_embedded_base_an_image_is_there_within_three_seconds(split, tmp_path):
     settings = make(SampleConfig, "tiny", resolution=128, controlnet_model_name_or_path=str(BASE / "controlnet"))
     panel = widgets.Panel(load_pipeline(settings, split.palette), split, tmp_path, settings)
-    assert min(timeit.repeat(lambda: press(panel, panel.generate_button), repeat=3, number=1)) < 3
+    assert min(timeit.repeat(lambda: press(panel, panel.generate_button), repeat=3, number=1)) < 3 * SLACK
     assert images(panel)[0].image.shape == (128, 128, 3)
