@@ -1,16 +1,17 @@
-"""Training in processes that are killed: forked from one that has imported everything and computed nothing."""
+"""Training in processes that start fast, to be killed: forked from one that has imported all and computed nothing."""
 
 import ctypes
 import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel  # noqa: F401
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
@@ -87,3 +88,23 @@ def train_quietly(config: TrainConfig, save: int = 0, change: int = 0) -> None:
     io.commit = commit_or_die
     with open(os.devnull, "w") as sys.stdout:
         train(config)
+
+
+def train_as_torchrun(warm: multiprocessing.context.BaseContext, config: TrainConfig, world: int = 2) -> None:
+    """Train in `world` warm processes, which find each other by the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    running = [warm.Process(target=_train_as_one_of, args=(config, rank, world, port)) for rank in range(world)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(600)
+    assert [process.exitcode for process in running] == [0] * world
+
+
+def _train_as_one_of(config: TrainConfig, rank: int, world: int, port: int) -> None:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "localhost"} | {name: str(number) for name, number in numbers.items()}
+    torch.set_num_threads(1)
+    train_quietly(config)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from kills import train_quietly
+from kills import train_as_torchrun, train_quietly
 from PIL import Image
 from runs import log_of, tree, weights
 from safetensors import safe_open
@@ -25,7 +25,6 @@ from segcn.generate.pipeline import diffusers_pipeline, load_pipeline
 from segcn.models.base import base_fingerprint, encode_text, load_base
 from segcn.models.lora import TEXT_TARGETS, add_lora, has_lora, restore_lora
 from segcn.train.config import AdaptConfig
-from segcn.train.log import training_lines
 from segcn.train.loop import train
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
@@ -260,11 +259,11 @@ def test_a_controlnet_trained_with_its_unet_resumes_and_generates_with_it(
 
 
 @pytest.mark.parametrize("unet", ["lora", pytest.param(None, marks=pytest.mark.slow, id="adapt")])
-def test_two_processes_train_the_base_as_one(quick, adapt, tmp_path, unet):
+def test_two_processes_train_the_base_as_one(quick, adapt, warm, tmp_path, unet):
     smooth = {"adam_epsilon": 1e-2, "lora_rank": 2} | ({"train_unet": unet} if unet else {})
     made = quick if unet else adapt
     one = train(made(tmp_path / "one", train_batch_size=4, **smooth))
-    list(training_lines(made(tmp_path / "two", train_batch_size=2, **smooth), 2))
+    train_as_torchrun(warm, made(tmp_path / "two", train_batch_size=2, **smooth))
     for left, right in zip(log_of(one), log_of(tmp_path / "two"), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
         assert left["gradient_norm"] == pytest.approx(right["gradient_norm"], rel=1e-4)

@@ -16,7 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from kills import train_quietly
+from kills import train_as_torchrun, train_quietly
 from PIL import Image
 from runs import log_of, tree, weights
 from torch.utils.data import default_collate
@@ -36,7 +36,6 @@ from segcn.models.controlnet import make_controlnet
 from segcn.samples.base_model.sdxl import parts_of_sdxl
 from segcn.train.batches import Plan
 from segcn.train.config import AdaptConfig
-from segcn.train.log import training_lines
 from segcn.train.loop import step_losses, train
 from segcn.train.memory import GB, accounting
 from segcn.train.setup import prepare
@@ -91,10 +90,10 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(xl, straight, warm, tmp_p
     assert tree(tmp_path / "cut" / "checkpoint-6") == tree(straight / "checkpoint-6")
 
 
-def test_two_processes_train_as_one(xl, tmp_path):
+def test_two_processes_train_as_one(xl, warm, tmp_path):
     smooth = {"adam_epsilon": 1e-2, "max_train_steps": 3}  # at 1e-8 the first steps are the signs of rounding errors
     one = train(xl(tmp_path / "one", train_batch_size=4, **smooth))
-    list(training_lines(xl(tmp_path / "two", train_batch_size=2, **smooth), 2))
+    train_as_torchrun(warm, xl(tmp_path / "two", train_batch_size=2, **smooth))
     found = [ControlNetModel.from_pretrained(folder).state_dict() for folder in (one, tmp_path / "two")]
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
 
