@@ -25,9 +25,11 @@ from segcn.models.base import load_base
 from segcn.models.controlnet import make_controlnet
 from segcn.samples.base_model.recipe import SMOKE, build_tokenizer, export_base
 from segcn.samples.base_model.training import Denoiser, build_vae, standardize_latents
-from segcn.samples.landscapes.scene import write_landscapes
+from segcn.samples.landscapes.scene import sample_landscapes, write_landscapes
 from segcn.train.config import TrainConfig
 from segcn.utils.args import make
+from segcn.utils.io import one_at_a_time
+from segcn.utils.paths import OUTPUTS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -40,7 +42,7 @@ QUICK = {
 }  # fmt: skip
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 SLACK = float(os.environ.get("SEGCN_SLACK", 2 if WORKER else 1))  # times slower than on two idle cores
-LONG = ["test_pages", "test_run_all", "test_notebooks", "test_resume"]  # first, so that both workers end together
+LONG = ["test_resume", "test_run_all", "test_generate_kills", "test_notebooks", "test_pages"]  # these come first
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -61,6 +63,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
+    """The longest files first, so that both workers end at about the same time."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
@@ -70,6 +73,13 @@ def landscapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "landscapes"
     write_landscapes(folder, 12, resolution=64, test=6, workers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sample_set():
+    """data/landscapes, drawn by one worker while the other waits."""
+    with one_at_a_time(OUTPUTS / ".landscapes.lock"):
+        return sample_landscapes()
 
 
 @pytest.fixture(scope="session")

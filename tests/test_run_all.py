@@ -140,7 +140,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, landscapes, random_base):
+def lab(tmp_path_factory, landscapes, random_base, sample_set):
     """A server with every notebook, on small data and a base whose images are noise."""
     folder = tmp_path_factory.mktemp("lab")
     common = {"pretrained_model_name_or_path": str(random_base), "output_dir": str(folder / "out")}
