@@ -1,5 +1,6 @@
 """Promise: each command that a page shows runs as it stands there, for toy sizes, and no secret gets into a file."""
 
+import json
 import os
 import re
 import shutil
@@ -69,6 +70,7 @@ PEER = """import runpy, sys
 sys.argv += ["--logging_steps", "1"]
 runpy.run_module("segcn.train", run_name="__main__")
 """  # what takes diffusers' flags, too, and writes a loss at each step as its script does
+FEW = {"train": 64, "test": 16}  # rows of the sample landscapes
 SHIM = f'#!/bin/sh\nexec "{sys.executable}" -m segcn.cli "$@"\n'
 
 
@@ -115,16 +117,19 @@ def sections(text):
 
 @pytest.fixture(scope="module")
 def sample_set(tmp_path_factory):
-    """The sample landscapes as every command finds or makes them."""
-    folder = tmp_path_factory.mktemp("samples") / "landscapes"
-    return write_landscapes(folder, SAMPLE_ROWS["train"], test=SAMPLE_ROWS["test"])
+    """The sample landscapes as every command finds or makes them in `place`."""
+    return write_landscapes(tmp_path_factory.mktemp("samples") / "landscapes", FEW["train"], test=FEW["test"])
 
 
 @pytest.fixture
 def place(tmp_path, sample_set, landscapes, random_base):
     """A copy of the repository's files, and beside them what the names on the pages stand for."""
     for name in ("segcn", "notebooks", "data/base", "data/examples"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tmp_path / name)
+    scene = tmp_path / "segcn" / "samples" / "landscapes" / "scene.py"
+    before = scene.read_text()
+    scene.write_text(before.replace(json.dumps(SAMPLE_ROWS), json.dumps(FEW)))
+    assert scene.read_text() != before
     shutil.copytree(sample_set, tmp_path / "data" / "landscapes")
     shutil.copytree(landscapes, tmp_path / "DATASET")
     shutil.copytree(landscapes / "train", tmp_path / "path" / "containing")
