@@ -22,6 +22,7 @@ VARIANTS = {
     "ours": Variant("segcn's defaults (fused AdamW)"),
     "8bit": Variant("8-bit AdamW on both", ("--use_8bit_adam",), ("--use_8bit_adam",)),
     "memory": Variant("segcn with --memory_preset 8", (), ("--memory_preset", "8")),
+    "light": Variant("segcn with --controlnet lora", (), ("--controlnet", "lora")),
     "bf16": Variant("bf16 on both", ("--mixed_precision", "bf16"), ("--mixed_precision", "bf16")),
 }
 

@@ -151,12 +151,13 @@ def command(config: BenchTrainConfig, side: str, where: Path, steps: int, save_e
 def variant_words(config: BenchTrainConfig, name: str, side: str) -> tuple[str, ...]:
     """What a variant adds for a side; without a script of diffusers', both differ in the cache alone.
 
-    Where segcn would start a small ControlNet, both sides start from one that is as wide as diffusers starts it.
+    Where segcn would start a small ControlNet, both sides start from one that is as wide as diffusers starts it; one
+    that is light begins with the base.
     """
     foreign = side == "baseline" and config.peer
     own = VARIANTS[name].baseline if foreign else (*VARIANTS[name].ours, "--reward_weight", "0")  # the same work
     base = config.pretrained_model_name_or_path
-    if UNet2DConditionModel.load_config(base, subfolder="unet")["block_out_channels"][0] >= WIDE:
+    if "lora" in own or UNet2DConditionModel.load_config(base, subfolder="unet")["block_out_channels"][0] >= WIDE:
         return own
     start = config.folder / f"start-{base_fingerprint(base)}-{config.seed}"
     if not (start / "config.json").is_file():

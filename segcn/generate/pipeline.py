@@ -43,11 +43,11 @@ from segcn.models.base import (
     plain_pipeline,
     weights_digest,
 )
-from segcn.models.controlnet import load_controlnet
+from segcn.models.controlnet import is_finished_controlnet, load_controlnet
 from segcn.utils import rng
 from segcn.utils.args import check_values
 from segcn.utils.errors import UserError
-from segcn.utils.paths import OUTPUTS, RUN_FILE, WEIGHTS
+from segcn.utils.paths import OUTPUTS, RUN_FILE
 
 SCHEDULERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler}
 CONTROL_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps that are done -> factor of the weight
@@ -129,7 +129,7 @@ def load_pipeline(settings: SampleConfig, palette: Palette | None = None) -> Pip
     check_trained_together(folder, base)
     if (Path(folder) / "scheduler").is_dir():  # it was trained with another noise schedule than the base
         base.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    controlnet = load_controlnet(folder, device, dtype).eval()
+    controlnet = load_controlnet(folder, device, dtype, base.unet).eval()
     if settings.torch_compile:
         assert base.vae is not None
         for network in (base.unet, controlnet, base.vae.decoder):
@@ -147,7 +147,8 @@ def find_controlnet(base_folder: str, palette: Palette | None = None, lora: str 
     for run in OUTPUTS.glob(f"**/{RUN_FILE}"):
         settings = json.loads(run.read_text())
         same_palette = palette is None or settings["palette_fingerprint"] == palette.fingerprint
-        if (run.parent / WEIGHTS).is_file() and same_palette and trained_for(run.parent, settings, base_folder) == base:
+        finished = is_finished_controlnet(run.parent)
+        if finished and same_palette and trained_for(run.parent, settings, base_folder) == base:
             found.append((run.stat().st_mtime, str(run.parent)))
     if found:
         return max(found)[1]

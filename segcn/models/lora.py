@@ -41,10 +41,18 @@ def lora_file(lora: str | Path) -> Path | None:
     return found
 
 
-def add_lora(network: Any, rank: int, alpha: int, targets: tuple[str, ...], flag: str = "lora_targets") -> None:
+def add_lora(
+    network: Any,
+    rank: int,
+    alpha: int,
+    targets: tuple[str, ...],
+    flag: str = "lora_targets",
+    exclude: str | None = None,
+) -> None:
     """Give the layers whose names end in one of `targets` trainable matrices, in float32; everything else is frozen.
 
-    The network computes the same until they are trained. UserError where no layer has such a name.
+    exclude: a pattern of names of layers that get none. The network computes the same until they are trained. UserError
+    where no layer has such a name.
     """
     network.requires_grad_(False)
     names = [name for name, _ in network.named_modules()]
@@ -52,7 +60,8 @@ def add_lora(network: Any, rank: int, alpha: int, targets: tuple[str, ...], flag
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise UserError(f"--{flag}: expected ends of the names of layers, such as to_q or conv1, found {target!r}")
     try:
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), network, PLACE)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), exclude_modules=exclude)
+        inject_adapter_in_model(config, network, PLACE)
     except ValueError as error:  # a layer of another kind than linear or convolution
         raise UserError(f"--{flag}: {str(error).splitlines()[0]}") from None
 
@@ -129,12 +138,17 @@ def _fuse_text(part: str, weights: dict, alphas: dict | None, settings: dict | N
         given = get_peft_kwargs(ranks, alphas, own, is_unet=False)
     inject_adapter_in_model(LoraConfig(**given), text_encoder, PLACE)
     set_peft_model_state_dict(text_encoder, own, PLACE)
-    for name, layer in list(text_encoder.named_modules()):
+    merge_lora(text_encoder)
+
+
+def merge_lora(network: Any) -> None:
+    """Add the LoRA of a network to its weights; what is left is a network without one."""
+    for name, layer in list(network.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
             parent, _, child = name.rpartition(".")
-            setattr(text_encoder.get_submodule(parent), child, layer.get_base_layer())
-    del text_encoder.peft_config
+            setattr(network.get_submodule(parent), child, layer.get_base_layer())
+    del network.peft_config
 
 
 @contextmanager

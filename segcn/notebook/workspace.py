@@ -18,13 +18,14 @@ from segcn.data.visualize import quiet
 from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate.pipeline import Pipeline, load_pipeline
 from segcn.generate.writer import SETTINGS_FILE, differences, generate_dataset
+from segcn.models.controlnet import is_finished_controlnet
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, load_segmenter, shared_folder, shipped_segmenter
 from segcn.samples.landscapes.scene import sample_landscapes
 from segcn.train.config import TrainConfig
 from segcn.utils import io
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
-from segcn.utils.paths import BASE, OUTPUTS, ROOT, RUN_FILE, WEIGHTS, from_root
+from segcn.utils.paths import BASE, OUTPUTS, ROOT, RUN_FILE, from_root
 
 NOTEBOOKS = ROOT / "notebooks"
 INJECTED = "# Parameters\n"  # how papermill begins the cell that it puts behind the one tagged `parameters`
@@ -128,7 +129,7 @@ class Workspace:
 
     def trained_controlnet(self) -> str | None:
         """The ControlNet of this run, once its training is finished."""
-        return str(self.controlnet) if (self.controlnet / WEIGHTS).is_file() else None
+        return str(self.controlnet) if is_finished_controlnet(self.controlnet) else None
 
     def trained_base(self) -> dict[str, str | None]:
         """The base that this run's ControlNet was trained on or with, and its LoRA."""

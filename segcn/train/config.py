@@ -15,6 +15,7 @@ OBSOLETE = (
     "enable_xformers_memory_efficient_attention", "set_grads_to_none", "dataset_config_name", "image_column",
     "conditioning_image_column", "caption_column", "image_interpolation_mode",
 )  # fmt: skip
+CONTROLNETS = ("full", "lora")
 UNET_PARTS = ("lora", "decoder", "all")  # what can be trained of a U-Net
 LORA_TARGETS = [
     "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2",
@@ -49,7 +50,7 @@ class TrainConfig:
         "preset": "data and models",
         "resolution": "the image and its augmentation",
         "prediction_type": "the loss",
-        "train_unet": "what is trained of the base",
+        "controlnet": "what is trained",
         "max_train_steps": "optimization",
         "checkpointing_steps": "checkpoints",
         "logging_steps": "validation and logging",
@@ -116,18 +117,24 @@ a Slurm script that requeues itself, are in
     reward_segmenter: str | None = flag(
         None, "trained segmenter folder that rewards, and never scores; none: a fast one of latents is trained"
     )
-    # what is trained of the base
-    train_unet: str | None = flag(None, "train it too: a lora, or its decoder in full; none: frozen", UNET_PARTS[:2])
+    # what is trained
+    controlnet: str = flag(
+        "full", "full; or lora: the base's encoder with a LoRA, small to train and keep", CONTROLNETS
+    )
+    train_unet: str | None = flag(
+        None, "of the base, too: a lora, or its decoder in full; none: frozen", UNET_PARTS[:2]
+    )
     lora_rank: int = flag(16, "rank of a LoRA that is trained", low=1)
     lora_alpha: int | None = flag(None, "its weight is this / rank; none: the rank, so 1", low=1)
-    lora_targets: list[str] = flag(LORA_TARGETS, "ends of the names of the U-Net's layers that get one")
+    lora_targets: list[str] = flag(LORA_TARGETS, "ends of the names of the layers that get one")
+    merge: bool = flag(False, "with --controlnet lora: write a full ControlNet with the LoRA in its weights")
     # optimization
     max_train_steps: int | None = flag(None, "optimizer steps; none: --num_train_epochs", low=1)
     num_train_epochs: int = flag(1, "epochs, if --max_train_steps is not given", low=1)
     train_batch_size: int = flag(4, "rows in a micro-batch of each process", low=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches in an optimizer step", low=1)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
-    learning_rate: float = flag(5e-6, "peak learning rate", low=0)
+    learning_rate: float = flag(5e-6, "peak learning rate; with --controlnet lora: 1e-4, tiny 3e-3", low=0)
     scale_lr: bool = flag(False, "multiply the learning rate by processes, accumulation and batch size")
     lr_scheduler: str = flag(
         "constant",
@@ -221,7 +228,7 @@ class AdaptConfig(TrainConfig):
     }  # fmt: skip
     HIDDEN: ClassVar[tuple[str, ...]] = (  # flags of segcn train that need masks or a ControlNet
         "controlnet_model_name_or_path", "lora", "class_balance", "proportion_empty_controls", "class_weighting",
-        "train_unet", "faithfulness_rows", "segmenter", "validation_image", "caption_class_dropout",
+        "controlnet", "train_unet", "faithfulness_rows", "segmenter", "validation_image", "caption_class_dropout",
         "reward_weight", "reward_start", "reward_timesteps", "reward_segmenter", "prediction_type",
         "rescale_betas_zero_snr", *OBSOLETE,
     )  # fmt: skip
@@ -250,6 +257,7 @@ class AdaptConfig(TrainConfig):
         return (self.unlock or "lora", *(["text_encoder"] if self.lora_text_encoder else []))
 
 
+LIGHT_RATES = {"sd15": 1e-4, "tiny": 3e-3}  # the default of --learning_rate with --controlnet lora, by preset
 MEMORY_PRESETS = {  # GB: images of 512 px in a micro-batch, and what is switched on besides half precision
     8: (1, {"use_8bit_adam": True, "gradient_checkpointing": True}),
     12: (1, {"gradient_checkpointing": True}),

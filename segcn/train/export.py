@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from segcn.data.metadata import Split
 from segcn.data.palette import palette_table
-from segcn.models.base import LAYOUT_XL, load_base, plain_pipeline
-from segcn.models.lora import LORA_WEIGHTS, changed_layers, save_lora
+from segcn.models.base import LAYOUT_XL, Base, load_base, plain_pipeline
+from segcn.models.controlnet import LIGHT_SETTINGS, is_light, merge_light, save_controlnet
+from segcn.models.lora import LORA_WEIGHTS, changed_layers, has_lora, save_lora
 from segcn.train.checkpoint import read_best
 from segcn.train.config import TrainConfig
 from segcn.train.log import LOG, read_log
@@ -24,7 +25,7 @@ from segcn.train.setup import Run
 from segcn.utils.errors import UserError
 from segcn.utils.html import render
 from segcn.utils.io import write_text
-from segcn.utils.paths import public_name
+from segcn.utils.paths import LIGHT_WEIGHTS, WEIGHTS, public_name
 
 CARD_MARK = "<!-- segcn writes this file when a training ends; it leaves one without this line alone. -->"
 TAGS = [
@@ -63,11 +64,18 @@ def finish_training(run: Run) -> Path:
 
 def export_networks(config: TrainConfig, networks: Networks, output_dir: Path) -> list[str]:
     """Write the trained networks; a line for each, which says how it is used."""
-    controlnet, merge, said = networks.get("controlnet"), getattr(config, "merge", False), []
+    controlnet, merge, said = networks.get("controlnet"), config.merge, []
     lora, folder, both = output_dir, output_dir, f"segcn generate --controlnet_model_name_or_path {output_dir}"
     if isinstance(controlnet, ControlNetModel):
-        export(controlnet, output_dir)
-        said.append(f"Done: {output_dir} opens with ControlNetModel.from_pretrained.")
+        if has_lora(controlnet) and merge:
+            export(controlnet, output_dir / "lora")
+            export(merge_light(output_dir / "lora", reopen_base(config, config.lora).unet), output_dir)
+        else:
+            export(controlnet, output_dir)
+        opens = f"{output_dir} opens with ControlNetModel.from_pretrained"
+        if is_light(output_dir):
+            opens = f"{output_dir} is a light ControlNet, which its README.md opens; --merge makes it a full one"
+        said.append(f"Done: {opens}.")
         lora, folder = output_dir / "lora", output_dir / "base"
     if "lora" in config.trains:
         lora = output_dir / "lora" if merge else lora
@@ -79,8 +87,8 @@ def export_networks(config: TrainConfig, networks: Networks, output_dir: Path) -
             said.append(f"Its LoRA is in {lora}: use both by {both} --lora {lora}")
         elif not merge:
             said.append(f"Done: {output_dir} opens with pipe.load_lora_weights; segcn train takes it as --lora.")
-    if in_full(config) or merge:
-        write_base(config, networks, folder, lora if merge else None)
+    if in_full(config) or (merge and not said):
+        write_base(config, networks, folder, lora if merge and not said else None)
         flag = "--pretrained_model_name_or_path"
         if said:
             said.append(f"Its base is in {folder}: use both by {both} {flag} {folder}")
@@ -91,10 +99,7 @@ def export_networks(config: TrainConfig, networks: Networks, output_dir: Path) -
 
 def write_base(config: TrainConfig, networks: Networks, folder: Path, lora: Path | None = None) -> None:
     """Write the base with the weights that were trained, in float32, as a folder that plain pipelines open."""
-    hub = {"revision": config.revision, "variant": config.variant}
-    name, added = config.pretrained_model_name_or_path, str(lora) if lora else config.lora
-    vae = config.pretrained_vae_model_name_or_path
-    base = load_base(name, "cpu", torch.float32, config.tokenizer_name, None, added, vae, **hub)
+    base = reopen_base(config, str(lora) if lora else config.lora)
     assert base.vae is not None
     if lora is None:
         parts: dict[str, torch.nn.Module] = {"unet": base.unet, "vae": LatentDecoder(base.vae)}
@@ -117,15 +122,28 @@ def write_base(config: TrainConfig, networks: Networks, folder: Path, lora: Path
     staged.rmdir()
 
 
+def reopen_base(config: TrainConfig, lora: str | None) -> Base:
+    """The base as it was before the training, in float32, on the CPU; lora: what is added to its weights."""
+    hub = {"revision": config.revision, "variant": config.variant}
+    name, vae = config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path
+    return load_base(name, "cpu", torch.float32, config.tokenizer_name, None, lora, vae, **hub)
+
+
 def export(controlnet: ControlNetModel, folder: Path) -> None:
-    """config.json, without the path that the ControlNet came from, and safetensors: each file is whole or not there."""
+    """config.json, without the path that the ControlNet came from, and safetensors: each file is whole or not there.
+
+    What is there of a light one goes where a full one is written, and the other way.
+    """
     staged = folder / ".export"
-    controlnet.save_pretrained(staged)
+    save_controlnet(controlnet, staged)
     config = json.loads((staged / "config.json").read_text())
     config.pop("_name_or_path", None)
     write_text(staged / "config.json", json.dumps(config, indent=2) + "\n")
-    for path in sorted(staged.iterdir()):
-        os.replace(path, folder / path.name)
+    written = {path.name for path in staged.iterdir()}
+    for name in sorted(written, key=lambda name: (name.endswith(".safetensors"), name)):
+        os.replace(staged / name, folder / name)
+    for name in {WEIGHTS, LIGHT_WEIGHTS, LIGHT_SETTINGS} - written:
+        (folder / name).unlink(missing_ok=True)
     staged.rmdir()
 
 
@@ -141,13 +159,14 @@ def write_model_card(
         return False
     folder, name, sheet = config.pretrained_model_name_or_path, public_name(output_dir), newest_sheet(output_dir)
     base, trains = public_name(folder), config.trains
-    lora = "lora" in trains and not getattr(config, "merge", False)
+    lora = "lora" in trains and not config.merge
     kinds = {"decoder": "the decoder of its U-Net", "all": "its U-Net", "vae_decoder": "the decoder of its autoencoder"}
     what = f"A LoRA for {base}." if lora else f"{base} with a LoRA in its weights."
     changed = [kinds[kind] for kind in trains if kind in kinds]
     text = render(
         f"train/templates/{'card' if 'controlnet' in trains else 'adapted_card'}.md",
         lora=lora,
+        light=config.controlnet == "lora" and not config.merge,
         what=f"{base}, of which {changed[0]} was trained further." if changed else what,
         trained=changed[0] if changed else f"rank {config.lora_rank}, layers {', '.join(config.lora_targets)}",
         mark=CARD_MARK,
@@ -213,7 +232,8 @@ def upload(run: Run) -> str:
     name, sheet = run.config.hub_model_id or output_dir.absolute().name, newest_sheet(output_dir)
     published = [*output_dir.glob("diffusion_pytorch_model*.safetensors*"), *([sheet] if sheet else [])]
     published += output_dir.glob("scheduler/scheduler_config.json")
-    published += [path for part in ("", "lora/") for path in output_dir.glob(f"{part}{LORA_WEIGHTS}")]
+    small = (LORA_WEIGHTS, LIGHT_WEIGHTS, LIGHT_SETTINGS)
+    published += [path for part in ("", "lora/") for name in small for path in output_dir.glob(f"{part}{name}")]
     if "controlnet" not in run.config.trains or (output_dir / "base").is_dir():
         own = output_dir if "controlnet" not in run.config.trains else output_dir / "base"
         published += [*own.glob("model_index.json"), *(path for part in LAYOUT_XL for path in own.glob(f"{part}/*"))]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from segcn.models.base import Base
-from segcn.models.controlnet import load_controlnet
+from segcn.models.controlnet import load_controlnet, read_light, save_controlnet
 from segcn.models.lora import TEXT_TARGETS, add_lora, changed_layers, has_lora, restore_lora, save_lora
 from segcn.train.config import TrainConfig
 from segcn.utils.errors import UserError
@@ -73,8 +73,15 @@ def check_trained(config: TrainConfig) -> None:
             "--train_unet lora: expected a base without --lora, since a LoRA on a LoRA opens nowhere else; add it to"
             " the base first (segcn adapt --merge does), or continue with --train_unet decoder"
         )
-    unlock, merge = getattr(config, "unlock", None), getattr(config, "merge", False)
-    if merge and "lora" not in config.trains:
+    if config.controlnet == "lora" and config.train_unet == "lora":
+        raise UserError(
+            "--controlnet lora: expected a frozen encoder of the U-Net, which it shares, found --train_unet lora, which"
+            " changes it; use --controlnet full, or --train_unet decoder"
+        )
+    if config.merge and "controlnet" in config.trains and config.controlnet != "lora":
+        raise UserError("--merge: expected --controlnet lora, whose LoRA it merges; a full ControlNet has none")
+    unlock = getattr(config, "unlock", None)
+    if config.merge and not {"controlnet", "lora"} & set(config.trains):
         raise UserError("--merge: expected a LoRA to merge; --unlock and --vae_decoder write a base anyway")
     if getattr(config, "vae_decoder", False) and (unlock or getattr(config, "lora_text_encoder", False)):
         raise UserError("--vae_decoder: is trained by itself; rerun with the base that it wrote for the U-Net")
@@ -85,11 +92,12 @@ def check_trained(config: TrainConfig) -> None:
 def write_networks(networks: Networks, folder: Path, suffix: str = "") -> None:
     """Store the trained weights in a checkpoint's folder; suffix: `EMA` for averaged ones."""
     if "controlnet" in networks:
-        networks["controlnet"].save_pretrained(folder / f"controlnet{suffix}")
-    if any(map(has_lora, networks.values())):
-        save_lora(folder / f"lora{suffix}", networks)
-    for name, network in networks.items():
-        if name != "controlnet" and not has_lora(network):
+        save_controlnet(networks["controlnet"], folder / f"controlnet{suffix}")
+    base = {name: network for name, network in networks.items() if name != "controlnet"}
+    if any(map(has_lora, base.values())):
+        save_lora(folder / f"lora{suffix}", base)
+    for name, network in base.items():
+        if not has_lora(network):
             weights = {key: value.detach().cpu().contiguous() for key, value in changed_layers(network).items()}
             save_file(weights, folder / f"{name}{suffix}.safetensors")
 
@@ -98,12 +106,16 @@ def write_networks(networks: Networks, folder: Path, suffix: str = "") -> None:
 def read_networks(networks: Networks, folder: Path, suffix: str = "") -> None:
     """Take over what `write_networks` stored, bit for bit; without averaged weights the others."""
     suffix = suffix if any(folder.glob(f"*{suffix}*")) else ""
-    if "controlnet" in networks:
-        networks["controlnet"].load_state_dict(load_controlnet(folder / f"controlnet{suffix}").state_dict())
-    if any(map(has_lora, networks.values())):
-        restore_lora(folder / f"lora{suffix}", networks)
-    for name, network in networks.items():
-        if name != "controlnet" and not has_lora(network):
+    controlnet, place = networks.get("controlnet"), folder / f"controlnet{suffix}"
+    if controlnet is not None and has_lora(controlnet):
+        read_light(controlnet, place)
+    elif controlnet is not None:
+        controlnet.load_state_dict(load_controlnet(place).state_dict())
+    base = {name: network for name, network in networks.items() if name != "controlnet"}
+    if any(map(has_lora, base.values())):
+        restore_lora(folder / f"lora{suffix}", base)
+    for name, network in base.items():
+        if not has_lora(network):
             weights = load_file(folder / f"{name}{suffix}.safetensors")
             for key, value in changed_layers(network).items():
                 value.copy_(weights[key])

@@ -31,12 +31,12 @@ from segcn.data.transforms import AugmentConfig
 from segcn.data.unlabelled import check_images, unlabelled_split
 from segcn.evaluate.base_check import BASE_CHECK, check_base
 from segcn.models.base import Base, computes_fast, keep_freed_memory, load_base, pick_device, precisions
-from segcn.models.controlnet import check_controlnet, load_controlnet, make_controlnet
+from segcn.models.controlnet import check_controlnet, check_light, load_controlnet, make_controlnet, make_light
 from segcn.models.segmenter import AnySegmenter
 from segcn.train import latent_cache
 from segcn.train.batches import Examples, make_examples
 from segcn.train.checkpoint import WAIT, averaged, claim_run_folder
-from segcn.train.config import MEMORY_PRESETS, OBSOLETE, TrainConfig, reward_timesteps, total_steps
+from segcn.train.config import LIGHT_RATES, MEMORY_PRESETS, OBSOLETE, TrainConfig, reward_timesteps, total_steps
 from segcn.train.latent_cache import cache_root, parse_limit, source_digest
 from segcn.train.log import Log
 from segcn.train.loss import FiniteCheck, Loss, diffusion_loss
@@ -149,6 +149,7 @@ def prepare(
     base = load_frozen(config, accelerator)
     if config.controlnet_model_name_or_path:
         check_controlnet(config.controlnet_model_name_or_path, base)
+        check_light(config.controlnet_model_name_or_path, light_settings(config))
     repeats = make_repeats(config, split, accelerator, log)
     shown = sampler.Stream(len(split), config.seed, repeats).start(config.num_train_epochs)
     config = dataclasses.replace(config, max_train_steps=total_steps(config, shown, accelerator.num_processes))
@@ -174,6 +175,12 @@ def prepare(
     networks = {"controlnet": make_trainable(config, base, new_controlnet)} if "controlnet" in config.trains else {}
     networks |= trained_parts(config, base)  # after the ControlNet, which begins as a copy of the base
     weights = trained_weights(networks)
+    if config.controlnet == "lora":
+        counts = [sum(one.numel() for one in some) for some in (weights, networks["controlnet"].parameters())]
+        log.say(
+            f"A light ControlNet: {counts[0] / 1e6:.2f} of {counts[1] / 1e6:.2f} million weights are trained, at"
+            f" --learning_rate {config.learning_rate:g}."
+        )
     optimizer = make_optimizer(config, weights, accelerator)
     schedule = make_schedule(config, optimizer)
     *prepared, optimizer = accelerator.prepare(*networks.values(), optimizer)
@@ -200,6 +207,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     check_trained(config)
     check_schedule(config.lr_scheduler)
     reward_timesteps(config)
+    usual = (dataclasses.asdict(type(config)()) | preset_defaults(type(config), config.preset))["learning_rate"]
+    if config.controlnet == "lora" and config.learning_rate == usual:
+        config = dataclasses.replace(config, learning_rate=LIGHT_RATES[config.preset])
     prompts, images = config.validation_prompt or [], config.validation_image or []
     if "controlnet" not in config.trains:
         return dataclasses.replace(config, dataset_name=config.dataset)
@@ -328,17 +338,28 @@ def make_noise_schedule(config: TrainConfig, base: Base) -> DDPMScheduler:
 
 
 def make_trainable(config: TrainConfig, base: Base, new_controlnet: Callable | None = None) -> ControlNetModel:
-    """The ControlNet to train, in float32."""
+    """The ControlNet to train: what is trained of it is in float32."""
+    light = light_settings(config)
+    if light and new_controlnet:
+        raise UserError("make_controlnet: expected --controlnet full; a light ControlNet begins as the base's encoder")
     if config.controlnet_model_name_or_path:
-        controlnet = load_controlnet(config.controlnet_model_name_or_path, base.unet.device)
+        controlnet = load_controlnet(config.controlnet_model_name_or_path, base.unet.device, unet=base.unet)
     else:
         torch.manual_seed(config.seed)
         make = new_controlnet or (lambda unet: make_controlnet(unet, base.latent_factor))
-        controlnet = make(base.unet).float()
-    controlnet.requires_grad_(True)
+        controlnet = make_light(base.unet, *light, base.latent_factor) if light else make(base.unet).float()
+    if not light:
+        controlnet.requires_grad_(True)
     if config.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
     return controlnet
+
+
+def light_settings(config: TrainConfig) -> tuple[int, int, tuple[str, ...]] | None:
+    """Rank, alpha and targets of a light ControlNet's LoRA; None: a full ControlNet."""
+    if config.controlnet != "lora":
+        return None
+    return config.lora_rank, config.lora_alpha or config.lora_rank, tuple(config.lora_targets)
 
 
 def trained_weights(networks: Networks) -> list[torch.nn.Parameter]:

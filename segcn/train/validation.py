@@ -28,6 +28,7 @@ from segcn.evaluate.evaluator import PARTED, check_classes, measure
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline, generate
 from segcn.models.base import reconstruct
+from segcn.models.controlnet import share_layers
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, load_segmenter, segmenter_of
 from segcn.train.checkpoint import record_best
 from segcn.train.config import TrainConfig
@@ -262,9 +263,8 @@ def frozen_twin(controlnet: ControlNetModel, dtype: torch.dtype) -> ControlNetMo
     """
     with torch.device("meta"):  # neither memory nor random numbers are spent on weights that are replaced
         twin = ControlNetModel.from_config(controlnet.config)
-    weights = {name: weight.to(dtype) for name, weight in controlnet.state_dict().items()}
-    twin.load_state_dict(weights, assign=True)
-    return twin.requires_grad_(False).eval()
+    share_layers(twin, controlnet, dtype)
+    return twin.eval()
 
 
 def generate_sheet(

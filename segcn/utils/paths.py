@@ -7,6 +7,7 @@ ROOT = Path(__file__).resolve().parents[2]  # the repository; every default path
 OUTPUTS = ROOT / "outputs"
 BASE = ROOT / "data" / "base"
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a ControlNet: written last, so the folder is complete with it
+LIGHT_WEIGHTS = "adapter_model.safetensors"  # of a light one, likewise
 RUN_FILE = "train_config.json"  # the settings of a training, in its run folder
 MAX_PIXELS = 89_478_485  # of an image: Pillow's limit, 256 MiB of RGB
 SYMLINKS = "SEGCN_ALLOW_SYMLINKS"  # set by --allow_symlinks, inherited by processes and notebooks
