@@ -28,7 +28,7 @@ from segcn.models.base import weights_digest
 from segcn.models.segmenter import SegmenterConfig, load_segmenter
 from segcn.study import report, run, training
 from segcn.study.config import AFFINE, StudyConfig
-from segcn.study.plan import BOUND, OTHER, REAL, Arm, Portion, drawn_rows
+from segcn.study.plan import BOUND, REAL, Arm, Portion, drawn_rows
 from segcn.study.run import study
 from segcn.study.training import Draws, Mixture, Rule, learning_rates, synthetic_places, train_arm
 from segcn.utils.errors import UserError
@@ -112,7 +112,7 @@ def test_new_layouts_come_from_the_rows_of_a_case_alone_and_every_image_has_one_
 
 STAGES = [  # a setting, and the stages that it makes stale: of the smaller fraction and of the larger one
     ({"controlnet_steps": 7}, "cCiIsSpPmM"), ({"controlnet_more_steps": 7}, "CISPM"), ({"min_miou": 0.1}, "iIsSpPmM"),
-    ({"segmenter_steps": 7}, "iIsSpPmMrR"), ({"patience": 3}, "iIsSpPmMrR"), ({"ratio": 2.0}, "sSpPmM"),
+    ({"segmenter_steps": 7}, "iIsSpPmMrR"), ({"patience": 3}, "iIsSpPmMrR"), ({"ratio": 2.0}, "mM"),
     ({"seeds": 3}, ""), ({"resamples": 9}, ""),
 ]  # fmt: skip
 
@@ -138,22 +138,22 @@ def test_a_setting_makes_stale_what_depends_on_it(config, change, stale):
 def test_every_recipe_has_real_alone_for_as_long_and_the_upper_bound_is_there_where_rows_are_left(config):
     plan = run.open_plan(dataclasses.replace(config, images="2,4"), quietly)
     assert [arm.name for arm in plan.arms(FEW)] == [
-        "real", "2 synthetic", "4 synthetic", "other", "2 synthetic, then real", "4 synthetic, then real",
-        "real with 4 synthetic mixed in", "other, then real", "real, as long as 2 synthetic, then real",
-        "real, as long as 4 synthetic, then real", "real, as long as real with 4 synthetic mixed in",
-        "real, as long as other, then real",
+        "real", "2 synthetic", "4 synthetic", "2 synthetic, then real", "4 synthetic, then real",
+        "real with 4 synthetic mixed in", "real with other real rows mixed in",
+        "real, as long as 2 synthetic, then real", "real, as long as 4 synthetic, then real",
+        "real, as long as real with 4 synthetic mixed in",
     ]  # fmt: skip
-    assert [arm for arm in plan.arms(ALL) if arm in (OTHER, BOUND)] == []
+    assert BOUND not in plan.arms(ALL)
 
 
 def test_arms_see_as_many_real_images_as_real_alone_and_their_controls_take_as_many_steps(config, monkeypatch):
     plan = run.open_plan(dataclasses.replace(config, ratio=0.5), quietly)
-    taken = {REAL: 100, ALONE: 60, OTHER: 80}
+    taken = {REAL: 100, ALONE: 60}
     monkeypatch.setattr(plan, "result", lambda case, arm, seed: {"steps_taken": taken[arm]}, raising=False)
     length = partial(plan.steps, FEW, seed=0)
-    assert [length(arm) for arm in taken] == [None] * 3
-    assert (length(PRETRAINED), length(BOUND), length(MIXED)) == (100, 100, 150)
-    assert [length(Arm("real", like=arm)) for arm in (PRETRAINED, BOUND, MIXED)] == [160, 180, 150]
+    assert [length(arm) for arm in taken] == [None] * 2
+    assert (length(PRETRAINED), length(BOUND), length(MIXED)) == (100, 150, 150)
+    assert [length(Arm("real", like=arm)) for arm in (PRETRAINED, MIXED)] == [160, 150]
 
 
 @pytest.mark.parametrize(("batch_size", "share"), [(16, 1 / 3), (5, 0.5), (7, 2 / 3), (4, 0), (4, 1)])
@@ -362,7 +362,7 @@ def test_a_study_measures_every_arm_uses_its_named_rows_alone_and_draws_curves(c
     metrics = study(config, said.append)
     folder, rows = Path(config.output_dir), json.loads((Path(config.output_dir) / "rows.json").read_text())
     assert [(arm["rows"], arm["kind"]) for arm in metrics["arms"]] == [
-        (4, kind) for kind in ("real", "synthetic", "other", "pretrained", "mixed", "bound", *["longer"] * 3)
+        (4, kind) for kind in ("real", "synthetic", "pretrained", "mixed", "bound", "longer", "longer")
     ] + [(8, kind) for kind in ("real", "synthetic", "pretrained", "mixed", "longer", "longer")]
     for arm in metrics["arms"]:
         assert np.shape(arm["of_each_draw_and_seed"]) == (2, 2) and 0 <= arm["miou"] <= 1
@@ -377,7 +377,7 @@ def test_a_study_measures_every_arm_uses_its_named_rows_alone_and_draws_curves(c
     segmenters = [json.loads(path.read_text()) for path in folder.glob("segmenters/0.5-0-real-0-*/config.json")]
     best = max(segmenters, key=lambda one: one["validation_miou"])  # of the two learning rates
     assert len(segmenters) == 2 and best["learning_rate"] == chosen[0]
-    assert any(line.startswith("72 stages") for line in said) and any(line.startswith("[72/72]") for line in said)
+    assert any(line.startswith("64 stages") for line in said) and any(line.startswith("[64/64]") for line in said)
     again = []
     assert study(config, again.append) == metrics
     assert any(line.startswith("0 stages") for line in again) and len(stand_ins) == 8

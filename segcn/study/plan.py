@@ -59,8 +59,9 @@ class Rows(NamedTuple):
 class Arm(NamedTuple):
     """What a segmenter learns from, and for how long.
 
-    learns: real, synthetic, other (real rows in place of the synthetic ones) or mixed. images: how many synthetic ones.
-    after: what the network has learned before. like: its whole training is as long as that of this arm.
+    learns: real, synthetic, mixed (both) or bound (real and other real rows, in place of the synthetic ones). images: how
+    many synthetic ones. after: what the network has learned before. like: its whole training is as long as that of this
+    arm.
     """
 
     learns: str
@@ -74,17 +75,18 @@ class Arm(NamedTuple):
             return f"real, as long as {self.like.name}"
         if self.after:
             return f"{self.after.name}, then real"
-        mixed = f"real with {self.images} synthetic mixed in"
-        return {"synthetic": f"{self.images} synthetic", "mixed": mixed}.get(self.learns, self.learns)
+        names = {"synthetic": f"{self.images} synthetic", "mixed": f"real with {self.images} synthetic mixed in",
+                 "bound": "real with other real rows mixed in"}  # fmt: skip
+        return names.get(self.learns, self.learns)
 
     @property
     def to_plateau(self) -> bool:
         """Whether it is trained until its plateau, and not for as long as others were."""
-        return not (self.after or self.like or self.learns == "mixed")
+        return not (self.after or self.like or self.learns in MIXED)
 
 
-REAL, OTHER = Arm("real"), Arm("other")
-BOUND = Arm("real", after=OTHER)
+MIXED = ("mixed", "bound")
+REAL, BOUND = Arm("real"), Arm("bound")
 
 
 class Choice(NamedTuple):
@@ -177,12 +179,11 @@ class StudyPlan:
                 for augment in self.config.segmenter_augments]  # fmt: skip
 
     def arms(self, case: Portion) -> list[Arm]:
-        """Real alone; pretraining and mixing, each beside real rows for as long; synthetic alone; the upper bound."""
+        """Real alone; synthetic alone; pretraining and mixing, each beside real rows for as long; the upper bound."""
         alone = [Arm("synthetic", amount) for amount in self.config.amounts]
         recipes = [*(Arm("real", after=one) for one in alone), Arm("mixed", alone[-1].images)]
-        if self.rows[case].other:
-            alone, recipes = [*alone, OTHER], [*recipes, BOUND]
-        return [REAL, *alone, *recipes, *(Arm("real", like=one) for one in recipes)]
+        bound = [BOUND] if self.rows[case].other else []
+        return [REAL, *alone, *recipes, *bound, *(Arm("real", like=one) for one in recipes)]
 
     def controlnet(self, case: Portion) -> TrainConfig:
         """How the ControlNet of a case is trained: as the preset says, on the rows that it learns from.
@@ -238,13 +239,13 @@ class StudyPlan:
         return replace(settings, output_dir=str(config.folder / "images" / f"{case.name}-{key}"))
 
     def learned_from(self, case: Portion, arm: Arm) -> tuple[Split | None, Split | None]:
-        """The real and the synthetic rows of an arm; fewer of the latter where not as many were kept."""
-        real = {"real": self.rows[case].learned, "mixed": self.rows[case].learned, "other": self.rows[case].other}
+        """The real rows of an arm, and the synthetic ones or those in their place; fewer where not as many were kept."""
+        real = None if arm.learns == "synthetic" else self.rows[case].learned
         if not arm.images:
-            return real[arm.learns], None
+            return real, self.rows[case].other if arm == BOUND else None
         made = read_split(self.synthetic(case).output_dir)
         chosen = sorted(rng.permutation(len(made), "synthetic", self.config.seed)[: arm.images])
-        return real.get(arm.learns), replace(made, records=tuple(made[row] for row in chosen))
+        return real, replace(made, records=tuple(made[row] for row in chosen))
 
     def segmenter(
         self, case: Portion, arm: Arm, seed: int, choice: Choice | None = None
@@ -260,9 +261,10 @@ class StudyPlan:
             resolution=config.segmenter_resolution, seed=100 * case.draw + seed, fit=config.fit,
             learning_rate=choice.learning_rate, architecture=config.segmenter_architecture,
         )  # fmt: skip
-        splits = [rows.learned, rows.validation, self.test, *([rows.other] if arm == OTHER and rows.other else [])]
+        splits = [rows.learned, rows.validation, self.test, *([rows.other] if arm == BOUND and rows.other else [])]
         before = [self.segmenter(case, one, seed, choice)[1].name for one in self.parents(arm)]
-        made = [Path(self.synthetic(case).output_dir).name, config.ratio] if arm.images else []
+        made = [Path(self.synthetic(case).output_dir).name] if arm.images else []
+        made += [config.ratio] if arm.learns in MIXED else []
         sources = [arm.name, [split.fingerprint for split in splits], before, made]
         fixed = [choice.augment, self.rule, KEPT_DRAWS, WARM, COOLED, BETTER]
         key = digest(settings, settings.content, sources, fixed)
@@ -284,7 +286,7 @@ class StudyPlan:
         if arm.to_plateau:
             return None
         real, *before = (self.result(case, one, seed)["steps_taken"] for one in self.parents(arm))
-        mixed = (arm.like or arm).learns == "mixed"
+        mixed = (arm.like or arm).learns in MIXED
         return round(real * (1 + self.config.ratio)) if mixed else real + sum(before) * bool(arm.like)
 
     def result(self, case: Portion, arm: Arm, seed: int, choice: Choice | None = None) -> dict[str, Any]:
@@ -306,5 +308,5 @@ class StudyPlan:
             return (self.controlnet(case).max_train_steps or 0) * TRAINING_STEP * area + 20
         if stage == "synthetic":
             return config.amounts[-1] * config.num_inference_steps * DENOISING_STEP * area * 1.3 + 10
-        steps = min(config.segmenter_steps, USUAL_STEPS) * (2 if arm.like or arm.learns == "mixed" else 1)
+        steps = min(config.segmenter_steps, USUAL_STEPS) * (2 if arm.like or arm.learns in MIXED else 1)
         return steps * config.segmenter_batch_size * FITTING_SAMPLE * crop + 2

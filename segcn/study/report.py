@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from segcn.data import visualize
 from segcn.evaluate.bootstrap import Estimate, bootstrap, difference
 from segcn.evaluate.metrics import iou_of_counts
-from segcn.study.plan import BOUND, OTHER, REAL, Arm, Portion, StudyPlan
+from segcn.study.plan import BOUND, REAL, Arm, Portion, StudyPlan
 from segcn.study.training import mean_iou
 from segcn.utils.io import write_text
 
@@ -32,7 +32,7 @@ NO_LEAK = (
     " and words given by --vary or --prompt."
 )
 METHOD = (
-    "Real alone, synthetic alone and other real rows are trained until a plateau: until the mIoU on the validation"
+    "Real alone and synthetic alone are trained until a plateau: until the mIoU on the validation"
     " rows, a fifth of the fraction, has had no new best for {patience} looks, one every {validation_steps} steps, or"
     " for {segmenter_steps} steps; then the learning rate falls to zero over a third as many. Learning rate and"
     " augmentation were chosen for real alone on these rows, and taken for all. Whatever else learns from the real rows"
@@ -78,7 +78,7 @@ def metrics_of(
         results = [[plan.result(case, arm, seed) for seed in range(found.shape[1])] for case in cases]
         mean = {name: np.mean([[one[name] for one in seeds] for seeds in results])
                 for name in ("steps_taken", "validation_miou")}  # fmt: skip
-        images = len(rows.other) if rows.other and OTHER in (arm, arm.after) else (arm.after or arm).images
+        images = len(rows.other) if rows.other and arm == BOUND else (arm.after or arm).images
         entry = {
             "fraction": fraction, "rows": len(rows.learned) + len(rows.validation), "name": arm.name,
             "kind": kind_of(arm), "images": images, "steps": round(mean["steps_taken"]),
@@ -86,7 +86,8 @@ def metrics_of(
         } | _figures(scores[fraction, arm])  # fmt: skip
         entry["of_each_draw_and_seed"] = [[mean_iou(one[:, ids]) for one in seeds] for seeds in found]
         if arm != REAL and not arm.like:
-            controls = {"equal_exposure": REAL, "equal_compute": Arm("real", like=arm)}
+            alike = Arm("mixed", config.amounts[-1]) if arm == BOUND else arm  # in its steps
+            controls = {"equal_exposure": REAL, "equal_compute": Arm("real", like=alike)}
             amounts = [amount for amount in config.amounts if amount < images and kind_of(arm) == "pretrained"]
             fewer = {f"fewer_{amount}": Arm("real", after=Arm("synthetic", amount)) for amount in amounts}
             entry["above"], entry["above_fewer"] = (
@@ -107,8 +108,8 @@ def metrics_of(
 
 
 def kind_of(arm: Arm) -> str:
-    """real, longer (real for as long as another one), synthetic, pretrained, mixed, other or bound."""
-    return "longer" if arm.like else "bound" if arm == BOUND else "pretrained" if arm.after else arm.learns
+    """real, longer (real for as long as another one), synthetic, pretrained, mixed or bound."""
+    return "longer" if arm.like else "pretrained" if arm.after else arm.learns
 
 
 def _case(plan: StudyPlan, case: Portion) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
     left, right = above.subplots(1, 2, width_ratios=[3, 2])
     value = lambda arm: (arm["miou"], arm["miou_interval"])  # noqa: E731
     words = {"real": "real alone", "pretrained": f"pretrained on {amount:,} synthetic",
-             "mixed": f"{amount:,} synthetic mixed in", "bound": "pretrained on other real rows"}  # fmt: skip
+             "mixed": f"{amount:,} synthetic mixed in", "bound": "other real rows mixed in"}  # fmt: skip
     for place, (kind, label) in enumerate(words.items()):
         _curve(left, [arm for arm in shown if arm["kind"] == kind], "rows", value, COLORS[kind], label, place)
     longer = [arm for arm in shown if arm["kind"] == "longer" and arm["name"].startswith(f"real, as long as {amount} ")]
