@@ -194,11 +194,11 @@ def test_every_draw_of_a_small_data_set_is_made_once_and_a_large_one_has_new_one
     assert not torch.equal(large.sample(1, 0, QUICK)[0], large.sample(1, 2, QUICK)[0]) and not large.kept
 
 
-def rates_of(scores, steps=None, most=1000, patience=2):
+def rates_of(scores, steps=None, most=1000, longer=1.0):
     """The learning rates of a training whose looks find these scores, and how many were taken."""
     found = iter(scores)
     config = dataclasses.replace(QUICK, steps=most, learning_rate=1.0)
-    rates = list(learning_rates(config, Rule(60, patience), steps, lambda: next(found)))
+    rates = list(learning_rates(config, Rule(60, 2, longer), steps, lambda: next(found)))
     return rates, len(scores) - len(list(found))
 
 
@@ -209,6 +209,7 @@ def test_a_training_ends_a_third_after_the_plateau_and_one_of_set_length_has_the
     assert rates == rates_of([], steps=len(rates))[0]
     assert len(rates_of([step / 9 for step in range(9)], most=300)[0]) == 400  # at most
     assert rates_of([], steps=1)[0] == [1 / 50]
+    assert rates_of([0.1, 0.3, 0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4], longer=2)[1] == 8  # twice as long as to the best
 
 
 def test_trainings_that_differ_in_length_alone_are_one_and_each_has_the_weights_as_if_alone(tmp_path, segformer):
@@ -385,7 +386,7 @@ def test_a_study_measures_every_arm_uses_its_named_rows_alone_and_draws_curves(c
     titles = ("".join(one.get_title(place) for place in ("left", "center")) for one in axes[2:])  # as rcParams say
     assert {title.partition(",")[0] for title in titles} == {"sky", "grass", "road"}
     assert [container.get_label() for container in axes[0].containers] == [
-        "real alone", "pretrained on 4 synthetic", "4 synthetic mixed in", "pretrained on other real rows",
+        "real alone", "pretrained on 4 synthetic", "4 synthetic mixed in", "other real rows mixed in",
     ]  # fmt: skip
 
 

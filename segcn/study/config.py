@@ -87,7 +87,7 @@ class StudyConfig:
     segmenter_architecture: str = flag(SMALL, ARCHITECTURE)
     segmenter_steps: int = flag(3000, "steps until the plateau at most, before the learning rate falls", low=1)
     validation_steps: int = flag(100, "steps between two looks at the validation rows", low=1)
-    patience: int = flag(5, "looks without a new best mIoU that make a plateau", low=1)
+    patience: int = flag(5, "looks without a new best mIoU, at least, that make a plateau", low=1)
     segmenter_batch_size: int = flag(8, "images in each batch, real and synthetic together", low=2)
     learning_rates: list[float] = flag(
         [], "of which one is chosen for real alone; none: what fits the network", above=0

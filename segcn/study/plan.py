@@ -59,9 +59,9 @@ class Rows(NamedTuple):
 class Arm(NamedTuple):
     """What a segmenter learns from, and for how long.
 
-    learns: real, synthetic, mixed (both) or bound (real and other real rows, in place of the synthetic ones). images: how
-    many synthetic ones. after: what the network has learned before. like: its whole training is as long as that of this
-    arm.
+    learns: real, synthetic, mixed (both) or bound (real with other real rows in place of the synthetic ones). images:
+    how many synthetic ones. after: what the network has learned before. like: its whole training is as long as that of
+    this arm.
     """
 
     learns: str
@@ -239,7 +239,7 @@ class StudyPlan:
         return replace(settings, output_dir=str(config.folder / "images" / f"{case.name}-{key}"))
 
     def learned_from(self, case: Portion, arm: Arm) -> tuple[Split | None, Split | None]:
-        """The real rows of an arm, and the synthetic ones or those in their place; fewer where not as many were kept."""
+        """The real rows of an arm, and the synthetic ones or others in their place; fewer where not as many were kept."""
         real = None if arm.learns == "synthetic" else self.rows[case].learned
         if not arm.images:
             return real, self.rows[case].other if arm == BOUND else None

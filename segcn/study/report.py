@@ -33,8 +33,8 @@ NO_LEAK = (
 )
 METHOD = (
     "Real alone and synthetic alone are trained until a plateau: until the mIoU on the validation"
-    " rows, a fifth of the fraction, has had no new best for {patience} looks, one every {validation_steps} steps, or"
-    " for {segmenter_steps} steps; then the learning rate falls to zero over a third as many. Learning rate and"
+    " rows, a fifth of the fraction, has had no new best for {patience} looks, one every {validation_steps} steps, and"
+    " for as long as it took to reach it; or for {segmenter_steps} steps; then the learning rate falls to zero over a third as many. Learning rate and"
     " augmentation were chosen for real alone on these rows, and taken for all. Whatever else learns from the real rows"
     " sees exactly as many of their images as real alone did (equal real exposure), and is compared also with real"
     " alone for as many steps as it took in all (equal compute). The test rows are looked at once, by every segmenter"

@@ -28,10 +28,15 @@ ROUNDING = 1e-6  # of a number of images
 
 
 class Rule(NamedTuple):
-    """When a training that has no set length is at its plateau."""
+    """When a training that has no set length is at its plateau.
+
+    No best is taken as the last before as many steps again: slow learning is given more time, as early stopping does
+    where patience grows (Prechelt 1998, doi:10.1007/3-540-49430-8_3).
+    """
 
     every: int  # steps between two looks at the validation rows
-    patience: int  # looks without a new best
+    patience: int  # looks without a new best, at least
+    longer: float = 2.0  # steps in all, as a multiple of those to the best
 
 
 class Draws:
@@ -163,14 +168,14 @@ def learning_rates(
     which `look` returns, has had no new best for a while, or for `config.steps` at most. steps: the whole length, where
     it is set; then nobody looks.
     """
-    best, since, step = -1.0, 0, 0
+    best, reached, step = -1.0, 0, 0
     held = config.steps if steps is None else steps - steps // COOLED
-    while step < held and since < rule.patience:
+    while step < held and (steps or step < max(reached + rule.patience * rule.every, rule.longer * reached)):
         yield config.learning_rate * min(1.0, (step + 1) / WARM)
         step += 1
         if steps is None and step % rule.every == 0:
             score = look()
-            best, since = (score, 0) if score > best + BETTER else (best, since + 1)
+            best, reached = (score, step) if score > best + BETTER else (best, reached)
     falling = step // (COOLED - 1) if steps is None else steps - held
     yield from (config.learning_rate * left / (falling + 1) for left in range(falling, 0, -1))
 
