@@ -168,8 +168,7 @@ def save_controlnet(controlnet: ControlNetModel, folder: Path) -> None:
         return controlnet.save_pretrained(folder)
     controlnet.save_config(folder)
     lora = controlnet.peft_config[PLACE]
-    layers = controlnet.named_modules()
-    new = [name for name, layer in layers if name.startswith(NEW) and not list(layer.children())]
+    new = [name for name, layer in controlnet.named_modules() if name.startswith(NEW) and hasattr(layer, "weight")]
     settings = {
         "peft_type": "LORA", "r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": sorted(lora.target_modules),
         "exclude_modules": lora.exclude_modules, "modules_to_save": new,
