@@ -239,7 +239,7 @@ class StudyPlan:
         return replace(settings, output_dir=str(config.folder / "images" / f"{case.name}-{key}"))
 
     def learned_from(self, case: Portion, arm: Arm) -> tuple[Split | None, Split | None]:
-        """The real rows of an arm, and the synthetic ones or others in their place; fewer where not as many were kept."""
+        """The real rows of an arm, and the synthetic ones or others in their place; fewer where fewer were kept."""
         real = None if arm.learns == "synthetic" else self.rows[case].learned
         if not arm.images:
             return real, self.rows[case].other if arm == BOUND else None

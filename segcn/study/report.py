@@ -32,13 +32,15 @@ NO_LEAK = (
     " and words given by --vary or --prompt."
 )
 METHOD = (
-    "Real alone and synthetic alone are trained until a plateau: until the mIoU on the validation"
-    " rows, a fifth of the fraction, has had no new best for {patience} looks, one every {validation_steps} steps, and"
-    " for as long as it took to reach it; or for {segmenter_steps} steps; then the learning rate falls to zero over a third as many. Learning rate and"
-    " augmentation were chosen for real alone on these rows, and taken for all. Whatever else learns from the real rows"
-    " sees exactly as many of their images as real alone did (equal real exposure), and is compared also with real"
-    " alone for as many steps as it took in all (equal compute). The test rows are looked at once, by every segmenter"
-    " when it is finished. A class's IoU is that of all test images together, and mIoU the mean over the classes."
+    "Real alone and synthetic alone are trained until a plateau: until the mIoU on the validation rows, a fifth of"
+    " the fraction, has had no new best for {patience} looks, one every {validation_steps} steps, and for as many"
+    " steps as led to it; or for {segmenter_steps} steps at most. Then the learning rate falls to zero over a third as"
+    " many. Learning rate and augmentation were chosen for real alone on these rows, and taken for all. Whatever else"
+    " learns from the real rows sees exactly as many of their images as real alone did (equal real exposure), and is"
+    " compared also with real alone for as many steps as it took in all (equal compute). The upper bound learns as the"
+    " mixture does, from other real rows of the data set in place of the synthetic images. The test rows are looked at"
+    " once, by every segmenter when it is finished. A class's IoU is that of all test images together, and mIoU the"
+    " mean over the classes."
 )
 INTERVALS = (
     " {resamples} resamples of a hierarchical bootstrap; of differences the same images, draws and seeds are taken for"
