@@ -263,7 +263,7 @@ class StudyPlan:
         )  # fmt: skip
         splits = [rows.learned, rows.validation, self.test, *([rows.other] if arm == BOUND and rows.other else [])]
         before = [self.segmenter(case, one, seed, choice)[1].name for one in self.parents(arm)]
-        made = [Path(self.synthetic(case).output_dir).name] if arm.images else []
+        made: list[Any] = [Path(self.synthetic(case).output_dir).name] if arm.images else []
         made += [config.ratio] if arm.learns in MIXED else []
         sources = [arm.name, [split.fingerprint for split in splits], before, made]
         fixed = [choice.augment, self.rule, KEPT_DRAWS, WARM, COOLED, BETTER]
