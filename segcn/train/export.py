@@ -8,13 +8,14 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import ControlNetModel
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
 from segcn.data.metadata import Split
 from segcn.data.palette import palette_table
-from segcn.models.base import LAYOUT_XL, load_base, plain_pipeline
+from segcn.models.base import load_base, plain_pipeline
+from segcn.models.controlnet import ControlNet
+from segcn.models.family import FAMILIES, PART_FOLDERS, Family
 from segcn.models.lora import LORA_WEIGHTS, changed_layers, save_lora
 from segcn.train.checkpoint import read_best
 from segcn.train.config import TrainConfig
@@ -33,7 +34,7 @@ TAGS = [
 ]  # fmt: skip
 LICENSES = {  # by names on the hub
     "stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++",
-    "stable-diffusion-xl": "openrail++",
+    "stable-diffusion-xl": "openrail++", "stable-diffusion-3": "other",
 }  # fmt: skip
 
 
@@ -65,9 +66,9 @@ def export_networks(config: TrainConfig, networks: Networks, output_dir: Path) -
     """Write the trained networks; a line for each, which says how it is used."""
     controlnet, merge, said = networks.get("controlnet"), getattr(config, "merge", False), []
     lora, folder, both = output_dir, output_dir, f"segcn generate --controlnet_model_name_or_path {output_dir}"
-    if isinstance(controlnet, ControlNetModel):
+    if isinstance(controlnet, ControlNet):
         export(controlnet, output_dir)
-        said.append(f"Done: {output_dir} opens with ControlNetModel.from_pretrained.")
+        said.append(f"Done: {output_dir} opens with {type(controlnet).__name__}.from_pretrained.")
         lora, folder = output_dir / "lora", output_dir / "base"
     if "lora" in config.trains:
         lora = output_dir / "lora" if merge else lora
@@ -97,7 +98,7 @@ def write_base(config: TrainConfig, networks: Networks, folder: Path, lora: Path
     base = load_base(name, "cpu", torch.float32, config.tokenizer_name, None, added, vae, **hub)
     assert base.vae is not None
     if lora is None:
-        parts: dict[str, torch.nn.Module] = {"unet": base.unet, "vae": LatentDecoder(base.vae)}
+        parts: dict[str, torch.nn.Module] = {base.family.part: base.unet, "vae": LatentDecoder(base.vae)}
         for part, network in networks.items():
             if part in parts:
                 parts[part].load_state_dict(changed_layers(network), strict=False)
@@ -117,7 +118,7 @@ def write_base(config: TrainConfig, networks: Networks, folder: Path, lora: Path
     staged.rmdir()
 
 
-def export(controlnet: ControlNetModel, folder: Path) -> None:
+def export(controlnet: ControlNet, folder: Path) -> None:
     """config.json, without the path that the ControlNet came from, and safetensors: each file is whole or not there."""
     staged = folder / ".export"
     controlnet.save_pretrained(staged)
@@ -130,7 +131,7 @@ def export(controlnet: ControlNetModel, folder: Path) -> None:
 
 
 def write_model_card(
-    output_dir: Path, config: TrainConfig, split: Split, step: int, machine: str, family: str = "StableDiffusion"
+    output_dir: Path, config: TrainConfig, split: Split, step: int, machine: str, family: Family = FAMILIES[0]
 ) -> bool:
     """Write README.md to a run folder, of paths only their last part; False where the user's own is there.
 
@@ -154,6 +155,7 @@ def write_model_card(
         name=name,
         base=base,
         family=family,
+        controlnet=family.controlnet.__name__,
         repository=config.hub_model_id or name,
         prompt=(config.validation_prompt or ["a text"])[0].replace('"', "'"),
         sheet=sheet and sheet.relative_to(output_dir).as_posix(),
@@ -216,7 +218,7 @@ def upload(run: Run) -> str:
     published += [path for part in ("", "lora/") for path in output_dir.glob(f"{part}{LORA_WEIGHTS}")]
     if "controlnet" not in run.config.trains or (output_dir / "base").is_dir():
         own = output_dir if "controlnet" not in run.config.trains else output_dir / "base"
-        published += [*own.glob("model_index.json"), *(path for part in LAYOUT_XL for path in own.glob(f"{part}/*"))]
+        published += [*own.glob("model_index.json"), *(path for part in PART_FOLDERS for path in own.glob(f"{part}/*"))]
     files = sorted(path.relative_to(output_dir).as_posix() for path in published)
     try:
         name = api.create_repo(name, exist_ok=True).repo_id
