@@ -50,7 +50,7 @@ COMMANDS = {
                    "segcn.notebook.config:RunConfig", "segcn.notebook.run:run"),
     "app": Command("draw masks and generate images in the browser, from the model and the masks that come with it",
                    "segcn.notebook.config:AppConfig", "segcn.notebook.app:serve", ("dataset_name",), stopped=CLOSED),
-    "samples": Command("sample data (landscapes, earth, echo), bases (base, sd15, sdxl), failures, measurements"),
+    "samples": Command("sample data (landscapes, earth, echo), bases (base, sd15, sdxl, sd3), failures, measurements"),
     "samples landscapes": Command("procedural landscapes with exact masks and captions", SAMPLES + "LandscapesConfig",
                                   "segcn.samples.landscapes.scene:write_landscapes", ("out",), True),
     "samples earth": Command("real places with MODIS land cover; needs pip install 'segcn[samples]'",
@@ -63,6 +63,8 @@ COMMANDS = {
                             SAMPLES + "LargeBaseConfig", "segcn.cli:write_large_base", ("out",), stopped=NOTHING),
     "samples sdxl": Command("a base of Stable Diffusion XL's size, or a toy, with random weights",
                             SAMPLES + "BaseXLConfig", "segcn.cli:write_sdxl", ("out",), stopped=NOTHING),
+    "samples sd3": Command("a base of Stable Diffusion 3.5 medium's size, or a toy, with random weights",
+                           SAMPLES + "BaseSD3Config", "segcn.cli:write_sd3", ("out",), stopped=NOTHING),
     "samples failures": Command("a figure of typical failures, provoked on the landscapes",
                                 SAMPLES + "FailuresConfig", "segcn.cli:draw_failures", ("out",)),
     "samples measure": Command("measure the embedded base and its ControlNet on held-out images",
@@ -182,6 +184,13 @@ def write_sdxl(config: Any) -> None:
     from segcn.samples.base_model.sdxl import build_sdxl
 
     build_sdxl(Path(config.out), config.toy, config.seed)
+
+
+def write_sd3(config: Any) -> None:
+    """`segcn samples sd3`."""
+    from segcn.samples.base_model.sd3 import build_sd3
+
+    build_sd3(Path(config.out), config.toy, config.seed)
 
 
 def draw_failures(config: Any) -> None:

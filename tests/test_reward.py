@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from runs import log_of
 from safetensors.torch import load_file
 from test_resume import assert_same, ended
@@ -20,6 +20,7 @@ from segcn.generate.conditions import read_conditions
 from segcn.generate.config import SampleConfig
 from segcn.generate.writer import settings_of
 from segcn.models.base import encode_mean, weights_digest
+from segcn.models.noise import Diffusion, Flow
 from segcn.models.segmenter import (
     REWARD_FOLDER,
     REWARD_SEGMENTER,
@@ -36,7 +37,6 @@ from segcn.models.segmenter import (
 from segcn.train import reward, validation
 from segcn.train.log import validation_scores
 from segcn.train.loop import step_losses, train
-from segcn.train.reward import clean_estimate
 from segcn.train.setup import prepare
 from segcn.utils import io
 from segcn.utils.args import arguments_of
@@ -61,14 +61,18 @@ def rewarded(quick, segmenters):
     return lambda out, **settings: quick(out, **given | settings)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_from_the_true_noise_or_v_the_estimate_is_the_clean_image(kind):
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=kind)
+@pytest.mark.parametrize("process", [
+    Diffusion(DDPMScheduler(beta_schedule="scaled_linear", prediction_type="epsilon")),
+    Diffusion(DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")),
+    Flow(FlowMatchEulerDiscreteScheduler(shift=3.0)),
+])  # fmt: skip
+def test_from_the_true_noise_or_v_the_estimate_is_the_clean_image(process):
     clean, noise, timestep = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.tensor([0, 200, 500, 700])
-    noisy = scheduler.add_noise(clean, noise, timestep)
-    prediction = noise if kind == "epsilon" else scheduler.get_velocity(clean, noise, timestep)
-    assert torch.allclose(clean_estimate(scheduler, noisy, prediction, timestep), clean, atol=1e-5)
-    assert not torch.allclose(clean_estimate(scheduler, noisy, -prediction, timestep)[1:], clean[1:], atol=0.1)
+    alpha, sigma = process.levels(timestep)
+    noisy, prediction = process.noisy(clean, noise, timestep), process.target(clean, noise, timestep)
+    assert torch.allclose(noisy, alpha * clean + sigma * noise)
+    assert torch.allclose(process.clean(noisy, prediction, timestep), clean, atol=1e-5)
+    assert not torch.allclose(process.clean(noisy, -prediction, timestep)[1:], clean[1:], atol=0.1)
 
 
 @pytest.mark.parametrize("latents", [True, False])

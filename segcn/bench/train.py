@@ -25,8 +25,9 @@ from segcn.data.metadata import find_splits, read_split
 from segcn.data.visualize import TONES
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline
-from segcn.models.base import WIDE, base_fingerprint, latent_factor, load_base, pick_device, refuse_xl
+from segcn.models.base import WIDE, base_fingerprint, latent_factor, load_base, pick_device
 from segcn.models.controlnet import load_controlnet
+from segcn.models.family import refuse_others
 from segcn.samples.landscapes.scene import sample_landscapes
 from segcn.train import checkpoint
 from segcn.train.config import TrainConfig
@@ -86,7 +87,7 @@ def check_bench(config: BenchTrainConfig) -> None:
             f" {config.checkpointing_steps}: checkpoints are what is scored"
         )
     latent_factor(config.pretrained_model_name_or_path)
-    refuse_xl(config.pretrained_model_name_or_path, "segcn bench train, beside train_controlnet.py")
+    refuse_others(config.pretrained_model_name_or_path, "segcn bench train, beside train_controlnet.py")
 
 
 class Results:

@@ -55,7 +55,7 @@ class CheckConfig:
 
     dataset_name: str = flag("", "data set folder", required=True)
     pretrained_model_name_or_path: str = flag(
-        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x or XL)"
+        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x, XL or 3)"
     )
     resolution: int | None = flag(None, "image size in pixels; none: that of the preset that fits the base", low=1)
     fit: str = flag("crop", "how images become square: crop, pad or stretch", FITS)

@@ -34,7 +34,7 @@ class SampleConfig:
 
     preset: str = flag("tiny", "defaults: tiny (embedded base) or sd15; none: what fits the base", ("tiny", "sd15"))
     pretrained_model_name_or_path: str = flag(
-        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x or XL)"
+        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x, XL or 3)"
     )
     lora: str | None = flag(None, "LoRA of the base: a folder that segcn adapt or diffusers wrote")
     controlnet_model_name_or_path: str | None = flag(

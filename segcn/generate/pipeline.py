@@ -16,13 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    ControlNetModel,
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-)
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from segcn.data.dataset import to_control, to_image, to_uint8
@@ -43,13 +36,13 @@ from segcn.models.base import (
     plain_pipeline,
     weights_digest,
 )
-from segcn.models.controlnet import is_finished_controlnet, load_controlnet
+from segcn.models.controlnet import ControlNet, is_finished_controlnet, load_controlnet
+from segcn.models.family import Residuals, each_residual
 from segcn.utils import rng
 from segcn.utils.args import check_values
 from segcn.utils.errors import UserError
 from segcn.utils.paths import OUTPUTS, RUN_FILE
 
-SCHEDULERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler}
 CONTROL_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps that are done -> factor of the weight
     "constant": lambda done: 1.0,
     "linear": lambda done: 1 - done,
@@ -69,7 +62,7 @@ class Pipeline:
     """A base, a ControlNet, and the palette whose colors it was trained with."""
 
     base: Base
-    controlnet: ControlNetModel | None
+    controlnet: ControlNet | None
     palette: Palette
     controlnet_folder: str
 
@@ -128,7 +121,7 @@ def load_pipeline(settings: SampleConfig, palette: Palette | None = None) -> Pip
     base = load_base(base_folder, device, dtype, lora=lora)
     check_trained_together(folder, base)
     if (Path(folder) / "scheduler").is_dir():  # it was trained with another noise schedule than the base
-        base.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        base.scheduler = type(base.scheduler).from_pretrained(folder, subfolder="scheduler")
     controlnet = load_controlnet(folder, device, dtype, base.unet).eval()
     if settings.torch_compile:
         assert base.vae is not None
@@ -223,7 +216,7 @@ def generate(
     if masks is not None:
         size = masks.shape[1:]
     assert size is not None
-    if settings.tiled and (max(size) > (settings.resolution or 0) or any(side % base.latent_factor for side in size)):
+    if settings.tiled and (max(size) > (settings.resolution or 0) or any(side % base.side_factor for side in size)):
         assert start is None, "--tiled starts from noise"
         images = zip([None] * len(rows) if masks is None else masks, captions, rows, strict=True)
         tiled = partial(
@@ -255,14 +248,14 @@ def generate_tiled(
     mask: uint8 [H, W]. What the sides lack to a multiple of a latent cell repeats the mask's edge, and is cut off.
     Beside arrays of the image's size the memory is that of a batch of windows.
     """
-    base, factor = pipeline.base, pipeline.base.latent_factor
+    base, factor, whole = pipeline.base, pipeline.base.latent_factor, pipeline.base.side_factor
     assert settings.resolution is not None
-    if settings.resolution % factor:
-        raise UserError(f"--resolution: expected a multiple of {factor} with --tiled, found {settings.resolution}")
-    cells = (-(-size[0] // factor), -(-size[1] // factor))
+    if settings.resolution % whole:
+        raise UserError(f"--resolution: expected a multiple of {whole} with --tiled, found {settings.resolution}")
+    cells = (-(-size[0] // whole) * (whole // factor), -(-size[1] // whole) * (whole // factor))
     windows = Windows(cells, settings.resolution // factor, getattr(settings, "batch_size", WINDOWS_AT_ONCE))
     noise = first_noise(base, [row], settings, (cells[0] * factor, cells[1] * factor))
-    padded = None if mask is None else np.pad(mask, [(0, -side % factor) for side in size], mode="edge")
+    padded = None if mask is None else np.pad(mask, [(0, -side % whole) for side in size], mode="edge")
 
     def control_of(boxes: Sequence[Box]) -> torch.Tensor | None:
         """Of windows in cells: [N, 3, h, w] in [0, 1]."""
@@ -295,12 +288,12 @@ def noise_of(row: int, replicate: int, attempt: int) -> int:
 def first_noise(base: Base, rows: list[int], settings: SampleConfig, size: tuple[int, int]) -> torch.Tensor:
     """The noise of images of size (H, W), float32 [B, C, h, w]; UserError where the base has no such size."""
     (height, width), factor = size, base.latent_factor
-    if height % factor or width % factor:
+    if height % base.side_factor or width % base.side_factor:
         raise UserError(
-            f"expected masks with sides that are multiples of {factor}, found {width} x {height}: --resolution makes"
-            " them square"
+            f"expected masks with sides that are multiples of {base.side_factor}, found {width} x {height}:"
+            " --resolution makes them square"
         )
-    shape = (base.unet.config.in_channels, height // factor, width // factor)
+    shape = (base.latent_channels, height // factor, width // factor)
     return torch.stack([rng.normal(shape, "paint", settings.seed, row) for row in rows]).to(base.unet.device)
 
 
@@ -323,13 +316,14 @@ def denoising_loop(
     negative, text: embeddings [B, L, D] of the negative prompts and of the captions. control: [B, 3, H, W] in [0, 1].
     tiles: of a large image (B = 1), its windows and their control, in place of `control`.
     """
-    unet, controlnet = pipeline.base.unet, pipeline.controlnet
-    if control is not None:
-        controlnet = embedding_once(pipeline.controlnet, len(control))
-    scheduler = SCHEDULERS[settings.scheduler].from_config(pipeline.base.scheduler.config)
+    base, controlnet = pipeline.base, pipeline.controlnet
+    if control is not None and controlnet is not None:
+        controlnet = embedding_once(controlnet, len(control))
+        control = base.encode_control(control, controlnet).to(base.dtype)
+    scheduler = base.process.sampler(settings.scheduler)
     scheduler.set_timesteps(settings.num_inference_steps, device=noise.device)
     skipped = 0 if start is None else len(scheduler.timesteps) - int(len(scheduler.timesteps) * start.strength)
-    both, factor = torch.cat([negative, text]), pipeline.base.latent_factor
+    both, factor = torch.cat([negative, text]), base.latent_factor
 
     def predict(latents: torch.Tensor, step: int, control: torch.Tensor | None) -> torch.Tensor:
         """The prediction for latents [N, C, h, w], guided (arXiv:2207.12598) and rescaled (arXiv:2305.08891)."""
@@ -338,20 +332,16 @@ def denoising_loop(
         prompts = (both if guidance > 1 else text).repeat_interleave(len(latents) // len(text), 0)  # windows share one
         copies = len(prompts) // len(latents)  # 2 with guidance
         size = latents.shape[2] * factor, latents.shape[3] * factor  # of a window where there are some
-        noisy = torch.cat([latents] * copies).to(pipeline.base.dtype)
-        residuals = {}
+        noisy = torch.cat([latents] * copies).to(base.dtype)
+        residuals: Residuals = {}
         if controlnet is not None and control is not None and weight:
             halved = copies == 2 and settings.guided_by == "text_and_mask"
             first = len(latents) if halved else 0  # of those that get the mask
             shown = torch.cat([control] * copies)[first:]
-            given = pipeline.base.conditions(prompts[first:], size)
-            down, middle = controlnet(
-                noisy[first:], timestep, **given, controlnet_cond=shown, conditioning_scale=weight, return_dict=False
-            )
+            residuals = base.residuals(controlnet, noisy[first:], timestep, prompts[first:], size, shown, weight)
             if first:
-                down, middle = [without_and_with(one) for one in down], without_and_with(middle)
-            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        prediction = unet(noisy, timestep, **pipeline.base.conditions(prompts, size), **residuals).sample.float()
+                residuals = each_residual(residuals, without_and_with)
+        prediction = base.predict(noisy, timestep, prompts, size, residuals).float()
         if copies == 1:
             return prediction
         without_text, with_text = prediction.chunk(2)
@@ -363,40 +353,38 @@ def denoising_loop(
         if tiles is None:
             return predict(latents, step, control)
         windows, control_of = tiles
-        return windows.blend(
-            lambda boxes: predict(torch.cat([box.cut(latents) for box in boxes]), step, control_of(boxes)),
-            latents.shape[1],
-        )
+
+        def predict_windows(boxes: Sequence[Box]) -> torch.Tensor:
+            shown = control_of(boxes)
+            if shown is not None and controlnet is not None:
+                shown = base.encode_control(shown, controlnet).to(base.dtype)
+            return predict(torch.cat([box.cut(latents) for box in boxes]), step, shown)
+
+        return windows.blend(predict_windows, latents.shape[1])
 
     if sampler is not None:
         assert start is None, "a sampler of one's own starts from noise"
         return sampler(denoise, noise, scheduler)
     latents, cells = noise, None
     if start is not None:
-        real = encode_mean(pipeline.base.vae, to_image(torch.from_numpy(start.images).movedim(-1, 1))).float()
+        real = encode_mean(base.vae, to_image(torch.from_numpy(start.images).movedim(-1, 1))).float()
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(skipped)
-        latents = noised(scheduler, real, noise, skipped) if skipped else noise
+        latents = base.process.noised(scheduler, real, noise, skipped) if skipped else noise
         if start.region is not None:
             cells = redrawn_cells(start.region, factor).to(noise.device)
     for step, timestep in enumerate(scheduler.timesteps[skipped:], skipped):
         noisy, prediction = latents, denoise(latents, step)
         latents = scheduler.step(prediction, timestep, noisy).prev_sample
         if cells is not None:
-            latents = torch.where(cells, latents, noised(scheduler, real, noise, step + 1))
+            latents = torch.where(cells, latents, base.process.noised(scheduler, real, noise, step + 1))
         if on_step and on_step(step + 1):
             break
         if on_guess:
-            guess = clean_guess(scheduler, prediction, noisy, timestep)
-            if on_guess(step + 1, partial(decoded, pipeline.base, guess, tiles and tiles[0])):
+            guess = base.process.guess(scheduler, noisy, prediction, step)
+            if on_guess(step + 1, partial(decoded, base, guess, tiles and tiles[0])):
                 return guess
     return latents
-
-
-def noised(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
-    """Clean latents [B, C, h, w] with the noise that they have before a step; after the last one they have none."""
-    timestep = scheduler.timesteps[step : step + 1]
-    return scheduler.add_noise(latents, noise, timestep) if len(timestep) else latents
 
 
 def redrawn_cells(region: np.ndarray, factor: int) -> torch.Tensor:
@@ -423,20 +411,11 @@ def blended(start: Start, images: np.ndarray, factor: int) -> np.ndarray:
 
 
 def without_and_with(residual: torch.Tensor) -> torch.Tensor:
-    """A residual [B, C, h, w] of the ControlNet, for guidance of which one half knows no mask: zeros, then itself.
+    """A residual of the ControlNet, [B, ...], for guidance of which one half knows no mask: zeros, then itself.
 
     So guidance strengthens the mask as it strengthens the text (Zhang et al. 2023, arXiv:2302.05543, section 3.4).
     """
     return torch.cat([torch.zeros_like(residual), residual])
-
-
-def clean_guess(scheduler: Any, prediction: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """What a prediction says that noisy latents [B, C, h, w] are without their noise (arXiv:2202.00512)."""
-    alpha = scheduler.alphas_cumprod[int(timestep)].to(noisy).sqrt()
-    sigma, kind = (1 - alpha**2).sqrt(), scheduler.config.prediction_type
-    if kind == "sample":
-        return prediction
-    return alpha * noisy - sigma * prediction if kind == "v_prediction" else (noisy - sigma * prediction) / alpha
 
 
 def guidance_at(settings: SampleConfig, step: int, steps: int) -> float:
@@ -467,9 +446,12 @@ class EmbeddedOnce(torch.nn.Module):
         return torch.cat([self.kept] * (len(control) // self.images))
 
 
-def embedding_once(controlnet: ControlNetModel, images: int) -> ControlNetModel:
-    """The ControlNet, its weights shared, for images whose control does not change; a compiled one as it is."""
-    if controlnet._compiled_call_impl is not None:
+def embedding_once(controlnet: ControlNet, images: int) -> ControlNet:
+    """The ControlNet, its weights shared, for images whose control does not change.
+
+    As it is where it is compiled, or where its control comes from the autoencoder.
+    """
+    if controlnet._compiled_call_impl is not None or not hasattr(controlnet, "controlnet_cond_embedding"):
         return controlnet
     shared = copy.copy(controlnet)
     embedding = EmbeddedOnce(controlnet.controlnet_cond_embedding, images)
@@ -477,9 +459,9 @@ def embedding_once(controlnet: ControlNetModel, images: int) -> ControlNetModel:
     return shared
 
 
-def diffusers_pipeline(base: Base, settings: SampleConfig, controlnet: ControlNetModel | None = None):
+def diffusers_pipeline(base: Base, settings: SampleConfig, controlnet: ControlNet | None = None):
     """diffusers' own pipeline around the loaded parts, without the safety checker, which blackens images."""
     check_sampling(settings)
-    pipe = plain_pipeline(base, SCHEDULERS[settings.scheduler].from_config(base.scheduler.config), controlnet)
+    pipe = plain_pipeline(base, base.process.sampler(settings.scheduler), controlnet)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -215,7 +215,7 @@ def generate_dataset(
         manifest = Manifest(out, job, process.rank)
         batches = [batch for batch in job.batches(process) if manifest.missing(batch)]
         rows = (job.place(image)[0] for batch in batches for image in manifest.missing(batch))
-        check_masks(conditions, rows, pipeline.base.latent_factor, log)
+        check_masks(conditions, rows, pipeline.base.side_factor, log)
         criterion = criterion or open_filter(config, conditions, log)
         settings = settings_of(config, pipeline, conditions, criterion)
         settings |= {"images_up_to_row": job.ends} if job.ends else {}
@@ -348,7 +348,7 @@ def class_losses(task: Task, criterion: Filter, log: Callable) -> np.ndarray:
     all, also those that --limit leaves out, so that every process, a resumed one and a longer set find the same.
     """
     rows = sorted(rng.permutation(len(task.conditions.files), "regions", task.config.seed)[:MEASURED_ROWS])
-    check_masks(task.conditions, rows, task.pipeline.base.latent_factor, log)
+    check_masks(task.conditions, rows, task.pipeline.base.side_factor, log)
     log(f"--filter_regions: measuring the mean loss of each class on {len(rows)} images")
     once, size = replace(task, job=replace(task.job, replicates=1, ends=()), criterion=None), task.job.batch_size
     batches = (generate_batch(once, rows[first : first + size]) for first in range(0, len(rows), size))

@@ -1,7 +1,7 @@
 """Frozen base models in Stable Diffusion's layout: load, encode, decode; devices and half precision.
 
-This is the only file that knows the scale of the latents, and which family a base belongs to: Stable Diffusion 1.x and
-2.x, or XL (Podell et al. 2023, arXiv:2307.01952), which has two text encoders and reads the sizes of images."""
+This is the only file that knows the scale of the latents. What distinguishes Stable Diffusion 1.x, 2.x, XL and 3 is in
+`family`, `noise` and `text`: everything else asks the `Base`."""
 
 import contextlib
 import ctypes
@@ -16,11 +16,13 @@ import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from segcn.models.family import FLAG, PART_FOLDERS, Family, Residuals, family_of, index_of, parts_needed
 from segcn.models.lora import fuse_lora, lora_file
+from segcn.models.noise import Diffusion
 from segcn.models.text import TextEncoders, load_text_encoder, tokenize
 from segcn.utils.errors import UserError
 
@@ -28,8 +30,6 @@ WIDE = 320  # channels of the first block of Stable Diffusion's U-Net
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # parameters of mallopt(3)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CPU_FLAGS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
-LAYOUT = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-LAYOUT_XL = (*LAYOUT, "text_encoder_2", "tokenizer_2")
 
 
 # Devices
@@ -64,10 +64,11 @@ def give_freed_memory_back() -> None:
 def lay_out(network: ModelMixin, device: str | torch.device) -> ModelMixin:
     """Move a network of diffusers to a device, in the memory format in which convolutions are fastest there.
 
-    That is channels_last, except for wide networks on CPUs.
+    That is channels_last, except for wide networks on CPUs and for transformers.
     """
-    wide_on_cpu = torch.device(device).type == "cpu" and network.config.block_out_channels[0] >= WIDE
-    return network.to(device, memory_format=torch.contiguous_format if wide_on_cpu else torch.channels_last)
+    widths = network.config.get("block_out_channels")  # of a network of convolutions
+    contiguous = widths is None or (torch.device(device).type == "cpu" and widths[0] >= WIDE)
+    return network.to(device, memory_format=torch.contiguous_format if contiguous else torch.channels_last)
 
 
 @contextlib.contextmanager
@@ -163,12 +164,13 @@ class Base:
     """A frozen Stable Diffusion: its parts and where they came from."""
 
     folder: str
+    family: Family
     vae: AutoencoderKL | None  # None once the caches are complete and memory is needed
     vae_config: dict[str, Any]
     text_encoder: CLIPTextModel | TextEncoders | None
     tokenizer: CLIPTokenizer
-    unet: UNet2DConditionModel
-    scheduler: DDPMScheduler
+    unet: Any  # the network that denoises: a U-Net, or the transformer of Stable Diffusion 3
+    scheduler: Any  # its noise schedule, which `process` applies
     dtype: torch.dtype  # in which it computes; its weights may be stored in a narrower one, see `hold`
     lora: str | None = None  # what was added to its weights
     zeros_without_prompt: bool = False  # it was trained with zeros, not with the empty text's embedding
@@ -178,12 +180,14 @@ class Base:
         return base_fingerprint(self.folder, self.lora)
 
     @property
+    def process(self) -> Diffusion:
+        """How latents become noise, and what it predicts."""
+        return self.family.process(self.scheduler, self.folder)
+
+    @property
     def predicts_v(self) -> bool:
         """Whether it predicts v (Stable Diffusion 2.x at 768) rather than noise; UserError for anything else."""
-        kind = self.scheduler.config.prediction_type
-        if kind not in ("epsilon", "v_prediction"):
-            raise UserError(f"{self.folder}/scheduler: expected epsilon or v_prediction, found {kind}")
-        return kind == "v_prediction"
+        return self.process.predicts == "v"
 
     @property
     def latent_factor(self) -> int:
@@ -191,43 +195,66 @@ class Base:
         return _factor(self.vae_config)
 
     @property
-    def family(self) -> str:
-        """How the names of diffusers' pipelines for it begin."""
-        return "StableDiffusionXL" if self.reads_sizes else "StableDiffusion"
+    def side_factor(self) -> int:
+        """What the sides of images must be multiples of, in pixels: 8 in Stable Diffusion, 16 in 3."""
+        return self.latent_factor * self.family.cell(self.unet)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.unet.config.in_channels
 
     @property
     def reads_sizes(self) -> bool:
-        """Whether its U-Net reads the sizes of images: Stable Diffusion XL."""
-        return _is_xl(self.unet)
+        """Whether it reads the sizes of images: Stable Diffusion XL."""
+        return self.family.reads_sizes
 
     @property
     def text_shape(self) -> tuple[int, int]:
         """(L,D) of the embedding of a caption, as `encode_text` gives it."""
-        length = self.tokenizer.model_max_length
-        return length + self.reads_sizes, self.unet.config.cross_attention_dim
+        return self.family.text_shape(self.unet, self.tokenizer.model_max_length)
 
     def conditions(self, text: torch.Tensor, sizes: torch.Tensor | tuple[int, int] | None) -> dict[str, Any]:
-        """What U-Net and ControlNet take besides latents and timestep, by diffusers' names.
+        """What its network and a ControlNet take besides latents and timestep, by diffusers' names.
 
         text: [B,L,D] of `encode_text`. sizes: [B,6] of `size_ids`, or (height, width) of images that are not cut out of
         larger ones; only a base that reads sizes needs them.
         """
-        if not self.reads_sizes:
-            return {"encoder_hidden_states": text}
-        assert sizes is not None
         if isinstance(sizes, tuple):
             sizes = torch.tensor([[*sizes, 0, 0, *sizes]]).expand(len(text), -1)
-        config = self.unet.config
-        width = config.projection_class_embeddings_input_dim - sizes.shape[1] * config.addition_time_embed_dim
-        added = {"text_embeds": text[:, -1, :width], "time_ids": sizes.to(text.device, torch.float32)}
-        return {"encoder_hidden_states": text[:, :-1], "added_cond_kwargs": added}
+        return self.family.conditions(self.unet, text, sizes)
+
+    def encode_control(self, control: torch.Tensor, controlnet: Any) -> torch.Tensor:
+        """Masks in their colors, [B,3,H,W] in [0,1], as a ControlNet takes them.
+
+        That is as they are; of Stable Diffusion 3 through the autoencoder, as its pipeline in diffusers does.
+        """
+        if not self.family.encodes_control:
+            return control
+        foreign = getattr(controlnet, "module", controlnet).config.force_zeros_for_pooled_projection
+        return encode_mean(self.vae, 2 * control - 1, shifted=not foreign).float()
+
+    def residuals(
+        self, controlnet: Any, latents: torch.Tensor, times: torch.Tensor, text: torch.Tensor,
+        sizes: torch.Tensor | tuple[int, int] | None, control: torch.Tensor, weight: float = 1.0,
+    ) -> Residuals:  # fmt: skip
+        """What a ControlNet adds to the network: latents [B,C,h,w], times of `process`, control of `encode_control`."""
+        given = self.conditions(text, sizes)
+        return self.family.residuals(controlnet, latents, times, given, control, weight)
+
+    def predict(
+        self, latents: torch.Tensor, times: torch.Tensor, text: torch.Tensor,
+        sizes: torch.Tensor | tuple[int, int] | None, residuals: Residuals | None = None, network: Any = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """What the network predicts of noisy latents, [B,C,h,w]; network: its own as it is trained."""
+        given = self.conditions(text, sizes)
+        return self.family.predict(network or self.unet, latents, times, given, residuals or {})
 
     def one_text_encoder(self, flag: str) -> CLIPTextModel:
-        """Its text encoder; UserError where it has two, which `flag` can't train."""
+        """Its text encoder; UserError where it has several, which `flag` can't train."""
         assert self.text_encoder is not None
         if isinstance(self.text_encoder, TextEncoders):
             raise UserError(f"{flag}: expected a base with one text encoder, as in Stable Diffusion 1.x and 2.x, found"
-                            f" two in {self.folder}; leave the flag out")  # fmt: skip
+                            f" {self.family.title} in {self.folder}; leave the flag out")  # fmt: skip
         return self.text_encoder
 
 
@@ -241,25 +268,25 @@ def load_base(
     vae_folder: str | None = None,
     **hub: str | None,
 ) -> Base:
-    """Load a base in Stable Diffusion's layout (1.x, 2.x or XL), frozen; the safety checker is never loaded.
+    """Load a base in Stable Diffusion's layout (1.x, 2.x, XL or 3), frozen; the safety checker is never loaded.
 
-    held: in what the weights of its U-Net are stored; none: `dtype`, as the rest. lora: a LoRA that is added to them.
+    held: in what the weights of its network are stored; none: `dtype`, as the rest. lora: a LoRA that is added to them.
     vae_folder: an autoencoder in place of its own. hub: revision and variant, of a base by name. UserError if a part of
     the layout is missing.
     """
-    _check_layout(folder)
     hub = {key: value for key, value in hub.items() if value is not None}
     unvaried = {key: value for key, value in hub.items() if key != "variant"}
+    family = _check_layout(folder, **unvaried)
     own_tokenizer = {} if tokenizer_name else {"subfolder": "tokenizer"}
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     exact = torch.float32 if lora else dtype  # a LoRA's changes are small: they are added before weights are rounded
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=exact, **hub)
+    unet = family.denoiser.from_pretrained(folder, subfolder=family.part, torch_dtype=exact, **hub)
     if lora:
-        text_encoder = load_text_encoder(folder, _is_xl(unet), exact, **hub)
-        encoders = text_encoder.children() if isinstance(text_encoder, TextEncoders) else [text_encoder]
-        fuse_lora(lora, unet, *encoders)
-        for network in (unet, text_encoder):
+        text_encoder = load_text_encoder(folder, family, dtype, exact, unet, **hub)
+        encoders = text_encoder.of_clip if isinstance(text_encoder, TextEncoders) else [text_encoder]
+        fuse_lora(lora, family, unet, *encoders)
+        for network in (unet, *encoders):
             nn.Module.to(network, dtype)  # diffusers' own warns
     if held not in (None, dtype):
         hold(unet, held)
@@ -267,34 +294,25 @@ def load_base(
     # parts are loaded, as this is where the most memory is taken.
     for parameter in unet.parameters():
         parameter.data = parameter.data.clone()
-    vae = load_vae(folder, device, dtype, vae_folder, upcast=_is_xl(unet), **hub)
+    vae = load_vae(folder, device, dtype, vae_folder, upcast=family.exact_vae, **hub)
     if not lora:
-        text_encoder = load_text_encoder(folder, _is_xl(unet), dtype, **hub)
+        text_encoder = load_text_encoder(folder, family, dtype, dtype, unet, **hub)
     for part in (text_encoder, unet):
         part.requires_grad_(False).eval().to(device)
     return Base(
         folder=str(folder),
+        family=family,
         vae=vae,
         vae_config=dict(vae.config),
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(tokenizer_name or folder, **own_tokenizer, **unvaried),
         unet=lay_out(unet, device),
-        scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **unvaried),
+        scheduler=family.process.kind.from_pretrained(folder, subfolder="scheduler", **unvaried),
         dtype=dtype,
         lora=lora,
-        zeros_without_prompt=_is_xl(unet) and _index(folder, **unvaried).get("force_zeros_for_empty_prompt", True),
+        zeros_without_prompt=family.reads_sizes
+        and index_of(folder, **unvaried).get("force_zeros_for_empty_prompt", True),
     )
-
-
-def _is_xl(unet: UNet2DConditionModel) -> bool:
-    return unet.config.addition_embed_type == "text_time"
-
-
-def _index(folder: str | Path, **hub: Any) -> dict[str, Any]:
-    """The model_index.json of a base, empty where a folder has none."""
-    if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
-        return {}
-    return diffusers.DiffusionPipeline.load_config(folder, **hub)
 
 
 def load_vae(
@@ -325,26 +343,20 @@ def load_vae(
     return lay_out(vae.requires_grad_(False).eval().to(device), device)
 
 
-def _check_layout(folder: str | Path) -> None:
-    """A local folder must have every part; a name on the hub is left to diffusers."""
-    folder = Path(folder)
-    layout = LAYOUT_XL if any((folder / part).is_dir() for part in set(LAYOUT_XL) - set(LAYOUT)) else LAYOUT
-    missing = [part for part in layout if not (folder / part).is_dir()]
-    looks_local = folder.exists() or folder.is_absolute() or str(folder).startswith(".")
+def _check_layout(folder: str | Path, **hub: Any) -> Family:
+    """The family of a base; a local folder must have every part, a name on the hub is left to diffusers."""
+    place = Path(folder)
+    looks_local = place.exists() or place.is_absolute() or str(folder).startswith(".")
+    there = {part for part in PART_FOLDERS if (place / part).is_dir()}
+    layout = parts_needed(there)
+    missing = [part for part in layout if part not in there]
     if missing and looks_local:
-        found = "no such folder" if not folder.exists() else f"no {missing[0]}/ in it"
+        found = "no such folder" if not place.exists() else f"no {missing[0]}/ in it"
         raise UserError(
-            f"--pretrained_model_name_or_path {folder}: expected a Stable Diffusion folder with "
+            f"{FLAG} {folder}: expected a Stable Diffusion folder with "
             f"{', '.join(part + '/' for part in layout)}, found {found}"
         )
-
-
-def refuse_xl(folder: str | Path, what: str) -> None:
-    """UserError where a base is Stable Diffusion XL; what: the flag or command that does not support it."""
-    if UNet2DConditionModel.load_config(folder, subfolder="unet").get("addition_embed_type") == "text_time":
-        raise UserError(
-            f"{what}: expected a base of Stable Diffusion 1.x or 2.x, found Stable Diffusion XL in {folder}"
-        )
+    return family_of(folder, **hub)
 
 
 def latent_factor(folder: str | Path) -> int:
@@ -364,7 +376,7 @@ def base_fingerprint(folder: str | Path, lora: str | None = None) -> str:
     """
     digest = hashlib.sha256() if Path(folder).is_dir() else hashlib.sha256(str(folder).encode())
     for path in sorted(Path(folder).glob("*/*")):
-        if path.parent.name in LAYOUT_XL and path.is_file():
+        if path.parent.name in PART_FOLDERS and path.is_file():
             digest.update(path.relative_to(folder).as_posix().encode() + _sampled(path))
     if lora:
         file = lora_file(lora)
@@ -412,12 +424,22 @@ def sample_latents(vae_config: dict[str, Any], moments: torch.Tensor, noise: tor
     """Draw scaled latents [B,C,h,w] from moments [B,2C,h,w] and standard normal noise [B,C,h,w]."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     std = torch.exp(0.5 * log_variance.clamp(-30, 20))
-    return (mean + std * noise) * vae_config["scaling_factor"]
+    return (mean + std * noise - _shift(vae_config)) * vae_config["scaling_factor"]
+
+
+def unscale(vae_config: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents as the autoencoder's decoder takes them, both [B,C,h,w]."""
+    return latents / vae_config["scaling_factor"] + _shift(vae_config)
+
+
+def _shift(vae_config: Any) -> float:
+    """What is subtracted from latents before they are scaled: of Stable Diffusion 3 their mean."""
+    return vae_config.get("shift_factor") or 0.0
 
 
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents [B,C,h,w] -> image [B,3,H,W] in about [-1,1], with their gradient."""
-    return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float()
+    return vae.decode(unscale(vae.config, latents.to(vae.device, vae.dtype))).sample.float()
 
 
 @torch.no_grad()
@@ -426,9 +448,10 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return decode_latents(vae, latents)
 
 
-def encode_mean(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
-    """image [B,3,H,W] in [-1,1] -> the posterior's mean as scaled latents [B,C,h,w]."""
-    return encode_moments(vae, image).chunk(2, dim=1)[0] * vae.config.scaling_factor
+def encode_mean(vae: AutoencoderKL, image: torch.Tensor, shifted: bool = True) -> torch.Tensor:
+    """image [B,3,H,W] in [-1,1] -> the posterior's mean as scaled latents [B,C,h,w]; shifted: as latents of images."""
+    shift = _shift(vae.config) if shifted else 0.0
+    return (encode_moments(vae, image).chunk(2, dim=1)[0] - shift) * vae.config.scaling_factor
 
 
 def reconstruct(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
@@ -446,20 +469,18 @@ def encode_text(base: Base, captions: list[str], trained: nn.Module | None = Non
     tokens = tokenize(base.tokenizer, captions).to(encoder.device)
     with torch.set_grad_enabled(trained is not None):
         if isinstance(encoder, TextEncoders):
-            return encoder(tokens, tokenize(encoder.tokenizer_2, captions).to(encoder.device))
+            return encoder(tokens, *(others.to(encoder.device) for others in encoder.tokenize(captions)))
         return (trained or encoder)(tokens)[0]
 
 
 def plain_pipeline(base: Base, scheduler: Any, controlnet: ModelMixin | None = None) -> Any:
     """diffusers' own pipeline around the loaded parts, without the safety checker, which blackens images."""
-    parts: dict[str, Any] = {"vae": base.vae, "unet": base.unet, "tokenizer": base.tokenizer, "scheduler": scheduler}
-    encoder = base.text_encoder
-    if isinstance(encoder, TextEncoders):
-        parts |= {"text_encoder": encoder.text_encoder, "text_encoder_2": encoder.text_encoder_2}
-        parts |= {"tokenizer_2": encoder.tokenizer_2, "add_watermarker": False}
-        parts |= {"force_zeros_for_empty_prompt": base.zeros_without_prompt}
-    else:
-        parts |= {"text_encoder": encoder, "safety_checker": None, "feature_extractor": None}
-        parts |= {"requires_safety_checker": False}
-    parts |= {} if controlnet is None else {"controlnet": controlnet}
-    return getattr(diffusers, f"{base.family}{'' if controlnet is None else 'ControlNet'}Pipeline")(**parts)
+    family, encoder = base.family, base.text_encoder
+    parts: dict[str, Any] = {family.part: base.unet, "vae": base.vae, "tokenizer": base.tokenizer}
+    parts |= encoder.parts if isinstance(encoder, TextEncoders) else {"text_encoder": encoder}
+    if family.reads_sizes:
+        parts |= {"add_watermarker": False, "force_zeros_for_empty_prompt": base.zeros_without_prompt}
+    if not isinstance(encoder, TextEncoders):
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    parts |= {"scheduler": scheduler} | ({} if controlnet is None else {"controlnet": controlnet})
+    return getattr(diffusers, f"{family.name}{'' if controlnet is None else 'ControlNet'}Pipeline")(**parts)

@@ -1,4 +1,4 @@
-"""ControlNets: make one from a U-Net, check that one fits a base, load and save one.
+"""ControlNets: make one from a U-Net or a transformer, check that one fits a base, load and save one.
 
 A light one is the encoder of the base with a LoRA, and the layers that a U-Net does not have, as in Stability AI's
 control-lora (https://huggingface.co/stabilityai/control-lora). Its files are peft's and hold no more than the LoRA and
@@ -10,11 +10,12 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, SD3ControlNetModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from safetensors.torch import load_file, save_file
 
 from segcn.models.base import WIDE, Base, lay_out
+from segcn.models.family import Family, copied_blocks
 from segcn.models.lora import PLACE, add_lora, changed_layers, has_lora, merge_lora
 from segcn.utils.errors import UserError
 from segcn.utils.paths import LIGHT_WEIGHTS, WEIGHTS
@@ -24,16 +25,17 @@ FILES = f"config.json and {WEIGHTS}"
 LIGHT_SETTINGS = "adapter_config.json"
 NEW = "controlnet_"  # begins the names of the layers that a U-Net does not have
 PREFIX = "base_model.model."  # begins the names of weights in peft's files
-SHARED_SIZES = (  # with the U-Net
-    "in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type",
-)  # fmt: skip
+ControlNet = ControlNetModel | SD3ControlNetModel
 
 
-def make_controlnet(unet: UNet2DConditionModel, latent_factor: int = 8) -> ControlNetModel:
+def make_controlnet(unet: UNet2DConditionModel | SD3Transformer2DModel, latent_factor: int = 8) -> ControlNet:
     """A ControlNet that starts as a copy of the U-Net's encoder (Zhang et al. 2023, arXiv:2302.05543).
 
-    UserError unless latent_factor, the width of a latent cell in pixels, is 8.
+    Of a transformer it is a copy of the first half of the blocks. UserError unless latent_factor, the width of a latent
+    cell in pixels, is 8, where a U-Net's ControlNet sees the mask itself.
     """
+    if isinstance(unet, SD3Transformer2DModel):
+        return copy_blocks(unet)
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=_channels(unet, latent_factor))
     keep_control_spread(controlnet.controlnet_cond_embedding)
     return lay_out(controlnet, unet.device)
@@ -47,6 +49,31 @@ def _channels(unet: UNet2DConditionModel, latent_factor: int) -> tuple[int, ...]
             f" does, found {latent_factor}x"
         )
     return (16, 32, 64, 96) if unet.config.block_out_channels[0] < WIDE else (16, 32, 96, 256)
+
+
+def copy_blocks(transformer: SD3Transformer2DModel) -> SD3ControlNetModel:
+    """A ControlNet of a transformer's first blocks, which sees the latents of a mask and adds nothing yet.
+
+    It reads the pooled text and shifted latents, as its training in diffusers gives them, in plain pipelines as well.
+    """
+    sizes = {"num_layers": copied_blocks(transformer), "extra_conditioning_channels": 0}
+    sizes |= {"use_pos_embed": True, "force_zeros_for_pooled_projection": False}
+    controlnet = SD3ControlNetModel.from_config({**transformer.config, **sizes})
+    controlnet.load_state_dict(transformer.state_dict(), strict=False)
+    return lay_out(controlnet, transformer.device)
+
+
+def make_all_trainable(controlnet: ControlNet) -> None:
+    """Let every weight be trained that has an effect.
+
+    The last block of a transformer's ControlNet has a stream of text that ends there: several processes could not train
+    together what never gets a gradient.
+    """
+    controlnet.requires_grad_(True)
+    if isinstance(controlnet, SD3ControlNetModel):
+        last = controlnet.transformer_blocks[-1]
+        last.ff_context.requires_grad_(False)
+        last.attn.to_add_out.requires_grad_(False)
 
 
 def keep_control_spread(embedding: ControlNetConditioningEmbedding) -> None:
@@ -120,7 +147,9 @@ def load_controlnet(
     if is_light(folder):
         return _load_light(Path(folder), dtype, unet)
     try:
-        return lay_out(ControlNetModel.from_pretrained(folder, torch_dtype=dtype), device)
+        name = ControlNetModel.load_config(folder).get("_class_name")
+        kind = SD3ControlNetModel if name == SD3ControlNetModel.__name__ else ControlNetModel
+        return lay_out(kind.from_pretrained(folder, torch_dtype=dtype), device)
     except OSError as error:
         raise UserError(
             f"{folder}: expected a ControlNet ({FILES}), found none in such a folder, nor on the hub"
@@ -132,7 +161,7 @@ def _load_light(folder: Path, dtype: torch.dtype, unet: UNet2DConditionModel | N
     if unet is None:
         raise UserError(f"{folder}: expected a full ControlNet, found a light one, which is opened with its base")
     config = ControlNetModel.load_config(folder)
-    for key in SHARED_SIZES:
+    for key in Family.shared_sizes:
         here, there = (list(v) if isinstance(v, tuple) else v for v in (config.get(key), unet.config[key]))
         if here != there:
             raise UserError(
@@ -188,8 +217,10 @@ def check_controlnet(name: str, base: Base) -> None:
             f"--controlnet_model_name_or_path {name}: expected a ControlNet ({FILES}), found none in such a folder,"
             " nor on the hub"
         ) from None
-    expected = {"_class_name": "ControlNetModel", "conditioning_channels": 3}
-    expected |= {key: base.unet.config[key] for key in SHARED_SIZES}
+    family = base.family
+    expected = {"_class_name": family.controlnet.__name__}
+    expected |= {"extra_conditioning_channels": 0} if family.encodes_control else {"conditioning_channels": 3}
+    expected |= {key: base.unet.config[key] for key in family.shared_sizes}
     for key, value in expected.items():
         here, there = (list(v) if isinstance(v, tuple) else v for v in (found.get(key, value), value))
         if here != there:

@@ -1,4 +1,4 @@
-"""A LoRA (Hu et al. 2021, arXiv:2106.09685) of a base's U-Net and text encoder: add, save, load, fuse.
+"""A LoRA (Hu et al. 2021, arXiv:2106.09685) of a base's network and text encoder: add, save, load, fuse.
 
 Files are those of diffusers: `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(FOLDER)` opens."""
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, get_peft_kwargs
 from peft import LoraConfig, inject_adapter_in_model
@@ -19,6 +19,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from segcn.models.family import Family
 from segcn.utils.errors import UserError
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -72,7 +73,7 @@ def has_lora(network: nn.Module) -> bool:
 
 
 def save_lora(folder: Path, networks: Mapping[str, Any]) -> None:
-    """Write the LoRA of unet and text_encoder, those that have one, as diffusers does.
+    """Write the LoRA of unet or transformer, and text_encoder, those that have one, as diffusers does.
 
     Of the settings, rank, alpha and targets are recorded with it: other versions of peft have other fields.
     """
@@ -101,7 +102,7 @@ def restore_lora(folder: Path, networks: Mapping[str, Any]) -> None:
             set_peft_model_state_dict(network, own, PLACE)
 
 
-def fuse_lora(lora: str | Path, unet: Any, *text_encoders: nn.Module) -> None:
+def fuse_lora(lora: str | Path, family: Family, unet: Any, *text_encoders: nn.Module) -> None:
     """Add a LoRA to the weights of a float32 base, as `pipe.load_lora_weights` and `pipe.fuse_lora` do.
 
     text_encoders: the base's one or two. UserError where there is none, or where it is that of another architecture.
@@ -109,15 +110,16 @@ def fuse_lora(lora: str | Path, unet: Any, *text_encoders: nn.Module) -> None:
     file = lora_file(lora)
     with quiet_diffusers():
         try:
-            read = StableDiffusionPipeline.lora_state_dict  # never pickle
-            weights, alphas, settings = read(str(file or lora), use_safetensors=True, return_lora_metadata=True)
+            kind: Any = StableDiffusion3Pipeline if family.part == "transformer" else StableDiffusionPipeline
+            read = kind.lora_state_dict  # never pickle
+            weights, *alphas, settings = read(str(file or lora), use_safetensors=True, return_lora_metadata=True)
             if not all("lora" in name for name in weights):
                 raise ValueError(f"{next(name for name in weights if 'lora' not in name)} is no weight of a LoRA")
-            StableDiffusionPipeline.load_lora_into_unet(weights, alphas, unet, metadata=settings)
+            getattr(kind, f"load_lora_into_{family.part}")(weights, *alphas, unet, metadata=settings)
             unet.fuse_lora()
             unet.unload_lora()
             for part, text_encoder in zip(("text_encoder.", "text_encoder_2."), text_encoders, strict=False):
-                _fuse_text(part, weights, alphas, settings, text_encoder)
+                _fuse_text(part, weights, alphas[0] if alphas else None, settings, text_encoder)
         except (OSError, ValueError, RuntimeError, IndexError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"--lora {lora}: expected a LoRA for this base, found none that fits: {reason}") from None

@@ -52,7 +52,7 @@ class AppConfig:
 
     dataset_name: str = flag(str(ROOT / "data" / "examples"), "data set whose masks and captions can be chosen")
     pretrained_model_name_or_path: str = flag(
-        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x or XL)"
+        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x, XL or 3)"
     )
     lora: str = flag("", "LoRA of the base; none: none")
     controlnet_model_name_or_path: str = flag(

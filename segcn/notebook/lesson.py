@@ -15,7 +15,7 @@ from segcn.data.dataset import to_uint8
 from segcn.data.visualize import grid
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline, diffusers_pipeline, generate
-from segcn.models.base import Base, decode, encode_moments, encode_text, load_base, reconstruct
+from segcn.models.base import Base, decode, encode_mean, encode_text, load_base, reconstruct
 from segcn.samples.base_model.recipe import SMOKE, BaseRecipe, build_base
 from segcn.samples.base_model.training import to_pixels
 from segcn.samples.landscapes.scene import draw_landscape, palette
@@ -34,7 +34,7 @@ def landscapes(count: int) -> tuple[torch.Tensor, list[str]]:
 def to_latents(base: Base, image: torch.Tensor) -> torch.Tensor:
     """image [B, 3, H, W] in [-1, 1] -> the posterior's mean, scaled, [B, C, h, w]."""
     assert base.vae is not None
-    return encode_moments(base.vae, image).chunk(2, dim=1)[0] * base.vae.config.scaling_factor
+    return encode_mean(base.vae, image)
 
 
 def channels(image: torch.Tensor, latents: torch.Tensor) -> Figure:
@@ -90,14 +90,13 @@ def one_step(base: Base, image: torch.Tensor, caption: str, timesteps: Sequence[
 
     From v = alpha noise - sigma clean (Salimans and Ho 2022, arXiv:2202.00512) follows clean = alpha noisy - sigma v.
     """
+    process = base.process
     clean, when = to_latents(base, image[None]), torch.tensor(timesteps)
     noise = rng.normal(tuple(clean.shape), "lesson noise")
-    alpha = base.scheduler.alphas_cumprod[when].sqrt()[:, None, None, None]
-    sigma = (1 - alpha**2).sqrt()
+    alpha, sigma = process.levels(when)
     noisy = alpha * clean + sigma * noise  # [T, C, h, w]
-    given = base.conditions(encode_text(base, [caption] * len(when)), (image.shape[1], image.shape[2]))
-    velocity = base.unet(noisy, when, **given).sample
-    guess = alpha * noisy - sigma * velocity
+    text, size = encode_text(base, [caption] * len(when)), (image.shape[1], image.shape[2])
+    guess = process.clean(noisy, base.predict(noisy, process.times(when), text, size), when)
     errors, shares = (guess - clean).square().mean((1, 2, 3)).tolist(), sigma.flatten().square().tolist()
     notes = [[f"t = {step}, {share:.0%} noise" for step, share in zip(timesteps, shares, strict=True)],
              [f"squared error {error:.2f}" for error in errors]]  # fmt: skip
@@ -107,7 +106,7 @@ def one_step(base: Base, image: torch.Tensor, caption: str, timesteps: Sequence[
 def denoising(base: Base, caption: str, settings: SampleConfig) -> Figure:
     """The latents after each step of the sampler, decoded."""
     side = RESOLUTION // base.latent_factor
-    noise = rng.normal((1, base.unet.config.in_channels, side, side), "paint", settings.seed, 0)
+    noise = rng.normal((1, base.latent_channels, side, side), "paint", settings.seed, 0)
     states = [noise]
 
     def after_step(pipe, step, timestep, values):

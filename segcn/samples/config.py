@@ -63,6 +63,15 @@ class BaseXLConfig:
 
 
 @dataclass(frozen=True)
+class BaseSD3Config:
+    """Write a base model of Stable Diffusion 3.5 medium's size with random weights, or a toy one, for tests."""
+
+    out: str = flag("", "model folder to write, 31.6 GB", required=True)
+    toy: bool = flag(False, "the same layout with a few channels: 1 MB")
+    seed: int = flag(0, "seed of the weights")
+
+
+@dataclass(frozen=True)
 class FailuresConfig:
     """Draw what typical failures look like, provoked on the landscapes."""
 

@@ -25,6 +25,7 @@ EXAMPLE_DEFAULTS = {
     "empty_prompts": 0.0,  # share of captions replaced by the empty one
     "class_dropout": 0.0,  # share of captions that leave out a class, half of them all classes
     "empty_controls": 0.0,  # share of controls replaced by black
+    "draw": rng.integer,  # (number of timesteps, *key) -> a timestep
     "class_weights": None,  # float32 [K] by class id; None: no weights
     "reward": None,  # (low, high): half of the rows also get a timestep from low to high, for --reward_weight
     "captions": False,  # text as it is, not embedded: the text encoder is trained
@@ -72,7 +73,7 @@ class Examples(Dataset):
         return example | {
             "posterior": rng.normal(self.latent_shape, "posterior", seed, visit, row),
             "noise": rng.normal(self.latent_shape, "noise", seed, visit, row),
-            "timestep": rng.integer(settings["timesteps"], "timestep", seed, visit, row),
+            "timestep": settings["draw"](settings["timesteps"], "timestep", seed, visit, row),
         }
 
     def _dropped(self, caption: str, visit: int, row: int) -> str:
@@ -160,7 +161,8 @@ def make_examples(config: TrainConfig, dataset: PairedDataset, base: Base, accel
         cache = latent_cache.build(folder, dataset, base, config.cache_draws, accelerator, log.say, limit, cuts)
         if not (config.validation_image or config.validation_prompt or config.faithfulness_rows):
             base.text_encoder = base.text_encoder if "text_encoder" in config.trains else None
-            base.vae = base.vae if config.reward_segmenter or "vae_decoder" in config.trains else None
+            needed = config.reward_segmenter or "vae_decoder" in config.trains or base.family.encodes_control
+            base.vae = base.vae if needed else None
     settings = {
         "seed": config.seed,
         "captions": "text_encoder" in config.trains,
@@ -169,11 +171,12 @@ def make_examples(config: TrainConfig, dataset: PairedDataset, base: Base, accel
         "class_dropout": config.caption_class_dropout,
         "empty_controls": config.proportion_empty_controls,
         "timesteps": base.scheduler.config.num_train_timesteps,
+        "draw": base.process.draw,
         "class_weights": make_class_weights(config, dataset.split, accelerator),
         "reward": reward_timesteps(config) if config.reward_weight else None,
     }
     side = config.resolution // base.latent_factor
-    return Examples(dataset, cache, base.latent_factor, (base.unet.config.in_channels, side, side), settings)
+    return Examples(dataset, cache, base.latent_factor, (base.latent_channels, side, side), settings)
 
 
 def make_class_weights(config: TrainConfig, split: Split, accelerator) -> torch.Tensor | None:

@@ -72,7 +72,7 @@ a Slurm script that requeues itself, are in
     )
     # data and models
     pretrained_model_name_or_path: str = flag(
-        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x or XL), or its name on the hub"
+        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x, XL or 3), or its name on the hub"
     )
     pretrained_vae_model_name_or_path: str | None = flag(
         None, "autoencoder in place of the base's: a folder, or a name"
@@ -126,7 +126,9 @@ a Slurm script that requeues itself, are in
     )
     lora_rank: int = flag(16, "rank of a LoRA that is trained", low=1)
     lora_alpha: int | None = flag(None, "its weight is this / rank; none: the rank, so 1", low=1)
-    lora_targets: list[str] = flag(LORA_TARGETS, "ends of the names of the layers that get one")
+    lora_targets: list[str] = flag(
+        LORA_TARGETS, "ends of the names of the layers that get one; default: what fits the base"
+    )
     merge: bool = flag(False, "with --controlnet lora: write a full ControlNet with the LoRA in its weights")
     # optimization
     max_train_steps: int | None = flag(None, "optimizer steps; none: --num_train_epochs", low=1)

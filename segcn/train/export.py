@@ -8,14 +8,14 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import ControlNetModel
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
 from segcn.data.metadata import Split
 from segcn.data.palette import palette_table
-from segcn.models.base import LAYOUT_XL, Base, load_base, plain_pipeline
-from segcn.models.controlnet import LIGHT_SETTINGS, is_light, merge_light, save_controlnet
+from segcn.models.base import Base, load_base, plain_pipeline
+from segcn.models.controlnet import LIGHT_SETTINGS, ControlNet, is_light, merge_light, save_controlnet
+from segcn.models.family import FAMILIES, PART_FOLDERS, Family
 from segcn.models.lora import LORA_WEIGHTS, changed_layers, has_lora, save_lora
 from segcn.train.checkpoint import read_best
 from segcn.train.config import TrainConfig
@@ -34,7 +34,7 @@ TAGS = [
 ]  # fmt: skip
 LICENSES = {  # by names on the hub
     "stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++",
-    "stable-diffusion-xl": "openrail++",
+    "stable-diffusion-xl": "openrail++", "stable-diffusion-3": "other",
 }  # fmt: skip
 
 
@@ -66,13 +66,13 @@ def export_networks(config: TrainConfig, networks: Networks, output_dir: Path) -
     """Write the trained networks; a line for each, which says how it is used."""
     controlnet, merge, said = networks.get("controlnet"), config.merge, []
     lora, folder, both = output_dir, output_dir, f"segcn generate --controlnet_model_name_or_path {output_dir}"
-    if isinstance(controlnet, ControlNetModel):
+    if isinstance(controlnet, ControlNet):
         if has_lora(controlnet) and merge:
             export(controlnet, output_dir / "lora")
             export(merge_light(output_dir / "lora", reopen_base(config, config.lora).unet), output_dir)
         else:
             export(controlnet, output_dir)
-        opens = f"{output_dir} opens with ControlNetModel.from_pretrained"
+        opens = f"{output_dir} opens with {type(controlnet).__name__}.from_pretrained"
         if is_light(output_dir):
             opens = f"{output_dir} is a light ControlNet, which its README.md opens; --merge makes it a full one"
         said.append(f"Done: {opens}.")
@@ -102,7 +102,7 @@ def write_base(config: TrainConfig, networks: Networks, folder: Path, lora: Path
     base = reopen_base(config, str(lora) if lora else config.lora)
     assert base.vae is not None
     if lora is None:
-        parts: dict[str, torch.nn.Module] = {"unet": base.unet, "vae": LatentDecoder(base.vae)}
+        parts: dict[str, torch.nn.Module] = {base.family.part: base.unet, "vae": LatentDecoder(base.vae)}
         for part, network in networks.items():
             if part in parts:
                 parts[part].load_state_dict(changed_layers(network), strict=False)
@@ -129,7 +129,7 @@ def reopen_base(config: TrainConfig, lora: str | None) -> Base:
     return load_base(name, "cpu", torch.float32, config.tokenizer_name, None, lora, vae, **hub)
 
 
-def export(controlnet: ControlNetModel, folder: Path) -> None:
+def export(controlnet: ControlNet, folder: Path) -> None:
     """config.json, without the path that the ControlNet came from, and safetensors: each file is whole or not there.
 
     What is there of a light one goes where a full one is written, and the other way.
@@ -148,7 +148,7 @@ def export(controlnet: ControlNetModel, folder: Path) -> None:
 
 
 def write_model_card(
-    output_dir: Path, config: TrainConfig, split: Split, step: int, machine: str, family: str = "StableDiffusion"
+    output_dir: Path, config: TrainConfig, split: Split, step: int, machine: str, family: Family = FAMILIES[0]
 ) -> bool:
     """Write README.md to a run folder, of paths only their last part; False where the user's own is there.
 
@@ -173,6 +173,7 @@ def write_model_card(
         name=name,
         base=base,
         family=family,
+        controlnet=family.controlnet.__name__,
         repository=config.hub_model_id or name,
         prompt=(config.validation_prompt or ["a text"])[0].replace('"', "'"),
         sheet=sheet and sheet.relative_to(output_dir).as_posix(),
@@ -236,7 +237,7 @@ def upload(run: Run) -> str:
     published += [path for part in ("", "lora/") for name in small for path in output_dir.glob(f"{part}{name}")]
     if "controlnet" not in run.config.trains or (output_dir / "base").is_dir():
         own = output_dir if "controlnet" not in run.config.trains else output_dir / "base"
-        published += [*own.glob("model_index.json"), *(path for part in LAYOUT_XL for path in own.glob(f"{part}/*"))]
+        published += [*own.glob("model_index.json"), *(path for part in PART_FOLDERS for path in own.glob(f"{part}/*"))]
     files = sorted(path.relative_to(output_dir).as_posix() for path in published)
     try:
         name = api.create_repo(name, exist_ok=True).repo_id

@@ -219,7 +219,7 @@ def encoders_fingerprint(base: Base) -> str:
 def layout_of(dataset: PairedDataset, base: Base) -> CacheLayout:
     """The shapes of the cache of a data set under a base."""
     side = dataset.resolution // base.latent_factor
-    latents = base.unet.config.in_channels, side, side
+    latents = base.latent_channels, side, side
     return CacheLayout(len(dataset), latents, dataset.resolution, base.text_shape, base.reads_sizes)
 
 

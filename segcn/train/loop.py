@@ -2,20 +2,22 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from torch.utils.data import DataLoader
 
-from segcn.models.base import encode_moments, encode_text, sample_latents
+from segcn.models.base import encode_moments, encode_text, sample_latents, unscale
+from segcn.models.controlnet import ControlNet
+from segcn.models.family import each_residual
 from segcn.train.batches import Plan
 from segcn.train.checkpoint import catch_signals, end_on_signals, ignore_signals, resume, save, stop_if_asked
 from segcn.train.config import TrainConfig
 from segcn.train.export import finish_training
 from segcn.train.loss import Loss, decoder_loss, min_snr_weights
 from segcn.train.memory import preflight
-from segcn.train.reward import clean_estimate, reward_losses
+from segcn.train.reward import reward_losses
 from segcn.train.setup import AugmentFunction, Run, prepare
 from segcn.train.validation import begin_validation, validate_if_due
 
@@ -25,12 +27,13 @@ def train(
     config: TrainConfig,
     loss: Loss | None = None,
     augment: AugmentFunction | None = None,
-    make_controlnet: Callable[[UNet2DConditionModel], ControlNetModel] | None = None,
+    make_controlnet: Callable[[Any], ControlNet] | None = None,
 ) -> Path | None:
     """Train as configured and return the run folder, a ControlNet that plain diffusers opens; rerun to resume.
 
     loss: replaces `diffusion_loss`, with its signature; --snr_gamma still weights what it returns. augment(image, mask,
-    seed) -> (image, mask): applied after the paired affine. make_controlnet(unet): the ControlNet to begin with.
+    seed) -> (image, mask): applied after the paired affine. make_controlnet(unet): the ControlNet to begin with; of
+    Stable Diffusion 3 it gets the transformer.
     Returns None after a --preflight.
     """
     if config.preflight:
@@ -76,7 +79,7 @@ def micro_steps(run: Run) -> Iterator[bool]:
 
 def step_losses(run: Run, batch: dict) -> torch.Tensor:
     """The losses of a micro-batch's samples, float32 [B]; `batch` as `Examples` collates it."""
-    base, device, dtype = run.base, run.accelerator.device, run.base.dtype
+    base, process, device, dtype = run.base, run.base.process, run.accelerator.device, run.base.dtype
     moments = batch["moments"] if "moments" in batch else encode_moments(base.vae, batch["image"])  # [B,2C,h,w]
     if "vae" in run.networks:
         return decoder_losses(run, batch, moments)
@@ -88,16 +91,14 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
     rewards = run.reward_segmenter if late else None  # the segmenter, once it rewards
     if rewards is not None:
         timestep = torch.where(batch["reward_timestep"].to(device) < 0, timestep, batch["reward_timestep"].to(device))
-    noisy = base.scheduler.add_noise(clean, noise, timestep)
+    noisy, times = process.noisy(clean, noise, timestep), process.times(timestep)
     text, sizes, residuals = text.to(device, torch.float32), batch.get("sizes"), {}
     if run.controlnet is not None:
-        control = batch["control"].to(device)
-        given = base.conditions(text, sizes)
-        down, middle = run.controlnet(noisy, timestep, **given, controlnet_cond=control, return_dict=False)
-        residuals["down_block_additional_residuals"] = [residual.to(dtype) for residual in down]
-        residuals["mid_block_additional_residual"] = middle.to(dtype)
-    prediction = run.unet(noisy.to(dtype), timestep, **base.conditions(text.to(dtype), sizes), **residuals).sample
-    target = base.scheduler.get_velocity(clean, noise, timestep) if base.predicts_v else noise
+        control = base.encode_control(batch["control"].to(device), run.controlnet)
+        residuals = base.residuals(run.controlnet, noisy, times, text, sizes, control)
+        residuals = each_residual(residuals, lambda residual: residual.to(dtype))
+    prediction = base.predict(noisy.to(dtype), times, text.to(dtype), sizes, residuals, run.unet)
+    target = process.target(clean, noise, timestep)
     weights = batch["weights"].to(device) if "weights" in batch else None
     losses = run.loss(prediction, target, batch["cells"].to(device), weights)
     if run.config.snr_gamma is not None:
@@ -105,7 +106,7 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
     if run.reward_segmenter is not None:
         run.log.reward = losses.new_zeros(())
     if rewards is not None and (rows := torch.where(batch["reward_timestep"] >= 0)[0].to(device)).numel():
-        clean = clean_estimate(base.scheduler, noisy[rows], prediction.float()[rows], timestep[rows])
+        clean = process.clean(noisy[rows], prediction.float()[rows], timestep[rows])
         found = run.config.reward_weight * reward_losses(base, rewards, clean, batch["mask"].to(device)[rows])
         run.log.reward = found.detach().sum() / len(losses)
         losses = losses.index_add(0, rows, found)
@@ -115,7 +116,7 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
 def decoder_losses(run: Run, batch: dict, moments: torch.Tensor) -> torch.Tensor:
     """The losses of what the autoencoder's decoder makes of its own latents, float32 [B]."""
     device, config = run.accelerator.device, run.base.vae_config
-    latents = sample_latents(config, moments.to(device), batch["posterior"].to(device)) / config["scaling_factor"]
+    latents = unscale(config, sample_latents(config, moments.to(device), batch["posterior"].to(device)))
     image = run.networks["vae"](latents.to(run.base.dtype))
     return decoder_loss(image, batch["image"].to(device), batch["valid"].to(device))
 

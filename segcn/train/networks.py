@@ -18,7 +18,7 @@ from segcn.models.lora import TEXT_TARGETS, add_lora, changed_layers, has_lora, 
 from segcn.train.config import TrainConfig
 from segcn.utils.errors import UserError
 
-Networks = Mapping[str, Any]  # by part: controlnet, unet, text_encoder, vae
+Networks = Mapping[str, Any]  # by part: controlnet, unet or transformer, text_encoder, vae
 EMA = "_ema"  # ends the names of the averaged weights in a checkpoint
 
 
@@ -50,10 +50,11 @@ def trained_parts(config: TrainConfig, base: Base) -> dict[str, nn.Module]:
     torch.manual_seed(config.seed)
     if "lora" in trains:
         add_lora(base.unet, config.lora_rank, alpha, tuple(config.lora_targets))
-        found["unet"] = base.unet
+        found[base.family.part] = base.unet
     if "decoder" in trains or "all" in trains:
-        (base.unet if "all" in trains else base.unet.up_blocks).requires_grad_(True)
-        found["unet"] = base.unet
+        for network in [base.unet] if "all" in trains else base.family.decoder(base.unet):
+            network.requires_grad_(True)
+        found[base.family.part] = base.unet
     if "text_encoder" in trains:
         found["text_encoder"] = base.one_text_encoder("--lora_text_encoder")
         add_lora(found["text_encoder"], config.lora_rank, alpha, TEXT_TARGETS)

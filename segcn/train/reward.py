@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from torch.utils.data import default_collate
 
 from segcn.data.metadata import Split
@@ -180,19 +179,6 @@ def check_apart(config: TrainConfig, split: Split, segmenter: AnySegmenter) -> N
             f"rows ({config.segmenter or f'trained with --seed {config.seed}'}): expected two, as what rewards must not"
             " score. Leave out --reward_segmenter, or give another --segmenter."
         )
-
-
-def clean_estimate(
-    scheduler: DDPMScheduler, noisy: torch.Tensor, prediction: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    """The one-step estimate of the clean latents, [B,C,h,w] (Song et al. 2020, arXiv:2010.02502, equation 12).
-
-    noisy: [B,C,h,w]; prediction: of the U-Net, noise or v (arXiv:2202.00512), [B,C,h,w]; timestep: int [B].
-    """
-    alpha = scheduler.alphas_cumprod.to(noisy.device)[timestep].view(-1, 1, 1, 1)
-    if scheduler.config.prediction_type == "v_prediction":
-        return alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction
-    return (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
 
 
 def reward_losses(base: Base, segmenter: AnySegmenter, clean: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

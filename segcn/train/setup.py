@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers import ControlNetModel, DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 
@@ -31,12 +30,28 @@ from segcn.data.transforms import AugmentConfig
 from segcn.data.unlabelled import check_images, unlabelled_split
 from segcn.evaluate.base_check import BASE_CHECK, check_base
 from segcn.models.base import Base, computes_fast, keep_freed_memory, load_base, pick_device, precisions
-from segcn.models.controlnet import check_controlnet, check_light, load_controlnet, make_controlnet, make_light
+from segcn.models.controlnet import (
+    ControlNet,
+    check_controlnet,
+    check_light,
+    load_controlnet,
+    make_all_trainable,
+    make_controlnet,
+    make_light,
+)
 from segcn.models.segmenter import AnySegmenter
 from segcn.train import latent_cache
 from segcn.train.batches import Examples, make_examples
 from segcn.train.checkpoint import WAIT, averaged, claim_run_folder
-from segcn.train.config import LIGHT_RATES, MEMORY_PRESETS, OBSOLETE, TrainConfig, reward_timesteps, total_steps
+from segcn.train.config import (
+    LIGHT_RATES,
+    LORA_TARGETS,
+    MEMORY_PRESETS,
+    OBSOLETE,
+    TrainConfig,
+    reward_timesteps,
+    total_steps,
+)
 from segcn.train.latent_cache import cache_root, parse_limit, source_digest
 from segcn.train.log import Log
 from segcn.train.loss import FiniteCheck, Loss, diffusion_loss
@@ -83,8 +98,8 @@ class Run:
 
     @property
     def unet(self) -> torch.nn.Module:
-        """The U-Net, which is trained or frozen."""
-        return self.networks.get("unet", self.base.unet)
+        """The network that denoises, which is trained or frozen."""
+        return self.networks.get(self.base.family.part, self.base.unet)
 
     @cached_property
     def own_networks(self) -> dict[str, torch.nn.Module]:
@@ -147,14 +162,16 @@ def prepare(
     if accelerator.is_main_process:
         check_rows(config, split, output_dir, log)
     base = load_frozen(config, accelerator)
+    if base.family.lora_targets and config.lora_targets == LORA_TARGETS:
+        config = dataclasses.replace(config, lora_targets=list(base.family.lora_targets))
     if config.controlnet_model_name_or_path:
         check_controlnet(config.controlnet_model_name_or_path, base)
         check_light(config.controlnet_model_name_or_path, light_settings(config))
     repeats = make_repeats(config, split, accelerator, log)
     shown = sampler.Stream(len(split), config.seed, repeats).start(config.num_train_epochs)
     config = dataclasses.replace(config, max_train_steps=total_steps(config, shown, accelerator.num_processes))
-    if config.resolution % base.latent_factor:
-        raise UserError(f"--resolution: expected a multiple of {base.latent_factor}, found {config.resolution}")
+    if config.resolution % base.side_factor:
+        raise UserError(f"--resolution: expected a multiple of {base.side_factor}, found {config.resolution}")
     augmentation = AugmentConfig.parse(config.augment)
     dataset = PairedDataset(split, config.resolution, augmentation, config.seed, config.fit, function=augment)
     config = latent_cache.settle_draws(config, dataset, base, accelerator, log)
@@ -324,8 +341,16 @@ def load_frozen(config: TrainConfig, accelerator: Accelerator) -> Base:
     return base
 
 
-def make_noise_schedule(config: TrainConfig, base: Base) -> DDPMScheduler:
+def make_noise_schedule(config: TrainConfig, base: Base) -> Any:
     """The base's noise schedule, changed as --prediction_type and --rescale_betas_zero_snr say."""
+    for name in base.process.refused:
+        if getattr(config, name):
+            raise UserError(
+                f"--{name}: expected a base that predicts noise or v, found {base.family.title}, which predicts"
+                f" {base.process.predicts} and draws its timesteps by their weight; leave the flag out"
+            )
+    if not hasattr(base.scheduler.config, "prediction_type"):
+        return base.scheduler
     changes = {"prediction_type": config.prediction_type or base.scheduler.config.prediction_type}
     if config.rescale_betas_zero_snr:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -334,14 +359,16 @@ def make_noise_schedule(config: TrainConfig, base: Base) -> DDPMScheduler:
                 "--rescale_betas_zero_snr: expected a base that predicts v, found epsilon: from pure noise the noise"
                 " says nothing about the image"
             )
-    return DDPMScheduler.from_config(base.scheduler.config, **changes)
+    return base.process.kind.from_config(base.scheduler.config, **changes)
 
 
-def make_trainable(config: TrainConfig, base: Base, new_controlnet: Callable | None = None) -> ControlNetModel:
+def make_trainable(config: TrainConfig, base: Base, new_controlnet: Callable | None = None) -> ControlNet:
     """The ControlNet to train: what is trained of it is in float32."""
     light = light_settings(config)
     if light and new_controlnet:
         raise UserError("make_controlnet: expected --controlnet full; a light ControlNet begins as the base's encoder")
+    if light and base.family.part != "unet":
+        raise UserError(f"--controlnet lora: expected a base with a U-Net, found {base.family.title}; use full")
     if config.controlnet_model_name_or_path:
         controlnet = load_controlnet(config.controlnet_model_name_or_path, base.unet.device, unet=base.unet)
     else:
@@ -349,7 +376,7 @@ def make_trainable(config: TrainConfig, base: Base, new_controlnet: Callable | N
         make = new_controlnet or (lambda unet: make_controlnet(unet, base.latent_factor))
         controlnet = make_light(base.unet, *light, base.latent_factor) if light else make(base.unet).float()
     if not light:
-        controlnet.requires_grad_(True)
+        make_all_trainable(controlnet)
     if config.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
     return controlnet

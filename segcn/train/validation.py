@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from diffusers import ControlNetModel
 
 from segcn.data.dataset import PairedDataset, read_control_mask, to_image, to_uint8
 from segcn.data.metadata import Split, find_splits, hold_out, read_split
@@ -28,7 +27,7 @@ from segcn.evaluate.evaluator import PARTED, check_classes, measure
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline, generate
 from segcn.models.base import reconstruct
-from segcn.models.controlnet import share_layers
+from segcn.models.controlnet import ControlNet, share_layers
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, load_segmenter, segmenter_of
 from segcn.train.checkpoint import record_best
 from segcn.train.config import TrainConfig
@@ -240,7 +239,7 @@ def validate_now(run: Run) -> bool:
     settings = make(SampleConfig, config.preset, pretrained_model_name_or_path=run.base.folder, seed=config.seed)
     with run.averaged() as networks:
         controlnet = networks.get("controlnet")
-        twin = frozen_twin(controlnet, run.base.dtype) if isinstance(controlnet, ControlNetModel) else None
+        twin = frozen_twin(controlnet, run.base.dtype) if isinstance(controlnet, ControlNet) else None
         pipeline = Pipeline(run.base, twin, run.split.palette, "")
         lines, generated = generate_sheet(run, pipeline, settings, lambda step: bool(run.stop_signal))
     if run.stop_signal:
@@ -256,13 +255,13 @@ def validate_now(run: Run) -> bool:
     return score is not None and write_score(run, score | {"seconds": round(seconds, 2)})
 
 
-def frozen_twin(controlnet: ControlNetModel, dtype: torch.dtype) -> ControlNetModel:
+def frozen_twin(controlnet: ControlNet, dtype: torch.dtype) -> ControlNet:
     """The same weights in another model, for evaluation in the U-Net's precision: the one in training is not touched.
 
     Where the precision is the same, both share their memory.
     """
     with torch.device("meta"):  # neither memory nor random numbers are spent on weights that are replaced
-        twin = ControlNetModel.from_config(controlnet.config)
+        twin = type(controlnet).from_config(controlnet.config)
     share_layers(twin, controlnet, dtype)
     return twin.eval()
 

@@ -75,8 +75,9 @@ def preset_defaults(kind: type, preset: str) -> dict[str, Any]:
 
 def preset_of_base(folder: str | Path) -> str:
     """The preset that fits a base: tiny for one of small images, such as the embedded one, else sd15."""
+    part = "transformer" if (Path(folder) / "transformer").is_dir() else "unet"  # what denoises
     try:
-        side = json.loads((Path(folder) / "unet" / "config.json").read_text())["sample_size"]  # latent cells
+        side = json.loads((Path(folder) / part / "config.json").read_text())["sample_size"]  # latent cells
         return "tiny" if side <= SMALL_BASE else "sd15"
     except (OSError, ValueError, KeyError, TypeError):  # a name on the hub
         return "sd15"

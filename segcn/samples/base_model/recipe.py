@@ -216,8 +216,12 @@ def build_sd15(out: Path, seed: int = 0, log: Callable[[str], None] = print) -> 
 
 def sample_tokenizer() -> CLIPTokenizer:
     """One of the landscapes' words: CLIP's own vocabulary is large."""
-    captions = [describe(season, time, []) for season in SEASONS for time in TIMES]
-    return build_tokenizer(captions, TEXT["max_position_embeddings"])
+    return build_tokenizer(sample_captions(), TEXT["max_position_embeddings"])
+
+
+def sample_captions() -> list[str]:
+    """The landscapes' captions without classes."""
+    return [describe(season, time, []) for season in SEASONS for time in TIMES]
 
 
 def write_random(
