@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from kills import train_quietly
+from kills import train_as_torchrun, train_quietly
 from PIL import Image
 from runs import log_of, loud_controlnet, tree, weights
 
@@ -24,7 +24,6 @@ from segcn.models.base import base_fingerprint, load_base
 from segcn.models.controlnet import load_controlnet, make_controlnet
 from segcn.models.family import family_of
 from segcn.train.config import AdaptConfig
-from segcn.train.log import training_lines
 from segcn.train.loop import train
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
@@ -86,10 +85,10 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(six_steps, straight, warm
     assert tree(tmp_path / "cut" / "checkpoint-6") == tree(straight / "checkpoint-6")
 
 
-def test_two_processes_train_as_one(six_steps, tmp_path):
+def test_two_processes_train_as_one(six_steps, warm, tmp_path):
     smooth = {"adam_epsilon": 1e-2, "max_train_steps": 3}  # at 1e-8 the first steps are the signs of rounding errors
     one = train(six_steps(tmp_path / "one", train_batch_size=4, **smooth))
-    list(training_lines(six_steps(tmp_path / "two", train_batch_size=2, **smooth), 2))
+    train_as_torchrun(warm, six_steps(tmp_path / "two", train_batch_size=2, **smooth))
     found = [load_controlnet(folder).state_dict() for folder in (one, tmp_path / "two")]
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
 

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from diffusers import ControlNetModel, SD3ControlNetModel, SD3Transformer2DModel, UNet2DConditionModel
@@ -25,7 +26,7 @@ FILES = f"config.json and {WEIGHTS}"
 LIGHT_SETTINGS = "adapter_config.json"
 NEW = "controlnet_"  # begins the names of the layers that a U-Net does not have
 PREFIX = "base_model.model."  # begins the names of weights in peft's files
-ControlNet = ControlNetModel | SD3ControlNetModel
+ControlNet: TypeAlias = ControlNetModel | SD3ControlNetModel
 
 
 def make_controlnet(unet: UNet2DConditionModel | SD3Transformer2DModel, latent_factor: int = 8) -> ControlNet:

@@ -20,7 +20,7 @@ from segcn.utils.errors import UserError
 class Diffusion:
     """Denoising diffusion (Ho et al. 2020, arXiv:2006.11239): the base predicts noise, or v (arXiv:2202.00512)."""
 
-    kind: ClassVar[type] = DDPMScheduler  # of the schedule in a base's folder
+    kind: ClassVar[Any] = DDPMScheduler  # of the schedule in a base's folder
     refused: ClassVar[tuple[str, ...]] = ()  # settings of a training that mean nothing here
 
     def __init__(self, scheduler: Any, folder: str = ""):

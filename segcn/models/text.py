@@ -40,7 +40,7 @@ class TextEncoders(nn.Module):
 
     def num_parameters(self) -> int:
         """Of all."""
-        return sum(encoder.num_parameters() for encoder in self.children())
+        return sum(weight.numel() for weight in self.parameters())
 
     def tokenize(self, captions: list[str]) -> list[torch.Tensor]:
         """Token ids [B,L] of each encoder after the first."""
