@@ -187,9 +187,9 @@ def test_there_and_back_is_the_same_point(seed, fit, width, resolution):
     there = to_output(points, drawn, (40, width), resolution)
     np.testing.assert_allclose(to_source(there, drawn, (40, width), resolution), points, atol=1e-8)
     square = to_output(points, dataclasses.replace(drawn, crop=(0, 0, 1.0)), (resolution, resolution), resolution)
-    homogeneous = np.column_stack([points, np.ones(20)]) @ matrix(drawn, resolution).T
+    homogeneous = np.column_stack([points, np.ones(20)]) @ matrix(drawn, (resolution, resolution)).T
     np.testing.assert_allclose(square, homogeneous[:, :2], atol=1e-8)
-    assert np.array_equal(matrix(Draw(), resolution), np.eye(3))
+    assert np.array_equal(matrix(Draw(), (resolution, resolution)), np.eye(3))
 
 
 @pytest.mark.parametrize("config", [AugmentConfig(), WILD])
@@ -299,9 +299,9 @@ def test_ten_lines_of_torchvision_give_the_same_bytes(seed):
     image = F.adjust_saturation(image, drawn.saturation)
     if drawn.flip:
         image, mask = image.flip(-1), mask.flip(-1)
-    image = F.affine(F.pad(image, [1], padding_mode="edge"), *drawn.affine(size), InterpolationMode.BILINEAR)
-    valid = F.affine(torch.ones_like(mask), *drawn.affine(size), InterpolationMode.NEAREST).bool()
-    mask = F.affine(mask, *drawn.affine(size), InterpolationMode.NEAREST, fill=IGNORE)
+    image = F.affine(F.pad(image, [1], padding_mode="edge"), *drawn.affine((size, size)), InterpolationMode.BILINEAR)
+    valid = F.affine(torch.ones_like(mask), *drawn.affine((size, size)), InterpolationMode.NEAREST).bool()
+    mask = F.affine(mask, *drawn.affine((size, size)), InterpolationMode.NEAREST, fill=IGNORE)
     image = image[..., 1:-1, 1:-1] * valid
 
     assert all(map(torch.equal, (image, mask, valid), expected))

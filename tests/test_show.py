@@ -195,7 +195,9 @@ def test_captions_are_varied_and_get_a_side():
 
 def test_the_story_shows_each_image_in_its_place(test, tmp_path):
     black = np.zeros((2, 64, 64, 3), np.uint8)
-    figure = plots.write_story(tmp_path / "story.png", test, test, test, black, ["one", "a very long caption " * 20])
+    figure = plots.write_story(
+        tmp_path / "story.png", test, test, test, black, ["one", "a very long caption " * 20], 64
+    )
     mask, real, *_, other = (np.asarray(axes.images[0].get_array()) for axes in figure.axes[:5])
     image, ids = visualize.read_pair(test, 0)
     assert (mask == colorize(ids, test.palette)).all() and (real == image).all() and (other == 0).all()

@@ -66,7 +66,7 @@ def scripted(scored_config):
 
     def generated(scorer, *rest):
         scripted.meanwhile(scripted.run)
-        return np.zeros((*scorer.masks.shape, 3), np.uint8)
+        return [np.zeros((*mask.shape, 3), np.uint8) for mask in scorer.masks]
 
     def score(scorer, generated):
         share = LEARNING[scripted.run.step]
@@ -211,7 +211,7 @@ def test_one_segmenter_serves_all_runs_on_the_same_rows(quick, landscapes, tmp_p
     held_out = validation.held_out_rows(config, split)
     first, again = (validation.open_scorer(config, held_out, split, tmp_path, "cpu", lines.append) for _ in range(2))
     assert len(list(tmp_path.glob("segmenter-*"))) == 1 and "reused" in lines[-1] and first.ceiling == again.ceiling
-    assert first.masks.shape == (2, 64, 64) and first.ceiling["images"] == 2
+    assert np.stack(first.masks).shape == (2, 64, 64) and first.ceiling["images"] == 2
 
 
 def test_a_sheet_keeps_its_images_apart_and_its_size(tmp_path):

@@ -10,6 +10,8 @@ from segcn.utils.paths import BASE, MAX_PIXELS
 READY = ("ade20k", "ade20k-from-0", "cityscapes", "cityscapes-labelids", "voc", "coco-stuff", "coco-stuff-from-0",
          "binary")  # fmt: skip
 FITS = ("crop", "pad", "stretch")
+BUCKET = "bucket"  # in their place with --buckets
+BUCKETS = "keep the shapes of images: sizes of about --resolution x --resolution pixels; what does not fit is cropped"
 SMALL = "small"  # the segmenter's architecture that is our own
 ARCHITECTURE = (
     "of the segmenter that is trained: small, or a folder of AutoModelForSemanticSegmentation (SegFormer ...): its"

@@ -1,20 +1,24 @@
 """A row and an epoch in, tensors out: image, control, mask, valid pixels, caption and the original."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from segcn.data.captions import mirrored, mirrored_ids
-from segcn.data.config import FITS
+from segcn.data.config import BUCKET, FITS
+from segcn.data.files import image_size
 from segcn.data.masks import colorize, read_mask
 from segcn.data.metadata import Split, read_row
 from segcn.data.palette import IGNORE, Palette
-from segcn.data.transforms import AugmentConfig, Box, Draw, apply, boxes, center_square, draw
+from segcn.data.transforms import AugmentConfig, Box, Draw, apply, boxes, center_square, draw, output_shape
 from segcn.utils import rng
 from segcn.utils.errors import UserError
 
@@ -22,7 +26,7 @@ Augment = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.
 
 
 class Sample(NamedTuple):
-    """One augmented row at resolution R."""
+    """One augmented row at resolution R; with buckets, R x R is its bucket's height x width."""
 
     image: torch.Tensor  # float32 [3, R, R] in [-1, 1]
     control: torch.Tensor  # float32 [3, R, R] in [0, 1], the palette's colors; black where out of frame
@@ -36,7 +40,7 @@ class Sample(NamedTuple):
 class PairedDataset(Dataset):
     """The rows of a split, each augmented differently in each epoch; index i is row i % len of epoch i // len.
 
-    fit: crop, pad or stretch, how an image that is not square becomes one.
+    fit: crop, pad or stretch, how an image that is not square becomes one; bucket: it gets a shape like its own.
     function: one of your own, (image, mask, seed) -> (image, mask), that runs after the paired affine. image:
     uint8 [3, R, R]; mask: uint8 [R, R], 255 where unlabelled or out of frame; seed: an int that depends on (seed,
     epoch, row) alone. Out of frame its results are not used. UserError where they have another type, shape or class id.
@@ -68,6 +72,15 @@ class PairedDataset(Dataset):
         """The rows of epoch 0."""
         return map(self.__getitem__, range(len(self)))
 
+    @cached_property
+    def shapes(self) -> np.ndarray:
+        """Height and width that each row gets, int [N, 2]; with buckets by its image's size, of its file's header."""
+        if self.fit != BUCKET:
+            return np.full((len(self), 2), self.resolution)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            sizes = pool.map(image_size, [record.image for record in self.split.records])
+            return np.array([output_shape(size, self.resolution, BUCKET) for size in sizes])
+
     @property
     def still(self) -> bool:
         """Whether every epoch gives the same images."""
@@ -90,7 +103,8 @@ class PairedDataset(Dataset):
 
     def draw(self, row: int, epoch: int) -> Draw:
         """What is drawn for a row and epoch; whether it may be flipped depends on all captions of the row."""
-        return draw(self.augment, self.seed, epoch, row, "\n".join(self.split[row].captions), self.fit)
+        shape = self.shapes[row] if self.fit == BUCKET else (1, 1)
+        return draw(self.augment, self.seed, epoch, row, "\n".join(self.split[row].captions), self.fit, shape)
 
     def caption(self, row: int, epoch: int, flip: bool) -> str:
         """One of the row's captions, by (seed, epoch, row); `flip` says whether its image is mirrored."""
@@ -124,7 +138,7 @@ class PairedDataset(Dataset):
 def read_control_mask(
     path: str | Path, palette: Palette, resolution: int | None = None, fit: str = "crop"
 ) -> np.ndarray:
-    """A mask file as class ids, uint8 [R, R], the square that training sees; without R as on disk, [H, W]."""
+    """A mask file as class ids, uint8 [R, R], the square that training sees (or bucket); without R as it is, [H, W]."""
     return read_framed_mask(path, palette, resolution, fit)[0]
 
 
@@ -139,9 +153,23 @@ def read_framed_mask(
     return center_square(torch.from_numpy(mask)[None], resolution, fit)[0].numpy(), frame
 
 
+def by_shape(items: Sequence[Any]) -> list[list[int]]:
+    """The places of the arrays or tensors of each shape: what can be stacked."""
+    found: dict[tuple, list[int]] = {}
+    for place, item in enumerate(items):
+        found.setdefault(tuple(item.shape), []).append(place)
+    return list(found.values())
+
+
+def in_batches(items: Sequence[Any], make: Callable[[list[int]], Iterable[Any]]) -> list[Any]:
+    """What `make` gives for the places of the items of each shape, in the order of all items."""
+    made = {place: one for places in by_shape(items) for place, one in zip(places, make(places), strict=True)}
+    return [made[place] for place in range(len(items))]
+
+
 def known_fit(fit: str) -> str:
     """The fit itself; UserError for an unknown one."""
-    if fit not in FITS:
+    if fit not in (*FITS, BUCKET):
         raise UserError(f"--fit: expected one of {', '.join(FITS)}, found {fit!r}")
     return fit
 

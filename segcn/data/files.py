@@ -74,6 +74,13 @@ def read_image(path: str | Path) -> np.ndarray:
         return np.array(upright(image))
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of a photo that `read_image` reads, by its header; UserError where that is broken."""
+    with open_image(path) as image:
+        width, height = image.size
+        return (width, height) if image.getexif().get(ORIENTATION, 1) > 4 else (height, width)  # turned by 90 degrees
+
+
 def upright(image: Image.Image) -> Image.Image:
     """An open photo as RGB, turned by its EXIF orientation; of 16 bits the upper 8, alpha is left out.
 

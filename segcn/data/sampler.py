@@ -1,5 +1,6 @@
 """Which row comes when, and how much each class weighs: repeat-factor sampling, the stream of rows, class weights."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,7 +45,7 @@ class Stream:
             while self.start(epoch + 1) <= position:
                 epoch += 1
             self._span = range(self.start(epoch), self.start(epoch + 1))
-            self._keys = self._in_order(epoch)
+            self._keys = self.epoch(epoch)
         visits, rows = self._keys
         place = position - self._span.start
         return int(visits[place]), int(rows[place])
@@ -54,9 +55,9 @@ class Stream:
         assert self.repeats is not None
         return np.floor(epoch * self.repeats + self._offsets).astype(np.int64)
 
-    def _in_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Visit and row at each position of an epoch, whose span is set."""
-        order = np.array(rng.permutation(len(self._span), "rows", self.seed, epoch))
+    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Visit and row at each position of an epoch, in order."""
+        order = np.array(rng.permutation(self.start(epoch + 1) - self.start(epoch), "rows", self.seed, epoch))
         if self.repeats is None:
             return np.full(self.rows, epoch), order
         first = self._visits(epoch)
@@ -64,6 +65,44 @@ class Stream:
         rows = np.repeat(np.arange(self.rows), times)
         visits = np.arange(len(rows)) - np.repeat(np.cumsum(times) - times - first, times)
         return visits[order], rows[order]
+
+
+class Groups:
+    """The stream of rows in groups of one shape, one for each optimizer step.
+
+    Each epoch's rows of a shape are cut, in the order of the stream, into groups of `size`; what is left is a smaller
+    group of its own, and the groups are shuffled. So in an epoch each row occurs as often as in the stream, none twice
+    to fill a group, and none waits for another epoch.
+    """
+
+    def __init__(self, stream: Stream, shapes: np.ndarray, size: int):
+        """shapes: int [N, 2], of each row."""
+        self.stream, self.size = stream, size
+        self.shapes = np.unique(shapes, axis=0, return_inverse=True)[1].reshape(-1)  # the number of each row's shape
+        self._starts, self._of = [0], (-1, list[np.ndarray]())  # of the epochs; epoch in use, its groups
+
+    def start(self, epoch: int) -> int:
+        """How many groups are in the epochs before one."""
+        while len(self._starts) <= epoch:
+            self._starts.append(self._starts[-1] + len(self._cut(len(self._starts) - 1)))
+        return self._starts[epoch]
+
+    def __getitem__(self, number: int) -> list[tuple[int, int]]:
+        """(visit, row) of each row of a group."""
+        while self._starts[-1] <= number:
+            self.start(len(self._starts))
+        epoch = bisect_right(self._starts, number) - 1
+        if self._of[0] != epoch:
+            order = rng.permutation(self.start(epoch + 1) - self.start(epoch), "groups", self.stream.seed, epoch)
+            groups = self._cut(epoch)
+            self._of = epoch, [groups[place] for place in order]
+        return [(int(visit), int(row)) for visit, row in self._of[1][number - self.start(epoch)]]
+
+    def _cut(self, epoch: int) -> list[np.ndarray]:
+        """The groups of an epoch, int [n, 2] each, by shape."""
+        keys = np.stack(self.stream.epoch(epoch), 1)
+        alike = (keys[self.shapes[keys[:, 1]] == shape] for shape in range(self.shapes.max() + 1))
+        return [part[first : first + self.size] for part in alike for first in range(0, len(part), self.size)]
 
 
 def class_pixels(split: Split) -> np.ndarray:

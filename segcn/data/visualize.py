@@ -13,10 +13,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from segcn.data.captions import common_words
+from segcn.data.config import BUCKET
 from segcn.data.dataset import PairedDataset, to_uint8
 from segcn.data.files import read_image
 from segcn.data.masks import colorize, count_ids, read_mask
@@ -180,13 +181,15 @@ def contact_sheet(split: Split, rows: int = 8, columns: int = 2) -> Figure:
 
 
 def compare(real: Split, generated: Split, rows: int = 8, columns: int = 2, fit: str = "crop") -> Figure:
-    """The first rows: mask, real image, made square as for generation, and generated image, captions beneath."""
+    """The first rows: mask, real image, of the shape that generation gave it, and generated image, captions beneath."""
     strips = []
     for row in range(min(rows, len(real), len(generated))):
         image, mask = read_pair(generated, row)
         height, width = mask.shape
         side = max(height, width) if fit == "pad" or height == width else None
         original = read_pair(real, row, side, fit)[0]
+        if fit == BUCKET:
+            original = np.asarray(ImageOps.fit(Image.fromarray(original), (width, height)))
         top, left = (original.shape[0] - height) // 2, (original.shape[1] - width) // 2
         original = original[top : top + height, left : left + width]
         strips.append(side_by_side(colorize(mask, real.palette), original, image))
@@ -212,15 +215,16 @@ def legend(palette: Palette, columns: int = 5) -> Figure:
 # --- Sheets: PNG files of images of one size with white gaps, which can be cut out again
 
 
-def write_sheet(path: Path, lines: Sequence[np.ndarray]) -> np.ndarray:
-    """Write lines of N images, uint8 [N, R, R, 3], one below the other as PNG, and return it: uint8 [H, W, 3].
+def write_sheet(path: Path, lines: Sequence[Sequence[np.ndarray] | np.ndarray]) -> np.ndarray:
+    """Write lines of N images, each uint8 [R, R, 3], one below the other as PNG, and return it: uint8 [H, W, 3].
 
-    It is at most 2048 pixels wide. The first line holds masks: where images are made smaller, its colors stay the
-    palette's. More than eight columns go on below the last line, all lines again. The file knows its columns.
+    Images of other shapes, the same in all lines, are in the middle of such squares. It is at most 2048 pixels wide.
+    The first line holds masks: where images are made smaller, its colors stay the palette's. More than eight columns go
+    on below the last line, all lines again. The file knows its columns.
     """
-    count, side = lines[0].shape[:2]
+    count, longest = len(lines[0]), max(max(image.shape[:2]) for image in lines[0])
     columns = min(count, SHEET_COLUMNS)
-    side = min(side, (WIDEST - SHEET_GAP * (columns - 1)) // columns)
+    side = min(longest, (WIDEST - SHEET_GAP * (columns - 1)) // columns)
     rows = [
         (line[start : start + columns], Image.Resampling.LANCZOS if number else Image.Resampling.NEAREST)
         for start in range(0, count, columns)
@@ -230,8 +234,10 @@ def write_sheet(path: Path, lines: Sequence[np.ndarray]) -> np.ndarray:
     pixels = np.full((len(rows) * step - SHEET_GAP, columns * step - SHEET_GAP, 3), 255, np.uint8)
     for row, (images, method) in enumerate(rows):
         for column, image in enumerate(images):
-            small = np.asarray(Image.fromarray(image).resize((side, side), method))
-            pixels[row * step : row * step + side, column * step : column * step + side] = small
+            height, width = (max(1, round(side * length / longest)) for length in image.shape[:2])
+            top, left = row * step + (side - height) // 2, column * step + (side - width) // 2
+            small = np.asarray(Image.fromarray(image).resize((width, height), method))
+            pixels[top : top + height, left : left + width] = small
     info = PngInfo()
     info.add_text("columns", str(columns))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -173,7 +173,8 @@ def _segmenter(config: EvaluateConfig, splits: dict[str, Split], cache: Path, lo
     """The segmenter that is given, or one trained on real rows at the resolution of the generated images."""
     shape = read_image(splits["synthetic"][0].image).shape[:2]
     generated = max(shape) if config.fit == "pad" else min(shape)  # what was padded was cut off again
-    resolution = config.resolution or generated
+    made = generation_of(splits["synthetic"])
+    resolution = config.resolution or (made["resolution"] if made.get("buckets") else generated)
     if config.segmenter:
         return open_segmenter(config.segmenter, splits["real"].palette, resolution, config.fit)
     if "train" not in splits:

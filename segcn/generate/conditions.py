@@ -20,7 +20,7 @@ from segcn.data.importers.palettes import is_dataset, mask_files
 from segcn.data.masks import read_mask
 from segcn.data.metadata import Split, read_named_split, read_row
 from segcn.data.palette import Palette, find_palette
-from segcn.data.transforms import AugmentConfig, Box, Draw, apply, draw
+from segcn.data.transforms import AugmentConfig, Box, Draw, apply, draw, output_shape
 from segcn.data.unlabelled import captions_beside
 from segcn.generate.config import GenerateConfig
 from segcn.utils import rng
@@ -85,7 +85,7 @@ class Conditions:
             prompt = prompt.replace(CLASSES, classes_of(frame.cut(mask), self.palette))
         if self.augment and drawn and drawn.flip and self.augment.sided_captions == "rewrite":
             prompt = mirrored(prompt)
-        image = self.read_image(row, mask.shape[0], drawn) if self.real else None
+        image = self.read_image(row, mask.shape, drawn) if self.real else None
         region = np.isin(mask, self.inpainted) if self.inpainted else None
         return Condition(row, replicate, mask, frame, prompt, image, region)
 
@@ -94,29 +94,31 @@ class Conditions:
 
         Where the prompt says left or right, the mask is not mirrored. UserError names the file.
         """
-        file, resolution, fit = self.files[row], self.config.square, self.config.fit
+        file, resolution, fit = self.files[row], self.config.square, self.config.framing
         if self.augment is None:
             return *read_framed_mask(file, self.palette, resolution, fit), None
         mask = read_mask(file, self.palette)
         side = resolution or mask.shape[0]
+        shape = output_shape(mask.shape, side, fit)
         if resolution is None and mask.shape[0] != mask.shape[1]:
             raise UserError(f"{file}: --augment_masks moves squares, found {_size(mask)}: give a side by --resolution")
         swapped = mirrored_ids(self.palette)
         augment = self.augment if swapped is not None else replace(self.augment, hflip=0.0)
-        drawn = draw(augment, self.config.seed, replicate, row, prompt, fit)
+        drawn = draw(augment, self.config.seed, replicate, row, prompt, fit, shape)
         blank = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, *mask.shape)
         moved = apply(blank, torch.from_numpy(mask)[None], drawn, side)[1][0]
         ids = swapped[moved.numpy()] if drawn.flip and swapped is not None else moved.numpy()
-        return ids, Box(0, 0, side, side), drawn
+        return ids, Box(0, 0, *shape), drawn
 
-    def read_image(self, row: int, side: int, drawn: Draw | None) -> np.ndarray:
+    def read_image(self, row: int, shape: Sequence[int], drawn: Draw | None) -> np.ndarray:
         """The row's own image, uint8 [H, W, 3], cut, fitted and moved as its mask; UserError names its line."""
         assert self.real is not None
         image = read_row(self.real, row)[0]
         if drawn is None and self.config.resolution is None:
             return image
         pixels = torch.from_numpy(image).permute(2, 0, 1)
-        moved = apply(pixels, torch.zeros_like(pixels[:1]), drawn or Draw(fit=self.config.fit), side)[0]
+        drawn, side = drawn or Draw(fit=self.config.framing), self.config.square or shape[0]
+        moved = apply(pixels, torch.zeros_like(pixels[:1]), drawn, side)[0]
         return moved.permute(1, 2, 0).numpy()
 
     def prompt(self, row: int, replicate: int) -> str:
@@ -196,7 +198,7 @@ def _rows_with(ids: Sequence[int], split: Split, config: GenerateConfig) -> Spli
         return split
 
     def has_one(file: Path) -> bool:
-        return bool(np.isin(read_framed_mask(file, split.palette, config.resolution, config.fit)[0], ids).any())
+        return bool(np.isin(read_framed_mask(file, split.palette, config.resolution, config.framing)[0], ids).any())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         records = tuple(compress(split.records, pool.map(has_one, [record.mask for record in split.records])))
@@ -250,7 +252,7 @@ def check_masks(conditions: Conditions, rows: Iterable[int], factor: int, log: C
         try:
             mask, _, drawn = conditions.read_mask(row, 0, "")
             if conditions.real:
-                conditions.read_image(row, mask.shape[0], drawn)
+                conditions.read_image(row, mask.shape, drawn)
         except UserError as error:
             return str(error)
         if not conditions.config.tiled and (mask.shape[0] % factor or mask.shape[1] % factor):

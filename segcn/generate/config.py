@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from segcn.data.config import ARCHITECTURE, FITS, SMALL
+from segcn.data.config import ARCHITECTURE, BUCKET, BUCKETS, FITS, SMALL
 from segcn.utils.args import PRECISIONS, flag
 from segcn.utils.paths import BASE
 
@@ -44,6 +44,7 @@ class SampleConfig:
     resolution: int | None = flag(None, "image size in pixels, made by --fit; none: the mask's own size", low=1)
     tiled: bool = flag(False, "masks keep their size: overlapping windows of --resolution are blended into one image")
     fit: str = flag("crop", "how --resolution makes a mask square: crop, pad or stretch, as in training", FITS)
+    buckets: bool = flag(False, BUCKETS + ", as in training")
     num_inference_steps: int = flag(20, "denoising steps", low=1)
     guidance_scale: float = flag(4.0, "weight of the text (classifier-free guidance); 1: off")
     guidance_start: float = flag(0.0, "guidance acts from this share of the steps on", low=0, high=1)
@@ -64,8 +65,13 @@ class SampleConfig:
 
     @property
     def square(self) -> int | None:
-        """The side of the square that --fit makes of a mask; None: it keeps its size."""
+        """The side of the square that --fit makes of a mask, or of one as large as its bucket; None: as it is."""
         return None if self.tiled else self.resolution
+
+    @property
+    def framing(self) -> str:
+        """How a mask gets its shape: as --fit says, or by --buckets."""
+        return BUCKET if self.buckets else self.fit
 
 
 @dataclass(frozen=True)

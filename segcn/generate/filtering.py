@@ -199,7 +199,8 @@ def open_filter(config: GenerateConfig, conditions: Conditions, log: Callable[[s
             raise UserError("--hard_first: the filter's segmenter says what is hard: give --min_miou 0.5 or another")
         return None
     shape = conditions.read_mask(0, 0, "")[0].shape
-    side = max(shape) if config.fit == "pad" else min(shape)
+    side = config.resolution if config.buckets else max(shape) if config.fit == "pad" else min(shape)
+    assert side is not None
     if config.segmenter:
         segmenter = open_segmenter(config.segmenter, conditions.palette, side, config.fit)
         palette = Path(config.segmenter) / "palette.json"

@@ -18,6 +18,7 @@ from segcn.data.dataset import read_framed_mask
 from segcn.data.files import open_image
 from segcn.data.metadata import save_row
 from segcn.data.palette import IGNORE, Palette, find_palette
+from segcn.data.transforms import check_buckets
 from segcn.generate.config import InferConfig, SampleConfig
 from segcn.generate.pipeline import OnGuess, Pipeline, check_sampling, generate, load_pipeline
 from segcn.utils.errors import UserError
@@ -113,9 +114,10 @@ def infer(config: InferConfig) -> Path:
     """Generate every prompt with every seed, and write one PNG: a row of images for each prompt."""
     out, mask_path = _check_files(config)
     palette = _palette_of(mask_path, config)
-    framed = palette and read_framed_mask(mask_path, palette, config.square, config.fit)
+    framed = palette and read_framed_mask(mask_path, palette, config.square, config.framing)
     pipeline = load_pipeline(config, palette)
-    mask, frame = framed or read_framed_mask(mask_path, pipeline.palette, config.square, config.fit)
+    check_buckets(config, pipeline.base.side_factor)
+    mask, frame = framed or read_framed_mask(mask_path, pipeline.palette, config.square, config.framing)
     columns = [(seed, 0) for seed in config.seeds] or [(config.seed, row) for row in range(config.num_images)]
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(seed for seed, _ in columns))
     print(f"Generating with {pipeline}, seed {seeds}.", file=sys.stderr)

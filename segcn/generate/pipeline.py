@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from segcn.data.dataset import to_control, to_image, to_uint8
+from segcn.data.dataset import in_batches, to_control, to_image, to_uint8
 from segcn.data.palette import Palette
-from segcn.data.transforms import Box
+from segcn.data.transforms import Box, check_buckets
 from segcn.generate.config import SampleConfig
 from segcn.generate.tiling import Windows
 from segcn.models.base import (
@@ -180,6 +180,9 @@ def check_sampling(settings: SampleConfig) -> None:
         first, last = getattr(settings, start), getattr(settings, end)
         if first > last:
             raise UserError(f"--{start} and --{end}: expected 0 <= start <= end <= 1, found {first} and {last}")
+    check_buckets(settings)
+    if settings.tiled and settings.buckets:
+        raise UserError("--tiled leaves masks as large as they are, --buckets makes them smaller: leave one out")
     if settings.tiled and settings.resolution is None:
         raise UserError("--tiled: expected --resolution, the side of its windows, at which the ControlNet was trained")
 
@@ -230,6 +233,23 @@ def generate(
     latents = denoising_loop(pipeline, noise, negative, text, control, settings, on_step, sampler, on_guess, start)
     made = decoded(base, latents)
     return made if start is None or start.region is None else blended(start, made, base.latent_factor)
+
+
+def generate_shapes(
+    pipeline: Pipeline,
+    masks: Sequence[np.ndarray],
+    captions: Sequence[str],
+    rows: Sequence[int],
+    settings: SampleConfig,
+    on_step: OnStep | None = None,
+) -> list[np.ndarray]:
+    """As `generate`, of masks uint8 [H, W] that may differ in shape: those of one shape are generated together."""
+
+    def make(places: list[int]) -> np.ndarray:
+        some, noise = [captions[place] for place in places], [rows[place] for place in places]
+        return generate(pipeline, np.stack([masks[place] for place in places]), some, noise, settings, None, on_step)
+
+    return in_batches(masks, make)
 
 
 def generate_tiled(

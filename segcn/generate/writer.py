@@ -21,14 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import distributed
 
 from segcn.data.captions import classes_of
-from segcn.data.dataset import PairedDataset, to_uint8
+from segcn.data.dataset import PairedDataset, in_batches, to_uint8
 from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import Split, finish_dataset, read_named_split, write_pair
 from segcn.data.palette import Palette, palette_table
-from segcn.data.transforms import AUGMENTS, boxes
+from segcn.data.transforms import AUGMENTS, boxes, check_buckets
 from segcn.generate.conditions import Condition, Conditions, check_masks, check_tiled, read_conditions
 from segcn.generate.config import MODELS, GenerateConfig, SampleConfig
 from segcn.generate.filtering import (
@@ -207,6 +208,7 @@ def generate_dataset(
     conditions = read_conditions(config)
     with _locked(config, process, log) as out:
         pipeline = pipeline or load_pipeline(config, conditions.palette)
+        check_buckets(config, pipeline.base.side_factor)
         job = Job(len(conditions), len(conditions.files), config.replicates, 1 if config.tiled else config.batch_size)
         criterion = open_filter(config, conditions, log) if config.hard_first else None
         if criterion:
@@ -433,13 +435,14 @@ def finish_set(task: Task, process: Process, settings: dict[str, Any], log: Call
 def reconstruct_controls(config: GenerateConfig) -> Path:
     """`segcn generate --reconstruct`: the real images of --controls through the autoencoder of the base."""
     check_tiled(config)
+    check_buckets(config)
     out = Path(config.output_dir)
     if not config.output_dir or (out.exists() and any(out.iterdir())):
         raise UserError(f"--output_dir {out}: expected a folder that is empty or not there yet")
     split = read_named_split(config.controls, config.split).first(config.limit)
     resolution = config.resolution or min(read_mask(split[0].mask, split.palette).shape)
     base = load_base(config.pretrained_model_name_or_path, pick_device(), lora=config.lora)
-    return reconstruct_dataset(split, base, out, resolution, config.batch_size, config.fit)
+    return reconstruct_dataset(split, base, out, resolution, config.batch_size, config.framing)
 
 
 def reconstruct_dataset(
@@ -450,7 +453,7 @@ def reconstruct_dataset(
     names: list[tuple[str, str]] = []
     for first in range(0, len(pairs), batch_size):
         samples = [pairs.sample(row, 0) for row in range(first, min(first + batch_size, len(pairs)))]
-        images = to_uint8(reconstruct(base.vae, torch.stack([sample.image for sample in samples])))
+        images = reconstructed(base.vae, [sample.image for sample in samples])
         for sample, image in zip(samples, images, strict=True):
             frame = boxes(sample.draw, sample.original.shape[1:], resolution)[1]
             names.append((f"images/{len(names):06d}.png", f"masks/{len(names):06d}.png"))
@@ -458,6 +461,13 @@ def reconstruct_dataset(
     captions = (record.caption for record in split.records)
     rows = ((*pair, caption) for pair, caption in zip(names, captions, strict=True))
     return finish_dataset(out, rows, split.palette)
+
+
+def reconstructed(vae: AutoencoderKL, images: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """What the autoencoder leaves of images [3, H, W] in [-1, 1], uint8 [H, W, 3] each; those of one shape together."""
+    return in_batches(
+        images, lambda places: to_uint8(reconstruct(vae, torch.stack([images[place] for place in places])))
+    )
 
 
 # The card of the set, README.md in its folder

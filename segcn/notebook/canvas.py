@@ -121,7 +121,7 @@ def read_at(path: Path, palette: Palette, settings: SampleConfig) -> np.ndarray:
         return read_mask(path, palette)
     from segcn.data.dataset import read_control_mask  # with torch, which takes seconds to be imported
 
-    return read_control_mask(path, palette, settings.resolution, settings.fit)
+    return read_control_mask(path, palette, settings.resolution, settings.framing)
 
 
 class FileButton(anywidget.AnyWidget):

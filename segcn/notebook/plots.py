@@ -411,19 +411,20 @@ def write_story(
     real: Split,
     generated: Split,
     floor: Split,
-    recaptioned: np.ndarray,
+    recaptioned: Sequence[np.ndarray],
     captions: Sequence[str],
+    resolution: int,
     fit="crop",
 ) -> Figure:
     """Draw rows of mask, real image and three generated ones, with both captions, and write them as one PNG.
 
-    recaptioned: uint8 [N, H, W, 3], image k generated from mask k and captions[k]; N rows are shown, all images made
-    square as in training.
+    recaptioned: uint8 [H, W, 3] each, image k generated from mask k and captions[k]; as many rows are shown, all images
+    as large as in training.
     """
-    rows, side = [], recaptioned.shape[1]
+    rows = []
     for row, other in enumerate(recaptioned):
-        image, mask = read_pair(real, row, side, fit)
-        others = (read_pair(split, row, side, fit)[0] for split in (generated, floor))
+        image, mask = read_pair(real, row, resolution, fit)
+        others = (read_pair(split, row, resolution, fit)[0] for split in (generated, floor))
         rows.append([colorize(mask, real.palette), image, *others, other])
     heads = ["mask", "real image", "with the mask", "without the mask", "another caption"]
     below = [["", real[row].caption, "", "", text] for row, text in enumerate(captions)]

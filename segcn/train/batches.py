@@ -1,5 +1,6 @@
 """What a training step needs of each row (Examples), and which rows each step takes (Plan)."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from segcn.data import sampler
 from segcn.data.captions import cut_captions
 from segcn.data.dataset import PairedDataset, to_control
 from segcn.data.metadata import Split
-from segcn.data.sampler import Stream, cell_weights, class_weights
+from segcn.data.sampler import Groups, Stream, cell_weights, class_weights
 from segcn.data.transforms import Draw, size_ids
 from segcn.models.base import Base
 from segcn.train import latent_cache
@@ -44,20 +45,21 @@ class Examples(Dataset):
     """What a training step needs of (visit, row): moments or image, control, valid cells, text, noise, timestep.
 
     The visits of a row are numbered from 0; without class balance its visit in each epoch is the epoch. `row` is the
-    one that is shown: the next good one where the file of a row went bad before it was encoded.
+    one that is shown: the next good one, of its shape, where the file of a row went bad before it was encoded. A key
+    may have a share, too, the weight of the row's loss (see `Plan`).
     """
 
     def __init__(self, dataset: PairedDataset, cache: LatentCache | None, factor: int, latent_shape, settings: dict):
         self.dataset, self.cache = dataset, cache
         self.factor = factor  # pixels per side of a latent cell
-        self.latent_shape = latent_shape  # (C,h,w)
+        self.latent_shape = latent_shape  # (C,h,w); with buckets only C counts
         self.settings = EXAMPLE_DEFAULTS | settings  # and seed, timesteps (number of)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | str | int]:
-        visit, row = key
+    def __getitem__(self, key: tuple) -> dict[str, torch.Tensor | str | int]:
+        visit, row, *share = key
         seed, settings = self.settings["seed"], self.settings
         example, mask, valid = (self._read if self.cache is None else self._cached)(visit, row)
         example["cells"] = valid_cells(valid[None], self.factor)[0]
@@ -70,9 +72,12 @@ class Examples(Dataset):
             chosen = rng.uniform("reward", seed, visit, row) < REWARDED
             timestep = low + rng.integer(high - low, "reward timestep", seed, visit, row)
             example |= {"mask": mask, "reward_timestep": timestep if chosen else -1}
+        if share:
+            example["share"] = torch.tensor(share[0])
+        latent_shape = (self.latent_shape[0], *example["cells"].shape)
         return example | {
-            "posterior": rng.normal(self.latent_shape, "posterior", seed, visit, row),
-            "noise": rng.normal(self.latent_shape, "noise", seed, visit, row),
+            "posterior": rng.normal(latent_shape, "posterior", seed, visit, row),
+            "noise": rng.normal(latent_shape, "noise", seed, visit, row),
             "timestep": settings["draw"](settings["timesteps"], "timestep", seed, visit, row),
         }
 
@@ -100,16 +105,18 @@ class Examples(Dataset):
 
     def _cached(self, visit: int, row: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """The same, with moments in place of the image and the text's embedding in place of the caption."""
-        cache, side = self.cache, self.dataset.resolution
+        cache = self.cache
         assert cache is not None
-        draw, used = visit % cache.draws, cache.good(row)
-        entry = cache.entry(draw, used)
-        mask = torch.from_numpy(np.array(entry["mask"]))
-        valid = torch.from_numpy(np.unpackbits(entry["frame"], count=side * side)).bool().view(side, side)
+        draw, used = visit % cache.draws, cache.good(row, self.dataset.shapes)
+        entry, (height, width) = cache.entry(draw, used), self.dataset.shapes[used].tolist()
+        pixels, cells = (height, width), (len(entry["moments"]), height // self.factor, width // self.factor)
+        mask = torch.from_numpy(np.array(entry["mask"].reshape(-1)[: height * width].reshape(pixels)))
+        valid = torch.from_numpy(np.unpackbits(entry["frame"], count=height * width)).bool().view(pixels)
+        moments = entry["moments"].reshape(-1)[: math.prod(cells)].reshape(cells)
         drawn = self.dataset.draw(used, draw)
         caption = self._dropped(self.dataset.caption(used, visit, drawn.flip), visit, row)
         example = {
-            "moments": torch.from_numpy(entry["moments"].astype(np.float32)),
+            "moments": torch.from_numpy(moments.astype(np.float32)),
             "control": to_control(mask, self.dataset.split.palette) * valid,
             "text": torch.from_numpy(cache.text_of(caption).astype(np.float32)),
             "row": used,
@@ -131,24 +138,57 @@ class Examples(Dataset):
 class Plan:
     """Batches of (visit, row) keys for one process from an optimizer step on: a batch sampler.
 
-    Micro-batch a of step t on process r takes positions ((t A + a) W + r) B to + B of the stream of rows.
+    Micro-batch a of step t on process r takes positions ((t A + a) W + r) B to + B of the stream of rows. With shapes
+    (int [N, 2], of --buckets) it takes part a W + r of A W of the t-th of `Groups` of A W B rows; each key then has a
+    share, too, so that in the mean of the losses of all parts a row weighs 1 / (A W B), also in a group that is
+    smaller. Where it has fewer rows than parts, some parts are a row of it whose share is 0.
     """
 
     def __init__(
-        self, rows: int, seed: int, start: int, stop: int, accumulate: int, batch: int, rank=0, world=1, repeats=None
+        self,
+        rows: int,
+        seed: int,
+        start: int,
+        stop: int,
+        accumulate: int,
+        batch: int,
+        rank=0,
+        world=1,
+        repeats=None,
+        shapes: np.ndarray | None = None,
     ):
         if rows < 1:
             raise UserError("the data set has no rows")
         self.stream, self.micro = Stream(rows, seed, repeats), range(start * accumulate, stop * accumulate)
-        self.batch, self.rank, self.world = batch, rank, world
+        self.batch, self.rank, self.world, self.accumulate = batch, rank, world, accumulate
+        self.groups = None if shapes is None else Groups(self.stream, shapes, accumulate * world * batch)
 
     def __len__(self) -> int:
         return len(self.micro)
 
     def __iter__(self):
         for micro in self.micro:
+            if self.groups is not None:
+                yield self._part(*divmod(micro, self.accumulate))
+                continue
             first = (micro * self.world + self.rank) * self.batch
             yield [self.stream[first + i] for i in range(self.batch)]
+
+    def _part(self, step: int, place: int) -> list[tuple[int, int, float]]:
+        """This process's keys of a micro-batch, with their shares."""
+        assert self.groups is not None
+        group, parts, part = self.groups[step], self.accumulate * self.world, place * self.world + self.rank
+        own = group[len(group) * part // parts : len(group) * (part + 1) // parts]
+        return [(*key, len(own) / self.batch) for key in own] or [(*group[0], 0.0)]
+
+
+def rows_of_epochs(config: TrainConfig, dataset: PairedDataset, repeats: np.ndarray | None, processes: int) -> int:
+    """The rows shown in --num_train_epochs; with --buckets a group of rows that is smaller counts as a full one."""
+    stream = Stream(len(dataset), config.seed, repeats)
+    if not config.buckets:
+        return stream.start(config.num_train_epochs)
+    size = config.train_batch_size * config.gradient_accumulation_steps * processes
+    return Groups(stream, dataset.shapes, size).start(config.num_train_epochs) * size
 
 
 def make_examples(config: TrainConfig, dataset: PairedDataset, base: Base, accelerator, log) -> Examples:
@@ -159,6 +199,8 @@ def make_examples(config: TrainConfig, dataset: PairedDataset, base: Base, accel
         assert config.cache_draws is not None
         cuts = config.caption_class_dropout > 0
         cache = latent_cache.build(folder, dataset, base, config.cache_draws, accelerator, log.say, limit, cuts)
+        for row in cache.bad:
+            cache.good(row, dataset.shapes)  # an error before the first step, where none of its shape is left
         if not (config.validation_image or config.validation_prompt or config.faithfulness_rows):
             base.text_encoder = base.text_encoder if "text_encoder" in config.trains else None
             needed = config.reward_segmenter or "vae_decoder" in config.trains or base.family.encodes_control

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from segcn.data.config import FITS
+from segcn.data.config import BUCKET, BUCKETS, FITS
 from segcn.utils.args import PRECISIONS, flag
 from segcn.utils.errors import UserError
 from segcn.utils.paths import BASE, OUTPUTS
@@ -95,6 +95,7 @@ a Slurm script that requeues itself, are in
     # the image and its augmentation
     resolution: int = flag(512, "image size in pixels", low=1)
     fit: str = flag("crop", "how images become square: crop the middle, pad with a border, or stretch", FITS)
+    buckets: bool = flag(False, BUCKETS)
     augment: str = flag("affine", "affine or none, and changes to its fields (below), such as affine,degrees=20")
     class_balance: float = flag(0.0, "repeat rows with classes rarer than this share; 0: off", low=0, high=1)
     proportion_empty_prompts: float = flag(0.0, "share of captions replaced by the empty one", low=0, high=1)
@@ -207,6 +208,11 @@ a Slurm script that requeues itself, are in
         if found is None:
             raise UserError("--dataset_name: expected a data set folder or its metadata.csv, found nothing")
         return found
+
+    @property
+    def framing(self) -> str:
+        """How an image gets its shape: as --fit says, or by --buckets."""
+        return BUCKET if self.buckets else self.fit
 
     @property
     def trains(self) -> tuple[str, ...]:

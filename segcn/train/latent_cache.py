@@ -27,7 +27,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from segcn.data.captions import cut_captions
-from segcn.data.dataset import PairedDataset, Sample
+from segcn.data.dataset import PairedDataset, Sample, in_batches
 from segcn.models.base import Base, encode_moments, encode_text, weights_digest
 from segcn.train.config import TrainConfig
 from segcn.utils import rng
@@ -129,15 +129,25 @@ class LatentCache:
         return LatentCache, (self.folder, self.draws, self.texts)  # a process that reads data opens the files itself
 
     def entry(self, draw: int, row: int) -> np.void:
-        """moments float16 [2C,h,w], mask uint8 [R,R] and frame uint8 [R*R/8], packed, of a draw of a row; its size."""
+        """moments float16 [2C,h,w], mask uint8 [R,R] and frame uint8 [R*R/8], packed, of a draw of a row; its size.
+
+        With buckets each begins with the h x w cells, or H x W pixels, of the row's own shape, which has no more.
+        """
         block, place = divmod(row, self.layout.block_rows)
         return self._open(self._draws[draw * (len(self._draws) // self.draws) + block])[place]
 
-    def good(self, row: int) -> int:
-        """The row itself, or the next one that could be read."""
-        while row in self.bad:
-            row = (row + 1) % self.layout.rows
-        return row
+    def good(self, row: int, shapes: np.ndarray) -> int:
+        """The row itself, or the next one of its shape that could be read; UserError where there is none.
+
+        shapes: int [N, 2], of each row.
+        """
+        if row not in self.bad:
+            return row
+        alike = np.flatnonzero((shapes == shapes[row]).all(1)).tolist()
+        after = [*(other for other in alike if other > row), *alike]
+        if (found := next((other for other in after if other not in self.bad), None)) is None:
+            raise UserError(f"{self.bad[row]}\nNo other row has its shape, {shapes[row].tolist()}, and can be read.")
+        return found
 
     def text_of(self, caption: str) -> np.ndarray:
         """float16 [L,D]; KeyError for a caption that was not embedded."""
@@ -376,17 +386,25 @@ def write_draw_blocks(blocks: list[Block], dataset: PairedDataset, base: Base, l
                 bad |= {rows[first + n]: str(error) for n, error in enumerate(found) if isinstance(error, UserError)}
                 check_bad_rows(bad, bad_limit, len(dataset) + 1)
                 good = [(n, sample) for n, sample in enumerate(found) if isinstance(sample, Sample)]
-                if good:
-                    images = torch.stack([sample.image for _, sample in good])
-                    moments = encode_moments(base.vae, images).float().cpu().numpy()
-                    for (n, sample), moment in zip(good, moments, strict=True):
-                        parts = moment, sample.mask.numpy(), np.packbits(sample.valid.numpy())
-                        chunk[n] = (*parts, sample.original.shape[1:]) if "size" in (dtype.names or ()) else parts
+                images = [sample.image for _, sample in good]
+                for (n, sample), moment in zip(good, encoded(base, images), strict=True):
+                    parts = {"moments": moment, "mask": sample.mask.numpy()}
+                    for name, part in (parts | {"frame": np.packbits(sample.valid.numpy())}).items():
+                        chunk[name][n].reshape(-1)[: part.size] = part.reshape(-1)
+                    if "size" in (dtype.names or ()):
+                        chunk["size"][n] = sample.original.shape[1:]
                 done += len(chunk)
                 progress(done)
             if bad.keys() & set(rows):  # written before the file of draws, which is then never without it
                 write_file(path.with_suffix(BAD_ROWS), json.dumps({row: bad[row] for row in rows if row in bad}))
             write_file(path, array)
+
+
+def encoded(base: Base, images: list[torch.Tensor]) -> list[np.ndarray]:
+    """The moments of images, float32 [2C,h,w] each; those of one shape are encoded together."""
+    return in_batches(
+        images, lambda places: encode_moments(base.vae, torch.stack([images[p] for p in places])).float().cpu().numpy()
+    )
 
 
 def read_ahead(dataset: PairedDataset, keys: Iterable[tuple[int, int]]) -> Generator[Sample | UserError]:

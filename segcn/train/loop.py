@@ -59,7 +59,8 @@ def micro_steps(run: Run) -> Iterator[bool]:
     for batch in micro_batches(run):
         with accelerator.accumulate(*networks):
             losses = step_losses(run, batch)
-            accelerator.backward(losses.mean())
+            shares = batch["share"].to(losses.device) if "share" in batch else 1  # of rows in a group, by --buckets
+            accelerator.backward((losses * shares).mean())
             run.finite.add(batch["row"], losses)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(run.weights, config.max_grad_norm)
@@ -140,6 +141,7 @@ def micro_batches(run: Run) -> DataLoader:
         accelerator.process_index,
         accelerator.num_processes,
         run.repeats,
+        run.examples.dataset.shapes if run.config.buckets else None,
     )
     workers = run.config.dataloader_num_workers
     return DataLoader(run.examples, batch_sampler=plan, num_workers=workers, worker_init_fn=ignore_signals)

@@ -31,9 +31,11 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from segcn.data import sampler
+from segcn.data.dataset import PairedDataset
+from segcn.data.transforms import AUGMENTS
 from segcn.models.base import give_freed_memory_back
 from segcn.train import latent_cache
+from segcn.train.batches import rows_of_epochs
 from segcn.train.config import MEMORY_PRESETS, TrainConfig, total_steps
 from segcn.train.latent_cache import cache_root
 from segcn.train.setup import Run, fit_memory, make_accelerator, make_repeats, prepare, resolve, training_split
@@ -227,8 +229,8 @@ def whole_run(run: Run, config: TrainConfig, shown: Trial) -> list[str]:
     split = training_split(config)
     processes = run.accelerator.num_processes
     repeats = None if config.max_train_steps else make_repeats(run.config, split, run.accelerator, run.log)
-    rows_shown = sampler.Stream(len(split), config.seed, repeats).start(config.num_train_epochs)
-    steps = total_steps(config, rows_shown, processes)
+    pairs = PairedDataset(split, config.resolution, AUGMENTS["none"], 0, config.framing)
+    steps = total_steps(config, rows_of_epochs(config, pairs, repeats, processes), processes)
     seconds = steps * shown.seconds * config.train_batch_size / shown.batch
     lines = [f"  {shown.seconds:.2f} s a step: {steps} steps take {spell(seconds)}"]
     if run.examples.cache is not None:

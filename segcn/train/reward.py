@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from segcn.data.metadata import Split
 from segcn.data.palette import IGNORE
-from segcn.data.sampler import COUNTED_ROWS, Stream, class_pixels, class_weights
+from segcn.data.sampler import COUNTED_ROWS, class_pixels, class_weights
 from segcn.evaluate.evaluator import check_classes
 from segcn.models.base import Base, decode_latents, encode_moments, sample_latents, weights_digest
 from segcn.models.segmenter import (
@@ -35,7 +35,7 @@ from segcn.models.segmenter import (
     shared_folder,
     write_segmenter,
 )
-from segcn.train.batches import Examples
+from segcn.train.batches import Examples, Plan
 from segcn.train.config import TrainConfig
 from segcn.utils import io, rng
 from segcn.utils.errors import UserError
@@ -97,12 +97,12 @@ def train_latent_segmenter(config: TrainConfig, base: Base, examples: Examples, 
         torch.manual_seed(rng.seed_of("segmenter", REWARD_SEED, "weights"))
         segmenter = LatentSegmenter(split.palette.num_classes, settings.width, channels, base.latent_factor, base.vae)
     segmenter.to(device).to(memory_format=torch.channels_last)
-    stream = Stream(len(split), REWARD_SEED)
+    shapes = examples.dataset.shapes if config.buckets else None
+    plan = Plan(len(split), REWARD_SEED, 0, settings.steps, 1, settings.batch_size, shapes=shapes)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for step in range(settings.steps):
-            places = range(step * settings.batch_size, (step + 1) * settings.batch_size)
-            rows = default_collate([examples[stream[place]] for place in places])
+        for keys in plan:
+            rows = default_collate([examples[key] for key in keys])
             moments = rows["moments"] if "moments" in rows else encode_moments(base.vae, rows["image"]).cpu()
             yield sample_latents(base.vae_config, moments, rows["posterior"]), rows["mask"]
 
@@ -124,7 +124,7 @@ def _latent_settings(config: TrainConfig) -> SegmenterConfig:
 def _fingerprint(config: TrainConfig, base: Base, examples: Examples) -> str:
     """16 hexadecimal digits that change with the rows, images and latents that a segmenter of latents is trained on."""
     seen = [examples.dataset.split.fingerprint, base.fingerprint, config.augment, config.cache, config.cache_draws]
-    text = json.dumps([*seen, config.seed, config.resolution, config.fit], sort_keys=True)
+    text = json.dumps([*seen, config.seed, config.resolution, config.framing], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -26,7 +26,7 @@ from segcn.data import sampler
 from segcn.data.dataset import PairedDataset
 from segcn.data.doctor.report import find_report
 from segcn.data.metadata import Split, check_split, find_splits, hold_out, read_split
-from segcn.data.transforms import AugmentConfig
+from segcn.data.transforms import AugmentConfig, check_buckets
 from segcn.data.unlabelled import check_images, unlabelled_split
 from segcn.evaluate.base_check import BASE_CHECK, check_base
 from segcn.models.base import Base, computes_fast, keep_freed_memory, load_base, pick_device, precisions
@@ -41,7 +41,7 @@ from segcn.models.controlnet import (
 )
 from segcn.models.segmenter import AnySegmenter
 from segcn.train import latent_cache
-from segcn.train.batches import Examples, make_examples
+from segcn.train.batches import Examples, make_examples, rows_of_epochs
 from segcn.train.checkpoint import WAIT, averaged, claim_run_folder
 from segcn.train.config import (
     LIGHT_RATES,
@@ -168,12 +168,13 @@ def prepare(
         check_controlnet(config.controlnet_model_name_or_path, base)
         check_light(config.controlnet_model_name_or_path, light_settings(config))
     repeats = make_repeats(config, split, accelerator, log)
-    shown = sampler.Stream(len(split), config.seed, repeats).start(config.num_train_epochs)
-    config = dataclasses.replace(config, max_train_steps=total_steps(config, shown, accelerator.num_processes))
     if config.resolution % base.side_factor:
         raise UserError(f"--resolution: expected a multiple of {base.side_factor}, found {config.resolution}")
+    check_buckets(config, base.side_factor)
     augmentation = AugmentConfig.parse(config.augment)
-    dataset = PairedDataset(split, config.resolution, augmentation, config.seed, config.fit, function=augment)
+    dataset = PairedDataset(split, config.resolution, augmentation, config.seed, config.framing, function=augment)
+    shown = rows_of_epochs(config, dataset, repeats, accelerator.num_processes)
+    config = dataclasses.replace(config, max_train_steps=total_steps(config, shown, accelerator.num_processes))
     config = latent_cache.settle_draws(config, dataset, base, accelerator, log)
     functions = {"loss": loss, "augment_function": augment, "make_controlnet": new_controlnet}
     digests = {name: function and source_digest(function) for name, function in functions.items()}
@@ -219,6 +220,7 @@ def training_split(config: TrainConfig) -> Split:
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill what one flag says for another; UserError for a number that cannot be."""
     check_values(config)
+    check_buckets(config)
     AugmentConfig.parse(config.augment)
     parse_limit(config.on_bad_sample)
     check_trained(config)

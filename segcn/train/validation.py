@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from segcn.data.dataset import PairedDataset, read_control_mask, to_image, to_uint8
+from segcn.data.dataset import PairedDataset, by_shape, read_control_mask, to_image, to_uint8
 from segcn.data.metadata import Split, find_splits, hold_out, read_split
 from segcn.data.transforms import AUGMENTS
 from segcn.data.visualize import write_sheet
 from segcn.evaluate.evaluator import PARTED, check_classes, measure
 from segcn.generate.config import SampleConfig
-from segcn.generate.pipeline import Pipeline, generate
-from segcn.models.base import reconstruct
+from segcn.generate.pipeline import Pipeline, generate, generate_shapes
+from segcn.generate.writer import reconstructed
 from segcn.models.controlnet import ControlNet, share_layers
 from segcn.models.segmenter import AnySegmenter, SegmenterConfig, load_segmenter, segmenter_of
 from segcn.train.checkpoint import record_best
@@ -68,7 +68,7 @@ class HeldOutScorer:
 
     segmenter: AnySegmenter
     rows: Split  # held out
-    masks: np.ndarray  # uint8 [N, R, R], class ids
+    masks: Sequence[np.ndarray]  # uint8 [R, R] each, or the shape of its bucket, class ids
     ceiling: dict  # what `measure` finds on the real images
     reward: AnySegmenter | None = None  # the segmenter that rewards the training, for a figure beside the score
     reward_ceiling: dict | None = None  # what `measure` finds with it
@@ -124,42 +124,46 @@ def open_scorer(
     else:
         settings = SegmenterConfig(resolution=config.resolution, seed=config.seed, fit=config.fit)
         segmenter = segmenter_of(split, settings, cache, log, device)
-    pairs = PairedDataset(held_out, config.resolution, AUGMENTS["none"], 0, config.fit)
-    masks = torch.stack([sample.mask for sample in pairs])
+    pairs = PairedDataset(held_out, config.resolution, AUGMENTS["none"], 0, config.framing)
+    masks = [sample.mask.numpy() for sample in pairs]
 
     def ceiling(by: AnySegmenter) -> dict:
         return measure(((sample.image[None], sample.mask[None]) for sample in pairs), by, held_out.palette)
 
     by_reward = None if reward is None else ceiling(reward)
-    return HeldOutScorer(segmenter, held_out, masks.numpy(), ceiling(segmenter), reward, by_reward)
+    return HeldOutScorer(segmenter, held_out, masks, ceiling(segmenter), reward, by_reward)
 
 
 def generate_rows(
     scorer: HeldOutScorer, pipeline: Pipeline, settings: SampleConfig, at_once: int, on_step: Callable
-) -> np.ndarray:
-    """An image of every held-out row, uint8 [N, R, R, 3]: its noise depends on (settings.seed, row) alone.
+) -> list[np.ndarray]:
+    """An image of every held-out row, uint8 [R, R, 3]: its noise depends on (settings.seed, row) alone.
 
     at_once: images, 16 at most. `on_step` is called before each group and after each denoising step; True ends it.
     """
     size, captions = min(at_once, GENERATED_AT_ONCE), [record.caption for record in scorer.rows.records]
-    images = [np.empty((0, *scorer.masks.shape[1:], 3), np.uint8)]
+    images: list[np.ndarray] = []
     for first in range(0, len(captions), size):
         if on_step(0):
             break
         rows = list(range(first, min(first + size, len(captions))))
         some = [captions[row] for row in rows]
-        images.append(generate(pipeline, scorer.masks[rows], some, rows, settings, None, on_step))
-    return np.concatenate(images)
+        images += generate_shapes(pipeline, [scorer.masks[row] for row in rows], some, rows, settings, on_step)
+    return images
 
 
-def score_rows(scorer: HeldOutScorer, generated: np.ndarray) -> dict:
+def score_rows(scorer: HeldOutScorer, generated: Sequence[np.ndarray]) -> dict:
     """miou, of_ceiling (its share of the real images' mIoU) and the IoU of each class, of generated rows.
 
     With a reward also of_ceiling_by_reward, by the segmenter that rewards: of_ceiling alone is a score.
     """
-    images = to_image(torch.from_numpy(generated).permute(0, 3, 1, 2)).split(GENERATED_AT_ONCE)
-    masks = torch.from_numpy(scorer.masks).split(GENERATED_AT_ONCE)
-    found = measure(zip(images, masks, strict=True), scorer.segmenter, scorer.rows.palette)
+    batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for places in by_shape(generated):
+        images = torch.from_numpy(np.stack([generated[place] for place in places])).permute(0, 3, 1, 2)
+        masks = torch.from_numpy(np.stack([scorer.masks[place] for place in places]))
+        images, masks = to_image(images).split(GENERATED_AT_ONCE), masks.split(GENERATED_AT_ONCE)
+        batches += zip(images, masks, strict=True)
+    found = measure(batches, scorer.segmenter, scorer.rows.palette)
 
     def share(scores: dict, ceiling: dict) -> float:
         return round((scores["miou"] or 0.0) / ceiling["miou"], 4) if ceiling["miou"] else 0.0
@@ -170,7 +174,7 @@ def score_rows(scorer: HeldOutScorer, generated: np.ndarray) -> dict:
         "per_class": {name: value and round(value, 4) for name, value in found["per_class"].items()},
     }
     if scorer.reward is not None and scorer.reward_ceiling is not None:
-        by_reward = measure(zip(images, masks, strict=True), scorer.reward, scorer.rows.palette)
+        by_reward = measure(batches, scorer.reward, scorer.rows.palette)
         score["of_ceiling_by_reward"] = share(by_reward, scorer.reward_ceiling)
     return score
 
@@ -268,8 +272,8 @@ def frozen_twin(controlnet: ControlNet, dtype: torch.dtype) -> ControlNet:
 
 def generate_sheet(
     run: Run, pipeline: Pipeline, settings: SampleConfig, on_step: Callable
-) -> tuple[list, np.ndarray | None]:
-    """The lines of the sheet, masks first, each uint8 [N, R, R, 3]; and the images of the held-out rows, if any."""
+) -> tuple[list, list[np.ndarray] | None]:
+    """The lines of the sheet, masks first, each N of uint8 [R, R, 3]; and the images of the held-out rows, if any."""
     config, palette, generated = run.config, run.split.palette, None
     if run.controlnet is None:
         return base_sheet(run, pipeline, settings, on_step), None
@@ -279,30 +283,31 @@ def generate_sheet(
         return [], None
     if not config.validation_image:
         assert run.scorer is not None and generated is not None
-        return [palette.table[run.scorer.masks[:SHEET_ROWS]], generated[:SHEET_ROWS]], generated
+        return [[palette.table[mask] for mask in run.scorer.masks[:SHEET_ROWS]], generated[:SHEET_ROWS]], generated
     prompts = config.validation_prompt or []
     count = max(len(config.validation_image), len(prompts))  # a single mask or prompt is repeated
-    read = [read_control_mask(path, palette, config.resolution, config.fit) for path in config.validation_image]
-    masks, prompts = np.stack((read * count)[:count]), (prompts * count)[:count]
-    lines = [palette.table[masks]]
+    read = [read_control_mask(path, palette, config.resolution, config.framing) for path in config.validation_image]
+    masks, prompts = (read * count)[:count], (prompts * count)[:count]
+    lines = [[palette.table[mask] for mask in masks]]
     for number in range(config.num_validation_images):
         seeded = dataclasses.replace(settings, seed=config.seed + number)
-        lines.append(generate(pipeline, masks, prompts, list(range(count)), seeded, None, on_step))
+        lines.append(generate_shapes(pipeline, masks, prompts, range(count), seeded, on_step))
     return lines, generated
 
 
-def base_sheet(run: Run, pipeline: Pipeline, settings: SampleConfig, on_step: Callable) -> list[np.ndarray]:
+def base_sheet(run: Run, pipeline: Pipeline, settings: SampleConfig, on_step: Callable) -> list[Sequence[np.ndarray]]:
     """The lines of a sheet without masks: an image of each prompt; or images above what the autoencoder leaves."""
     config = run.config
     if "vae" in run.networks:
-        pairs = PairedDataset(run.split, config.resolution, AUGMENTS["none"], 0, config.fit)
-        images = torch.stack([pairs.sample(row, 0).image for row in range(min(SHEET_ROWS, len(pairs)))])
-        return [to_uint8(images), to_uint8(reconstruct(run.base.vae, images))]
-    prompts, lines = config.validation_prompt or [], []
+        pairs = PairedDataset(run.split, config.resolution, AUGMENTS["none"], 0, config.framing)
+        images = [pairs.sample(row, 0).image for row in range(min(SHEET_ROWS, len(pairs)))]
+        return [list(map(to_uint8, images)), reconstructed(run.base.vae, images)]
+    prompts: list[str] = config.validation_prompt or []
+    lines: list[Sequence[np.ndarray]] = []
     for number in range(config.num_validation_images):
         seeded = dataclasses.replace(settings, seed=config.seed + number)
         size = config.resolution, config.resolution
-        lines.append(generate(pipeline, None, prompts, list(range(len(prompts))), seeded, size, on_step))
+        lines.append([*generate(pipeline, None, prompts, list(range(len(prompts))), seeded, size, on_step)])
     return lines
 
 
