@@ -14,6 +14,7 @@ from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import load_pipeline
 from segcn.models.base import encode_moments, encode_text, sample_latents
 from segcn.models.controlnet import make_controlnet
+from segcn.models.noise import Diffusion
 from segcn.train import loop, setup
 from segcn.train.batches import Plan
 from segcn.train.checkpoint import averaged
@@ -28,7 +29,7 @@ from segcn.utils.errors import UserError
 
 def fake_base(prediction_type):
     schedule = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type)
-    return SimpleNamespace(scheduler=schedule, folder="base")
+    return SimpleNamespace(scheduler=schedule, process=Diffusion(schedule))
 
 
 @pytest.mark.parametrize("cache", ["latents", "none"])

@@ -128,7 +128,7 @@ a Slurm script that requeues itself, are in
     lora_rank: int = flag(16, "rank of a LoRA that is trained", low=1)
     lora_alpha: int | None = flag(None, "its weight is this / rank; none: the rank, so 1", low=1)
     lora_targets: list[str] = flag(
-        LORA_TARGETS, "ends of the names of the layers that get one; default: what fits the base"
+        LORA_TARGETS, "ends of the names of the layers that get one; a transformer has others"
     )
     merge: bool = flag(False, "with --controlnet lora: write a full ControlNet with the LoRA in its weights")
     # optimization

@@ -34,7 +34,7 @@ TAGS = [
 ]  # fmt: skip
 LICENSES = {  # by names on the hub
     "stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++",
-    "stable-diffusion-xl": "openrail++", "stable-diffusion-3": "other",
+    "stable-diffusion-xl": "openrail++",
 }  # fmt: skip
 
 
