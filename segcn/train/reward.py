@@ -137,7 +137,8 @@ def _kept(config: TrainConfig, base: Base, examples: Examples, output_dir: Path)
     settings = json.loads((folder / "config.json").read_text())
     if settings.get("fingerprint") != _fingerprint(config, base, examples):
         return None
-    return load_latent_segmenter(folder, base.vae, str(base.unet.device))
+    segmenter = load_latent_segmenter(folder, base.vae, str(base.unet.device))
+    return segmenter.to(memory_format=torch.channels_last)  # as it was trained: another layout rounds otherwise
 
 
 def _keep(config: TrainConfig, split: Split, segmenter: AnySegmenter, output_dir: Path) -> None:
