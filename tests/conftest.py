@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from transformers import SegformerConfig
 from xdist.scheduler import LoadScopeScheduling
 
-from segcn.data.metadata import read_split
+from segcn.data.masks import read_mask, resize_mask
+from segcn.data.metadata import finish_dataset, read_split, write_pair
 from segcn.generate.config import GenerateConfig
 from segcn.generate.pipeline import Pipeline
 from segcn.generate.writer import generate_dataset
@@ -80,6 +82,22 @@ def sample_set():
     """data/landscapes, drawn by one worker while the other waits."""
     with one_at_a_time(OUTPUTS / ".landscapes.lock"):
         return sample_landscapes()
+
+
+@pytest.fixture(scope="session")
+def mixed(landscapes, tmp_path_factory):
+    """Folder with train/ (11 rows) and test/ (4 rows): two wide images, a tall and a square one, in turn."""
+    folder = tmp_path_factory.mktemp("data") / "mixed"
+    for name, count in (("train", 11), ("test", 4)):
+        split, rows = read_split(landscapes, name), []
+        for row, record in enumerate(split.records[:count]):
+            size = [(60, 90), (60, 90), (90, 60), (64, 64)][row % 4]  # height, width
+            rows.append((f"images/{row}.png", f"masks/{row}.png", record.caption))
+            image = np.asarray(Image.open(record.image).resize(size[::-1]))
+            mask = resize_mask(read_mask(record.mask, split.palette), size)
+            write_pair(folder / name, rows[-1][:2], image, mask, split.palette)
+        finish_dataset(folder / name, rows, split.palette)
+    return folder
 
 
 @pytest.fixture(scope="session")

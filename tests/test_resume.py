@@ -14,6 +14,7 @@ from diffusers import ControlNetModel
 from kills import forked, train_quietly
 from runs import log_of, tree, weights
 
+from segcn.data.metadata import read_split
 from segcn.generate import pipeline
 from segcn.models import segmenter
 from segcn.train import checkpoint
@@ -227,6 +228,21 @@ def ended(warm, config, *kill, seconds=300):
     process.kill()
     process.join()
     return process.exitcode
+
+
+def test_a_run_on_images_of_several_shapes_that_is_killed_ends_with_the_same_bytes(warm, quick, mixed, tmp_path):
+    """With all that reads shapes: reward, class weights, images while it is trained, two micro-batches a step."""
+    masks = [str(record.mask) for record in read_split(mixed, "test").records[1:3]]
+    shown = {"validation_image": masks, "validation_prompt": ["a lake"], "validation_steps": 5}
+    shapes = {"dataset_name": str(mixed), "buckets": True, "reward_weight": 1.0, "class_weighting": 0.5}
+    settings = shapes | shown | {"gradient_accumulation_steps": 2, "max_train_steps": 5}
+    straight = train(quick(tmp_path / "straight", **settings))
+    assert [entry["step"] for entry in log_of(straight)] == [1, 2, 3, 4, 5]
+    code = ended(warm, quick(tmp_path / "out", **settings), 3, 6)  # in the save after the segmenter and step 3
+    assert code == -signal.SIGKILL
+    assert list(checkpoint.steps(tmp_path / "out")) == [3]
+    train(quick(tmp_path / "out", **settings))
+    assert_same(tmp_path / "out", straight)
 
 
 def kill_and_resume(warm, quick, folder, kills, settings, draw):
