@@ -17,7 +17,6 @@ class RunConfig:
     output_dir: str = flag("", "output folder; none: outputs/PRESET")
     resolution: int | None = flag(None, "image size in pixels; none: 128, or 512 of sd15", low=1)
     fit: str | None = flag(None, "how images become square: crop, pad or stretch; none: crop", FITS)
-    buckets: bool = flag(False, "keep the shapes of images, in training and generation")
     augment: str | None = flag(None, "affine or none, and changes: affine,degrees=20,fill=cover; none: affine")
     class_balance: float | None = flag(None, "repeat rows with classes rarer than this share; none: 0", low=0, high=1)
     row: int | None = flag(None, "notebook 02: row to augment; none: 0", low=0)

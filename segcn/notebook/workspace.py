@@ -171,7 +171,7 @@ def generate_config(ws: Workspace, **settings) -> GenerateConfig:
         given["controlnet_model_name_or_path"] = str(from_root(given["controlnet_model_name_or_path"]))
     own = {**ws.trained_base(), "controlnet_model_name_or_path": ws.trained_controlnet(),
            "controls": str(ws.dataset), "split": ws.split_names[1], "output_dir": str(ws.generated),
-           "resolution": ws.trained("resolution"), "fit": ws.trained("fit")}  # fmt: skip
+           **{name: ws.trained(name) for name in ("resolution", "fit", "buckets")}}  # fmt: skip
     return make(GenerateConfig, ws.preset, **own | given)
 
 
