@@ -70,7 +70,8 @@ def typed(value):
 
 
 @pytest.mark.parametrize("name", WITH_FLAGS)
-def test_the_help_shows_the_defaults_that_act(name, capsys):
+def test_the_help_shows_the_defaults_that_act(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # no default is broken over two lines
     kind = cli.find(WITH_FLAGS[name].config)
     required = {field.name for field in dataclasses.fields(kind) if field.metadata.get("required")}
     for preset in getattr(kind, "PRESETS", {"": {}}):
