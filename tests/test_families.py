@@ -85,6 +85,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(six_steps, straight, warm
     assert tree(tmp_path / "cut" / "checkpoint-6") == tree(straight / "checkpoint-6")
 
 
+@pytest.mark.parametrize("toy", ["sdxl", pytest.param("sd3", marks=pytest.mark.slow)], indirect=True)
 def test_two_processes_train_as_one(six_steps, warm, tmp_path):
     smooth = {"adam_epsilon": 1e-2, "max_train_steps": 3}  # at 1e-8 the first steps are the signs of rounding errors
     one = train(six_steps(tmp_path / "one", train_batch_size=4, **smooth))
