@@ -269,7 +269,7 @@ def plot(metrics: dict[str, Any], most: int = 12) -> Figure:
     for place, (kind, label) in enumerate(words.items()):
         _curve(left, [arm for arm in shown if arm["kind"] == kind], "rows", value, COLORS[kind], label, place)
     longer = [arm for arm in shown if arm["kind"] == "longer" and arm["name"].startswith(f"real, as long as {amount} ")]
-    left.plot([arm["rows"] for arm in longer], [arm["miou"] for arm in longer], ":", color=COLORS["real"],
+    left.plot([arm["rows"] for arm in longer], [arm["miou"] for arm in longer], "x:", color=COLORS["real"],
               label="real alone, as long as pretrained")  # fmt: skip
     left.set(title="IoU on held-out real images, mean over the classes", xlabel="real rows", ylabel="test mIoU")
     left.legend(loc="lower right", fontsize=8)
