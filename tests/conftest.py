@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import SegformerConfig
 from xdist.scheduler import LoadScopeScheduling
 
+from segcn.cli import run_command
 from segcn.data.masks import read_mask, resize_mask
 from segcn.data.metadata import finish_dataset, read_split, write_pair
 from segcn.generate.config import GenerateConfig
@@ -109,6 +110,20 @@ def random_base(tmp_path_factory):
     tokenizer = build_tokenizer(["a winter landscape at dusk with a lake"] * 3)
     denoiser = Denoiser(SMOKE.unet, SMOKE.vae.latent_channels, tokenizer)
     return export_base(tmp_path_factory.mktemp("models") / "base", SMOKE, vae, tokenizer, denoiser)
+
+
+@pytest.fixture(scope="module")
+def toy(kind, tmp_path_factory):
+    """The folder of a base of another family with a few random weights; kind: of the test file, sdxl or sd3."""
+    folder = tmp_path_factory.mktemp("models") / kind
+    run_command(["samples", kind, str(folder), "--toy"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def six_steps(quick, toy):
+    """A function from settings to the config of six quick steps on the toy."""
+    return lambda out, **settings: quick(out, pretrained_model_name_or_path=str(toy), **settings)
 
 
 @pytest.fixture

@@ -21,10 +21,11 @@ from segcn.data.metadata import read_split
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import first_noise, generate, load_pipeline
 from segcn.models.base import base_fingerprint, load_base
-from segcn.models.controlnet import load_controlnet, make_controlnet
+from segcn.models.controlnet import load_controlnet, make_all_trainable, make_controlnet
 from segcn.models.family import family_of
 from segcn.train.config import AdaptConfig
 from segcn.train.loop import train
+from segcn.train.validation import frozen_twin
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
 
@@ -32,11 +33,8 @@ CAPTIONS, ROWS = ["a winter landscape", "a lake at dusk"], [3, 7]
 
 
 @pytest.fixture(scope="module", params=["sdxl", "sd3"])
-def toy(request, tmp_path_factory):
-    """The folder of a base of the family's architecture with a few random weights."""
-    folder = tmp_path_factory.mktemp("models") / request.param
-    run_command(["samples", request.param, str(folder), "--toy"])
-    return folder
+def kind(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +46,6 @@ def family(toy):
 def plain(family):
     """Its pipeline in diffusers."""
     return getattr(diffusers, f"{family.name}Pipeline")
-
-
-@pytest.fixture(scope="module")
-def six_steps(quick, toy):
-    """A function from settings to the config of six quick steps on it."""
-    return lambda out, **settings: quick(out, pretrained_model_name_or_path=str(toy), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +77,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(six_steps, straight, warm
     assert tree(tmp_path / "cut" / "checkpoint-6") == tree(straight / "checkpoint-6")
 
 
-@pytest.mark.parametrize("toy", ["sdxl", pytest.param("sd3", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("kind", ["sdxl", pytest.param("sd3", marks=pytest.mark.slow)], indirect=True)
 def test_two_processes_train_as_one(six_steps, warm, tmp_path):
     smooth = {"adam_epsilon": 1e-2, "max_train_steps": 3}  # at 1e-8 the first steps are the signs of rounding errors
     one = train(six_steps(tmp_path / "one", train_batch_size=4, **smooth))
@@ -205,3 +197,14 @@ def test_segcn_run_goes_from_rows_to_a_report_on_it(toy, family, landscapes, tmp
     run_command(words.split())
     assert {"report.html", "metrics.json", "story.png", "generated"} <= {path.name for path in tmp_path.iterdir()}
     assert family.controlnet.load_config(tmp_path / "controlnet")["_class_name"] == family.controlnet.__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_twin_that_validates_has_one_precision_and_shares_the_memory_of_what_has_it(toy, dtype):
+    controlnet = make_controlnet(load_base(toy).unet)
+    make_all_trainable(controlnet)
+    trained, weights = controlnet.state_dict(), dict(frozen_twin(controlnet, dtype).named_parameters())
+    assert weights.keys() == dict(controlnet.named_parameters()).keys()
+    assert {(weight.dtype, weight.requires_grad) for weight in weights.values()} == {(dtype, False)}
+    shared = [weight.data_ptr() == trained[name].data_ptr() for name, weight in weights.items()]
+    assert all(shared) if dtype == torch.float32 else not any(shared)

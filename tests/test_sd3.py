@@ -10,7 +10,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from runs import loud_controlnet
 from torch.utils.data import default_collate
 
-from segcn.cli import run_command
 from segcn.models.base import encode_mean, encode_text, hold, load_base
 from segcn.models.controlnet import make_controlnet
 from segcn.models.noise import Flow
@@ -25,24 +24,15 @@ CAPTIONS = ["a winter landscape at dusk with a lake", ""]
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """The folder of a base of Stable Diffusion 3.5 medium's architecture with a few random weights."""
-    folder = tmp_path_factory.mktemp("models") / "toy"
-    run_command(["samples", "sd3", str(folder), "--toy"])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def on_toy(quick, toy):
-    """A function from settings to the config of six quick steps on it."""
-    return lambda out, **settings: quick(out, pretrained_model_name_or_path=str(toy), **settings)
+def kind():
+    return "sd3"
 
 
 @pytest.mark.parametrize("cache", ["none", "latents"])
-def test_the_loss_is_that_of_diffusers_script(on_toy, toy, tmp_path, cache):
+def test_the_loss_is_that_of_diffusers_script(six_steps, toy, tmp_path, cache):
     """Its arithmetic with plain parts of diffusers; the mask is in [-1, 1], as its pipeline makes it of an image."""
     settings = {"augment": "none", "cache": cache, "proportion_empty_prompts": 0.0, "caption_class_dropout": 0.0}
-    run = prepare(on_toy(tmp_path / "run", train_batch_size=4, **settings), check=False)
+    run = prepare(six_steps(tmp_path / "run", train_batch_size=4, **settings), check=False)
     loud_controlnet(run.controlnet)
     keys = next(iter(Plan(rows=12, seed=0, start=0, stop=1, accumulate=1, batch=4)))
     batch = default_collate([run.examples[key] for key in keys])
@@ -117,20 +107,20 @@ def test_a_controlnet_that_was_trained_without_pooled_text_and_shift_is_used_so(
 @pytest.mark.parametrize("flag, value", [
     ("snr_gamma", 5.0), ("prediction_type", "v_prediction"), ("rescale_betas_zero_snr", True),
 ])  # fmt: skip
-def test_losses_of_diffusion_are_refused(on_toy, tmp_path, flag, value):
+def test_losses_of_diffusion_are_refused(six_steps, tmp_path, flag, value):
     with pytest.raises(UserError, match=f"--{flag}: expected a base that predicts noise or v"):
-        train(on_toy(tmp_path / "out", **{flag: value}))
+        train(six_steps(tmp_path / "out", **{flag: value}))
     assert not (tmp_path / "out" / "train_config.json").exists()
 
 
-def test_sides_are_multiples_of_16(on_toy, tmp_path):
+def test_sides_are_multiples_of_16(six_steps, tmp_path):
     with pytest.raises(UserError, match="--resolution: expected a multiple of 16, found 72"):
-        train(on_toy(tmp_path / "out", resolution=72))
+        train(six_steps(tmp_path / "out", resolution=72))
 
 
-def test_a_reward_reaches_the_controlnet(on_toy, tmp_path):
+def test_a_reward_reaches_the_controlnet(six_steps, tmp_path):
     given = {"reward_weight": 1.0, "reward_start": 0.0, "max_train_steps": 4, "train_batch_size": 4}
-    run = prepare(on_toy(tmp_path / "run", **given), check=False)
+    run = prepare(six_steps(tmp_path / "run", **given), check=False)
     batch = default_collate([run.examples[0, row] for row in range(4)])
     loss = step_losses(run, batch).mean()
     loss.backward()

@@ -9,7 +9,6 @@ from runs import log_of
 from torch.utils.data import default_collate
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segcn.cli import run_command
 from segcn.data.transforms import Draw, apply, size_ids
 from segcn.models.base import hold, load_base
 from segcn.models.controlnet import make_controlnet
@@ -22,17 +21,8 @@ from segcn.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """The folder of a base of Stable Diffusion XL's architecture with a few random weights."""
-    folder = tmp_path_factory.mktemp("models") / "toy"
-    run_command(["samples", "sdxl", str(folder), "--toy"])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def xl(quick, toy):
-    """A function from settings to the config of six quick steps on it."""
-    return lambda out, **settings: quick(out, pretrained_model_name_or_path=str(toy), **settings)
+def kind():
+    return "sdxl"
 
 
 def test_the_sizes_of_an_image_say_what_was_cut_off():
@@ -54,10 +44,10 @@ def test_the_sizes_of_an_image_say_what_was_cut_off():
 
 
 @pytest.mark.parametrize("cache", ["none", "latents"])
-def test_the_loss_is_that_of_diffusers_script(xl, toy, tmp_path, cache):
+def test_the_loss_is_that_of_diffusers_script(six_steps, toy, tmp_path, cache):
     """Its arithmetic, from the encoders to the mean squared error, with plain parts of transformers and diffusers."""
     settings = {"augment": "none", "cache": cache, "proportion_empty_prompts": 0.0, "caption_class_dropout": 0.0}
-    run = prepare(xl(tmp_path / "run", train_batch_size=4, **settings), check=False)
+    run = prepare(six_steps(tmp_path / "run", train_batch_size=4, **settings), check=False)
     keys = next(iter(Plan(rows=12, seed=0, start=0, stop=1, accumulate=1, batch=4)))
     batch = default_collate([run.examples[key] for key in keys])
     captions = [run.split[row].caption for _, row in keys]
@@ -90,15 +80,16 @@ def test_the_loss_is_that_of_diffusers_script(xl, toy, tmp_path, cache):
     assert ours != pytest.approx(loss_with([512, 768, 0, 128, 64, 64]), **near)
 
 
-def test_the_cache_keeps_what_the_sizes_of_a_row_follow_from(xl, tmp_path):
-    runs = [prepare(xl(tmp_path / cache, cache=cache, cache_draws=2), check=False) for cache in ("latents", "none")]
+def test_the_cache_keeps_what_the_sizes_of_a_row_follow_from(six_steps, tmp_path):
+    configs = [six_steps(tmp_path / cache, cache=cache, cache_draws=2) for cache in ("latents", "none")]
+    runs = [prepare(config, check=False) for config in configs]
     sizes = [[run.examples[key]["sizes"].tolist() for key in [(0, 0), (1, 0), (1, 5)]] for run in runs]
     assert sizes[0] == sizes[1] and len({tuple(each) for each in sizes[0]}) == 3
 
 
 @pytest.mark.usefixtures("fresh_precision")
-def test_it_trains_with_a_memory_preset_and_its_autoencoder_stays_exact(xl, toy, tmp_path):
-    folder = train(xl(tmp_path / "run", memory_preset=8, max_train_steps=2))
+def test_it_trains_with_a_memory_preset_and_its_autoencoder_stays_exact(six_steps, toy, tmp_path):
+    folder = train(six_steps(tmp_path / "run", memory_preset=8, max_train_steps=2))
     assert np.isfinite([entry["loss"] for entry in log_of(folder)]).all()
     base = load_base(toy, dtype=torch.bfloat16)
     assert (base.vae.dtype, base.unet.dtype, base.text_encoder.dtype) == (torch.float32, *[torch.bfloat16] * 2)
@@ -117,7 +108,7 @@ def test_a_full_base_has_the_published_sizes_and_fits_24_gb_with_preset_8():
     assert counted["ControlNet"] / GB == pytest.approx(5.0, abs=0.01) and 17 < sum(counted.values()) / GB < 18
 
 
-def test_an_autoencoder_replaces_the_bases_own_and_another_one_is_another_run(xl, toy, tmp_path):
+def test_an_autoencoder_replaces_the_bases_own_and_another_one_is_another_run(six_steps, toy, tmp_path):
     places = [str(tmp_path / name) for name in ("one", "other")]
     for number, place in enumerate(places):
         vae = AutoencoderKL.from_pretrained(toy, subfolder="vae")
@@ -128,9 +119,9 @@ def test_an_autoencoder_replaces_the_bases_own_and_another_one_is_another_run(xl
     assert given.dtype == torch.bfloat16
     assert torch.allclose(given.decoder.conv_out.bias.float() - own.decoder.conv_out.bias, torch.ones(3), atol=0.01)
     settings = {"cache": "none", "max_train_steps": 1}
-    train(xl(tmp_path / "run", pretrained_vae_model_name_or_path=places[0], **settings))
+    train(six_steps(tmp_path / "run", pretrained_vae_model_name_or_path=places[0], **settings))
     with pytest.raises(UserError, match="pretrained_vae_model_name_or_path_content: was"):
-        train(xl(tmp_path / "run", pretrained_vae_model_name_or_path=places[1], **settings))
+        train(six_steps(tmp_path / "run", pretrained_vae_model_name_or_path=places[1], **settings))
     with pytest.raises(
         UserError, match=r"--pretrained_vae_model_name_or_path .*: expected a folder with the config.json"
     ):

@@ -112,14 +112,14 @@ def make_light(
 
 
 def share_layers(controlnet: ControlNetModel, source: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Give a ControlNet the layers of another network that have the same names, their frozen weights shared in memory.
+    """Give a ControlNet the layers of another network that have the same names, their weights shared in memory.
 
-    dtype: that of copies of the trained weights.
+    dtype: that of the ControlNet, which is frozen; weights of another one are copied. None: all weights as they are.
     """
     weights = {id(weight): weight for weight in source.parameters()}
     if dtype is not None:
-        trained = [weight for weight in source.parameters() if weight.requires_grad]
-        weights |= {id(one): torch.nn.Parameter(one.detach().to(dtype), requires_grad=False) for one in trained}
+        frozen = [torch.nn.Parameter(one.detach().to(dtype), requires_grad=False) for one in weights.values()]
+        weights = dict(zip(weights, frozen, strict=True))
     for name, layer in source.named_children():
         if getattr(controlnet, name, None) is not None:
             setattr(controlnet, name, copy.deepcopy(layer, dict(weights)))
