@@ -240,9 +240,9 @@ def names_and_first(folder):
 
 def test_other_settings_never_stop_notebook_04(run, again, tmp_path):
     out, (_, first) = tmp_path / "out", names_and_first(run.out)
-    told = again("04_generate", seed=1)
+    text = again("04_generate", seed=1)
     sets, other = names_and_first(out)
-    assert other != first and sets == ["generated-1"] and "it is generated-1 now" in told
+    assert other != first and sets == ["generated-1"] and "it is generated-1 now" in text
     assert (out / "generated-1" / "images" / "000000.png").read_bytes() == first
     again("04_generate")
     assert names_and_first(out) == (["generated-2"], first)
@@ -297,8 +297,8 @@ def test_the_held_out_rows_are_said_and_not_trained_on(run, own_data):
 
 def test_the_training_is_scored_on_the_held_out_rows_and_names_its_best_checkpoint(run):
     out, _, books = run
-    told = printed(books["03_train"])
-    assert "on the 2 held-out real images (12 were asked for" in told and "is the best:" in told
+    text = printed(books["03_train"])
+    assert "on the 2 held-out real images (12 were asked for" in text and "is the best:" in text
     best = json.loads((out / "controlnet" / "best.json").read_text())["checkpoint"]
     assert ControlNetModel.from_pretrained(out / "controlnet" / best / "controlnet")
 
@@ -322,8 +322,8 @@ def test_each_notebook_shows_images_and_no_warnings(run):
 
 def test_the_lesson_runs_headless(tmp_path):
     book = execute(LESSON, tmp_path, output_dir=str(tmp_path / "lesson"), steps=2, num_inference_steps=2)
-    told = printed(book)
-    assert "stopped before" in told and "Resuming from work/vae/checkpoint-2" in told and "Warning" not in told
+    text = printed(book)
+    assert "stopped before" in text and "Resuming from work/vae/checkpoint-2" in text and "Warning" not in text
     assert images(book) == 10 and (tmp_path / "lesson" / "scratch" / "base" / "unet").is_dir()
 
 
@@ -344,8 +344,8 @@ def test_the_benchmark_shows_the_newest_results(tmp_path, random_base):
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "train.json").write_text(json.dumps(older + entries))
     book = execute(BENCHMARK, tmp_path, output_dir=str(tmp_path / "bench"))
-    told = printed(book)
-    assert told.count("1.84x") == 2 and "77" not in told and "GFLOP a step" in told and "Warning" not in told
+    text = printed(book)
+    assert text.count("1.84x") == 2 and "77" not in text and "GFLOP a step" in text and "Warning" not in text
     assert images(book) == 1
 
 

@@ -68,14 +68,14 @@ PICTURES = {"00_embedded_base": 10, "01_inspect_data": 5, "02_paired_augmentatio
 ENDED = """() => {
     const notebook = window.jupyterapp.shell.currentWidget;
     const cells = [...notebook.content.model.cells].filter((cell) => cell.type === "code");
-    const told = cells.flatMap((cell) => cell.sharedModel.outputs.map((output) => output));
-    const failed = told.filter((output) => output.output_type === "error");
+    const outputs = cells.flatMap((cell) => cell.sharedModel.outputs.map((output) => output));
+    const failed = outputs.filter((output) => output.output_type === "error");
     const idle = notebook.sessionContext.session?.kernel?.status === "idle";
     const done = idle && cells.every((cell) => cell.sharedModel.execution_count !== null);
     if (!done && !failed.length) return null;
     return {errors: failed.map((output) => `${output.ename}: ${output.evalue}`),
-            stderr: told.filter((output) => output.name === "stderr").map((output) => String(output.text)),
-            images: told.filter((output) => output.data && output.data["image/png"]).length};
+            stderr: outputs.filter((output) => output.name === "stderr").map((output) => String(output.text)),
+            images: outputs.filter((output) => output.data && output.data["image/png"]).length};
 }"""
 
 
@@ -294,8 +294,8 @@ def check_saved(split, first, last):
     upper = [mask[23:28, 42:74] == HOUSE for mask in masks]
     assert lower[0].all() and not upper[0].any() and lower[1].all() and upper[1].all()
     assert first.caption == PROMPT
-    told = read_settings(first.image)
-    assert told["prompt"] == [PROMPT] and told["settings"]["num_inference_steps"] == 2
+    record = read_settings(first.image)
+    assert record["prompt"] == [PROMPT] and record["settings"]["num_inference_steps"] == 2
     images = [np.asarray(Image.open(record.image)) for record in (first, last)]
     assert images[0].shape == (128, 128, 3) and images[0].std() > 5 and (images[0] != images[1]).any()
 

@@ -204,10 +204,10 @@ def test_generate_works_off_the_main_thread_and_save_appends_it_with_settings_th
     assert row.caption == "a winter landscape" and (read_mask(row.mask, split.palette) == painted).all()
     image = Image.open(row.image)
     assert (np.asarray(image) == card.picture.image).all() and card.image.value[1:4] == b"PNG"
-    told = read_settings(row.image)
-    assert told["prompt"] == ["a winter landscape"] and told["settings"]["control_guidance_end"] == 0.5
-    assert told["seeds"] == [[panel.controls.seed.value, 0]] and told["controlnet"] == "random"
-    saved = SampleConfig(**told["settings"])
+    record = read_settings(row.image)
+    assert record["prompt"] == ["a winter landscape"] and record["settings"]["control_guidance_end"] == 0.5
+    assert record["seeds"] == [[panel.controls.seed.value, 0]] and record["controlnet"] == "random"
+    saved = SampleConfig(**record["settings"])
     orders = [(painted, row.caption, settings) for settings in (saved, dataclasses.replace(saved, seed=saved.seed + 1))]
     again, other = infer.generate_each(pipeline, orders)
     assert (again.image == card.picture.image).all() and (other.image != again.image).any()
@@ -395,8 +395,8 @@ def test_classes_that_the_mask_holds_and_the_prompt_does_not_are_one_click_away(
     panel.controls.prompt.value = "a winter landscape"
     brush(panel, mask)
     words = ("lake", "house") if "lake" in " ".join(r.caption for r in panel.split.records) else ("river", "house")
-    told = panel.add_button.description
-    assert told == f"Add to the prompt: {words[0]} and house" and not panel.add_button.layout.display
+    label = panel.add_button.description
+    assert label == f"Add to the prompt: {words[0]} and house" and not panel.add_button.layout.display
     panel.add_button.click()
     assert panel.controls.prompt.value == f"a winter landscape, {words[0]} and house"
     assert panel.add_button.layout.display == "none"
