@@ -14,17 +14,19 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 
-from segcn.bench import train
-from segcn.bench.config import VARIANTS, BenchGenerateConfig, BenchTrainConfig
-from segcn.bench.generate import Side, bench_generate, generate_table, variant
+from segcn.bench import gpu, train
+from segcn.bench.config import VARIANTS, BenchGenerateConfig, BenchGpuConfig, BenchTrainConfig
+from segcn.bench.generate import Side, bench_generate, generate_table, read_masks, variant
+from segcn.bench.gpu import bench_gpu
 from segcn.bench.timing import run_timed
-from segcn.bench.train import CheckpointScorer, bench_train, by_round, command, step_tflop, variant_words
+from segcn.bench.train import CheckpointScorer, bench_train, by_round, command, count_tflop, variant_words
 from segcn.cli import run_command
 from segcn.data.colors import to_lab
 from segcn.data.files import read_image
 from segcn.data.metadata import check_split, read_split
 from segcn.evaluate.metrics import color_shift
 from segcn.generate.config import SampleConfig
+from segcn.generate.pipeline import Pipeline
 from segcn.models.base import load_base
 from segcn.models.controlnet import make_controlnet
 from segcn.models.segmenter import SegmenterConfig, train_segmenter
@@ -32,6 +34,7 @@ from segcn.samples.base_model import recipe
 from segcn.train import validation
 from segcn.utils.errors import UserError
 
+USED = "StableDiffusionControlNetPipeline"  # by diffusers' script
 STAND_IN = """
 import os, sys, time
 from pathlib import Path
@@ -43,7 +46,7 @@ value = lambda name: sys.argv[sys.argv.index("--" + name) + 1]
 out = Path(value("output_dir"))
 with (out.parents[2] / "journal.txt").open("a") as journal:
     print("{side}", file=journal)
-held = b"x" * ({megabytes} * 2**20)
+held = b"x" * ({megabytes} * 2**20)  # {used}
 writer = EventFileWriter(str(out / "logs" / value("report_to")))
 clock = time.time()
 for step in range(1, int(value("max_train_steps")) + 1):
@@ -64,10 +67,10 @@ writer.close()
 def bench(tmp_path, landscapes, random_base, monkeypatch):
     """A function from settings to a config whose baseline takes 20 s a step by its clock and 200 MiB, ours 10 s."""
     for side, pace, megabytes in (("baseline", 20, 200), ("ours", 10, 1)):
-        (tmp_path / f"{side}.py").write_text(STAND_IN.format(side=side, pace=pace, megabytes=megabytes))
+        (tmp_path / f"{side}.py").write_text(STAND_IN.format(side=side, pace=pace, megabytes=megabytes, used=USED))
     monkeypatch.setattr(train, "OURS", [sys.executable, str(tmp_path / "ours.py")])
     given = {
-        "peer": str(tmp_path / "baseline.py"), "pretrained_model_name_or_path": str(random_base),
+        "baseline": str(tmp_path / "baseline.py"), "pretrained_model_name_or_path": str(random_base),
         "dataset_name": str(landscapes), "output_dir": str(tmp_path / "bench"), "resolution": 64, "warmup_steps": 1,
         "measured_steps": 3, "variants": "same",
     }  # fmt: skip
@@ -86,8 +89,6 @@ def test_sides_run_in_turns_give_ratios_and_finished_runs_are_kept(bench):
     assert any("same optimizer" in line and line.count("x") >= 3 for line in lines[-1].splitlines())
     assert (config.folder / "train.txt").read_text().strip() in lines[-1]
     assert not list((config.folder / "runs").glob("*/"))
-    older = (config.folder / "train.json").read_text().replace('"side": "baseline"', '"side": "peer"')
-    (config.folder / "train.json").write_text(older)  # as it was called once
     assert bench_train(bench(rounds=3), lines.append)[:4] == entries
     assert (config.folder / "journal.txt").read_text().split()[4:] == ["baseline", "ours"]
 
@@ -108,7 +109,7 @@ def test_both_sides_get_the_same_flags_and_train_the_same_network(bench, base):
     assert [name for name in ours if name not in theirs] == ["--logging_steps", "--augment", "--reward_weight"]
     assert set(theirs) <= set(ours)
     assert variant_words(config, "memory", "baseline") == variant_words(config, "ours", "baseline")
-    alone = bench(peer="")
+    alone = bench(baseline="")
     other, own = (command(alone, side, Path("/x"), 5, 5, variant_words(alone, "same", side)) for side in train.SIDES)
     assert [word for word in " ".join(other).split("--") if word not in " ".join(own).split("--")] == ["cache none "]
     start = ControlNetModel.from_pretrained(variant_words(config, "ours", "ours")[-1])
@@ -131,13 +132,14 @@ def test_interrupted_it_ends_the_training(tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "script", "said"), [
-    ({"peer": "nowhere.py"}, None, "nowhere.py: no such file"),
+    ({"baseline": "nowhere.py"}, None, "nowhere.py: no such file"),
+    ({}, "StableDiffusionXLControlNetPipeline", "a script for Stable Diffusion 1.x or 2.x, which uses StableDiffusion"),
     ({"variants": "fast"}, None, "--variants fast: expected some of same, ours"),
     ({"max_train_samples": 99}, None, "--max_train_samples 99: .*landscapes has 12 rows"),
     ({"dataset_name": "nowhere"}, None, "nowhere: no such folder"),
     ({"until_faithful": True, "faithful_steps": 2}, None, "2: expected at least --checkpointing_steps, 50"),
-    ({}, "raise ImportError('diffusers 9')", "same-baseline-1: exit code 1: ImportError: diffusers 9"),
-    ({}, "", "found none of step 1; see .*same-baseline-1.log"),
+    ({}, f"raise ImportError('diffusers 9')  # {USED}", "same-baseline-1: exit code 1: ImportError: diffusers 9"),
+    ({}, f"# {USED}", "found none of step 1; see .*same-baseline-1.log"),
 ])  # fmt: skip
 def test_mistakes_are_named(bench, tmp_path, settings, script, said):
     if script is not None:
@@ -162,7 +164,7 @@ def test_the_time_until_masks_are_followed_is_that_of_checkpoints_scored_later(b
     monkeypatch.setattr(train, "CheckpointScorer", StandInScorer)
     lines = []
     config = bench(rounds=1, until_faithful=True, faithful_steps=10, checkpointing_steps=2, variants="",
-                   peer_learning_rates=[1e-5, 1e-3])  # fmt: skip
+                   baseline_learning_rates=[1e-5, 1e-3])  # fmt: skip
     entries = bench_train(config, lines.append)
     titles = ["diffusers at 1e-05", "diffusers at 0.001", "segcn at its defaults"]
     assert [entry["title"] for entry in entries] == titles
@@ -214,7 +216,7 @@ def test_arithmetic_limits_what_caching_can_give_for_a_base_of_stable_diffusions
     folder, counts = configs_of_sd15
     text, rest = {"text_encoder": 123_060_480}, {"unet": 859_520_964, "vae": 83_653_863, "controlnet": 361_279_120}
     assert counts == text | rest
-    counted = step_tflop(folder, resolution)
+    counted = count_tflop(folder, resolution)
     assert sum(counted.values()) / counted["train"] == pytest.approx(limit, abs=0.005)
 
 
@@ -232,10 +234,10 @@ def test_the_large_base_is_written_in_the_layout_that_is_read(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("SEGCN_PEER" not in os.environ, reason="set SEGCN_PEER=.../train_controlnet.py of diffusers")
+@pytest.mark.skipif("SEGCN_BASELINE" not in os.environ, reason="set SEGCN_BASELINE=.../train_controlnet.py")
 def test_the_real_script_is_timed_unchanged(landscapes, random_base, tmp_path):
     began = time.time()
-    words = f"""bench train --peer {os.environ["SEGCN_PEER"]} --pretrained_model_name_or_path {random_base}
+    words = f"""bench train --baseline {os.environ["SEGCN_BASELINE"]} --pretrained_model_name_or_path {random_base}
         --dataset_name {landscapes} --output_dir {tmp_path} --resolution 64 --rounds 1 --measured_steps 2
         --warmup_steps 1 --variants {",".join(VARIANTS)}""".split()
     run_command(words)
@@ -243,6 +245,48 @@ def test_the_real_script_is_timed_unchanged(landscapes, random_base, tmp_path):
     assert len(entries) == 2 * len(VARIANTS)
     assert all(entry["began"] > began and entry["samples_per_second"] > 0 for entry in entries)
     assert "not measured" not in (tmp_path / "train.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def kind():
+    """The family of the toy."""
+    return "sdxl"
+
+
+def test_each_size_is_trained_and_generated_once_and_the_table_is_of_both(bench, landscapes, tmp_path, monkeypatch):
+    stand_ins, lines = bench(), []
+    monkeypatch.setattr(gpu, "sample_landscapes", lambda: landscapes)
+    monkeypatch.setattr(gpu, "TRAININGS", {"sd15": ("ours", "bf16", "preset-8"), "sdxl": ("bf16", "bf16-light")})
+    config = BenchGpuConfig(
+        baseline=stand_ins.baseline, output_dir=str(tmp_path / "gpu"), resolutions=[64], toy=True, warmup_steps=1,
+        measured_steps=2, batch_sizes=[1, 2], num_inference_steps=2,
+    )  # fmt: skip
+    found = bench_gpu(config, lines.append)
+    assert (config.folder / "gpu.md").read_text().splitlines() == found
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found if line.startswith("|")]
+    assert [row[0] for row in rows].count("Stable Diffusion XL") == 3 and len(rows) == 4 + 3 + 4
+    heads, first = rows[0], rows[2]
+    assert float(first[heads.index("ratio")]) == pytest.approx(2) and first[heads.index("diffusers")] == "0.05"
+    images = dict(zip(rows[-4], rows[-2], strict=True))
+    assert images["architecture"] == "Stable Diffusion 1.5" and float(images["ratio"]) > 0
+    journals = sorted(config.folder.glob("*/journal.txt"))
+    ran = [sorted(journal.read_text().split()) for journal in journals]
+    # two commands of the baseline for three variants; without a script for XL, segcn is the baseline of each
+    assert ran == [["baseline"] * 2 + ["ours"] * 3, ["ours"] * 4]
+    assert bench_gpu(config, lines.append) == found
+    assert [sorted(journal.read_text().split()) for journal in journals] == ran  # nothing is run again
+
+
+def test_both_sides_generate_the_same_images_of_xl_however_many_at_once(toy, landscapes, tmp_path):
+    base = load_base(toy)
+    split = read_split(landscapes, "train").first(3)
+    pipeline = Pipeline(base, make_controlnet(base.unet).eval(), split.palette, "")
+    settings = SampleConfig(num_inference_steps=2, guidance_scale=7.5, scheduler="unipc", resolution=64)
+    masks, captions = read_masks(split, settings), [row.caption for row in split.records]
+    images = [Side("", settings, plain, size, pipeline, tmp_path, "").generate(masks, captions, [0, 1, 2])
+              for plain, size in ((True, 1), (True, 2), (False, 3))]  # fmt: skip
+    assert all(np.abs(images[0].astype(int) - other).max() <= 1 for other in images[1:])
+    assert images[0].std() > 5
 
 
 @pytest.fixture(scope="module")

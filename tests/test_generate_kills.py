@@ -125,15 +125,15 @@ def test_a_generated_folder_trains_with_this_package(generated, quick, tmp_path)
 def test_a_generated_folder_trains_with_the_script_of_diffusers_unchanged(
     generated, random_base, random_controlnet, tmp_path
 ):
-    if not os.environ.get("SEGCN_PEER"):
-        pytest.skip("set SEGCN_PEER=.../examples/controlnet/train_controlnet.py of diffusers to run it")
+    if not os.environ.get("SEGCN_BASELINE"):
+        pytest.skip("set SEGCN_BASELINE=.../examples/controlnet/train_controlnet.py of diffusers to run it")
     words = {
         "pretrained_model_name_or_path": random_base, "controlnet_model_name_or_path": random_controlnet,
         "dataset_name": generated, "output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache", "resolution": 64,
         "train_batch_size": 2, "max_train_steps": 2, "report_to": "tensorboard",
     }  # fmt: skip
     words = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
-    done = subprocess.run([sys.executable, os.environ["SEGCN_PEER"], *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, os.environ["SEGCN_BASELINE"], *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert ControlNetModel.from_pretrained(tmp_path / "run")
 

@@ -330,7 +330,7 @@ def test_the_lesson_runs_headless(tmp_path):
 @pytest.mark.usefixtures("sample_set")
 def test_the_benchmark_shows_the_newest_results(tmp_path, random_base):
     settings = {
-        "peer": "train_controlnet.py", "pretrained_model_name_or_path": str(random_base), "dataset_name": "",
+        "baseline": "train_controlnet.py", "pretrained_model_name_or_path": str(random_base), "dataset_name": "",
         "warmup_steps": 1, "measured_steps": 2, "resolution": 64, "train_batch_size": 8, "max_train_samples": 8,
         "seed": 0,
     }  # fmt: skip
@@ -351,7 +351,7 @@ def test_the_benchmark_shows_the_newest_results(tmp_path, random_base):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("sample_set")
-def test_the_benchmark_runs_headless_without_a_peer(tmp_path):
+def test_the_benchmark_runs_headless_without_a_baseline(tmp_path):
     book = execute(BENCHMARK, tmp_path, output_dir=str(tmp_path / "bench"), measured_steps=2)
     assert "segcn --cache none" in printed(book) and images(book) == 1
     assert len(json.loads((tmp_path / "bench" / "train.json").read_text())) == 2

@@ -1,9 +1,10 @@
-"""Settings of `segcn bench train` and `segcn bench generate`."""
+"""Settings of `segcn bench train`, `segcn bench generate` and `segcn bench gpu`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from segcn.generate.config import SampleConfig
+from segcn.train.config import MEMORY_PRESETS
 from segcn.utils.args import flag
 from segcn.utils.paths import BASE, OUTPUTS
 
@@ -17,21 +18,31 @@ class Variant:
     ours: tuple[str, ...] = ()
 
 
+BF16 = ("--mixed_precision", "bf16")
 VARIANTS = {
     "same": Variant("same optimizer (plain AdamW)", (), ("--no_fused_adam",)),
     "ours": Variant("segcn's defaults (fused AdamW)"),
     "8bit": Variant("8-bit AdamW on both", ("--use_8bit_adam",), ("--use_8bit_adam",)),
     "memory": Variant("segcn with --memory_preset 8", (), ("--memory_preset", "8")),
     "light": Variant("segcn with --controlnet lora", (), ("--controlnet", "lora")),
-    "bf16": Variant("bf16 on both", ("--mixed_precision", "bf16"), ("--mixed_precision", "bf16")),
+    "bf16": Variant("bf16 on both", BF16, BF16),
+    "bf16-8bit": Variant("bf16 and 8-bit AdamW on both", (*BF16, "--use_8bit_adam"), (*BF16, "--use_8bit_adam")),
+    "bf16-light": Variant("bf16, segcn with --controlnet lora", BF16, (*BF16, "--controlnet", "lora")),
+    **{
+        f"preset-{gb}": Variant(f"bf16, segcn with --memory_preset {gb}", BF16, ("--memory_preset", str(gb)))
+        for gb in sorted(MEMORY_PRESETS, reverse=True)
+    },
 }
 
 
 @dataclass(frozen=True)
 class BenchTrainConfig:
-    """Time diffusers' train_controlnet.py (the baseline) and segcn train in turns: same base, data and settings."""
+    """Time diffusers' train_controlnet.py (the baseline) and segcn train in turns: same base, data and settings.
 
-    peer: str = flag("", "your copy of diffusers' train_controlnet.py; none: segcn train --cache none is the baseline")
+    Of a base of Stable Diffusion XL or 3 the baseline is diffusers' script for that one.
+    """
+
+    baseline: str = flag("", "your copy of diffusers' train_controlnet.py; none: segcn train --cache none")
     pretrained_model_name_or_path: str = flag(str(BASE), "base model folder (segcn samples sd15 OUT makes a large one)")
     dataset_name: str | None = flag(None, "data set folder; none: the sample landscapes")
     output_dir: str = flag(str(OUTPUTS / "bench"), "folder of train.json, train.txt and the runs; rerun to resume")
@@ -44,7 +55,7 @@ class BenchTrainConfig:
     max_train_samples: int | None = flag(None, "use only the first rows: less to cache before a short run", low=1)
     seed: int = flag(0, "seed of both")
     until_faithful: bool = flag(False, "also measure the time until images reach half of the possible mIoU")
-    peer_learning_rates: list[float] = flag([1e-5, 2e-4, 2e-3], "the baseline's, for --until_faithful", above=0)
+    baseline_learning_rates: list[float] = flag([1e-5, 2e-4, 2e-3], "the baseline's, for --until_faithful", above=0)
     preset: str = flag("tiny", "preset of our learning rate and sampler for --until_faithful", ("tiny", "sd15"))
     faithful_steps: int = flag(400, "steps of each run of --until_faithful", low=1)
     checkpointing_steps: int = flag(50, "steps between its checkpoints, which are scored", low=1)
@@ -68,7 +79,7 @@ class BenchTrainConfig:
     @property
     def names(self) -> dict[str, str]:
         """What each side is called in the table."""
-        return {"baseline": "diffusers" if self.peer else "segcn --cache none", "ours": "segcn"}
+        return {"baseline": "diffusers" if self.baseline else "segcn --cache none", "ours": "segcn"}
 
 
 @dataclass(frozen=True)
@@ -90,4 +101,28 @@ class BenchGenerateConfig(SampleConfig):
 
     @property
     def out(self) -> Path:
+        return Path(self.output_dir).absolute()
+
+
+@dataclass(frozen=True)
+class BenchGpuConfig:
+    """Measure training and generation on a GPU beside diffusers: pace, memory, and the share of the arithmetic it can.
+
+    The bases have the architectures of Stable Diffusion 1.5 and XL and random weights; they are written where missing.
+    """
+
+    baseline: str = flag("", "your copy of diffusers' train_controlnet.py; none: segcn train --cache none")
+    baseline_sdxl: str = flag("", "your copy of diffusers' train_controlnet_sdxl.py")
+    output_dir: str = flag(str(OUTPUTS / "bench_gpu"), "folder of the bases (18 GB), runs and tables; rerun to resume")
+    bases: list[str] = flag(["sd15", "sdxl"], "architectures", ("sd15", "sdxl"))
+    resolutions: list[int] = flag([512, 1024], "image sizes in pixels", low=1)
+    warmup_steps: int = flag(4, "steps before the timed ones", low=1)
+    measured_steps: int = flag(16, "timed training steps", low=1)
+    batch_sizes: list[int] = flag([1, 4, 16], "images that are generated at once; the best is compared", low=1)
+    num_inference_steps: int = flag(20, "denoising steps, UniPC", low=1)
+    torch_compile: bool = flag(False, "compile segcn's networks for generation: minutes at the start")
+    toy: bool = flag(False, "small networks: to try the command, on a CPU as well")
+
+    @property
+    def folder(self) -> Path:
         return Path(self.output_dir).absolute()

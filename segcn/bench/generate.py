@@ -103,7 +103,8 @@ class Side:
 
     title: str
     settings: SampleConfig
-    batch_size: int  # 0: the baseline, a call of diffusers' pipeline for each image
+    plain: bool  # the baseline: calls of diffusers' pipeline
+    batch_size: int  # images at once
     pipeline: Pipeline
     folder: Path  # below which its own is
     data: str  # a digest of the rows
@@ -111,7 +112,8 @@ class Side:
     @cached_property
     def out(self) -> Path:
         """Named after everything that its images and times depend on."""
-        key = dataclasses.asdict(self.settings) | {"batch_size": self.batch_size, "threads": torch.get_num_threads()}
+        key = dataclasses.asdict(self.settings) | {"threads": torch.get_num_threads()}
+        key |= {"plain": self.plain, "batch_size": self.batch_size}
         key |= {"base": self.pipeline.base.fingerprint, "controlnet": self.pipeline.controlnet_digest}
         key |= {"data": self.data, "torch": torch.__version__, "diffusers": diffusers.__version__}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
@@ -130,21 +132,24 @@ class Side:
 
     def generate(self, masks: np.ndarray, captions: list[str], rows: list[int]) -> np.ndarray:
         """uint8 [N, H, W, 3] from class ids uint8 [N, H, W]; all sides begin with the same noise."""
-        pipeline, settings, images = self.pipeline, self.settings, []
-        if self.batch_size:
-            for first in range(0, len(rows), self.batch_size):
-                part = slice(first, first + self.batch_size)
-                images.append(generate(pipeline, masks[part], captions[part], rows[part], settings))
-            return np.concatenate(images)
-        for mask, caption, row in zip(masks, captions, rows, strict=True):
-            image = self.diffusers_pipeline(
-                prompt=caption, image=Image.fromarray(colorize(mask, pipeline.palette)),
-                negative_prompt=settings.negative_prompt or None, num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                latents=first_noise(pipeline.base, [row], settings, mask.shape).to(pipeline.base.dtype),
-            )  # fmt: skip
-            images.append(np.asarray(image.images[0]))
-        return np.stack(images)
+        one_call, images = self.call_diffusers if self.plain else self.call_segcn, []
+        for first in range(0, len(rows), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            images.append(one_call(masks[part], captions[part], rows[part]))
+        return np.concatenate(images)
+
+    def call_segcn(self, masks: np.ndarray, captions: list[str], rows: list[int]) -> np.ndarray:
+        return generate(self.pipeline, masks, captions, rows, self.settings)
+
+    def call_diffusers(self, masks: np.ndarray, captions: list[str], rows: list[int]) -> np.ndarray:
+        base, settings, (height, width) = self.pipeline.base, self.settings, masks.shape[1:]
+        noise, negative = first_noise(base, rows, settings, (height, width)).to(base.dtype), settings.negative_prompt
+        images = self.diffusers_pipeline(
+            prompt=captions, image=[Image.fromarray(colorize(mask, self.pipeline.palette)) for mask in masks],
+            height=height, width=width, negative_prompt=[negative] * len(rows) if negative else None, latents=noise,
+            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale, output_type="np",
+        ).images  # fmt: skip
+        return (images * 255).round().astype(np.uint8)
 
 
 def sides_of(config: BenchGenerateConfig, pipeline: Pipeline, real: Split) -> list[Side]:
@@ -155,10 +160,10 @@ def sides_of(config: BenchGenerateConfig, pipeline: Pipeline, real: Split) -> li
     sides = []
     for scale in () if config.without_plain else config.plain_guidance_scales:
         plain = SampleConfig(**shared, num_inference_steps=config.plain_steps, guidance_scale=scale)
-        sides.append(Side(f"diffusers, guidance {scale:g}", plain, 0, *place))
+        sides.append(Side(f"diffusers, guidance {scale:g}", plain, True, 1, *place))
     for words in config.variants or [""]:
         settings = variant(own, words) if words else own
-        sides.append(Side(f"segcn {words}".strip(), settings, config.batch_size, *place))
+        sides.append(Side(f"segcn {words}".strip(), settings, False, config.batch_size, *place))
     return sides
 
 
@@ -178,7 +183,7 @@ def take_turns(sides: list[Side], masks: np.ndarray, real: Split, rows_a_turn: i
             if name in side.turns:
                 continue
             if side.title not in warm:
-                few = rows[: max(1, side.batch_size)]
+                few = rows[: side.batch_size]
                 side.generate(masks[few], [captions[row] for row in few], few)
                 warm.add(side.title)
             load, cpu, start = OtherLoad(), time.process_time(), time.monotonic()
@@ -215,7 +220,7 @@ def figures(
         }
         taken = [side.turns[name] for name in turns]
         entries[side.title] = {
-            "plain": side.batch_size == 0, "settings": dataclasses.asdict(side.settings),
+            "plain": side.plain, "settings": dataclasses.asdict(side.settings),
             "batch_size": side.batch_size, "folder": str(side.out), "turns": [turn["seconds"] for turn in taken],
             "images_per_second": len(real) / sum(turn["seconds"] for turn in taken),
             "images_per_cpu_second": len(real) / sum(turn["cpu_seconds"] for turn in taken),

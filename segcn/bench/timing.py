@@ -42,20 +42,23 @@ def run_timed(command: list[str], log: Path, events: Path, steps: int) -> dict[s
     """Run the command, its output going to the file `log`, and read its TensorBoard files below `events`.
 
     Returns began (in seconds since 1970) and, in seconds from there, seconds until it ended and step_ends, when the
-    loss of each step was written; peak_gib, its most resident memory, looked at every tenth of a second; and
-    other_load, the cores that other programs kept busy meanwhile. It runs in a session of its own; whatever interrupts
-    the waiting ends all its processes. UserError if it fails, or does not write the loss of each of its `steps`.
+    loss of each step was written; peak_gib, the most memory that it held on the GPU or, without one, its most resident
+    memory, looked at every tenth of a second; and other_load, the cores that other programs kept busy meanwhile. It
+    runs in a session of its own; whatever interrupts the waiting ends all its processes. UserError if it fails, or does
+    not write the loss of each of its `steps`.
     """
     # Without accelerate's own settings, so that the flags alone count; nothing is downloaded.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment = kept | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    held_before = gpu_bytes()  # by others, or by this process
     load, began, peak = OtherLoad(), time.time(), 0
     with log.open("w") as file:
         process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         try:
             while process.poll() is None:
                 with contextlib.suppress(psutil.Error):
-                    peak = max(peak, process.memory_info().rss)
+                    resident = process.memory_info().rss
+                    peak = max(peak, gpu_bytes() - held_before if torch.cuda.is_available() else resident)
                 time.sleep(0.1)
         finally:
             end(process)
@@ -71,6 +74,14 @@ def run_timed(command: list[str], log: Path, events: Path, steps: int) -> dict[s
                         f"{missing[0]}; see {log}")  # fmt: skip
     measured = {"began": began, "seconds": seconds, "peak_gib": peak / 2**30, "other_load": load.cores()}
     return measured | {"step_ends": [written[step] - began for step in range(1, steps + 1)]}
+
+
+def gpu_bytes() -> int:
+    """Bytes that all programs together hold on the GPU; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def end(process: psutil.Popen) -> None:

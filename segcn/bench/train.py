@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -26,8 +26,8 @@ from segcn.data.visualize import TONES
 from segcn.generate.config import SampleConfig
 from segcn.generate.pipeline import Pipeline
 from segcn.models.base import WIDE, base_fingerprint, latent_factor, load_base, pick_device
-from segcn.models.controlnet import load_controlnet
-from segcn.models.family import refuse_others
+from segcn.models.controlnet import load_controlnet, make_controlnet
+from segcn.models.family import family_of
 from segcn.samples.landscapes.scene import sample_landscapes
 from segcn.train import checkpoint
 from segcn.train.config import TrainConfig
@@ -40,10 +40,11 @@ from segcn.utils.paths import WEIGHTS
 OURS = [sys.executable, "-m", "segcn.train"]
 PACKAGES = ("segcn", "torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
 SIDES = ("baseline", "ours")
-MEASURED_ON = ("peer", "pretrained_model_name_or_path", "dataset_name", "warmup_steps", "measured_steps", "resolution",
-               "train_batch_size", "max_train_samples", "seed")  # fmt: skip
+MEASURED_ON = ("baseline", "pretrained_model_name_or_path", "dataset_name", "warmup_steps", "measured_steps",
+               "resolution", "train_batch_size", "max_train_samples", "seed")  # fmt: skip
 MEASURES = {"samples_per_second": "samples/s", "samples_per_second_with_start": "with start-up", "peak_gib": "peak GiB"}
-PANELS = {"samples_per_second": "samples per second, steady", "peak_gib": "most resident memory, GiB"}
+PANELS = {"samples_per_second": "samples per second, steady", "peak_gib": "most memory, GiB"}
+MEMORY = {False: "resident memory of the process", True: "memory of the GPU, CUDA itself included"}
 SHARE = 0.5  # of the ceiling, which images have to reach for --until_faithful
 
 
@@ -78,16 +79,26 @@ def check_bench(config: BenchTrainConfig) -> None:
     unknown = [name for name in config.chosen if name not in VARIANTS]
     if unknown or not (config.chosen or config.until_faithful):
         raise UserError(f"--variants {config.variants}: expected some of {', '.join(VARIANTS)}")
-    if config.peer and not Path(config.peer).is_file():
-        raise UserError(f"--peer {config.peer}: no such file; it is diffusers' examples/controlnet/train_controlnet.py")
     check_values(config)
+    check_script(config.baseline, config.pretrained_model_name_or_path)
     if config.until_faithful and config.faithful_steps < config.checkpointing_steps:
         raise UserError(
             f"--faithful_steps {config.faithful_steps}: expected at least --checkpointing_steps,"
             f" {config.checkpointing_steps}: checkpoints are what is scored"
         )
     latent_factor(config.pretrained_model_name_or_path)
-    refuse_others(config.pretrained_model_name_or_path, "segcn bench train, beside train_controlnet.py")
+
+
+def check_script(script: str, base: str) -> None:
+    """UserError for a script that is missing, or of another family than the base; none is fine."""
+    if not script:
+        return
+    family = family_of(base)
+    if not Path(script).is_file():
+        raise UserError(f"--baseline {script}: no such file; diffusers has it in examples/controlnet")
+    if (used := f"{family.name}ControlNetPipeline") not in Path(script).read_text():
+        raise UserError(f"--baseline {script}: expected a script for {family.title}, which uses {used}, found none in"
+                        f" it; in examples/controlnet of diffusers are those of all families")  # fmt: skip
 
 
 class Results:
@@ -97,13 +108,13 @@ class Results:
         self.log, self.path = log, config.folder / "train.json"
         self.entries = read_entries(self.path)
         versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in PACKAGES}
-        script = hashlib.sha256(Path(config.peer).read_bytes()).hexdigest()[:16] if config.peer else None
-        versions |= {"python": platform.python_version(), "peer": script}
+        script = hashlib.sha256(Path(config.baseline).read_bytes()).hexdigest()[:16] if config.baseline else None
+        versions |= {"python": platform.python_version(), "baseline": script}
         self.circumstances = {"versions": versions, "machine": machine()}
 
-    def find(self, words: list[str]) -> dict | None:
-        """The finished run of this command."""
-        wanted = self.circumstances | {"command": words}
+    def find(self, words: list[str], **more: Any) -> dict | None:
+        """The finished run of this command; more: what else its entry says."""
+        wanted = self.circumstances | {"command": words} | more
         return next((entry for entry in self.entries if wanted.items() <= entry.items()), None)
 
     def run(self, words: list[str], where: Path, steps: int, title: str) -> dict[str, Any]:
@@ -115,19 +126,16 @@ class Results:
         return self.circumstances | {"command": words} | measured
 
     def add(self, entry: dict) -> None:
-        """Keep an entry, in place of an earlier one of the same command."""
-        self.entries = [old for old in self.entries if old is not self.find(entry["command"])] + [entry]
+        """Keep an entry, in place of an earlier one of the same command and variant."""
+        earlier = self.find(entry["command"], **{"variant": entry["variant"]} if "variant" in entry else {})
+        self.entries = [old for old in self.entries if old is not earlier] + [entry]
         write_text(self.path, json.dumps(self.entries, indent=1) + "\n")
 
 
 def read_entries(path: Path) -> list[dict]:
-    """The runs in a train.json; older ones have other names for the baseline and for when checkpoints were saved."""
+    """The runs in a train.json, but those of an older segcn, whose settings had other names."""
     entries = json.loads(path.read_text()) if path.is_file() else []
-    for entry in entries:
-        entry["side"] = "baseline" if entry["side"] == "peer" else entry["side"]
-        if "stood" in entry:
-            entry["saved_at"] = entry.pop("stood")
-    return entries
+    return [entry for entry in entries if "baseline" in entry["versions"]]
 
 
 def command(config: BenchTrainConfig, side: str, where: Path, steps: int, save_every: int, more: tuple) -> list[str]:
@@ -143,8 +151,8 @@ def command(config: BenchTrainConfig, side: str, where: Path, steps: int, save_e
     if config.max_train_samples:
         shared["max_train_samples"] = config.max_train_samples
     words = [str(word) for name, value in shared.items() for word in (f"--{name}", value)]
-    if side == "baseline" and config.peer:
-        return [sys.executable, str(Path(config.peer).absolute()), *words, *more]
+    if side == "baseline" and config.baseline:
+        return [sys.executable, str(Path(config.baseline).absolute()), *words, *more]
     alone = ("--cache", "none") if side == "baseline" else ()
     return [*OURS, *words, "--logging_steps", "1", "--augment", "none", *alone, *more]
 
@@ -155,10 +163,12 @@ def variant_words(config: BenchTrainConfig, name: str, side: str) -> tuple[str, 
     Where segcn would start a small ControlNet, both sides start from one that is as wide as diffusers starts it; one
     that is light begins with the base.
     """
-    foreign = side == "baseline" and config.peer
+    foreign = side == "baseline" and config.baseline
     own = VARIANTS[name].baseline if foreign else (*VARIANTS[name].ours, "--reward_weight", "0")  # the same work
     base = config.pretrained_model_name_or_path
-    if "lora" in own or UNet2DConditionModel.load_config(base, subfolder="unet")["block_out_channels"][0] >= WIDE:
+    family = family_of(base)
+    widths = family.denoiser.load_config(base, subfolder=family.part).get("block_out_channels", [WIDE])
+    if "lora" in own or widths[0] >= WIDE:
         return own
     start = config.folder / f"start-{base_fingerprint(base)}-{config.seed}"
     if not (start / "config.json").is_file():
@@ -171,14 +181,20 @@ def variant_words(config: BenchTrainConfig, name: str, side: str) -> tuple[str, 
 def run_once(config: BenchTrainConfig, results: Results, variant: str, side: str, number: int) -> dict:
     """The entry of one run, an earlier one or run now; its weights and caches are not kept.
 
-    The last step, which waits for a checkpoint, counts in the memory alone.
+    Variants with the same command on this side share its run in each round. The last step, which waits for a
+    checkpoint, counts in the memory alone.
     """
     last, batch = config.warmup_steps + config.measured_steps, config.train_batch_size
-    where = config.folder / "runs" / f"{variant}-{side}-{number}"
-    words = command(config, side, where, last + 1, last + 1, variant_words(config, variant, side))
+    flags = variant_words(config, variant, side)
+    named = next(name for name in VARIANTS if variant_words(config, name, side) == flags)
+    where = config.folder / "runs" / f"{named}-{side}-{number}"
+    words = command(config, side, where, last + 1, last + 1, flags)
     title = f"round {number}, {variant}, {config.names[side]}"
-    entry = results.find(words)
-    if entry is None:
+    entry = results.find(words, variant=variant)
+    if entry is None and (shared := results.find(words)):
+        entry = shared | {"variant": variant}
+        results.add(entry)
+    elif entry is None:
         entry = results.run(words, where, last + 1, title)
         ends = [0.0, *entry["step_ends"]]
         pace = (ends[last] - ends[config.warmup_steps]) / config.measured_steps
@@ -207,7 +223,7 @@ def by_round(entries: list[dict], variant: str, measure: str) -> pandas.DataFram
 
 def train_table(config: BenchTrainConfig, entries: list[dict]) -> list[str]:
     """A line for each variant: of each measure the baseline's median, ours, and the median of the rounds' ratios."""
-    heads = ("diffusers" if config.peer else "no cache", "segcn", "ratio")
+    heads = ("diffusers" if config.baseline else "no cache", "segcn", "ratio")
     lines: dict[str, dict] = {}
     for variant in config.chosen:
         line = lines[VARIANTS[variant].text] = {}
@@ -227,7 +243,7 @@ def train_remarks(config: BenchTrainConfig, entries: list[dict]) -> list[str]:
         f"samples/s: steps {config.warmup_steps + 1} to {last}, batch {config.train_batch_size}, "
         f"{config.resolution} pixels.",
         "with start-up: from the start of the process, cache building included.",
-        "peak GiB: resident memory of the process, looked at ten times a second, a checkpoint included.",
+        f"peak GiB: {MEMORY[torch.cuda.is_available()]}, looked at ten times a second, a checkpoint included.",
     ]
     for variant in config.chosen:
         listed = ", ".join(f"{ratio:.2f}" for ratio in by_round(entries, variant, "samples_per_second").ratio)
@@ -255,8 +271,8 @@ def run_until_faithful(config: BenchTrainConfig, results: Results) -> list[dict]
     ours = ("--preset", config.preset, "--checkpoints_total_limit", str(config.faithful_steps))
     empty = str(make(TrainConfig, config.preset).proportion_empty_prompts)  # as many as ours: guidance needs them
     runs = [(f"diffusers at {rate:g}", "baseline", ("--learning_rate", str(rate), "--proportion_empty_prompts", empty))
-            for rate in config.peer_learning_rates if config.peer]  # fmt: skip
-    runs += [] if config.peer else [("segcn --cache none at its defaults", "baseline", ours)]
+            for rate in config.baseline_learning_rates if config.baseline]  # fmt: skip
+    runs += [] if config.baseline else [("segcn --cache none at its defaults", "baseline", ours)]
     entries, scorer = [], None
     for title, side, words in [*runs, ("segcn at its defaults", "ours", ours)]:
         where = config.folder / "runs" / f"faithful-{title.replace(' ', '_')}"
@@ -338,35 +354,45 @@ def faithful_lines(config: BenchTrainConfig, entries: list[dict]) -> list[str]:
     return lines
 
 
-def step_tflop(base: str | Path, resolution: int, batch: int = 1) -> dict[str, float]:
-    """TFLOP of each part of a step: vae (encoding), text, and train, which is U-Net and ControlNet there and back.
+def count_tflop(
+    base: str | Path, resolution: int, batch: int = 1, parts: Sequence[str] = ("vae", "text", "train")
+) -> dict[str, float]:
+    """TFLOP of the parts of a step: vae (encoding), text (of CLIP), and train, network and ControlNet there and back.
 
-    Counted on the shapes alone: no weights are loaded. A multiplication with its addition counts as two operations;
-    what is no matrix product or convolution, as none.
+    Other parts are denoise, a step of generation with guidance, and decode. Counted on the shapes alone: no weights are
+    loaded. A multiplication with its addition counts as two operations; what is no matrix product or convolution, as
+    none.
     """
-    size = resolution // latent_factor(base)
-    text_config = CLIPTextConfig.from_pretrained(base, subfolder="text_encoder")
+    size, family = resolution // latent_factor(base), family_of(base)
+    clips = [name for name in family.layout if name.startswith("text_encoder")]
+    text_configs = [CLIPTextConfig.from_pretrained(base, subfolder=name) for name in clips]
+    length = text_configs[0].max_position_embeddings
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(base, subfolder="vae"))
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base, subfolder="unet"))
-        controlnet, text_encoder = ControlNetModel.from_unet(unet), CLIPTextModel(text_config)
+        network = family.denoiser.from_config(family.denoiser.load_config(base, subfolder=family.part))
+        controlnet, text_encoders = make_controlnet(network), [CLIPTextModel(config) for config in text_configs]
         image = torch.zeros(batch, 3, resolution, resolution)
-        latents = torch.zeros(batch, unet.config.in_channels, size, size)
-        tokens = torch.zeros(batch, text_config.max_position_embeddings, dtype=torch.long)
-        embeddings = torch.zeros(*tokens.shape, unet.config.cross_attention_dim)
-        step = torch.zeros(batch, dtype=torch.long)
-    for frozen in (vae, unet, text_encoder):
+        latents = torch.zeros(batch, network.config.in_channels, size, size)
+        tokens = torch.zeros(batch, length, dtype=torch.long)
+        text, sizes = torch.zeros(batch, *family.text_shape(network, length)), torch.zeros(batch, 6)
+        times = torch.zeros(batch, dtype=torch.long)
+    for frozen in (vae, network, *text_encoders):
         frozen.requires_grad_(False)
+    control, given = latents if family.encodes_control else image, family.conditions(network, text, sizes)
 
-    def train() -> None:
-        down, middle = controlnet(latents, step, embeddings, controlnet_cond=image, return_dict=False)
-        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        unet(latents, step, embeddings, **residuals).sample.sum().backward()
+    def predict() -> torch.Tensor:
+        residuals = family.residuals(controlnet, latents, times, given, control, 1.0)
+        return family.predict(network, latents, times, given, residuals)
 
+    work: dict[str, Callable[[], Any]] = {
+        "vae": lambda: vae.encode(image), "text": lambda: [read(tokens) for read in text_encoders],
+        "train": lambda: predict().sum().backward(), "denoise": lambda: [predict(), predict()],
+        "decode": lambda: vae.decode(latents),
+    }  # fmt: skip
     counted = {}
-    for name, work in {"vae": lambda: vae.encode(image), "text": lambda: text_encoder(tokens), "train": train}.items():
+    for name in parts:
         with FlopCounterMode(display=False) as counter:
-            work()
+            work[name]()
         counted[name] = counter.get_total_flops() / 1e12
     return counted
 
@@ -374,7 +400,7 @@ def step_tflop(base: str | Path, resolution: int, batch: int = 1) -> dict[str, f
 def measured(config: BenchTrainConfig) -> tuple[BenchTrainConfig, list[dict]]:
     """The runs measured last, and their settings; run now where a script is named, or output_dir holds none."""
     path = config.folder / "train.json"
-    if config.peer or not newest(path):
+    if config.baseline or not newest(path):
         bench_train(config, log=lambda text: None if "\n" in text else print(text))  # the table has its own cell
     entries = newest(path)
     variants = dict.fromkeys(entry["variant"] for entry in entries)

@@ -187,13 +187,6 @@ def index_of(folder: str | Path, **hub: Any) -> dict[str, Any]:
     return diffusers.DiffusionPipeline.load_config(folder, **hub)
 
 
-def refuse_others(folder: str | Path, what: str) -> None:
-    """UserError where a base is not Stable Diffusion 1.x or 2.x; what: the flag or command that takes no other."""
-    family = family_of(folder)
-    if family is not FAMILIES[0]:
-        raise UserError(f"{what}: expected a base of Stable Diffusion 1.x or 2.x, found {family.title} in {folder}")
-
-
 def each_residual(residuals: Residuals, change: Callable[[torch.Tensor], torch.Tensor]) -> Residuals:
     """Residuals of which each tensor is changed."""
     return {
