@@ -47,6 +47,8 @@ TOY = {  # what makes a command quick; everything else is as the page says
     "segcn bench train": "--resolution 64 --rounds 1 --warmup_steps 1 --measured_steps 1 --max_train_samples 8"
     " --train_batch_size 2 --faithful_steps 2 --checkpointing_steps 1 --faithfulness_rows 1"
     " --pretrained_model_name_or_path $MODEL_DIR",
+    "segcn bench gpu": "--toy --bases sdxl --resolutions 64 --variants bf16 --warmup_steps 1 --measured_steps 1"
+    " --batch_sizes 2 --num_inference_steps 2",
     "segcn bench generate": "--limit 2 --plain_steps 2 --plain_guidance_scales 1.5 --batch_size 2 --segmenter judge",
     "segcn check": "--resolution 64",
     "segcn evaluate --real": "--segmenter judge",
@@ -65,7 +67,9 @@ TOY = {  # what makes a command quick; everything else is as the page says
     " --resamples 50",
     "segcn train": "--resolution 64 --max_train_steps 2 --faithfulness_rows 0 --report_to none --train_batch_size 2",
 }
-PEER = """import runpy, sys
+BASELINE = """import runpy, sys
+
+# It stands for scripts with StableDiffusionControlNetPipeline and StableDiffusionXLControlNetPipeline.
 
 sys.argv += ["--logging_steps", "1"]
 runpy.run_module("segcn.train", run_name="__main__")
@@ -139,7 +143,8 @@ def place(tmp_path, sample_set, landscapes, random_base):
     (tmp_path / "RUN").mkdir()
     for name in ("metrics.json", "draws.safetensors"):
         (tmp_path / "RUN" / name).symlink_to(tmp_path / name)  # which segcn evaluate writes beside DIR
-    (tmp_path / "train_controlnet.py").write_text(PEER)
+    for name in ("train_controlnet.py", "train_controlnet_sdxl.py"):
+        (tmp_path / name).write_text(BASELINE)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "segcn").write_text(SHIM)
     (tmp_path / "bin" / "segcn").chmod(0o755)

@@ -116,6 +116,7 @@ class BenchGpuConfig:
     output_dir: str = flag(str(OUTPUTS / "bench_gpu"), "folder of the bases (18 GB), runs and tables; rerun to resume")
     bases: list[str] = flag(["sd15", "sdxl"], "architectures", ("sd15", "sdxl"))
     resolutions: list[int] = flag([512, 1024], "image sizes in pixels", low=1)
+    variants: str = flag("", "trainings, as in segcn bench train; none: what fits each base and size")
     warmup_steps: int = flag(4, "steps before the timed ones", low=1)
     measured_steps: int = flag(16, "timed training steps", low=1)
     batch_sizes: list[int] = flag([1, 4, 16], "images that are generated at once; the best is compared", low=1)

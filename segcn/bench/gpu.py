@@ -53,8 +53,9 @@ def bench_gpu(config: BenchGpuConfig, log: Log = print) -> list[str]:
             training = BenchTrainConfig(
                 baseline=script, pretrained_model_name_or_path=str(base), dataset_name=str(sample_landscapes()),
                 output_dir=str(config.folder / f"{name}-{resolution}{'-toy' if config.toy else ''}"), rounds=1,
-                variants=",".join(LARGER if number else TRAININGS[name]), warmup_steps=config.warmup_steps,
-                measured_steps=config.measured_steps, resolution=resolution, train_batch_size=1, max_train_samples=ROWS,
+                variants=config.variants or ",".join(LARGER if number else TRAININGS[name]),
+                warmup_steps=config.warmup_steps, measured_steps=config.measured_steps, resolution=resolution,
+                train_batch_size=1, max_train_samples=ROWS,
             )  # fmt: skip
             entries = bench_train(training, log)
             trained += training_rows(TITLES[name], training, entries)

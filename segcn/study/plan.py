@@ -308,5 +308,6 @@ class StudyPlan:
             return (self.controlnet(case).max_train_steps or 0) * TRAINING_STEP * area + 20
         if stage == "synthetic":
             return config.amounts[-1] * config.num_inference_steps * DENOISING_STEP * area * 1.3 + 10
-        steps = min(config.segmenter_steps, USUAL_STEPS) * (2 if arm.like or arm.learns in MIXED else 1)
+        least = config.patience * config.validation_steps  # until a plateau can be found
+        steps = min(config.segmenter_steps, max(USUAL_STEPS, least)) * (2 if arm.like or arm.learns in MIXED else 1)
         return steps * config.segmenter_batch_size * FITTING_SAMPLE * crop + 2
