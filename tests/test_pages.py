@@ -60,6 +60,7 @@ TOY = {  # what makes a command quick; everything else is as the page says
     "segcn run --preset sd15": "--pretrained_model_name_or_path $MODEL_DIR --dataset_name data/landscapes",
     "segcn samples earth": "--count 8 --test 4",
     "segcn samples echo": "--count 8 --test 4",
+    "segcn samples sdxl": "--toy",
     "segcn samples landscapes OUT": "--count 8 --test 4",
     "segcn samples landscapes data": "--count 8 --test 4",
     "segcn study": "--resolution 64 --controlnet_steps 1 --controlnet_more_steps 1 --num_inference_steps 2"
