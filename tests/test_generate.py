@@ -7,6 +7,7 @@ import shutil
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -96,8 +97,12 @@ def test_the_manifest_has_a_line_for_each_image_in_order_and_a_batch_with_a_gap_
     (out / "images" / "000001.png").unlink()
     before, first = (out / "images" / "000000.png").stat().st_mtime_ns, quick_images[0]
     del quick_images[:]
+    for name in ("metadata.csv", writer.SETTINGS_FILE):  # what a kill leaves, half written
+        forked(partial(io.write_whole, out / name, lambda staged: (staged.touch(), os._exit(1))))
+    assert sum(name.startswith(".") for name in tree(out)) == 2
     write(replicates=2)
     assert quick_images == [first] and (out / "images" / "000000.png").stat().st_mtime_ns == before
+    assert not any(name.startswith(".") for name in tree(out))
 
 
 def test_a_second_command_on_a_folder_is_refused_by_the_name_of_the_first(config, write, no_generation):

@@ -159,8 +159,8 @@ class Manifest:
 
     def clear(self) -> None:
         """Remove what a finished set does not need, also what was half written when a process was killed."""
-        for pattern in (".metadata.csv.*", f".*-{SETTINGS_FILE}"):
-            for path in self.out.glob(pattern):
+        for name in ("metadata.csv", SETTINGS_FILE):
+            for path in self.out.glob(f".*-{name}"):
                 path.unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
