@@ -108,9 +108,8 @@ class Workspace:
 
     @property
     def saved(self) -> Path:
-        """What is kept in the panel; older runs have it under another name."""
-        old = self.folder / "painted"
-        return old if old.is_dir() else self.folder / "saved"
+        """What is kept in the panel."""
+        return self.folder / "saved"
 
     @property
     def cache(self) -> Path:
