@@ -35,9 +35,9 @@ def signals():
     usual = dict.fromkeys((signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1), signal.SIG_DFL)
     usual[signal.SIGINT] = signal.default_int_handler
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
-    checkpoint.heard_signals.cache_clear()
+    checkpoint.stopping_signals.cache_clear()
     yield
-    checkpoint.heard_signals.cache_clear()
+    checkpoint.stopping_signals.cache_clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -185,11 +185,6 @@ class Base:
         return self.family.process(self.scheduler, self.folder)
 
     @property
-    def predicts_v(self) -> bool:
-        """Whether it predicts v (Stable Diffusion 2.x at 768) rather than noise; UserError for anything else."""
-        return self.process.predicts == "v"
-
-    @property
     def latent_factor(self) -> int:
         """The width of a latent cell in pixels, 8 in Stable Diffusion."""
         return _factor(self.vae_config)

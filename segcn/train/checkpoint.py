@@ -1,4 +1,4 @@
-"""A run folder and its checkpoints: claim, save, prune, resume, the best one, and signals that end a run with one.
+"""A run folder and its checkpoints: lock, save, prune, resume, the best one, and signals that end a run with one.
 
 A checkpoint is committed (utils/io.py): it is complete with its manifest or does not exist."""
 
@@ -39,7 +39,7 @@ SHARED_NUMBERS = 256  # of an optimizer's tensor that parameters may share: quan
 WAIT = timedelta(hours=3)  # of the other processes, while one validates
 
 
-def claim_run_folder(
+def lock_run_folder(
     output_dir: Path,
     config: TrainConfig,
     split: Split,
@@ -317,7 +317,7 @@ def end_on_signals() -> Iterator[None]:
 
 
 def catch_signals(run: Run) -> None:
-    """From here on signals are remembered until `stop_if_asked`."""
+    """From here on signals are remembered until `stop_if_interrupted`."""
     handle_signals(lambda received, _: run.stop_signal.append(received))
 
 
@@ -331,17 +331,17 @@ def handle_signals(handler) -> dict[int, Any]:
 
     One that is ignored, such as SIGHUP under nohup and SIGINT of a job in the background, stays ignored.
     """
-    return {number: signal.signal(number, handler) for number in heard_signals()}
+    return {number: signal.signal(number, handler) for number in stopping_signals()}
 
 
 @functools.cache
-def heard_signals() -> tuple[int, ...]:
-    """The signals that stop a training, without those that this process ignored when it first asked."""
+def stopping_signals() -> tuple[int, ...]:
+    """The signals that stop a training, without those that this process ignored at the first call."""
     stopping = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     return tuple(number for number in stopping if signal.getsignal(number) != signal.SIG_IGN)
 
 
-def stop_if_asked(run: Run) -> None:
+def stop_if_interrupted(run: Run) -> None:
     """After each micro-batch: once a signal reached one of the processes, all save the last finished step and end."""
     number = max(run.stop_signal, default=0)
     if run.accelerator.num_processes > 1:
