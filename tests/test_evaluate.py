@@ -464,7 +464,7 @@ def test_two_runs_are_compared_with_paired_intervals(observer, real, blurred, tm
 
 def test_the_evaluation_of_other_images_is_not_replaced(folder, tmp_path, blurred):
     settings = {"real": str(folder / "data"), "segmenter": str(folder / "segmenter"), "output_dir": str(tmp_path)}
-    (tmp_path / METRICS_FILE).write_text('{"sets": {"synthetic": {"folder": "/somewhere/else"}}}')
+    (tmp_path / METRICS_FILE).write_text('{"sets": {"synthetic": {"folder": "/somewhere/else", "fingerprint": ""}}}')
     with pytest.raises(UserError, match=r"is the evaluation of /somewhere/else, not of .*choose another --output_dir"):
         evaluate_folders(EvaluateConfig(**settings, synthetic=str(folder / "blurred")), log=len)
     with pytest.raises(UserError, match="needs --real DATASET and --synthetic DATASET"):

@@ -76,13 +76,6 @@ def test_images_are_scored_against_the_masks_that_were_requested(folder, filtere
         name: int(found.seen[name]["confusion"].sum()) / found.metrics["sets"][name]["images"] for name in found.seen
     }
     assert pixels["synthetic"] == pixels["real"] > 0  # the edited masks have half of them
-    assert not [line for line in found.metrics["warnings"] if "edited" in line]
-
-
-def test_an_older_set_without_its_requested_masks_is_said_to_be_flattered(folder, filtered):
-    (filtered.folder / "requested_masks").rename(filtered.folder / "elsewhere")
-    found = evaluate(read_split(folder / "data" / "test"), filtered, observer(folder, 0), log=quiet)
-    assert any("edited masks, which flatters" in line for line in found.metrics["warnings"])
 
 
 def test_the_report_says_what_was_dropped_and_what_the_dropped_ones_had(folder, filtered):

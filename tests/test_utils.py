@@ -160,9 +160,9 @@ def test_settings_are_recorded_compared_by_meaning_and_changed_on_request_alone(
     written = path.read_bytes()
     assert same_settings(path, {"steps": 9, "sides": [1, 2], "seed": 0}, free={"steps"}, write=False) == []
     assert path.read_bytes() == written
-    other = r"holds a study with other settings:\n  seed: was 0, is 1\n  rate: was 2, is 3"
+    other = r"holds a study with other settings:\n  seed: was 0, is 1\n  rate: was None, is 3"
     with pytest.raises(UserError, match=other):
-        same_settings(path, {"seed": 1, "rate": 3}, what="study", defaults={"rate": 2})
+        same_settings(path, {"seed": 1, "rate": 3}, what="study")
     assert path.read_bytes() == written
     assert same_settings(path, {"seed": 1}, allow=True, log=said.append) == ["seed: was 0, is 1"]
     assert json.loads(path.read_text()) == {"seed": 1} and said == ["Changed: seed: was 0, is 1"]

@@ -365,8 +365,7 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
     few = metrics.few_images(min(len(splits["real"]), len(splits["synthetic"])), distance["features"], extractor.name)
     result: dict[str, Any] = {
         "segmenter": observer.segmenter.settings,
-        "sets": {name: {"folder": str(split.folder), "images": len(split), "fingerprint": split.fingerprint,
-                        "requested_masks": (split.folder / "requested_masks").is_dir()}
+        "sets": {name: {"folder": str(split.folder), "images": len(split), "fingerprint": split.fingerprint}
                  for name, split in splits.items()},
         "settings": {"bootstrap_draws": bootstrap.DRAWS, "level": bootstrap.LEVEL, "least_crop": LEAST_CROP},
         "notes": {"iou": metrics.IOU_RULE},
@@ -456,11 +455,6 @@ def _doubts(found: dict) -> Iterator[str]:
         yield (
             "The segmenter that scores these images has filtered them: the scores flatter them. Leave out --segmenter, "
             "or give another one."
-        )
-    if filtering and filtering["filter_regions"] and not found["sets"]["synthetic"]["requested_masks"]:
-        yield (
-            "Filtering has edited the masks of these images and those in requested_masks/ are missing: they "
-            "are scored against the edited masks, which flatters them."
         )
     reward = found["reward"]
     if reward and reward["weights"] == reward["scored_by"]:

@@ -290,7 +290,6 @@ def _compare_settings(out: Path, settings: dict[str, Any], allow: bool, write: b
         allow=allow,
         log=lambda line: None,
         what="set of images",
-        defaults=asdict(GenerateConfig()) | {"rows": settings["rows"]},
         write=write,
     )
 

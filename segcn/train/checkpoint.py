@@ -4,7 +4,6 @@ A checkpoint is committed (utils/io.py): it is complete with its manifest or doe
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import re
@@ -70,9 +69,8 @@ def lock_run_folder(
         raise UserError(f"{output_dir} is not empty and holds no run of segcn: choose another --output_dir.")
     if accelerator.is_main_process:
         io.lock(output_dir, log.say)
-    defaults = dataclasses.asdict(type(config)()) | {"trains": ["controlnet"]}
     try:
-        io.same_settings(path, resolved, FREE_TO_CHANGE, config.allow_changes, log.say, defaults=defaults, write=False)
+        io.same_settings(path, resolved, FREE_TO_CHANGE, config.allow_changes, log.say, write=False)
     except UserError as error:
         raise UserError(f"{error} --allow_changes resumes with the new ones.") from None
     accelerator.wait_for_everyone()
@@ -172,7 +170,7 @@ def resume(run: Run) -> None:
     if run.accelerator.scaler is not None and "scaler" in state:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = run.saved = state["step"]
-    if state.get("losses"):  # on another number of processes each gets the mean of all
+    if state["losses"]:  # on another number of processes each gets the mean of all
         losses = torch.tensor(state["losses"], device=run.accelerator.device)
         same = len(losses) == run.accelerator.num_processes
         run.log.losses = list(losses[run.accelerator.process_index] if same else losses.mean(0))
@@ -236,7 +234,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     with safe_open(path, "pt") as file:
         rest = json.loads(file.metadata()["json"])
     state: dict[int, dict] = {}
-    turned = set(rest.get("channels_last", ()))
+    turned = set(rest["channels_last"])
     for name, value in {**load_file(path), **rest["scalars"]}.items():
         index, *folders, key = name.split("/")
         place = state.setdefault(int(index), {})
@@ -290,7 +288,7 @@ def record_best(output_dir: Path) -> list[str]:
     io.write_text(output_dir / BEST, json.dumps(new) + "\n")
     if old and old["step"] < step and old["step"] in existing:
         folder = existing[old["step"]]
-        if json.loads((folder / "state.json").read_text()).get("only_best"):
+        if json.loads((folder / "state.json").read_text())["only_best"]:
             io.discard(folder)
     return [name]
 
