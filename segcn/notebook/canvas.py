@@ -119,9 +119,9 @@ def read_at(path: Path, palette: Palette, settings: SampleConfig) -> np.ndarray:
     """A mask file as class ids, uint8 [H, W], as large as the settings say."""
     if settings.resolution is None:
         return read_mask(path, palette)
-    from segcn.data.dataset import read_control_mask  # with torch, which takes seconds to be imported
+    from segcn.data.dataset import read_framed_mask  # with torch, which takes seconds to be imported
 
-    return read_control_mask(path, palette, settings.resolution, settings.framing)
+    return read_framed_mask(path, palette, settings.resolution, settings.framing)[0]
 
 
 class FileButton(anywidget.AnyWidget):

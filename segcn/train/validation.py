@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from segcn.data.dataset import PairedDataset, by_shape, read_control_mask, to_image, to_uint8
+from segcn.data.dataset import PairedDataset, by_shape, read_framed_mask, to_image, to_uint8
 from segcn.data.metadata import Split, find_splits, hold_out, read_split
 from segcn.data.transforms import AUGMENTS
 from segcn.data.visualize import write_sheet
@@ -286,7 +286,8 @@ def generate_sheet(
         return [[palette.table[mask] for mask in run.scorer.masks[:SHEET_ROWS]], generated[:SHEET_ROWS]], generated
     prompts = config.validation_prompt or []
     count = max(len(config.validation_image), len(prompts))  # a single mask or prompt is repeated
-    read = [read_control_mask(path, palette, config.resolution, config.framing) for path in config.validation_image]
+    fit = config.resolution, config.framing
+    read = [read_framed_mask(path, palette, *fit)[0] for path in config.validation_image]
     masks, prompts = (read * count)[:count], (prompts * count)[:count]
     lines = [[palette.table[mask] for mask in masks]]
     for number in range(config.num_validation_images):
