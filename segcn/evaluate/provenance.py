@@ -86,9 +86,7 @@ def _shares(dropped: list[bool], kept: list[bool]) -> list[float]:
     return [round(sum(one) / len(one), 3) if one else 0.0 for one in (dropped, every)]
 
 
-def _most_dropped(shares: dict[str, list[float]], most: int = 6) -> dict[str, list[float]]:
-    """Those that are more frequent among the dropped images by 0.1 and more, the most frequent first."""
+def _most_dropped(shares: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The six that are more frequent among the dropped images by 0.1 and more, the most frequent first."""
     gaps = {name: dropped - all_of_them for name, (dropped, all_of_them) in shares.items()}
-    return {
-        name: shares[name] for name in sorted(gaps, key=lambda name: (-gaps[name], name))[:most] if gaps[name] >= 0.1
-    }
+    return {name: shares[name] for name in sorted(gaps, key=lambda name: (-gaps[name], name))[:6] if gaps[name] >= 0.1}

@@ -272,13 +272,13 @@ def settings_of(
     return settings | ({"segmenter_weights": weights_digest(criterion.segmenter)} if criterion else {})
 
 
-def differences(folder: str | Path, config: GenerateConfig, pipeline: Pipeline, log: Callable = print) -> list[str]:
+def differences(folder: str | Path, config: GenerateConfig, pipeline: Pipeline) -> list[str]:
     """How the settings of the images in a folder differ from a config: "name: was X, is Y" of each.
 
     Empty: there are none, or `generate_dataset` will resume and reuse them. Otherwise it refuses the folder.
     """
     conditions = read_conditions(config)
-    settings = settings_of(config, pipeline, conditions, open_filter(config, conditions, log))
+    settings = settings_of(config, pipeline, conditions, open_filter(config, conditions, print))
     return _compare_settings(Path(folder), settings, allow=True, write=False)
 
 

@@ -388,9 +388,9 @@ def folder_digest(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _sampled(path: Path, blocks: int = 64, block: int = 2**16) -> bytes:
+def _sampled(path: Path) -> bytes:
     """A whole file or, over 4 MiB, its size and evenly spaced blocks of 64 KiB: enough to distinguish gigabytes."""
-    size = path.stat().st_size
+    size, blocks, block = path.stat().st_size, 64, 2**16
     with path.open("rb") as file:
         if size <= blocks * block:
             return file.read()

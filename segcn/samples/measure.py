@@ -227,11 +227,11 @@ def draw_grid(config: MeasureConfig, real: Split, pipeline: Pipeline) -> Figure:
     return visualize.grid(lines, ["mask", *starts], below=below, width=2.56)
 
 
-def save_grid(figure: Figure, path: Path, step: int = 3) -> None:
+def save_grid(figure: Figure, path: Path) -> None:
     """Write the figure as a PNG a third smaller: colors are rounded to multiples of 3, at most 1 of 255 off."""
     figure.savefig(path, dpi=100)
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.uint16)
-    Image.fromarray(((pixels + step // 2) // step * step).astype(np.uint8)).save(path, optimize=True)
+    Image.fromarray(((pixels + 1) // 3 * 3).astype(np.uint8)).save(path, optimize=True)
 
 
 def measure_table(metrics: dict) -> str:

@@ -402,6 +402,6 @@ def _of_saved(folder: Path, config: ImportConfig) -> dict[str, Source]:
     }
 
 
-def _some(names: Iterable[str], shown: int = 3) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
