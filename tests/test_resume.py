@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import ControlNetModel
-from kills import forked, train_quietly
+from kills import ended, forked
 from runs import log_of, tree, weights
 
 from segcn.data.metadata import read_split
@@ -218,16 +218,6 @@ def test_changed_data_are_shown_and_refused_unless_allowed(quick, straight, out,
     assert "--allow_changes" in str(caught.value) and weights(out) == weights(straight)
     train(quick(out, **ODD, **moved, allow_changes=True))
     assert "Changed: data_fingerprint" in capsys.readouterr().out and "checkpoint-7" in names(out)
-
-
-def ended(warm, config, *kill, seconds=300):
-    """Train in a warm process, killed after so long; its exit code, or minus the signal that it died of."""
-    process = warm.Process(target=train_quietly, args=(config, *kill))
-    process.start()
-    process.join(seconds)
-    process.kill()
-    process.join()
-    return process.exitcode
 
 
 def test_a_run_on_images_of_several_shapes_that_is_killed_ends_with_the_same_bytes(warm, quick, mixed, tmp_path):

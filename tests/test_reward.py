@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from kills import ended
 from runs import log_of
 from safetensors.torch import load_file
-from test_resume import assert_same, ended
+from test_resume import assert_same
 from torch.utils.data import default_collate
 
 from segcn.data.metadata import read_split
