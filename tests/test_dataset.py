@@ -290,8 +290,8 @@ def test_a_function_of_ones_own_runs_after_the_paired_affine(split):
     (lambda image, mask, seed: (image, mask[None]), r"a mask, uint8 \[16, 16\], found torch.uint8 \[1, 16, 16\]"),
 ])  # fmt: skip
 def test_what_such_a_function_may_not_give_is_named(split, function, words):
-    function.__name__ = "repaint"
-    with pytest.raises(UserError, match=f"the augmentation repaint: expected {words}"):
+    function.__name__ = "recolor"
+    with pytest.raises(UserError, match=f"the augmentation recolor: expected {words}"):
         PairedDataset(split, 16, SPUN, 0, function=function).sample(0, 0)
 
 

@@ -231,7 +231,7 @@ def test_a_draw_of_the_cache_has_the_size_that_the_page_tells():
 
 
 @pytest.mark.slow
-def test_every_failure_is_painted_beside_the_picture_as_it_should_be(tmp_path, landscapes):
+def test_every_failure_is_drawn_beside_the_image_as_it_should_be(tmp_path, landscapes):
     recipe = measure.FailureRecipe(early_steps=1, early_rows=4, copying_steps=1, copied_rows=2)
     out = measure.write_failures(tmp_path / "failures.png", tmp_path / "work", landscapes, recipe)
     assert Image.open(out).width > 1000 and np.asarray(Image.open(out)).std() > 20

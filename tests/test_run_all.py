@@ -213,7 +213,7 @@ class Person:
     def press(self, name):
         self.panel.get_by_role("button", name=name, exact=True).click()
 
-    def paint(self, *points):
+    def draw(self, *points):
         """Draw a line through points given as shares of the canvas's width and height."""
         self.canvas.scroll_into_view_if_needed()
         box = self.canvas.bounding_box()
@@ -247,23 +247,23 @@ class Person:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["lab", "voila"])
-def test_a_person_paints_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, pages, places, tmp_path):
+def test_a_person_draws_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, pages, places, tmp_path):
     person, server = Person(pages[place], tmp_path), places[place]
     before = len(read_split(server.folder / "out" / "saved"))  # the notebook itself saves a row
     person.shoot("opened")
 
     person.panel.locator("button.segcn-class", has_text="house").click()
     person.write(PROMPT)
-    person.paint((0.3, 0.7), (0.6, 0.7))
+    person.draw((0.3, 0.7), (0.6, 0.7))
     person.press("Generate")  # at once: the stroke must not come later
     person.sees(r"Generated 1 of 1")
     assert person.images() == [128]
-    person.shoot("painted")
+    person.shoot("drawn")
 
     person.set("steps", 1000)
     person.press("Generate")
     person.sees(r"step [1-9]\d* of 1000")
-    person.paint((0.3, 0.2), (0.6, 0.2))  # while the kernel is at work
+    person.draw((0.3, 0.2), (0.6, 0.2))  # while the kernel is at work
     person.press("Stop")
     person.sees("Stopped; 0 of 1 generated, and one as far as it was")
     person.press("Back")

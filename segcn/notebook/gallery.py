@@ -58,7 +58,7 @@ class Card(w.VBox):
     """One image with its caption, seed and mIoU; `actions`: what its buttons do with it, by their text."""
 
     def __init__(self, made: "GeneratedImage", found: tuple[float, np.ndarray] | None, actions: dict[str, Callable]):
-        self.picture, self.found, self.seen = made, found, ""
+        self.generated, self.found, self.seen = made, found, ""
         self.image = w.Image()  # it can have no tooltip
         self.image.add_class("segcn-image")
         self.save_button, self.reuse_button, self.download_button = (
@@ -90,7 +90,7 @@ class Card(w.VBox):
 
         if view == self.seen:
             return
-        image, mask, self.seen = self.picture.image, self.picture.mask, view
+        image, mask, self.seen = self.generated.image, self.generated.mask, view
         shown: dict[str, Callable[[], Any]] = {
             "image": lambda: image, "outlines": lambda: visualize.outlined(image, mask),
             "classes": lambda: visualize.overlay(image, mask, palette), "mask": lambda: colorize(mask, palette),
@@ -109,8 +109,8 @@ class Gallery(w.VBox):
     def __init__(self, palette: Palette, save: Callable, reuse: Callable, say: Callable, download: Callable):
         self.palette, self.save, self.say = palette, save, say
         self.segmenter: AnySegmenter | None = None
-        self.actions = {"Save": self.keep, "Use again": lambda card: reuse(card.picture),
-                        "Download": lambda card: download("image.png", card.picture.png())}  # fmt: skip
+        self.actions = {"Save": self.keep, "Use again": lambda card: reuse(card.generated),
+                        "Download": lambda card: download("image.png", card.generated.png())}  # fmt: skip
         self.entries: list[list[Card]] = []
         self.shown, self.fresh, self.alone = -1, True, True
         self.view, self.place = w.Dropdown(options=VIEWS, layout=w.Layout(width="124px"), tooltip="view"), w.Label()
@@ -182,7 +182,7 @@ class Gallery(w.VBox):
         if card.save_button.disabled:
             return
         try:
-            row = self.save(card.picture)
+            row = self.save(card.generated)
         except (UserError, OSError) as error:
             return self.say(f"Error: {error}")
         card.save_button.description, card.save_button.disabled = f"Row {row}", True
