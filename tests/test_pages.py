@@ -139,7 +139,7 @@ def place(tmp_path, sample_set, landscapes, random_base):
     shutil.copytree(landscapes / "train", tmp_path / "path" / "containing")
     shutil.copy(landscapes / "palette.json", tmp_path / "path")
     shutil.copy(landscapes / "test" / "masks" / "000000.png", tmp_path / "MASK.png")
-    write_pictures(tmp_path)
+    write_photos(tmp_path)
     (tmp_path / "RUN").mkdir()
     for name in ("metrics.json", "draws.safetensors"):
         (tmp_path / "RUN" / name).symlink_to(tmp_path / name)  # which segcn evaluate writes beside DIR
@@ -151,7 +151,7 @@ def place(tmp_path, sample_set, landscapes, random_base):
     return tmp_path
 
 
-def write_pictures(folder):
+def write_photos(folder):
     """Images and masks of three classes, in the layouts that the pages import."""
     classes = {"ground": (200, 160, 90), "tree": (0, 99, 0), "water": (0, 0, 200)}
     palette = Palette(tuple(Label(k, name, color) for k, (name, color) in enumerate(classes.items())))

@@ -63,8 +63,8 @@ PARAMETERS = {
     "07_sweep": {"guidance_scales": "2", "controlnet_conditioning_scales": "0.5,1", "limit": 2, "segmenter_steps": 3},
     "08_app": {},
 }
-PICTURES = {"00_embedded_base": 10, "01_inspect_data": 5, "02_paired_augmentation": 3, "03_train": 5, "04_generate": 3,
-            "05_evaluate": 3, "06_benchmark": 1, "07_sweep": 2, "08_app": 0}  # fmt: skip
+IMAGES = {"00_embedded_base": 10, "01_inspect_data": 5, "02_paired_augmentation": 3, "03_train": 5, "04_generate": 3,
+          "05_evaluate": 3, "06_benchmark": 1, "07_sweep": 2, "08_app": 0}  # fmt: skip
 ENDED = """() => {
     const notebook = window.jupyterapp.shell.currentWidget;
     const cells = [...notebook.content.model.cells].filter((cell) => cell.type === "code");
@@ -164,7 +164,7 @@ def test_it_runs_by_run_all_in_a_browser(notebook, lab, page, tmp_path):
     found = page.wait_for_function(ENDED, timeout=PATIENCE, polling=500).json_value()
     page.screenshot(path=tmp_path / f"{notebook}.png")
     assert not found["errors"] and not found["stderr"]
-    assert found["images"] >= PICTURES[notebook]
+    assert found["images"] >= IMAGES[notebook]
 
 
 @pytest.fixture(scope="module")

@@ -197,8 +197,8 @@ def validation_over_time(folder: str | Path, most: int = 6) -> Figure | SubFigur
 def progress(folder: Path) -> Figure:
     """The curves so far, and under them the newest validation images."""
     entries, sheets = read_log(folder / LOG), validation_sheets(folder)
-    picture = np.asarray(Image.open(list(sheets.values())[-1])) if sheets else np.zeros((0, 1, 3))
-    heights = [2.6, 9 * picture.shape[0] / picture.shape[1] + 0.3][: 1 + bool(sheets)]
+    newest = np.asarray(Image.open(list(sheets.values())[-1])) if sheets else np.zeros((0, 1, 3))
+    heights = [2.6, 9 * newest.shape[0] / newest.shape[1] + 0.3][: 1 + bool(sheets)]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     curves, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     loss, obeyed = curves.subplots(1, 2)
@@ -206,7 +206,7 @@ def progress(folder: Path) -> Figure:
     faithfulness_curve(entries, obeyed)
     for part in below:
         axes = part.add_subplot()
-        axes.imshow(picture, interpolation="antialiased")
+        axes.imshow(newest, interpolation="antialiased")
         axes.set_title(f"step {max(sheets)}: masks, and the images generated from them")
         axes.axis("off")
     return figure
@@ -317,9 +317,9 @@ def covered(pairs: PairedDataset, row: int, draws: int = 5) -> Figure:
     in_frame = {epoch: ignoring.sample(row, epoch).valid.sum().item() for epoch in range(4 * draws)}
     epochs = sorted(in_frame, key=lambda epoch: in_frame[epoch])[:draws]
     samples = [[source.sample(row, epoch) for epoch in epochs] for source in (ignoring, covering)]
-    pictures = [[_overlaid(sample, pairs.split.palette) for sample in line] for line in samples]
+    images = [[_overlaid(sample, pairs.split.palette) for sample in line] for line in samples]
     notes = [[f"scale {s.draw.scale:.2f}, {s.valid.float().mean():.0%} in frame" for s in line] for line in samples]
-    return grid(pictures, left=["fill=\nignore", "fill=\ncover"], below=notes, width=1.7)
+    return grid(images, left=["fill=\nignore", "fill=\ncover"], below=notes, width=1.7)
 
 
 def fits(pairs: PairedDataset, row: int) -> Figure:
@@ -333,15 +333,15 @@ def fits(pairs: PairedDataset, row: int) -> Figure:
         borders = (mask[:, 1:] != mask[:, :-1]).sum(1)  # of each line
         top = max(range(side // 2 + 1), key=lambda top: borders[top : top + side // 2].sum())
         image, mask = (pixels[top : top + side // 2] for pixels in (image, mask))
-    pictures = []
+    images = []
     for fit in FITS:
         square, ids, valid = apply(*_tensors(image, mask), Draw(fit=fit), pairs.resolution)
         shown = overlay(square.permute(1, 2, 0).numpy(), ids[0].numpy(), pairs.split.palette, FAINT)
-        pictures.append(hatched(shown, valid[0].numpy()))
+        images.append(hatched(shown, valid[0].numpy()))
     whole = np.full((max(image.shape), max(image.shape), 3), 255, np.uint8)
     top, left = ((whole.shape[0] - side) // 2 for side in mask.shape)
     whole[top : top + mask.shape[0], left : left + mask.shape[1]] = image
-    return grid([[whole, *pictures]], [f"{mask.shape[1]} x {mask.shape[0]} pixels", *FITS], width=2.1)
+    return grid([[whole, *images]], [f"{mask.shape[1]} x {mask.shape[0]} pixels", *FITS], width=2.1)
 
 
 def with_a_rare_class(split: Split, share: float = 0.2, kept: int = 10) -> Split:
