@@ -399,7 +399,7 @@ def test_a_cell_is_the_mean_of_its_pixels_and_unlabelled_ones_are_nothing():
 
 
 @pytest.mark.parametrize("cache", ["latents", "none"])
-def test_examples_carry_weights_where_they_are_asked_for(quick, tmp_path, landscapes, cache):
+def test_examples_carry_weights_where_they_are_requested(quick, tmp_path, landscapes, cache):
     run = prepare(quick(tmp_path / "run", cache=cache, class_weighting=0.5))
     split = read_split(landscapes, "train")
     table = class_weights(class_pixels(split), 0.5)

@@ -298,7 +298,7 @@ def test_the_held_out_rows_are_said_and_not_trained_on(run, own_data):
 def test_the_training_is_scored_on_the_held_out_rows_and_names_its_best_checkpoint(run):
     out, _, books = run
     text = printed(books["03_train"])
-    assert "on the 2 held-out real images (12 were asked for" in text and "is the best:" in text
+    assert "on the 2 held-out real images (12 were requested" in text and "is the best:" in text
     best = json.loads((out / "controlnet" / "best.json").read_text())["checkpoint"]
     assert ControlNetModel.from_pretrained(out / "controlnet" / best / "controlnet")
 

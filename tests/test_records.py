@@ -393,7 +393,7 @@ def test_images_give_their_pixels(folder, name):
     assert (read_image(first_row(folder)[0].image) == pixels).all()
 
 
-def test_a_link_out_of_the_folder_is_read_when_asked_for(folder, tmp_path, monkeypatch):
+def test_a_link_out_of_the_folder_is_read_when_requested(folder, tmp_path, monkeypatch):
     (folder / "images").rename(tmp_path / "elsewhere")
     (folder / "images").symlink_to(tmp_path / "elsewhere")
     monkeypatch.setenv("SEGCN_ALLOW_SYMLINKS", "1")

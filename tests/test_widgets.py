@@ -1,4 +1,4 @@
-"""Promise: the panel generates from what is drawn, keeps what is asked for, and no text of it becomes HTML."""
+"""Promise: the panel generates from what is drawn, keeps what is to be saved, and no text of it becomes HTML."""
 
 import dataclasses
 import io

@@ -431,19 +431,19 @@ def _shares_of_with_mask(seen: dict[str, Seen], found: dict, palette: Palette) -
 
     Where the latter hold an image of each of these masks, these alone are compared, image by image.
     """
-    shares, asked = {}, seen["synthetic"]
+    shares, usual = {}, seen["synthetic"]
     for name in RECAPTIONED:
         if name in seen:
-            rows, scores = _partners(asked, seen[name]), found["synthetic"]
+            rows, scores = _partners(usual, seen[name]), found["synthetic"]
             if rows is not None:
-                scores = metrics.mask_scores(asked["pixels"][rows], asked["edges"][rows], palette)
+                scores = metrics.mask_scores(usual["pixels"][rows], usual["edges"][rows], palette)
             shares[name] = {kind: bootstrap.ratio(found[name][kind], scores[kind]) for kind in ("miou", "boundary_f")}
     return shares
 
 
-def _partners(asked: Seen, others: Seen) -> list[int] | None:
+def _partners(candidates: Seen, others: Seen) -> list[int] | None:
     """For each image of `others` the row of one with the same mask; None where any has none."""
-    rows = {key: row for row, key in reversed(list(enumerate(asked["mask"].tolist())))}
+    rows = {key: row for row, key in reversed(list(enumerate(candidates["mask"].tolist())))}
     found = [rows[key] for key in others["mask"].tolist() if key in rows]
     return found if len(found) == len(others["mask"]) else None
 

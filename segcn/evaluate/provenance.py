@@ -53,7 +53,7 @@ def filtering_of(split: Split, classes: torch.Tensor, scorer: str) -> dict | Non
     """How a generated set was filtered, by its manifest; None where it was not.
 
     classes [N, K]: which classes the mask of each of its images holds; scorer: the digest of the segmenter that scores.
-    Counts of images asked for, kept, regenerated (kept, but not at the first attempt) and dropped; of classes, and of
+    Counts of images requested, kept, regenerated (kept, but not at the first attempt) and dropped; of classes, and of
     words of the prompts, the share of the dropped and of all images that have it, those first that were dropped most.
     """
     made, manifest = generation_of(split), split.folder / "manifest.jsonl"
@@ -72,7 +72,7 @@ def filtering_of(split: Split, classes: torch.Tensor, scorer: str) -> dict | Non
              for some in (dropped, [record for record in records if record["kept"]])]  # fmt: skip
     words = {word: _shares(*([word in one for one in some] for some in texts)) for word in set().union(*texts[0])}
     return {
-        "asked": len(records), "kept": len(records) - len(dropped), "dropped": len(dropped),
+        "requested": len(records), "kept": len(records) - len(dropped), "dropped": len(dropped),
         "regenerated": sum(record["kept"] and record["attempt"] > 0 for record in records),
         "min_miou": made.get("min_miou"), "filter_regions": made.get("filter_regions"),
         "segmenter_weights": made.get("segmenter_weights"), "scored_by": scorer, "classes": _most_dropped(found),

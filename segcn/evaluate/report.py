@@ -165,7 +165,7 @@ def reward_line(metrics: dict) -> str:
 def filtering_line(found: dict) -> str:
     """How many images filtering kept and dropped, and what the dropped ones have more often than all of them."""
     again, dropped = f"{found['regenerated']} of them regenerated", f"{found['dropped']} dropped"
-    text = f"filtering: {found['asked']} images asked for, {found['kept']} kept ({again}), {dropped}"
+    text = f"filtering: {found['requested']} images requested, {found['kept']} kept ({again}), {dropped}"
     if found["segmenter_weights"] and found["segmenter_weights"] != found["scored_by"]:
         text += "; one segmenter filtered, another one scores"
     for kind, title in (("classes", "classes of the dropped"), ("words", "words of their prompts")):

@@ -153,7 +153,7 @@ def write(run: Run, state: dict, folder: Path) -> None:
 
 
 def resume(run: Run) -> None:
-    """Load the newest whole checkpoint of this run, or the one asked for; later ones are set aside by name."""
+    """Load the newest whole checkpoint of this run, or the one requested; later ones are set aside by name."""
     with run.accelerator.main_process_first():  # it alone repairs what a kill left; the others read after it
         folder = wanted_checkpoint(run)
     run.accelerator.wait_for_everyone()
@@ -183,7 +183,7 @@ def resume(run: Run) -> None:
 
 
 def wanted_checkpoint(run: Run) -> Path | None:
-    """The folder to resume from; None: the run has none yet. UserError where the one asked for is not whole."""
+    """The folder to resume from; None: the run has none yet. UserError where the one requested is not whole."""
     wanted = run.config.resume_from_checkpoint
     if wanted == "latest":
         return find_latest(run.output_dir, run.log.say)

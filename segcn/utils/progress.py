@@ -46,7 +46,7 @@ class Progress:
         Progress.now = self
 
     def __call__(self, done: int, note: Callable[[], str] | None = None) -> None:
-        """Show "encoded 32 of 128, 2.1 per second, 46 s left" when it is time; note: asked for what follows."""
+        """Show "encoded 32 of 128, 2.1 per second, 46 s left" when it is time; note: called for what follows."""
         Progress.now, self.done = (None if done == self.total else self), done
         if self.bar is not None:
             if note is not None and done % 10 == 0:
