@@ -106,7 +106,7 @@ def palette_text(data):
 
 
 def instead(name, make):
-    """Something that is no regular file stands at this name."""
+    """Something that is no regular file has this name."""
 
     def change(folder):
         (folder / name).unlink()

@@ -264,10 +264,10 @@ def test_an_evaluation_that_was_killed_and_restarted_writes_the_bytes_of_one_tha
         return process.exitcode
 
     assert ended("killed", 4) == -signal.SIGKILL
-    stood = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "cache" / "seen").glob("*.safetensors")}
-    assert stood and not (tmp_path / "killed" / METRICS_FILE).exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "cache" / "seen").glob("*.safetensors")}
+    assert kept and not (tmp_path / "killed" / METRICS_FILE).exists()
     assert ended("killed") == ended("whole") == 0
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stood.items())
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     assert_same_files(tmp_path / "killed", tmp_path / "whole")
 
 

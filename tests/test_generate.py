@@ -266,7 +266,7 @@ def test_the_card_names_models_settings_and_figures_and_reads_no_prompt_as_html(
 HOSTILE = {
     "unknown colors": (lambda path: Image.new("L", (64, 64), 77).save(path), r"value 77 \(4096 pixels\)"),
     "an empty file": (lambda path: path.write_bytes(b""), "cannot be read"),
-    "30,000 pixels a side": (lambda path: path.write_bytes(png_begun(30000, 30000)), "too large"),
+    "30,000 x 30,000 pixels": (lambda path: path.write_bytes(png_begun(30000, 30000)), "too large"),
     "an odd size": (lambda path: write_mask(path, np.zeros((64, 63), np.uint8), FIRST), "--resolution"),
 }
 FIRST = Palette((Label(0, "sky", (135, 206, 235)),))

@@ -1,4 +1,4 @@
-"""Promise: no number comes from what it judges, and a number that is too good says why."""
+"""Promise: images are not scored by what filtered or rewarded them, and a number that is too good says why."""
 
 import json
 import shutil

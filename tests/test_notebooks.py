@@ -197,9 +197,9 @@ def run(tmp_path_factory, own_data, random_base):
         "preset": "sd15", "pretrained_model_name_or_path": str(random_base),
         "dataset_name": str(own_data / "metadata.csv"), "output_dir": str(folder / "out"),
     }  # fmt: skip
-    judge = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=64)
-    train_segmenter(read_split(own_data), judge, folder / "judge", lambda line: None)
-    flags = f"--validation_steps 2 --segmenter {folder / 'judge'}"
+    settings = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=64)
+    train_segmenter(read_split(own_data), settings, folder / "segmenter", lambda line: None)
+    flags = f"--validation_steps 2 --segmenter {folder / 'segmenter'}"
     toy = {
         "02_paired_augmentation": {"resolution": 64},
         "03_train": {"max_train_steps": 4, "train_batch_size": 2, "resolution": 64, "more_flags": flags},

@@ -197,7 +197,7 @@ def energy_distance(one: np.ndarray, other: np.ndarray) -> float:
 def nearest_masks(masks: np.ndarray, real: RealMasks, same: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The share of pixels in which each mask [N, R, R] agrees with the row most like it, mirrored or not, and its row.
 
-    same: the masks are the rows, which are not compared with themselves. About 64 px a side are compared.
+    same: the masks are the rows, which are not compared with themselves. They are compared at about 64 px.
     """
     step, agreements = max(1, masks.shape[-1] // 64), []
     rows = real.masks[:MEASURED, ::step, ::step]

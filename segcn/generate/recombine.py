@@ -179,7 +179,7 @@ def class_ids(names: Sequence[str], palette: Palette, states: np.ndarray, flag: 
 
 
 def recombine(real: RealMasks, row: int, other: int, *key: str | int) -> Layout:
-    """A row stretched, with half of its own objects and half of those of another row, each where one stood before.
+    """A row stretched, with half of its own objects and half of those of another row, each where one was before.
 
     An object takes the place of any object of its class, and a part of its size, where below and around it the mask
     looks as around a real one. What is removed is filled by the nearest of the background around it.

@@ -25,7 +25,7 @@ from segcn.utils import io, rng
 from segcn.utils.progress import Progress
 
 KEPT = 0.99  # of the running mean of the weights in each step (EMA): the mean is what draws
-CELL = 4  # px; the U-Net works on cells of so many pixels a side
+CELL = 4  # px, the size of the cells that the U-Net works on
 STRIDE = 4 * CELL  # px; a cell at its bottleneck
 
 

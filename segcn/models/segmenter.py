@@ -204,7 +204,7 @@ def load_segmenter(folder: str | Path, device: str | None = None) -> AnySegmente
             "trained."
         )
     settings = json.loads((folder / "config.json").read_text())
-    if "model_type" in settings:  # of transformers; how it was trained stands in its config.json
+    if "model_type" in settings:  # of transformers; how it was trained is in its config.json
         return open_segmenter(folder, Palette.load(folder / "palette.json"), 0, "", device)
     if "latents" in settings:
         raise UserError(f"--segmenter {folder}: expected one that looks at images, found a reward's, of latents")

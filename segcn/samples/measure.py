@@ -147,7 +147,7 @@ def mask_metrics(sets: dict[str, Split], segmenter: AnySegmenter, log: Log) -> d
 def added_objects(config: MeasureConfig, real: Split, pipeline: Pipeline, segmenter: AnySegmenter) -> dict:
     """Into how many masks a house of another row was drawn, and in how many images it was found; captions as they are.
 
-    It stands where it stood, on grass; the image holds it where the segmenter's IoU of its pixels is 0.5 or more.
+    It is drawn where it was, on grass; the image holds it where the segmenter's IoU of its pixels is 0.5 or more.
     """
     added, *ground = (real.palette.names.index(name) for name in (ADDED, *GROUND))
     masks = np.stack([visualize.read_pair(real, row)[1] for row in range(len(real))])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PRECISIONS = ("no", "fp16", "bf16")
-SMALL_BASE = 32  # latent cells a side, up to which a base counts as small
+SMALL_BASE = 32  # latent cells, the size up to which a base counts as small
 RESUME = "Stopped. What is finished is kept; rerun the same command to resume."
 NUMBERS = {int: ("a whole number", "N"), float: ("a number", "X")}
 Config = TypeVar("Config", bound="DataclassInstance")

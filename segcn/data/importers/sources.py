@@ -344,7 +344,7 @@ def _refuse_unpaired(images: Path, masks: Path, photos: list[str], labels: list[
 
 
 def _guess(photos: list[str], labels: list[str]) -> str:
-    """The flags that would pair these names: what stands before and after the part that the first two share."""
+    """The flags that would pair these names: what is before and after the part that the first two share."""
     if photos and labels:
         one, other = photos[0], labels[0]
         same = SequenceMatcher(None, one, other, autojunk=False).find_longest_match()
