@@ -268,7 +268,7 @@ def test_fifty_runs_killed_at_random_moments_end_with_the_same_bytes(warm, quick
     kill_and_resume(warm, quick, tmp_path, 12 + (workers == 2), settings, random.Random(accumulate + workers))
 
 
-def test_a_copied_checkout_goes_on_with_its_run_its_cache_and_its_controlnet(
+def test_a_copied_checkout_resumes_with_its_run_its_cache_and_its_controlnet(
     quick, landscapes, random_base, tmp_path, monkeypatch, capsys
 ):
     here, there = tmp_path / "here", tmp_path / "elsewhere"

@@ -100,7 +100,7 @@ def test_the_reward_reaches_the_controlnet_and_a_few_steps_lower_its_cross_entro
     assert all(weight.grad is None or not weight.grad.any() for weight in frozen)
 
 
-def test_the_run_folder_keeps_the_segmenter_and_goes_on_with_it(quick, base, tmp_path, monkeypatch, segmenters):
+def test_the_run_folder_keeps_the_segmenter_and_a_resumed_run_uses_it(quick, base, tmp_path, monkeypatch, segmenters):
     config = quick(tmp_path / "run", reward_weight=0.5, reward_start=0.0, max_train_steps=1)
     out = train(config)
     run, record = reward_record(out / "checkpoint-1" / "controlnet")

@@ -150,7 +150,7 @@ class Gallery(w.VBox):
 
     def add(self, made: "GeneratedImage") -> None:
         """Show an image as soon as it is there; to someone who looks at an earlier press it waits in the history."""
-        watched = self.fresh or self.shown == len(self.entries) - 1
+        latest = self.fresh or self.shown == len(self.entries) - 1
         if self.fresh:
             self.entries = [*self.entries[1 - HISTORY :], []]
             self.fresh = False
@@ -160,7 +160,7 @@ class Gallery(w.VBox):
         if self.alone:
             card.add_class("segcn-alone")
         self.entries[-1].append(card)
-        self.turn_to(len(self.entries) - 1 if watched else self.shown)
+        self.turn_to(len(self.entries) - 1 if latest else self.shown)
 
     def turn_to(self, number: int) -> None:
         """Show the images of a press, counted from 0, in the chosen view; one that is not there changes nothing."""
