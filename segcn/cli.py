@@ -60,11 +60,14 @@ COMMANDS = {
     "samples base": Command("train the embedded base model: hours on a CPU; resumes",
                             SAMPLES + "BaseConfig", "segcn.cli:train_base", ("out",)),
     "samples sd15": Command("a base of Stable Diffusion 1.5's size with random weights, for timings",
-                            SAMPLES + "LargeBaseConfig", "segcn.cli:write_large_base", ("out",), stopped=NOTHING),
+                            SAMPLES + "LargeBaseConfig", "segcn.samples.base_model.recipe:build_sd15", ("out",), True,
+                            NOTHING),
     "samples sdxl": Command("a base of Stable Diffusion XL's size, or a toy, with random weights",
-                            SAMPLES + "BaseXLConfig", "segcn.cli:write_sdxl", ("out",), stopped=NOTHING),
+                            SAMPLES + "BaseXLConfig", "segcn.samples.base_model.sdxl:build_sdxl", ("out",), True,
+                            NOTHING),
     "samples sd3": Command("a base of Stable Diffusion 3.5 medium's size, or a toy, with random weights",
-                           SAMPLES + "BaseSD3Config", "segcn.cli:write_sd3", ("out",), stopped=NOTHING),
+                           SAMPLES + "BaseSD3Config", "segcn.samples.base_model.sd3:build_sd3", ("out",), True,
+                           NOTHING),
     "samples failures": Command("a figure of typical failures, provoked on the landscapes",
                                 SAMPLES + "FailuresConfig", "segcn.cli:draw_failures", ("out",)),
     "samples measure": Command("measure the embedded base and its ControlNet on held-out images",
@@ -172,27 +175,6 @@ def train_base(config: Any) -> None:
     from segcn.samples.base_model.recipe import SMOKE, BaseRecipe, build_base
 
     build_base(Path(config.work), Path(config.out), SMOKE if config.smoke else BaseRecipe())
-
-
-def write_large_base(config: Any) -> None:
-    """`segcn samples sd15`."""
-    from segcn.samples.base_model.recipe import build_sd15
-
-    build_sd15(Path(config.out), config.seed)
-
-
-def write_sdxl(config: Any) -> None:
-    """`segcn samples sdxl`."""
-    from segcn.samples.base_model.sdxl import build_sdxl
-
-    build_sdxl(Path(config.out), config.toy, config.seed)
-
-
-def write_sd3(config: Any) -> None:
-    """`segcn samples sd3`."""
-    from segcn.samples.base_model.sd3 import build_sd3
-
-    build_sd3(Path(config.out), config.toy, config.seed)
 
 
 def draw_failures(config: Any) -> None:

@@ -90,6 +90,21 @@ def train_quietly(config: TrainConfig, save: int = 0, change: int = 0) -> None:
         train(config)
 
 
+def ended(
+    warm: multiprocessing.context.BaseContext, config: TrainConfig, *kill: int, seconds: float = 300
+) -> int | None:
+    """Train in a warm process, killed after so long; its exit code, or minus the signal that it died of.
+
+    kill: `save` and `change` of `train_quietly`.
+    """
+    process = warm.Process(target=train_quietly, args=(config, *kill))
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
 def train_as_torchrun(warm: multiprocessing.context.BaseContext, config: TrainConfig, world: int = 2) -> None:
     """Train in `world` warm processes, which find each other by the variables that torchrun sets."""
     with socket.socket() as free:

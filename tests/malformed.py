@@ -106,7 +106,7 @@ def palette_text(data):
 
 
 def instead(name, make):
-    """Something that is no regular file stands at this name."""
+    """Something that is no regular file has this name."""
 
     def change(folder):
         (folder / name).unlink()
@@ -251,12 +251,12 @@ MASKS = {
     "a photo": encoded(photo(9), "PNG"), "larger": encoded(MASK.repeat(2, 0), "PNG"),
     "smaller": encoded(MASK[:, 1:].copy(), "PNG"), "turned": encoded(MASK.T.copy(), "PNG"), "renumbered": renumbered,
 }  # fmt: skip
-PICTURE = encoded(photo(1), "PNG")
+PHOTO = encoded(photo(1), "PNG")
 FILES = {
     "no bytes": b"", "one byte": b"\x89", "text": b"a hill", "HTML": b"<html><body>404</body></html>",
-    "zip": b"PK\x03\x04" + bytes(99), "zeros": bytes(4096), "half a PNG": PICTURE[: len(PICTURE) // 2],
-    "a PNG's first bytes": PICTURE[:8], "a PNG without its end": PICTURE[:-40],
-    "a broken chunk": PICTURE.replace(b"IDAT", b"ICAT"), "a broken stream": PICTURE[:50] + b"\0" * 20 + PICTURE[70:],
+    "zip": b"PK\x03\x04" + bytes(99), "zeros": bytes(4096), "half a PNG": PHOTO[: len(PHOTO) // 2],
+    "a PNG's first bytes": PHOTO[:8], "a PNG without its end": PHOTO[:-40],
+    "a broken chunk": PHOTO.replace(b"IDAT", b"ICAT"), "a broken stream": PHOTO[:50] + b"\0" * 20 + PHOTO[70:],
     "half a BMP": encoded(photo(1), "BMP")[:70], "half a TIFF": encoded(photo(1), "TIFF")[:60],
     "half a WebP": encoded(photo(1), "WEBP")[:60], "half a GIF": encoded(photo(1), "GIF")[:60],
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n", "PDF": b"%PDF-1.4\n",

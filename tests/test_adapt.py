@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from kills import train_as_torchrun, train_quietly
+from kills import ended, train_as_torchrun
 from PIL import Image
 from runs import log_of, tree, weights
 from safetensors import safe_open
@@ -128,10 +128,7 @@ KINDS = {
 def test_an_adaptation_that_is_killed_ends_with_the_same_bytes(adapt, warm, tmp_path, kind):
     straight, cut = (adapt(tmp_path / name, **KINDS[kind]) for name in ("straight", "cut"))
     train(straight)
-    process = warm.Process(target=train_quietly, args=(cut, 2, 6))  # amid the second of its two saves
-    process.start()
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
+    assert ended(warm, cut, 2, 6) == -signal.SIGKILL  # amid the second of its two saves
     assert (tmp_path / "cut" / "checkpoint-3").exists() and not (tmp_path / "cut" / "checkpoint-6").exists()
     train(cut)
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "straight")

@@ -43,7 +43,7 @@ def test_the_examples_are_those_of_the_sample_landscapes_and_fit_the_shipped_con
     assert Palette.load(BASE / "controlnet" / "palette.json").fingerprint == SPLIT.palette.fingerprint
 
 
-WATCH = """() => {
+PREVIEWED = """() => {
     const began = performance.now();
     window.previewed = 0;  // ms to the first preview, however short it is seen
     new MutationObserver((_, observer) => {
@@ -74,7 +74,7 @@ class Person:
 
     def generate(self, press=None):
         """Press Generate and wait for the image; seconds to the first preview and to the image."""
-        self.page.evaluate(WATCH)
+        self.page.evaluate(PREVIEWED)
         began = time.monotonic()
         press() if press else self.press("Generate")
         preview = self.page.wait_for_function("window.previewed", timeout=PATIENCE).json_value() / 1000

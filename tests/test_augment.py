@@ -32,7 +32,7 @@ from segcn.train.config import TrainConfig
 from segcn.utils.errors import UserError
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
-BLOCK = 8  # pixels on a side of one class in the coordinate-encoded mask
+BLOCK = 8  # px, the size of the squares of one class in the coordinate-encoded mask
 GEOMETRY = AugmentConfig(brightness=0.0, contrast=0.0, saturation=0.0)
 WILD = AugmentConfig(degrees=180.0, translate=0.4, scale_min=0.5, scale_max=2.0, shear=20.0, crop_min=0.5)
 WILD_GEOMETRY = dataclasses.replace(WILD, brightness=0.0, contrast=0.0, saturation=0.0)

@@ -46,8 +46,8 @@ def test_a_training_begins_with_the_check_and_does_it_once(quick, tmp_path, caps
     config = quick(tmp_path / "run", max_train_steps=2)
     train(config)
     assert "Base check: reconstructions of 12 rows" in capsys.readouterr().out
-    with Image.open(tmp_path / "run" / BASE_CHECK) as picture:
-        assert picture.width > 300
+    with Image.open(tmp_path / "run" / BASE_CHECK) as image:
+        assert image.width > 300
     train(replace(config, max_train_steps=3))
     assert "Base check" not in capsys.readouterr().out
 

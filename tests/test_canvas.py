@@ -16,10 +16,10 @@ HOUSE, SKY, TREE, UNLABELLED = 8, 0, 7, 255
 SIDE = 32  # px of the mask; on the screen 512
 LABELS = [{"id": id, "name": name, "color": [10 * id % 256, 80, 90]}
           for id, name in ((SKY, "sky"), (TREE, "tree"), (HOUSE, "house"), (UNLABELLED, "unlabelled"))]  # fmt: skip
-PAGE = f"""<body data-voila="voila"><link rel="stylesheet" href="painter.css">
+PAGE = f"""<body data-voila="voila"><link rel="stylesheet" href="mask_canvas.css">
 <div class="segcn-panel" style="--pane: 512px"><div id="here"></div><textarea></textarea></div>
 <script type="module">
-import painter from "./painter.js";
+import widget from "./mask_canvas.js";
 const state = {{labels: {json.dumps(LABELS)}, eraser: {UNLABELLED}, width: {SIDE}, height: {SIDE},
                 ids: new DataView(new ArrayBuffer({SIDE * SIDE})), photo: new DataView(new ArrayBuffer(0))}};
 const listeners = {{}};
@@ -31,7 +31,7 @@ window.model = {{
   put: (name, value) => {{ state[name] = value; listeners[`change:${{name}}`](); }},
   hear: (content, buffers) => listeners["msg:custom"](content, buffers),
 }};
-painter.render({{model: window.model, el: document.getElementById("here")}});
+widget.render({{model: window.model, el: document.getElementById("here")}});
 window.ready = true;
 </script>"""
 
@@ -51,7 +51,7 @@ class Canvas:
     @staticmethod
     def answer(route):
         name = route.request.url.rsplit("/", 1)[1]
-        kinds = {"": "text/html", "painter.js": "text/javascript", "painter.css": "text/css"}
+        kinds = {"": "text/html", "mask_canvas.js": "text/javascript", "mask_canvas.css": "text/css"}
         body = PAGE if not name else (canvas.HERE / name).read_text() if name in kinds else ""
         route.fulfill(body=body, content_type=kinds.get(name, "text/plain"))
 
@@ -89,9 +89,8 @@ class Canvas:
 
     def ids(self):
         """The ids that were sent last, uint8 [H, W]."""
-        return np.array(
-            self.page.evaluate("sent.filter((one) => one.kind === 'painted').at(-1).ids"), np.uint8
-        ).reshape(SIDE, SIDE)
+        ids = self.page.evaluate("sent.filter((one) => one.kind === 'drawn').at(-1).ids")
+        return np.array(ids, np.uint8).reshape(SIDE, SIDE)
 
     def count(self):
         return self.page.evaluate("sent.length")
@@ -121,7 +120,7 @@ def blank(*boxes, id=HOUSE):
     return mask
 
 
-def test_brush_and_eraser_paint_pixels_of_their_class(paper):
+def test_brush_and_eraser_draw_pixels_of_their_class(paper):
     paper.drag((4, 10), (20, 10))
     assert (paper.ids() == blank((4, 10, 20, 10))).all()
     paper.press("]", "]")  # 3 px
@@ -203,7 +202,7 @@ def test_undo_and_redo_by_keys(paper):
         assert (paper.ids() == expected).all()
 
 
-def test_zoom_and_pan_do_not_move_what_is_painted(paper):
+def test_zoom_and_pan_do_not_move_what_is_drawn(paper):
     paper.page.mouse.move(*paper.at(8, 8))
     paper.press("+", "+")
     paper.press("h")
@@ -218,7 +217,7 @@ def test_zoom_and_pan_do_not_move_what_is_painted(paper):
     assert paper.page.locator("canvas").bounding_box()["width"] == 512
 
 
-def test_keys_alone_paint_and_all_keys_are_listed(paper):
+def test_keys_alone_draw_and_all_keys_are_listed(paper):
     paper.press(" ", "ArrowRight", "ArrowRight", " ", "ArrowDown", ".", "Space")
     expected = blank((16, 16, 18, 16))
     expected[17, 18] = UNLABELLED
@@ -254,7 +253,7 @@ def test_a_photo_shows_through_and_files_are_handed_out(paper):
     assert download.value.suggested_filename == "mask.png" and download.value.path().read_bytes() == b"\x07\x08"
 
 
-def test_what_arrives_from_the_kernel_can_be_undone_and_drops_what_is_being_painted(paper):
+def test_what_arrives_from_the_kernel_can_be_undone_and_drops_what_is_being_drawn(paper):
     paper.press("p")
     paper.click((4, 3), (27, 8))
     paper.page.evaluate(f"model.put('ids', new DataView(new Uint8Array({SIDE * SIDE}).fill(7).buffer))")

@@ -19,7 +19,7 @@ from PIL import Image
 from runs import ALONE
 
 from segcn.data.captions import cut_captions, without_classes
-from segcn.data.dataset import PairedDataset, read_control_mask, read_framed_mask, to_control, to_image, to_uint8
+from segcn.data.dataset import PairedDataset, read_framed_mask, to_control, to_image, to_uint8
 from segcn.data.files import read_image
 from segcn.data.masks import read_mask, write_mask
 from segcn.data.metadata import read_split, write_metadata
@@ -246,11 +246,11 @@ def test_workers_and_processes_change_no_byte(landscapes):
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 def test_a_mask_to_generate_from_is_the_one_that_training_sees(split, fit):
     sample = PairedDataset(split, 24, AUGMENTS["none"], 0, fit).sample(1, 0)
-    assert np.array_equal(read_control_mask(split[1].mask, PALETTE, 24, fit), sample.mask.numpy())
     mask, frame = read_framed_mask(split[1].mask, PALETTE, 24, fit)
+    assert np.array_equal(mask, sample.mask.numpy())
     assert np.array_equal(frame.cut(np.ones_like(mask)), frame.cut(sample.valid.numpy())) and frame[3] == 24
     assert sample.valid.sum() == frame.height * frame.width and (frame.height == 24) == (fit != "pad")
-    assert np.array_equal(read_control_mask(split[1].mask, PALETTE), read_mask(split[1].mask, PALETTE))
+    assert np.array_equal(read_framed_mask(split[1].mask, PALETTE)[0], read_mask(split[1].mask, PALETTE))
 
 
 def test_the_draw_of_a_sample_replays_it(split):
@@ -290,8 +290,8 @@ def test_a_function_of_ones_own_runs_after_the_paired_affine(split):
     (lambda image, mask, seed: (image, mask[None]), r"a mask, uint8 \[16, 16\], found torch.uint8 \[1, 16, 16\]"),
 ])  # fmt: skip
 def test_what_such_a_function_may_not_give_is_named(split, function, words):
-    function.__name__ = "repaint"
-    with pytest.raises(UserError, match=f"the augmentation repaint: expected {words}"):
+    function.__name__ = "recolor"
+    with pytest.raises(UserError, match=f"the augmentation recolor: expected {words}"):
         PairedDataset(split, 16, SPUN, 0, function=function).sample(0, 0)
 
 
@@ -399,7 +399,7 @@ def test_a_cell_is_the_mean_of_its_pixels_and_unlabelled_ones_are_nothing():
 
 
 @pytest.mark.parametrize("cache", ["latents", "none"])
-def test_examples_carry_weights_where_they_are_asked_for(quick, tmp_path, landscapes, cache):
+def test_examples_carry_weights_where_they_are_requested(quick, tmp_path, landscapes, cache):
     run = prepare(quick(tmp_path / "run", cache=cache, class_weighting=0.5))
     split = read_split(landscapes, "train")
     table = class_weights(class_pixels(split), 0.5)

@@ -264,10 +264,10 @@ def test_an_evaluation_that_was_killed_and_restarted_writes_the_bytes_of_one_tha
         return process.exitcode
 
     assert ended("killed", 4) == -signal.SIGKILL
-    stood = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "cache" / "seen").glob("*.safetensors")}
-    assert stood and not (tmp_path / "killed" / METRICS_FILE).exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "cache" / "seen").glob("*.safetensors")}
+    assert kept and not (tmp_path / "killed" / METRICS_FILE).exists()
     assert ended("killed") == ended("whole") == 0
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stood.items())
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     assert_same_files(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -464,7 +464,7 @@ def test_two_runs_are_compared_with_paired_intervals(observer, real, blurred, tm
 
 def test_the_evaluation_of_other_images_is_not_replaced(folder, tmp_path, blurred):
     settings = {"real": str(folder / "data"), "segmenter": str(folder / "segmenter"), "output_dir": str(tmp_path)}
-    (tmp_path / METRICS_FILE).write_text('{"sets": {"synthetic": {"folder": "/somewhere/else"}}}')
+    (tmp_path / METRICS_FILE).write_text('{"sets": {"synthetic": {"folder": "/somewhere/else", "fingerprint": ""}}}')
     with pytest.raises(UserError, match=r"is the evaluation of /somewhere/else, not of .*choose another --output_dir"):
         evaluate_folders(EvaluateConfig(**settings, synthetic=str(folder / "blurred")), log=len)
     with pytest.raises(UserError, match="needs --real DATASET and --synthetic DATASET"):

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from kills import train_as_torchrun, train_quietly
+from kills import ended, train_as_torchrun
 from PIL import Image
 from runs import log_of, loud_controlnet, tree, weights
 
@@ -68,10 +68,8 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(six_steps, straight, warm
     assert [entry["step"] for entry in log_of(straight)] == [1, 2, 3, 4, 5, 6]
     assert Image.open(straight / "validation" / "step-000006.png").size[0] >= 64
     config = six_steps(tmp_path / "cut")
-    process = warm.Process(target=train_quietly, args=(config, 2, 6))  # amid the second of its two saves
-    process.start()
-    process.join(600)
-    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "cut" / "checkpoint-6").exists()
+    assert ended(warm, config, 2, 6, seconds=600) == -signal.SIGKILL  # amid the second of its two saves
+    assert not (tmp_path / "cut" / "checkpoint-6").exists()
     train(config)
     assert weights(tmp_path / "cut") == weights(straight) and log_of(tmp_path / "cut") == log_of(straight)
     assert tree(tmp_path / "cut" / "checkpoint-6") == tree(straight / "checkpoint-6")

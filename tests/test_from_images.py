@@ -1,4 +1,4 @@
-"""Promise: generation can start from a row's own image, changes of it what was asked, and is as deterministic."""
+"""Promise: generation can start from a row's own image, changes of it what was requested, and is as deterministic."""
 
 import json
 import shutil

@@ -7,6 +7,7 @@ import shutil
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -96,8 +97,12 @@ def test_the_manifest_has_a_line_for_each_image_in_order_and_a_batch_with_a_gap_
     (out / "images" / "000001.png").unlink()
     before, first = (out / "images" / "000000.png").stat().st_mtime_ns, quick_images[0]
     del quick_images[:]
+    for name in ("metadata.csv", writer.SETTINGS_FILE):  # what a kill leaves, half written
+        forked(partial(io.write_whole, out / name, lambda staged: (staged.touch(), os._exit(1))))
+    assert sum(name.startswith(".") for name in tree(out)) == 2
     write(replicates=2)
     assert quick_images == [first] and (out / "images" / "000000.png").stat().st_mtime_ns == before
+    assert not any(name.startswith(".") for name in tree(out))
 
 
 def test_a_second_command_on_a_folder_is_refused_by_the_name_of_the_first(config, write, no_generation):
@@ -261,7 +266,7 @@ def test_the_card_names_models_settings_and_figures_and_reads_no_prompt_as_html(
 HOSTILE = {
     "unknown colors": (lambda path: Image.new("L", (64, 64), 77).save(path), r"value 77 \(4096 pixels\)"),
     "an empty file": (lambda path: path.write_bytes(b""), "cannot be read"),
-    "30,000 pixels a side": (lambda path: path.write_bytes(png_begun(30000, 30000)), "too large"),
+    "30,000 x 30,000 pixels": (lambda path: path.write_bytes(png_begun(30000, 30000)), "too large"),
     "an odd size": (lambda path: write_mask(path, np.zeros((64, 63), np.uint8), FIRST), "--resolution"),
 }
 FIRST = Palette((Label(0, "sky", (135, 206, 235)),))

@@ -16,7 +16,7 @@ from segcn.generate.infer import infer, read_settings
 from segcn.generate.pipeline import Pipeline, load_pipeline
 from segcn.models.base import base_fingerprint
 from segcn.models.controlnet import load_controlnet
-from segcn.utils.args import make, parse
+from segcn.utils.args import make
 from segcn.utils.errors import UserError
 
 
@@ -70,12 +70,6 @@ def test_the_image_holds_every_setting_and_can_be_made_again_from_them(config, t
     assert infer(again).read_bytes() == (tmp_path / "grid.png").read_bytes()
     with pytest.raises(UserError, match="found no settings in it"):
         read_settings(config.control)
-
-
-def test_the_older_flags_are_still_read():
-    old = ["--control_image", "m.png", "--prompt", "a lake", "--output", "o.png"]
-    new = ["--control", "m.png", "--prompt", "a lake", "--out", "o.png"]
-    assert parse(InferConfig, old, "segcn infer") == parse(InferConfig, new, "segcn infer")
 
 
 def test_any_size_that_the_base_takes_is_generated_and_another_is_named(config, landscapes, tmp_path):

@@ -13,7 +13,6 @@ from segcn.cli import run_command
 from segcn.data.captions import SEASONS, TIMES
 from segcn.data.masks import write_mask
 from segcn.data.metadata import check_split, read_split
-from segcn.data.palette import Palette
 from segcn.models.base import base_fingerprint
 from segcn.samples.base_model.recipe import SMOKE, build_base
 from segcn.samples.base_model.training import VaeRecipe, build_vae, standardize_latents
@@ -96,16 +95,6 @@ def test_written_folder_reads_back(tmp_path):
     mask = Image.open(out / "masks/000001.png")
     assert mask.mode == "P" and np.array_equal(np.asarray(mask), landscape.mask)
     assert (out / "metadata.csv").read_text().startswith("file_name,conditioning_image_file_name,text")
-
-
-def test_a_set_with_older_colors_is_left_as_it_is_and_said_to_be_no_more_the_shipped_ones(tmp_path, capsys):
-    out = write_landscapes(tmp_path / "set", 2, resolution=64)
-    older = tuple(dataclasses.replace(label, color=label.color[::-1]) for label in palette().labels)
-    Palette(older).save(out / "palette.json")
-    before = tree(out)
-    assert "drawn with today" not in capsys.readouterr().out
-    assert tree(write_landscapes(out, 2, resolution=64)) == before
-    assert "drawn with today" in capsys.readouterr().out
 
 
 def test_a_finished_set_is_reused_an_unfinished_one_completed_and_another_one_refused(tmp_path, capsys):

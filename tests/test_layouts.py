@@ -48,18 +48,18 @@ def made(given):
 
 @pytest.fixture
 def tiny_network(monkeypatch):
-    """A network of two steps of training, which draws in two, four at once; returns the shares it was asked for."""
-    asked = []
+    """A network of two steps of training, which draws in two, four at once; returns the shares that were requested."""
+    wanted = []
 
     def draw(denoiser, shares, *more):
-        asked.append(shares)
+        wanted.append(shares)
         return draw_masks(denoiser, shares, *more, steps=2)
 
     settings = {"batch_size": 2, "width": 16, "side": 16}
     monkeypatch.setattr(layouts, "MaskDiffusionConfig", lambda **own: MaskDiffusionConfig(**settings | own))
     monkeypatch.setattr(layouts, "draw_masks", draw)
     monkeypatch.setattr(layouts, "BATCH", 4)
-    return asked
+    return wanted
 
 
 def masks_of(folder):

@@ -46,7 +46,7 @@ def test_a_training_step_written_out_is_the_packages_bit_for_bit(quick, tmp_path
     down, middle = controlnet(noisy, timestep, text, controlnet_cond=control, return_dict=False)
     residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
     prediction = base.unet(noisy, timestep, text, **residuals).sample
-    target = base.scheduler.get_velocity(latents, noise, timestep) if base.predicts_v else noise
+    target = base.scheduler.get_velocity(latents, noise, timestep) if base.process.predicts == "v" else noise
     error = (prediction - target).square().mean(1)  # [B,h,w]
     valid = batch["cells"]  # bool [B,h,w]: cells whose pixels are all in frame
     losses = (error * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
@@ -206,4 +206,4 @@ def test_a_run_that_predicts_v_generates_so(quick, random_base, tmp_path):
     folder = train(quick(tmp_path / "out", max_train_steps=1, prediction_type=other))
     settings = make(SampleConfig, "tiny", pretrained_model_name_or_path=str(random_base),
                     controlnet_model_name_or_path=str(folder))  # fmt: skip
-    assert load_pipeline(settings).base.predicts_v == (other == "v_prediction")
+    assert (load_pipeline(settings).base.process.predicts == "v") == (other == "v_prediction")

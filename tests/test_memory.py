@@ -198,14 +198,14 @@ def test_held_weights_take_half_the_memory_and_normalisations_stay_exact(base):
     assert held.state_dict().keys() == unet.state_dict().keys()
 
 
-@pytest.mark.parametrize(("asked", "mixed", "has", "held", "computed"), [
+@pytest.mark.parametrize(("frozen", "mixed", "has", "held", "computed"), [
     (None, "no", False, torch.float32, torch.float32), (None, "bf16", True, torch.bfloat16, torch.bfloat16),
     (None, "bf16", False, torch.bfloat16, torch.float32), ("bf16", "no", True, torch.bfloat16, torch.float32),
     ("fp16", "bf16", True, torch.float16, torch.bfloat16), ("no", "bf16", True, torch.float32, torch.float32),
 ])  # fmt: skip
-def test_frozen_weights_compute_in_mixed_precision_where_that_is_fast(monkeypatch, asked, mixed, has, held, computed):
+def test_frozen_weights_compute_in_mixed_precision_where_that_is_fast(monkeypatch, frozen, mixed, has, held, computed):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
-    assert precisions(asked, mixed, torch.device("cpu")) == (held, computed)
+    assert precisions(frozen, mixed, torch.device("cpu")) == (held, computed)
 
 
 @pytest.mark.usefixtures("fresh_precision")

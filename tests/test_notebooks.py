@@ -197,9 +197,9 @@ def run(tmp_path_factory, own_data, random_base):
         "preset": "sd15", "pretrained_model_name_or_path": str(random_base),
         "dataset_name": str(own_data / "metadata.csv"), "output_dir": str(folder / "out"),
     }  # fmt: skip
-    judge = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=64)
-    train_segmenter(read_split(own_data), judge, folder / "judge", lambda line: None)
-    flags = f"--validation_steps 2 --segmenter {folder / 'judge'}"
+    settings = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=64)
+    train_segmenter(read_split(own_data), settings, folder / "segmenter", lambda line: None)
+    flags = f"--validation_steps 2 --segmenter {folder / 'segmenter'}"
     toy = {
         "02_paired_augmentation": {"resolution": 64},
         "03_train": {"max_train_steps": 4, "train_batch_size": 2, "resolution": 64, "more_flags": flags},
@@ -298,7 +298,7 @@ def test_the_held_out_rows_are_said_and_not_trained_on(run, own_data):
 def test_the_training_is_scored_on_the_held_out_rows_and_names_its_best_checkpoint(run):
     out, _, books = run
     text = printed(books["03_train"])
-    assert "on the 2 held-out real images (12 were asked for" in text and "is the best:" in text
+    assert "on the 2 held-out real images (12 were requested" in text and "is the best:" in text
     best = json.loads((out / "controlnet" / "best.json").read_text())["checkpoint"]
     assert ControlNetModel.from_pretrained(out / "controlnet" / best / "controlnet")
 

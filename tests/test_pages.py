@@ -1,4 +1,4 @@
-"""Promise: each command that a page shows runs as it stands there, for toy sizes, and no secret gets into a file."""
+"""Promise: each command that a page shows runs as it is shown, for toy sizes, and no secret gets into a file."""
 
 import json
 import os
@@ -49,10 +49,10 @@ TOY = {  # what makes a command quick; everything else is as the page says
     " --pretrained_model_name_or_path $MODEL_DIR",
     "segcn bench gpu": "--toy --bases sdxl --resolutions 64 --variants bf16 --warmup_steps 1 --measured_steps 1"
     " --batch_sizes 2 --num_inference_steps 2",
-    "segcn bench generate": "--limit 2 --plain_steps 2 --plain_guidance_scales 1.5 --batch_size 2 --segmenter judge",
+    "segcn bench generate": "--limit 2 --plain_steps 2 --plain_guidance_scales 1.5 --batch_size 2 --segmenter small",
     "segcn check": "--resolution 64",
-    "segcn evaluate --real": "--segmenter judge",
-    "segcn generate": "--resolution 64 --num_inference_steps 2 --limit 2 --min_miou 0 --segmenter judge",
+    "segcn evaluate --real": "--segmenter small",
+    "segcn generate": "--resolution 64 --num_inference_steps 2 --limit 2 --min_miou 0 --segmenter small",
     "segcn infer": "--num_inference_steps 2",
     "segcn layouts": "--count 4 --resolution 64",
     "segcn run": "--resolution 64 --max_train_steps 2 --train_batch_size 2 --faithfulness_rows 0 --limit 4"
@@ -70,7 +70,7 @@ TOY = {  # what makes a command quick; everything else is as the page says
 }
 BASELINE = """import runpy, sys
 
-# It stands for scripts with StableDiffusionControlNetPipeline and StableDiffusionXLControlNetPipeline.
+# In place of scripts with StableDiffusionControlNetPipeline and StableDiffusionXLControlNetPipeline.
 
 sys.argv += ["--logging_steps", "1"]
 runpy.run_module("segcn.train", run_name="__main__")
@@ -140,7 +140,7 @@ def place(tmp_path, sample_set, landscapes, random_base):
     shutil.copytree(landscapes / "train", tmp_path / "path" / "containing")
     shutil.copy(landscapes / "palette.json", tmp_path / "path")
     shutil.copy(landscapes / "test" / "masks" / "000000.png", tmp_path / "MASK.png")
-    write_pictures(tmp_path)
+    write_photos(tmp_path)
     (tmp_path / "RUN").mkdir()
     for name in ("metrics.json", "draws.safetensors"):
         (tmp_path / "RUN" / name).symlink_to(tmp_path / name)  # which segcn evaluate writes beside DIR
@@ -152,7 +152,7 @@ def place(tmp_path, sample_set, landscapes, random_base):
     return tmp_path
 
 
-def write_pictures(folder):
+def write_photos(folder):
     """Images and masks of three classes, in the layouts that the pages import."""
     classes = {"ground": (200, 160, 90), "tree": (0, 99, 0), "water": (0, 0, 200)}
     palette = Palette(tuple(Label(k, name, color) for k, (name, color) in enumerate(classes.items())))
@@ -183,16 +183,16 @@ def write_pictures(folder):
 
 
 def prepare(folder, line):
-    """What a person does before a line: another OUT, no palette.json that stands already; here also a quick judge."""
+    """What a person does before a line: another OUT, no palette.json from before; here also a quick segmenter."""
     if line.startswith(("segcn import", "segcn samples")):
         shutil.rmtree(folder / "OUT", ignore_errors=True)
     if line.startswith("segcn palette"):
         for path in (folder / "palette.json", folder / "MASKS" / "palette.json"):
             path.unlink(missing_ok=True)
-    if "--segmenter judge" in line and not (folder / "judge").exists():
+    if "--segmenter small" in line and not (folder / "small").exists():
         data = next(path for path in (folder / "pairs", folder / "data" / "landscapes") if path.exists())
         settings = SegmenterConfig(steps=3, batch_size=2, width=8, resolution=64)
-        train_segmenter(read_split(data, "train"), settings, folder / "judge", lambda line: None)
+        train_segmenter(read_split(data, "train"), settings, folder / "small", lambda line: None)
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_a_draw_of_the_cache_has_the_size_that_the_page_tells():
 
 
 @pytest.mark.slow
-def test_every_failure_is_painted_beside_the_picture_as_it_should_be(tmp_path, landscapes):
+def test_every_failure_is_drawn_beside_the_image_as_it_should_be(tmp_path, landscapes):
     recipe = measure.FailureRecipe(early_steps=1, early_rows=4, copying_steps=1, copied_rows=2)
     out = measure.write_failures(tmp_path / "failures.png", tmp_path / "work", landscapes, recipe)
     assert Image.open(out).width > 1000 and np.asarray(Image.open(out)).std() > 20

@@ -154,20 +154,20 @@ def no_hang():
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """What an audit hook notes: every file that is opened while `watching`; imports and the tokenizer come before."""
-    paths, watching = [], []
+    """What an audit hook notes: every file that is opened while `recording`; imports and the tokenizer come before."""
+    paths, recording = [], []
 
     def note(event, args):
-        if watching and event == "open" and isinstance(args[0], (str, bytes)):
+        if recording and event == "open" and isinstance(args[0], (str, bytes)):
             paths.append(os.path.abspath(os.fsdecode(args[0])))
 
     tokenizer, patch = scan.caption_tokenizer(DoctorConfig().pretrained_model_name_or_path), pytest.MonkeyPatch()
     patch.setattr(scan, "caption_tokenizer", lambda folder: tokenizer)
     examine(DoctorConfig(dataset_name=str(sound(tmp_path_factory.mktemp("first") / "pairs"))), log=len)
     sys.addaudithook(note)
-    watching.append(True)
+    recording.append(True)
     yield paths
-    watching.clear()  # the hook itself stays to the end
+    recording.clear()  # the hook itself stays to the end
     patch.undo()
 
 
@@ -393,7 +393,7 @@ def test_images_give_their_pixels(folder, name):
     assert (read_image(first_row(folder)[0].image) == pixels).all()
 
 
-def test_a_link_out_of_the_folder_is_read_when_asked_for(folder, tmp_path, monkeypatch):
+def test_a_link_out_of_the_folder_is_read_when_requested(folder, tmp_path, monkeypatch):
     (folder / "images").rename(tmp_path / "elsewhere")
     (folder / "images").symlink_to(tmp_path / "elsewhere")
     monkeypatch.setenv("SEGCN_ALLOW_SYMLINKS", "1")

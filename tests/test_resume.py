@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import ControlNetModel
-from kills import forked, train_quietly
+from kills import ended, forked
 from runs import log_of, tree, weights
 
 from segcn.data.metadata import read_split
@@ -35,9 +35,9 @@ def signals():
     usual = dict.fromkeys((signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1), signal.SIG_DFL)
     usual[signal.SIGINT] = signal.default_int_handler
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
-    checkpoint.heard_signals.cache_clear()
+    checkpoint.stopping_signals.cache_clear()
     yield
-    checkpoint.heard_signals.cache_clear()
+    checkpoint.stopping_signals.cache_clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -220,16 +220,6 @@ def test_changed_data_are_shown_and_refused_unless_allowed(quick, straight, out,
     assert "Changed: data_fingerprint" in capsys.readouterr().out and "checkpoint-7" in names(out)
 
 
-def ended(warm, config, *kill, seconds=300):
-    """Train in a warm process, killed after so long; its exit code, or minus the signal that it died of."""
-    process = warm.Process(target=train_quietly, args=(config, *kill))
-    process.start()
-    process.join(seconds)
-    process.kill()
-    process.join()
-    return process.exitcode
-
-
 def test_a_run_on_images_of_several_shapes_that_is_killed_ends_with_the_same_bytes(warm, quick, mixed, tmp_path):
     """With all that reads shapes: reward, class weights, images while it is trained, two micro-batches a step."""
     masks = [str(record.mask) for record in read_split(mixed, "test").records[1:3]]
@@ -278,7 +268,7 @@ def test_fifty_runs_killed_at_random_moments_end_with_the_same_bytes(warm, quick
     kill_and_resume(warm, quick, tmp_path, 12 + (workers == 2), settings, random.Random(accumulate + workers))
 
 
-def test_a_copied_checkout_goes_on_with_its_run_its_cache_and_its_controlnet(
+def test_a_copied_checkout_resumes_with_its_run_its_cache_and_its_controlnet(
     quick, landscapes, random_base, tmp_path, monkeypatch, capsys
 ):
     here, there = tmp_path / "here", tmp_path / "elsewhere"

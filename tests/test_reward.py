@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from kills import ended
 from runs import log_of
 from safetensors.torch import load_file
-from test_resume import assert_same, ended
+from test_resume import assert_same
 from torch.utils.data import default_collate
 
 from segcn.data.metadata import read_split
@@ -99,7 +100,7 @@ def test_the_reward_reaches_the_controlnet_and_a_few_steps_lower_its_cross_entro
     assert all(weight.grad is None or not weight.grad.any() for weight in frozen)
 
 
-def test_the_run_folder_keeps_the_segmenter_and_goes_on_with_it(quick, base, tmp_path, monkeypatch, segmenters):
+def test_the_run_folder_keeps_the_segmenter_and_a_resumed_run_uses_it(quick, base, tmp_path, monkeypatch, segmenters):
     config = quick(tmp_path / "run", reward_weight=0.5, reward_start=0.0, max_train_steps=1)
     out = train(config)
     run, record = reward_record(out / "checkpoint-1" / "controlnet")

@@ -63,8 +63,8 @@ PARAMETERS = {
     "07_sweep": {"guidance_scales": "2", "controlnet_conditioning_scales": "0.5,1", "limit": 2, "segmenter_steps": 3},
     "08_app": {},
 }
-PICTURES = {"00_embedded_base": 10, "01_inspect_data": 5, "02_paired_augmentation": 3, "03_train": 5, "04_generate": 3,
-            "05_evaluate": 3, "06_benchmark": 1, "07_sweep": 2, "08_app": 0}  # fmt: skip
+IMAGES = {"00_embedded_base": 10, "01_inspect_data": 5, "02_paired_augmentation": 3, "03_train": 5, "04_generate": 3,
+          "05_evaluate": 3, "06_benchmark": 1, "07_sweep": 2, "08_app": 0}  # fmt: skip
 ENDED = """() => {
     const notebook = window.jupyterapp.shell.currentWidget;
     const cells = [...notebook.content.model.cells].filter((cell) => cell.type === "code");
@@ -164,7 +164,7 @@ def test_it_runs_by_run_all_in_a_browser(notebook, lab, page, tmp_path):
     found = page.wait_for_function(ENDED, timeout=PATIENCE, polling=500).json_value()
     page.screenshot(path=tmp_path / f"{notebook}.png")
     assert not found["errors"] and not found["stderr"]
-    assert found["images"] >= PICTURES[notebook]
+    assert found["images"] >= IMAGES[notebook]
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ class Person:
     def press(self, name):
         self.panel.get_by_role("button", name=name, exact=True).click()
 
-    def paint(self, *points):
+    def draw(self, *points):
         """Draw a line through points given as shares of the canvas's width and height."""
         self.canvas.scroll_into_view_if_needed()
         box = self.canvas.bounding_box()
@@ -247,23 +247,23 @@ class Person:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["lab", "voila"])
-def test_a_person_paints_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, pages, places, tmp_path):
+def test_a_person_draws_a_mask_writes_a_prompt_and_keeps_what_comes_out(place, pages, places, tmp_path):
     person, server = Person(pages[place], tmp_path), places[place]
     before = len(read_split(server.folder / "out" / "saved"))  # the notebook itself saves a row
     person.shoot("opened")
 
     person.panel.locator("button.segcn-class", has_text="house").click()
     person.write(PROMPT)
-    person.paint((0.3, 0.7), (0.6, 0.7))
+    person.draw((0.3, 0.7), (0.6, 0.7))
     person.press("Generate")  # at once: the stroke must not come later
     person.sees(r"Generated 1 of 1")
     assert person.images() == [128]
-    person.shoot("painted")
+    person.shoot("drawn")
 
     person.set("steps", 1000)
     person.press("Generate")
     person.sees(r"step [1-9]\d* of 1000")
-    person.paint((0.3, 0.2), (0.6, 0.2))  # while the kernel is at work
+    person.draw((0.3, 0.2), (0.6, 0.2))  # while the kernel is at work
     person.press("Stop")
     person.sees("Stopped; 0 of 1 generated, and one as far as it was")
     person.press("Back")

@@ -184,17 +184,17 @@ def test_a_network_of_transformers_is_trained_to_the_same_bytes_and_opens_there(
         build_segmenter(3, architecture="unet")
 
 
-def test_filter_and_evaluation_train_the_architecture_that_is_asked_for(landscapes, segformer, tmp_path, monkeypatch):
-    asked = []
+def test_filter_and_evaluation_train_the_architecture_that_is_requested(landscapes, segformer, tmp_path, monkeypatch):
+    trained = []
     for module in (filtering, evaluation):
-        monkeypatch.setattr(module, "segmenter_of", lambda split, settings, *rest: asked.append(settings))
+        monkeypatch.setattr(module, "segmenter_of", lambda split, settings, *rest: trained.append(settings))
     given = {"segmenter_architecture": str(segformer)}
     config = GenerateConfig(controls=str(landscapes), output_dir=str(tmp_path / "out"), min_miou=0.5, **given)
     filtering.open_filter(config, read_conditions(config), quiet)
     config = EvaluateConfig(real=str(landscapes), synthetic=str(landscapes / "test"), **given)
     evaluation._segmenter(config, evaluation.read_splits(config), tmp_path, quiet)
-    assert [settings.architecture for settings in asked] == [str(segformer)] * 2
-    assert {settings.resolution for settings in asked} == {64} and asked[0].seed != asked[1].seed
+    assert [settings.architecture for settings in trained] == [str(segformer)] * 2
+    assert {settings.resolution for settings in trained} == {64} and trained[0].seed != trained[1].seed
 
 
 @pytest.fixture(scope="module")

@@ -471,10 +471,10 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_trained(conf
 
 @pytest.mark.slow
 def test_a_whole_small_study_trains_generates_and_measures(landscapes, random_base, tmp_path):
-    words = f"""study --dataset_name {landscapes} --base {random_base} --output_dir {tmp_path / "study"}
-        --fractions 0.5,1 --seeds 2 --images 6 --resolution 64 --controlnet_steps 2 --learning_rates 0.01
-        --controlnet_more_steps 1 --num_inference_steps 2 --segmenter_resolution 32 --segmenter_steps 4
-        --segmenter_batch_size 2 --segmenter_width 8 --min_miou 0 --resamples 50""".split()
+    words = f"""study --dataset_name {landscapes} --pretrained_model_name_or_path {random_base}
+        --output_dir {tmp_path / "study"} --fractions 0.5,1 --seeds 2 --images 6 --resolution 64 --controlnet_steps 2
+        --learning_rates 0.01 --controlnet_more_steps 1 --num_inference_steps 2 --segmenter_resolution 32
+        --segmenter_steps 4 --segmenter_batch_size 2 --segmenter_width 8 --min_miou 0 --resamples 50""".split()
     run_command(words)
     metrics = (tmp_path / "study" / "metrics.json").read_bytes()
     assert [case["kept"] for case in json.loads(metrics)["cases"]] == [8, 10]

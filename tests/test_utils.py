@@ -20,7 +20,7 @@ from segcn.utils import progress as progress_of_work
 from segcn.utils.args import arguments_of, help_text, main_guard, make, parse, stoppable, to_json
 from segcn.utils.errors import UserError
 from segcn.utils.html import img, render
-from segcn.utils.io import Process, same_settings
+from segcn.utils.io import same_settings
 from segcn.utils.paths import ROOT
 from segcn.utils.progress import Progress, never_silent
 
@@ -160,22 +160,15 @@ def test_settings_are_recorded_compared_by_meaning_and_changed_on_request_alone(
     written = path.read_bytes()
     assert same_settings(path, {"steps": 9, "sides": [1, 2], "seed": 0}, free={"steps"}, write=False) == []
     assert path.read_bytes() == written
-    other = r"holds a study with other settings:\n  seed: was 0, is 1\n  rate: was 2, is 3"
+    other = r"holds a study with other settings:\n  seed: was 0, is 1\n  rate: was None, is 3"
     with pytest.raises(UserError, match=other):
-        same_settings(path, {"seed": 1, "rate": 3}, what="study", defaults={"rate": 2})
+        same_settings(path, {"seed": 1, "rate": 3}, what="study")
     assert path.read_bytes() == written
     assert same_settings(path, {"seed": 1}, allow=True, log=said.append) == ["seed: was 0, is 1"]
     assert json.loads(path.read_text()) == {"seed": 1} and said == ["Changed: seed: was 0, is 1"]
     path.write_text("{")
     with pytest.raises(UserError, match="not readable JSON"):
         same_settings(path, {"seed": 1})
-
-
-@pytest.mark.parametrize(("count", "world"), [(0, 1), (7, 3), (2, 5)])
-def test_every_piece_of_work_belongs_to_one_process(count, world):
-    shares = [list(Process(rank, world).share(count)) for rank in range(world)]
-    assert sorted(item for share in shares for item in share) == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_page_escapes_texts_and_holds_its_images():

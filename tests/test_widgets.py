@@ -1,4 +1,4 @@
-"""Promise: the panel generates from what is painted, keeps what is asked for, and no text of it becomes HTML."""
+"""Promise: the panel generates from what is drawn, keeps what is to be saved, and no text of it becomes HTML."""
 
 import dataclasses
 import io
@@ -41,12 +41,12 @@ def split(landscapes):
 @pytest.fixture
 def panel(pipeline, split, tmp_path, monkeypatch):
     monkeypatch.setattr(widgets, "SETTLING", 0)
-    return widgets.Panel(pipeline, split, tmp_path / "painted", SETTINGS)
+    return widgets.Panel(pipeline, split, tmp_path / "saved", SETTINGS)
 
 
 @pytest.fixture
 def quick_panel(panel, monkeypatch):
-    """A panel whose images are the seed's grey and take no time; each step of the painting is announced."""
+    """A panel whose images are the seed's grey and take no time; each step is announced."""
 
     def fake_generate(pipeline, masks, captions, rows, settings, size, on_guess):
         image = np.full((1, *size, 3), settings.seed % 256, np.uint8)
@@ -80,13 +80,13 @@ def await_status(panel, text):
 def brush(panel, mask):
     """A change of the mask as the browser sends it."""
     height, width = mask.shape
-    content = {"kind": "painted", "height": height, "width": width}
+    content = {"kind": "drawn", "height": height, "width": width}
     data = {"content": {"data": {"method": "custom", "content": content}}, "buffers": [memoryview(mask.tobytes())]}
     panel.canvas._handle_msg(data)
 
 
 def images(panel):
-    return [card.picture for card in panel.gallery.cards]
+    return [card.generated for card in panel.gallery.cards]
 
 
 def row_mask(split, row):
@@ -134,11 +134,11 @@ def test_a_row_that_would_spoil_the_data_set_is_refused(tmp_path, split):
 
 def test_the_legend_names_every_class_and_what_the_eraser_leaves():
     void = Palette((Label(3, "air", (1, 2, 3)), Label(7, "void", (9, 9, 9), ignore=True)))
-    air, left = canvas.painter_labels(void)
+    air, left = canvas.canvas_labels(void)
     assert air == {"id": 3, "name": "air", "color": [1, 2, 3]}
     assert left == {"id": 255, "name": "void", "color": [0, 0, 0]}
     own = Palette((Label(0, "Unlabelled", (0, 0, 0)), Label(1, "air", (1, 2, 3))))
-    assert canvas.erased(own) == (0, "Unlabelled") and len(canvas.painter_labels(own)) == 2
+    assert canvas.erased(own) == (0, "Unlabelled") and len(canvas.canvas_labels(own)) == 2
     assert canvas.erased(Palette((Label(1, "air", (1, 2, 3)),))) == (255, "unlabelled")
 
 
@@ -171,12 +171,12 @@ def test_a_mask_comes_from_a_row_a_path_or_an_upload_and_a_bad_one_changes_nothi
 
 
 def test_a_stroke_is_kept_not_sent_back_and_none_on_a_mask_that_is_gone(panel, split, monkeypatch):
-    painted, sent = row_mask(split, 0), []
-    painted[8:24, 8:24] = HOUSE
+    drawn, sent = row_mask(split, 0), []
+    drawn[8:24, 8:24] = HOUSE
     monkeypatch.setattr(panel.canvas, "_send", lambda *message, **_: sent.append(message))
-    brush(panel, painted)
-    brush(panel, painted[:32])
-    assert (panel.canvas.mask == painted).all() and not sent
+    brush(panel, drawn)
+    brush(panel, drawn[:32])
+    assert (panel.canvas.mask == drawn).all() and not sent
     panel.picker.again.click()
     assert (panel.canvas.mask == row_mask(split, 0)).all() and len(sent) == 1  # size and ids, at once
 
@@ -184,15 +184,15 @@ def test_a_stroke_is_kept_not_sent_back_and_none_on_a_mask_that_is_gone(panel, s
 def test_generate_works_off_the_main_thread_and_save_appends_it_with_settings_that_give_it_again(
     panel, pipeline, split
 ):
-    painted = row_mask(split, 2)
+    drawn = row_mask(split, 2)
     panel.picker.row.value = 2
-    painted[8:24, 8:24] = HOUSE
-    brush(panel, painted)
+    drawn[8:24, 8:24] = HOUSE
+    brush(panel, drawn)
     panel.controls.prompt.value = "a winter landscape"
     panel.controls.window.value = 0.0, 0.5
     panel.generate_button.click()
     await_status(panel, "Generating")
-    panel.picker.row.value = 0  # what is saved belongs to what was painted, not to what is shown by now
+    panel.picker.row.value = 0  # what is saved belongs to what was drawn, not to what is shown by now
     assert panel.generate_button.disabled and not panel.stop_button.disabled
     wait(panel)
     assert panel.progress.value == 2 and not panel.generate_button.disabled
@@ -201,16 +201,16 @@ def test_generate_works_off_the_main_thread_and_save_appends_it_with_settings_th
     card.save_button.click()
     assert card.save_button.description == "Row 0" and card.save_button.disabled
     (row,) = read_split(panel.save_dir).records
-    assert row.caption == "a winter landscape" and (read_mask(row.mask, split.palette) == painted).all()
+    assert row.caption == "a winter landscape" and (read_mask(row.mask, split.palette) == drawn).all()
     image = Image.open(row.image)
-    assert (np.asarray(image) == card.picture.image).all() and card.image.value[1:4] == b"PNG"
+    assert (np.asarray(image) == card.generated.image).all() and card.image.value[1:4] == b"PNG"
     record = read_settings(row.image)
     assert record["prompt"] == ["a winter landscape"] and record["settings"]["control_guidance_end"] == 0.5
     assert record["seeds"] == [[panel.controls.seed.value, 0]] and record["controlnet"] == "random"
     saved = SampleConfig(**record["settings"])
-    orders = [(painted, row.caption, settings) for settings in (saved, dataclasses.replace(saved, seed=saved.seed + 1))]
+    orders = [(drawn, row.caption, settings) for settings in (saved, dataclasses.replace(saved, seed=saved.seed + 1))]
     again, other = infer.generate_each(pipeline, orders)
-    assert (again.image == card.picture.image).all() and (other.image != again.image).any()
+    assert (again.image == card.generated.image).all() and (other.image != again.image).any()
 
 
 def test_every_press_has_a_new_seed_unless_it_is_locked_and_so_has_every_image_of_a_press(quick_panel):
@@ -263,7 +263,7 @@ def test_the_settings_are_those_of_the_controls_and_those_far_from_the_usual_are
     assert widgets.Panel(pipeline, split, quick_panel.save_dir, kept).controls.settings() == kept
 
 
-def test_the_history_leads_back_and_an_old_picture_can_be_painted_again(quick_panel, split):
+def test_the_history_leads_back_and_an_old_image_can_be_generated_again(quick_panel, split):
     panel = quick_panel
     press(panel, panel.generate_button)
     first = images(panel)[0]
@@ -288,7 +288,7 @@ def test_the_history_leads_back_and_an_old_picture_can_be_painted_again(quick_pa
     assert len(shown.cards) == 2 and all(card.image.value for card in shown.cards)
 
 
-def test_the_mask_is_laid_over_the_picture(quick_panel, split):
+def test_the_mask_is_laid_over_the_image(quick_panel, split):
     press(quick_panel, quick_panel.generate_button)
     (card,) = quick_panel.gallery.cards
     seen = {}
@@ -313,9 +313,9 @@ def test_html_in_a_prompt_stays_text(quick_panel):
     quick_panel.gallery.save_all.click()
     assert read_split(quick_panel.save_dir)[0].caption == prompt
     kinds = {type(widget).__name__ for widget in every_widget(quick_panel)}
-    assert {"Label", "Card", "MaskPainter"} <= kinds and not any("HTML" in kind for kind in kinds)
+    assert {"Label", "Card", "MaskCanvas"} <= kinds and not any("HTML" in kind for kind in kinds)
     assert not any(getattr(widget, "description_allow_html", False) for widget in every_widget(quick_panel))
-    browser = Path(widgets.__file__).with_name("painter.js").read_text()
+    browser = Path(widgets.__file__).with_name("mask_canvas.js").read_text()
     assert not [word for word in ("innerHTML", "insertAdjacentHTML", "eval(") if word in browser]
 
 

@@ -80,7 +80,8 @@ def without_classes(caption: str, palette: Palette, one: int | None = None) -> s
     says how the image looks, and leaves to the mask what is where. one: cuts a single phrase, the one of this number,
     counted round: with 1 the lake is no longer named, and mountains and house are.
     """
-    pattern = _class_words(palette)
+    labels = [label for label in palette.labels if not label.ignore]
+    pattern = _finder(tuple(word for label in labels for word in (label.name, *label.words)))
     parts = PHRASES.split(caption.strip())  # phrase, connector, phrase, ...
     phrases = range(0, len(parts), 2)
     cut = [number for number in phrases if pattern.search(parts[number])]
@@ -109,11 +110,6 @@ def cut_captions(caption: str, palette: Palette) -> list[str]:
     """
     one = rng.integer(2**16, "cut", caption)
     return [without_classes(caption, palette, which) for which in (None, one, one + 1)]
-
-
-def _class_words(palette: Palette) -> re.Pattern:
-    """Finds a name or word of a class, also in the plural."""
-    return _finder(tuple(word for label in palette.labels if not label.ignore for word in (label.name, *label.words)))
 
 
 @lru_cache(512)

@@ -59,8 +59,8 @@ def ciede2000(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.sqrt(lightness**2 + chroma**2 + hue**2 - turned * chroma * hue)  # 22
 
 
-def look_alike(palette: Palette, least: float = APART) -> list[tuple[float, str, str, str]]:
-    """(CIEDE2000, class, class, to whom) of the labels whose colors are nearer than `least`, the nearest first.
+def look_alike(palette: Palette) -> list[tuple[float, str, str, str]]:
+    """(CIEDE2000, class, class, to whom) of the labels whose colors are nearer than APART, the nearest first.
 
     Each pair once: normal where all see it so, else the vision to which it is nearest.
     """
@@ -69,8 +69,8 @@ def look_alike(palette: Palette, least: float = APART) -> list[tuple[float, str,
     labs = [to_lab(colors, vision) for vision in VISIONS]
     found = []
     for (one, other), near in zip(pairs, np.stack([ciede2000(*lab[pairs.T]) for lab in labs], 1), strict=True):
-        whose = 0 if near[0] < least else int(near.argmin())
-        if near[whose] < least:
+        whose = 0 if near[0] < APART else int(near.argmin())
+        if near[whose] < APART:
             found.append((float(near[whose]), palette.names[one], palette.names[other], list(VISIONS)[whose]))
     return sorted(found)
 

@@ -68,7 +68,7 @@ class ImportConfig:
     skip_unpaired: bool = flag(False, "leave out images without a mask, masks without an image, rows without a mask")
     tile: int | None = flag(
         None,
-        "cut images and masks into squares of so many pixels a side; none: leave them whole",
+        "cut images and masks into squares of this size in pixels; none: leave them whole",
         low=1,
     )
     overlap: int = flag(0, "pixels by which neighboring tiles overlap, at least", low=0)

@@ -135,17 +135,13 @@ class PairedDataset(Dataset):
         return results
 
 
-def read_control_mask(
-    path: str | Path, palette: Palette, resolution: int | None = None, fit: str = "crop"
-) -> np.ndarray:
-    """A mask file as class ids, uint8 [R, R], the square that training sees (or bucket); without R as it is, [H, W]."""
-    return read_framed_mask(path, palette, resolution, fit)[0]
-
-
 def read_framed_mask(
     path: str | Path, palette: Palette, resolution: int | None = None, fit: str = "crop"
 ) -> tuple[np.ndarray, Box]:
-    """As `read_control_mask`, and the part of it that holds image: all of it, but for what is padded."""
+    """A mask file as class ids, uint8, and the part of it that holds image: all of it, but for what is padded.
+
+    The mask is the square [R, R] that training sees (or bucket); without R as it is, [H, W].
+    """
     mask = read_mask(path, palette)
     if resolution is None:
         return mask, Box(0, 0, *mask.shape)

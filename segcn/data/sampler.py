@@ -160,17 +160,17 @@ def balanced(split: Split, threshold: float, folder: Path, accelerator, log: Cal
     return repeats
 
 
-def balance_lines(palette: Palette, pixels: np.ndarray, repeats: np.ndarray, most: int = 6) -> list[str]:
-    """What the repeats change, in a few lines: the classes that the fewest rows show."""
+def balance_lines(palette: Palette, pixels: np.ndarray, repeats: np.ndarray) -> list[str]:
+    """What the repeats change, in a few lines: the six classes that the fewest rows show."""
     times = f"{repeats.sum():.0f} times an epoch in all, the rarest {repeats.max():.1f} times"
     lines = [f"Class balance: {len(pixels)} rows occur {times}."]
     before, after = frequencies(pixels), frequencies(pixels, repeats)
     labels = sorted((label for label in palette.labels if not label.ignore), key=lambda label: before[0][label.id])
-    for label in labels[:most]:
+    for label in labels[:6]:
         rows, area = ((old[label.id], new[label.id]) for old, new in zip(before, after, strict=True))
         change = "in {:.1%} -> {:.1%} of the rows, {:.2%} -> {:.2%} of the pixels".format(*rows, *area)
         lines.append(f"  {label.name}: {change}")
-    return lines + ([f"  and {len(labels) - most} more frequent classes"] if len(labels) > most else [])
+    return lines + ([f"  and {len(labels) - 6} more frequent classes"] if len(labels) > 6 else [])
 
 
 def class_weights(pixels: np.ndarray, exponent: float = 0.5) -> torch.Tensor:

@@ -171,16 +171,16 @@ def sheet(strips: list[np.ndarray], texts: Sequence[str], columns: int, width: f
     return grid([strips[line] for line in lines], below=[texts[line] for line in lines], width=width)
 
 
-def contact_sheet(split: Split, rows: int = 8, columns: int = 2) -> Figure:
+def contact_sheet(split: Split, rows: int = 8) -> Figure:
     """The first rows of a split: image, mask colors and both overlaid, with the caption beneath."""
     strips = []
     for row in range(min(rows, len(split))):
         image, mask = read_pair(split, row)
         strips.append(side_by_side(image, colorize(mask, split.palette), overlay(image, mask, split.palette)))
-    return sheet(strips, [record.caption for record in split.records], columns)
+    return sheet(strips, [record.caption for record in split.records], columns=2)
 
 
-def compare(real: Split, generated: Split, rows: int = 8, columns: int = 2, fit: str = "crop") -> Figure:
+def compare(real: Split, generated: Split, rows: int = 8, fit: str = "crop") -> Figure:
     """The first rows: mask, real image, of the shape that generation gave it, and generated image, captions beneath."""
     strips = []
     for row in range(min(rows, len(real), len(generated))):
@@ -193,7 +193,7 @@ def compare(real: Split, generated: Split, rows: int = 8, columns: int = 2, fit:
         top, left = (original.shape[0] - height) // 2, (original.shape[1] - width) // 2
         original = original[top : top + height, left : left + width]
         strips.append(side_by_side(colorize(mask, real.palette), original, image))
-    return sheet(strips, [record.caption for record in real.records], columns)
+    return sheet(strips, [record.caption for record in real.records], columns=2)
 
 
 def legend(palette: Palette, columns: int = 5) -> Figure:
@@ -270,13 +270,13 @@ def augmented_pixels(pairs: PairedDataset) -> np.ndarray:
     return np.stack(counts)[:, : pairs.split.palette.num_classes].astype(np.uint32)
 
 
-def class_frequencies(palette: Palette, measured: dict[str, tuple[np.ndarray, np.ndarray]], most: int = 24) -> Figure:
-    """Of each class the share of the rows that show it and of the pixels, the rarest first, for each set by name.
+def class_frequencies(palette: Palette, measured: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Of the 24 rarest classes the share of the rows that show it and of the pixels, for each set by name.
 
-    measured: what `sampler.frequencies` gives, by name; most: classes shown.
+    measured: what `sampler.frequencies` gives, by name.
     """
     rarity = next(iter(measured.values()))[0]
-    labels = sorted(_classes(palette), key=lambda label: rarity[label.id])[:most]
+    labels = sorted(_classes(palette), key=lambda label: rarity[label.id])[:24]
     figure = Figure(figsize=(9, 0.9 + 0.17 * len(labels) * len(measured)))
     left, right = figure.subplots(1, 2)
     titles = "share of the rows that show it", "share of the pixels"
@@ -306,9 +306,9 @@ def class_bars(palette: Palette, shares: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def word_bars(captions: Sequence[str], count: int = 20) -> Figure:
+def word_bars(captions: Sequence[str]) -> Figure:
     """The most frequent words and the share of captions that hold them."""
-    words = common_words(captions, count)
+    words = common_words(captions)
     figure = Figure(figsize=(6.5, 0.6 + 0.22 * len(words)))
     axes = figure.add_subplot()
     _share_bars(axes, [word for word, _ in words], {"": [number / len(captions) for _, number in words]}, [ACCENT])

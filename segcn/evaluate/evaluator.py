@@ -365,8 +365,7 @@ def estimates(splits: dict[str, Split], seen: dict[str, Seen], observer: Observe
     few = metrics.few_images(min(len(splits["real"]), len(splits["synthetic"])), distance["features"], extractor.name)
     result: dict[str, Any] = {
         "segmenter": observer.segmenter.settings,
-        "sets": {name: {"folder": str(split.folder), "images": len(split), "fingerprint": split.fingerprint,
-                        "requested_masks": (split.folder / "requested_masks").is_dir()}
+        "sets": {name: {"folder": str(split.folder), "images": len(split), "fingerprint": split.fingerprint}
                  for name, split in splits.items()},
         "settings": {"bootstrap_draws": bootstrap.DRAWS, "level": bootstrap.LEVEL, "least_crop": LEAST_CROP},
         "notes": {"iou": metrics.IOU_RULE},
@@ -432,19 +431,19 @@ def _shares_of_with_mask(seen: dict[str, Seen], found: dict, palette: Palette) -
 
     Where the latter hold an image of each of these masks, these alone are compared, image by image.
     """
-    shares, asked = {}, seen["synthetic"]
+    shares, usual = {}, seen["synthetic"]
     for name in RECAPTIONED:
         if name in seen:
-            rows, scores = _partners(asked, seen[name]), found["synthetic"]
+            rows, scores = _partners(usual, seen[name]), found["synthetic"]
             if rows is not None:
-                scores = metrics.mask_scores(asked["pixels"][rows], asked["edges"][rows], palette)
+                scores = metrics.mask_scores(usual["pixels"][rows], usual["edges"][rows], palette)
             shares[name] = {kind: bootstrap.ratio(found[name][kind], scores[kind]) for kind in ("miou", "boundary_f")}
     return shares
 
 
-def _partners(asked: Seen, others: Seen) -> list[int] | None:
+def _partners(candidates: Seen, others: Seen) -> list[int] | None:
     """For each image of `others` the row of one with the same mask; None where any has none."""
-    rows = {key: row for row, key in reversed(list(enumerate(asked["mask"].tolist())))}
+    rows = {key: row for row, key in reversed(list(enumerate(candidates["mask"].tolist())))}
     found = [rows[key] for key in others["mask"].tolist() if key in rows]
     return found if len(found) == len(others["mask"]) else None
 
@@ -456,11 +455,6 @@ def _doubts(found: dict) -> Iterator[str]:
         yield (
             "The segmenter that scores these images has filtered them: the scores flatter them. Leave out --segmenter, "
             "or give another one."
-        )
-    if filtering and filtering["filter_regions"] and not found["sets"]["synthetic"]["requested_masks"]:
-        yield (
-            "Filtering has edited the masks of these images and those in requested_masks/ are missing: they "
-            "are scored against the edited masks, which flatters them."
         )
     reward = found["reward"]
     if reward and reward["weights"] == reward["scored_by"]:

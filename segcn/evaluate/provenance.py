@@ -53,7 +53,7 @@ def filtering_of(split: Split, classes: torch.Tensor, scorer: str) -> dict | Non
     """How a generated set was filtered, by its manifest; None where it was not.
 
     classes [N, K]: which classes the mask of each of its images holds; scorer: the digest of the segmenter that scores.
-    Counts of images asked for, kept, regenerated (kept, but not at the first attempt) and dropped; of classes, and of
+    Counts of images requested, kept, regenerated (kept, but not at the first attempt) and dropped; of classes, and of
     words of the prompts, the share of the dropped and of all images that have it, those first that were dropped most.
     """
     made, manifest = generation_of(split), split.folder / "manifest.jsonl"
@@ -72,7 +72,7 @@ def filtering_of(split: Split, classes: torch.Tensor, scorer: str) -> dict | Non
              for some in (dropped, [record for record in records if record["kept"]])]  # fmt: skip
     words = {word: _shares(*([word in one for one in some] for some in texts)) for word in set().union(*texts[0])}
     return {
-        "asked": len(records), "kept": len(records) - len(dropped), "dropped": len(dropped),
+        "requested": len(records), "kept": len(records) - len(dropped), "dropped": len(dropped),
         "regenerated": sum(record["kept"] and record["attempt"] > 0 for record in records),
         "min_miou": made.get("min_miou"), "filter_regions": made.get("filter_regions"),
         "segmenter_weights": made.get("segmenter_weights"), "scored_by": scorer, "classes": _most_dropped(found),
@@ -86,9 +86,7 @@ def _shares(dropped: list[bool], kept: list[bool]) -> list[float]:
     return [round(sum(one) / len(one), 3) if one else 0.0 for one in (dropped, every)]
 
 
-def _most_dropped(shares: dict[str, list[float]], most: int = 6) -> dict[str, list[float]]:
-    """Those that are more frequent among the dropped images by 0.1 and more, the most frequent first."""
+def _most_dropped(shares: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The six that are more frequent among the dropped images by 0.1 and more, the most frequent first."""
     gaps = {name: dropped - all_of_them for name, (dropped, all_of_them) in shares.items()}
-    return {
-        name: shares[name] for name in sorted(gaps, key=lambda name: (-gaps[name], name))[:most] if gaps[name] >= 0.1
-    }
+    return {name: shares[name] for name in sorted(gaps, key=lambda name: (-gaps[name], name))[:6] if gaps[name] >= 0.1}

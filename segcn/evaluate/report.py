@@ -95,7 +95,7 @@ def answers(metrics: dict) -> Iterator[tuple[str, str]]:
         verdict = "closer to them than real test images are: look at the closest pairs" if low > 0.5 else (
             "no closer to them than real test images are")  # fmt: skip
         said = f"the test {far}" if far and low <= 0.5 else f"they are {verdict}"
-        said = NEAR_BY_DESIGN if metrics["copies"].get("from_images") else said
+        said = NEAR_BY_DESIGN if metrics["copies"]["from_images"] else said
         yield "Are they copies of training images?", f"Memorization test {low:.2f} to {high:.2f} (0.5 = none): {said}."
     shift = metrics["color"]["delta_e"]
     yield (
@@ -120,28 +120,26 @@ def _lines(metrics: dict) -> Iterator[str]:
         yield ", ".join(f"{key} {within(metrics, 'distance', key)}" for key in pair)
     counts = f"{found['images_real']} real and {found['images_synthetic']} generated images"
     yield f"({found['extractor']} of {counts}, {found['resolution']} px)"
-    for extractor, each in metrics.get("distances", {}).items():
+    for extractor, each in metrics["distances"].items():
         shown = (f"{title} {within(metrics, 'distances', extractor, title, digits=3)}" for title in each)
         yield f"{extractor}: {', '.join(shown)}"
-    for name in metrics.get("shares_of_with_mask", {}):
+    for name in metrics["shares_of_with_mask"]:
         yield f"{ROWS[name]}: {within(metrics, 'shares_of_with_mask', name, 'miou')} of those with captions as they are"
-    for name, command in metrics.get("not_given", {}).items():
+    for name, command in metrics["not_given"].items():
         yield not_given(name, command)
-    if metrics.get("reward"):
+    if metrics["reward"]:
         yield reward_line(metrics)
     for kind in ("text", "custom"):
-        for name, scores in metrics.get(kind, {}).items():
+        for name, scores in metrics[kind].items():
             for title in scores:
                 yield f"{title}, {ROWS[name]}: {within(metrics, kind, name, title)}"
-    shift = metrics.get("color")  # "colour" in older files
-    if shift:
-        channels = f"dL {shift['L']:+.2f}, da {shift['a']:+.2f}, db {shift['b']:+.2f}"
-        delta = within(metrics, "color", "delta_e", digits=3)
-        yield f"mean color shift (CIE L*a*b*): {channels}, delta E {delta}"
+    shift, delta = metrics["color"], within(metrics, "color", "delta_e", digits=3)
+    channels = f"dL {shift['L']:+.2f}, da {shift['a']:+.2f}, db {shift['b']:+.2f}"
+    yield f"mean color shift (CIE L*a*b*): {channels}, delta E {delta}"
     if metrics["copies"]:
-        far = NEAR_BY_DESIGN if metrics["copies"].get("from_images") else far_from_real(metrics)
+        far = NEAR_BY_DESIGN if metrics["copies"]["from_images"] else far_from_real(metrics)
         yield f"memorization test: {within(metrics, 'copies', 'nearer_than_real')} ({far or '0.5 = none'})"
-    if metrics.get("filtering"):
+    if metrics["filtering"]:
         yield filtering_line(metrics["filtering"])
 
 
@@ -167,7 +165,7 @@ def reward_line(metrics: dict) -> str:
 def filtering_line(found: dict) -> str:
     """How many images filtering kept and dropped, and what the dropped ones have more often than all of them."""
     again, dropped = f"{found['regenerated']} of them regenerated", f"{found['dropped']} dropped"
-    text = f"filtering: {found['asked']} images asked for, {found['kept']} kept ({again}), {dropped}"
+    text = f"filtering: {found['requested']} images requested, {found['kept']} kept ({again}), {dropped}"
     if found["segmenter_weights"] and found["segmenter_weights"] != found["scored_by"]:
         text += "; one segmenter filtered, another one scores"
     for kind, title in (("classes", "classes of the dropped"), ("words", "words of their prompts")):
@@ -272,9 +270,9 @@ def _places(one: dict, other: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
         places += [(key, ("distance", key)) for key in SPREADS]
         places.append(("memorization test", ("copies", "nearer_than_real")))
     places += [(f"{title} ({name})", ("distances", name, title))
-               for name, each in one.get("distances", {}).items() for title in each]  # fmt: skip
+               for name, each in one["distances"].items() for title in each]  # fmt: skip
     places += [(f"{title}, {ROWS[name]}", (kind, name, title)) for kind in ("text", "custom")
-               for name, each in one.get(kind, {}).items() for title in each]  # fmt: skip
+               for name, each in one[kind].items() for title in each]  # fmt: skip
     if comparable:
         places += [(f"{names[1]} of {label}, cut out", ("crops", "kernel_distance", label)) for label in one["classes"]]
     places.append(("color shift, delta E", ("color", "delta_e")))

@@ -134,9 +134,9 @@ def refuse_another(folder: Path, synthetic: Split) -> None:
         return
     try:
         known = json.loads(path.read_text())["sets"]["synthetic"]
-        measured, same = known["folder"], known.get("fingerprint") == synthetic.fingerprint
+        measured, same = known["folder"], known["fingerprint"] == synthetic.fingerprint
     except (OSError, ValueError, KeyError, TypeError):
-        measured, same = "something else, or by an older version", False
+        measured, same = "something else", False
     if not same and measured != str(synthetic.folder):
         raise UserError(
             f"{path} is the evaluation of {measured}, not of {synthetic.folder}: choose another --output_dir, or move"

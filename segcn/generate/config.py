@@ -78,11 +78,11 @@ class SampleConfig:
 class InferConfig(SampleConfig):
     """One mask and one or more prompts to images in one PNG, which records its settings."""
 
-    control: str = flag("", "mask: class ids or palette colors", aliases=("--control_image",))
+    control: str = flag("", "mask: class ids or palette colors")
     prompt: list[str] = flag([], "one or more prompts")
     seeds: list[int] = flag([], "one image of each prompt for each seed; replaces --seed and --num_images")
     num_images: int = flag(1, "images of each prompt, each from other noise", low=1)
-    out: str = flag("", "PNG to write; several images form a grid", aliases=("--output",))
+    out: str = flag("", "PNG to write; several images form a grid")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from segcn.data.masks import colorize, read_mask, resize_mask
 from segcn.data.metadata import read_named_split, read_row, read_split
 from segcn.data.palette import IGNORE, Palette
 from segcn.data.sampler import class_pixels, class_weights
-from segcn.data.transforms import AUGMENTS, Draw, apply, boxes
+from segcn.data.transforms import AUGMENTS, Box, Draw, apply, boxes
 from segcn.evaluate.metrics import confusion_matrix, iou
 from segcn.generate.conditions import Conditions
 from segcn.generate.config import GenerateConfig
@@ -46,30 +46,33 @@ class Filter:
     class_losses: np.ndarray | None = None  # float64 [256] by class id, of `mean_losses`
 
     def predict(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Class ids, uint8 [H, W], of images, uint8 [H, W, 3] of any size; 255 where the segmenter sees nothing.
-
-        Each is made square as in the segmenter's training: as its `fit` says, at its resolution.
-        """
-        side, fit = self.segmenter.settings["resolution"], self.segmenter.settings.get("fit", SegmenterConfig.fit)
-        squares, predicted = [], []
-        for image in images:
-            pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-            squares.append(apply(pixels, torch.zeros_like(pixels[:1]), Draw(fit=fit), side)[0])
-        found = predict(self.segmenter, to_image(torch.stack(squares))).numpy()
-        for ids, image in zip(found, images, strict=True):
-            source, frame = boxes(Draw(fit=fit), image.shape[:2], side)
+        """Class ids, uint8 [H, W], of images, uint8 [H, W, 3] of any size; 255 where the segmenter sees nothing."""
+        squares, places = zip(*map(self._square, images), strict=True)
+        found, predicted = predict(self.segmenter, torch.stack(squares)).numpy(), []
+        for ids, image, (source, frame) in zip(found, images, places, strict=True):
             predicted.append(np.full(image.shape[:2], IGNORE, np.uint8))
             source.cut(predicted[-1])[:] = resize_mask(np.ascontiguousarray(frame.cut(ids)), source[2:])
         return predicted
 
-    def score(self, predicted: np.ndarray, mask: np.ndarray) -> float:
-        """The mIoU of one image over the classes of its mask, uint8 [H, W]; 1 where nothing is labelled.
+    def _square(self, image: np.ndarray) -> tuple[torch.Tensor, tuple[Box, Box]]:
+        """An image, uint8 [H, W, 3], as in the segmenter's training: as its `fit` says, at its resolution.
 
-        Pixels that are 255 in either are left out.
+        [3, S, S] in [-1, 1]; what of the image it holds, and where.
         """
+        side, fit = self.segmenter.settings["resolution"], self.segmenter.settings.get("fit", SegmenterConfig.fit)
+        pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+        square = apply(pixels, torch.zeros_like(pixels[:1]), Draw(fit=fit), side)[0]
+        return to_image(square), boxes(Draw(fit=fit), image.shape[:2], side)
+
+    def confusion(self, predicted: np.ndarray, mask: np.ndarray) -> torch.Tensor:
+        """Counts as of `confusion_matrix` of class ids, uint8 [H, W]; pixels that are 255 in either are left out."""
         mask = np.where(predicted == IGNORE, predicted, mask)
-        confusion = confusion_matrix(torch.from_numpy(predicted), torch.from_numpy(mask), self.segmenter.num_classes)
-        return round(float(iou(confusion).nanmean()), 4) if (mask != IGNORE).any() else 1.0
+        return confusion_matrix(torch.from_numpy(predicted), torch.from_numpy(mask), self.segmenter.num_classes)
+
+    def score(self, predicted: np.ndarray, mask: np.ndarray) -> float:
+        """The mIoU of one image over the classes of its mask, uint8 [H, W]; 1 where nothing is labelled in both."""
+        confusion = self.confusion(predicted, mask)
+        return round(float(iou(confusion).nanmean()), 4) if confusion.any() else 1.0
 
     @torch.no_grad()
     def losses(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -77,11 +80,8 @@ class Filter:
 
         nan where the mask is unlabelled or the segmenter sees nothing.
         """
-        side, fit = self.segmenter.settings["resolution"], self.segmenter.settings.get("fit", SegmenterConfig.fit)
-        pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-        square = apply(pixels, torch.zeros_like(pixels[:1]), Draw(fit=fit), side)[0]
-        source, frame = boxes(Draw(fit=fit), mask.shape, side)
-        logits = self.segmenter(to_image(square[None]).to(next(self.segmenter.parameters()).device))
+        square, (source, frame) = self._square(image)
+        logits = self.segmenter(square[None].to(next(self.segmenter.parameters()).device))
         logits = F.interpolate(frame.cut(logits), source[2:], mode="bilinear").cpu()
         wanted = torch.from_numpy(source.cut(mask).astype(np.int64))[None]
         loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none")
@@ -236,10 +236,7 @@ def images_of_rows(config: GenerateConfig, conditions: Conditions, criterion: Fi
     pixels, confusion = class_pixels(split), torch.zeros(1, dtype=torch.int64)
     for row in range(min(MEASURED_REAL, len(split))):
         image, mask = read_row(split, row)
-        predicted = criterion.predict([image])[0]
-        mask = np.where(predicted == IGNORE, predicted, mask)
-        pair = torch.from_numpy(predicted), torch.from_numpy(mask)
-        confusion = confusion + confusion_matrix(*pair, criterion.segmenter.num_classes)
+        confusion = confusion + criterion.confusion(criterion.predict([image])[0], mask)
     missed = 1 - iou(confusion)
     weak = torch.where(missed.isnan(), missed.nanmean(), missed).numpy().round(3)  # machines differ in the last digits
     weights = (pixels > 0) * class_weights(pixels).numpy()

@@ -168,19 +168,19 @@ def draw_valid(
 def read_ratios(text: str, real: RealMasks) -> dict[int, float]:
     """--ratios as the share of each state; UserError for another form, for unknown classes, and above 1 in all."""
     try:
-        asked = {
+        wanted = {
             name.strip(): float(share) for name, _, share in (one.partition("=") for one in text.split(",") if one)
         }
     except ValueError:
         raise UserError(f"--ratios: expected shares of classes such as road=0.2,house=0.1, found {text!r}") from None
-    if not all(0 <= share <= 1 for share in asked.values()) or sum(asked.values()) > 1:
+    if not all(0 <= share <= 1 for share in wanted.values()) or sum(wanted.values()) > 1:
         raise UserError(f"--ratios: expected shares from 0 to 1, and at most 1 in all, found {text!r}")
-    ids = class_ids(list(asked), real.split.palette, real.states, "--ratios")
-    return dict(zip(real.state_of[ids].tolist(), asked.values(), strict=True))
+    ids = class_ids(list(wanted), real.split.palette, real.states, "--ratios")
+    return dict(zip(real.state_of[ids].tolist(), wanted.values(), strict=True))
 
 
 def missed(shares: np.ndarray, ratios: dict[int, float]) -> np.ndarray:
-    """The mean absolute error of the shares that were asked for, [...] of shares [..., S]; 0 where none were."""
+    """The mean absolute error of the shares that --ratios requests, [...] of shares [..., S]; 0 where none were."""
     return np.abs(shares[..., list(ratios)] - list(ratios.values())).sum(-1) / max(1, len(ratios))
 
 
@@ -197,7 +197,7 @@ def energy_distance(one: np.ndarray, other: np.ndarray) -> float:
 def nearest_masks(masks: np.ndarray, real: RealMasks, same: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The share of pixels in which each mask [N, R, R] agrees with the row most like it, mirrored or not, and its row.
 
-    same: the masks are the rows, which are not compared with themselves. About 64 px a side are compared.
+    same: the masks are the rows, which are not compared with themselves. They are compared at about 64 px.
     """
     step, agreements = max(1, masks.shape[-1] // 64), []
     rows = real.masks[:MEASURED, ::step, ::step]

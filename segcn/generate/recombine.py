@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from segcn.data.captions import cannot_be_mirrored, classes_of, mirrored, mirrored_ids, without_classes
-from segcn.data.dataset import read_control_mask
+from segcn.data.dataset import read_framed_mask
 from segcn.data.masks import read_mask, resize_mask
 from segcn.data.metadata import Split, read_named_split
 from segcn.data.palette import IGNORE, Palette
@@ -137,7 +137,7 @@ def read_real_masks(config: LayoutsConfig, log: Callable = print) -> RealMasks:
     chosen = sorted(rng.permutation(len(split), "layouts", config.seed, "rows")[:USED_ROWS])
     split = replace(split, records=tuple(split[row] for row in chosen))
     side = config.resolution or min(read_mask(split[0].mask, split.palette).shape)
-    masks = np.stack([read_control_mask(one.mask, split.palette, side, config.fit) for one in split.records])
+    masks = np.stack([read_framed_mask(one.mask, split.palette, side, config.fit)[0] for one in split.records])
     states, state_of = np.unique(masks), np.zeros(256, np.uint8)
     state_of[states], count, progress = np.arange(len(states)), len(states), Progress("rows counted", len(masks), log)
     pieces, counted = [], []
@@ -179,7 +179,7 @@ def class_ids(names: Sequence[str], palette: Palette, states: np.ndarray, flag: 
 
 
 def recombine(real: RealMasks, row: int, other: int, *key: str | int) -> Layout:
-    """A row stretched, with half of its own objects and half of those of another row, each where one stood before.
+    """A row stretched, with half of its own objects and half of those of another row, each where one was before.
 
     An object takes the place of any object of its class, and a part of its size, where below and around it the mask
     looks as around a real one. What is removed is filled by the nearest of the background around it.

@@ -15,12 +15,12 @@ OVERLAP = 0.5  # share of a window that its neighbor covers, too, at least
 class Windows:
     """Windows that cover latents of `size` (height, width), with weights whose sum is 1 in every cell."""
 
-    def __init__(self, size: tuple[int, int], side: int, at_once: int, overlap: float = OVERLAP):
+    def __init__(self, size: tuple[int, int], side: int, at_once: int):
         """side: of a window, in cells; along a shorter side of the latents a window is as long as these."""
         self.size, self.at_once = size, at_once
         self.window = [min(side, length) for length in size]
         self.starts = [
-            window_starts(length, own, int(own * overlap)) for length, own in zip(size, self.window, strict=True)
+            window_starts(length, own, int(own * OVERLAP)) for length, own in zip(size, self.window, strict=True)
         ]
         self.boxes = [Box(top, left, *self.window) for top in self.starts[0] for left in self.starts[1]]
 

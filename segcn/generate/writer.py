@@ -159,8 +159,8 @@ class Manifest:
 
     def clear(self) -> None:
         """Remove what a finished set does not need, also what was half written when a process was killed."""
-        for pattern in (".metadata.csv.*", f".*-{SETTINGS_FILE}"):
-            for path in self.out.glob(pattern):
+        for name in ("metadata.csv", SETTINGS_FILE):
+            for path in self.out.glob(f".*-{name}"):
                 path.unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
@@ -272,13 +272,13 @@ def settings_of(
     return settings | ({"segmenter_weights": weights_digest(criterion.segmenter)} if criterion else {})
 
 
-def differences(folder: str | Path, config: GenerateConfig, pipeline: Pipeline, log: Callable = print) -> list[str]:
+def differences(folder: str | Path, config: GenerateConfig, pipeline: Pipeline) -> list[str]:
     """How the settings of the images in a folder differ from a config: "name: was X, is Y" of each.
 
     Empty: there are none, or `generate_dataset` will resume and reuse them. Otherwise it refuses the folder.
     """
     conditions = read_conditions(config)
-    settings = settings_of(config, pipeline, conditions, open_filter(config, conditions, log))
+    settings = settings_of(config, pipeline, conditions, open_filter(config, conditions, print))
     return _compare_settings(Path(folder), settings, allow=True, write=False)
 
 
@@ -290,7 +290,6 @@ def _compare_settings(out: Path, settings: dict[str, Any], allow: bool, write: b
         allow=allow,
         log=lambda line: None,
         what="set of images",
-        defaults=asdict(GenerateConfig()) | {"rows": settings["rows"]},
         write=write,
     )
 

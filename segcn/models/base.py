@@ -185,11 +185,6 @@ class Base:
         return self.family.process(self.scheduler, self.folder)
 
     @property
-    def predicts_v(self) -> bool:
-        """Whether it predicts v (Stable Diffusion 2.x at 768) rather than noise; UserError for anything else."""
-        return self.process.predicts == "v"
-
-    @property
     def latent_factor(self) -> int:
         """The width of a latent cell in pixels, 8 in Stable Diffusion."""
         return _factor(self.vae_config)
@@ -393,9 +388,9 @@ def folder_digest(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _sampled(path: Path, blocks: int = 64, block: int = 2**16) -> bytes:
+def _sampled(path: Path) -> bytes:
     """A whole file or, over 4 MiB, its size and evenly spaced blocks of 64 KiB: enough to distinguish gigabytes."""
-    size = path.stat().st_size
+    size, blocks, block = path.stat().st_size, 64, 2**16
     with path.open("rb") as file:
         if size <= blocks * block:
             return file.read()

@@ -47,7 +47,6 @@ def add_lora(
     rank: int,
     alpha: int,
     targets: tuple[str, ...],
-    flag: str = "lora_targets",
     exclude: str | None = None,
 ) -> None:
     """Give the layers whose names end in one of `targets` trainable matrices, in float32; everything else is frozen.
@@ -59,12 +58,13 @@ def add_lora(
     names = [name for name, _ in network.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise UserError(f"--{flag}: expected ends of the names of layers, such as to_q or conv1, found {target!r}")
+            expected = "expected ends of the names of layers, such as to_q or conv1"
+            raise UserError(f"--lora_targets: {expected}, found {target!r}")
     try:
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), exclude_modules=exclude)
         inject_adapter_in_model(config, network, PLACE)
     except ValueError as error:  # a layer of another kind than linear or convolution
-        raise UserError(f"--{flag}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--lora_targets: {str(error).splitlines()[0]}") from None
 
 
 def has_lora(network: nn.Module) -> bool:

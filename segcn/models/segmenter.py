@@ -204,7 +204,7 @@ def load_segmenter(folder: str | Path, device: str | None = None) -> AnySegmente
             "trained."
         )
     settings = json.loads((folder / "config.json").read_text())
-    if "model_type" in settings:  # of transformers; how it was trained stands in its config.json
+    if "model_type" in settings:  # of transformers; how it was trained is in its config.json
         return open_segmenter(folder, Palette.load(folder / "palette.json"), 0, "", device)
     if "latents" in settings:
         raise UserError(f"--segmenter {folder}: expected one that looks at images, found a reward's, of latents")
@@ -226,14 +226,14 @@ def load_latent_segmenter(
     return segmenter.to(pick_device(device))
 
 
-def shipped_segmenter(base: str | Path, palette: Palette, device: str | None = None) -> AnySegmenter | None:
+def shipped_segmenter(base: str | Path, palette: Palette) -> AnySegmenter | None:
     """The one in a base's folder, where its classes are those of the palette, whatever their colors; else None."""
     folder = Path(base) / "segmenter"
     if not (folder / "config.json").is_file():
         return None
     own = [(label.id, label.name, label.ignore) for label in Palette.load(folder / "palette.json").labels]
     same = own == [(label.id, label.name, label.ignore) for label in palette.labels]
-    return load_segmenter(folder, device) if same else None
+    return load_segmenter(folder) if same else None
 
 
 def write_segmenter(segmenter: AnySegmenter, palette: Palette, folder: Path) -> None:

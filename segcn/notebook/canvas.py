@@ -25,14 +25,14 @@ UNLABELLED = ("unlabelled", "unlabeled")
 LISTED_ROWS = 500  # masks in the dropdown
 
 
-class MaskPainter(anywidget.AnyWidget):
+class MaskCanvas(anywidget.AnyWidget):
     """A canvas in the browser with drawing tools, undo and the classes of a palette; `mask` is what it shows.
 
     changed: called after each change of mask or photo. wanted: called on Ctrl+Enter in the panel around it.
     """
 
-    _esm = HERE / "painter.js"
-    _css = HERE / "painter.css"
+    _esm = HERE / "mask_canvas.js"
+    _css = HERE / "mask_canvas.css"
     ids = CByteMemoryView().tag(sync=True, echo_update=False)  # traitlets.Bytes refuses what a browser sends
     width = Int().tag(sync=True)
     height = Int().tag(sync=True)
@@ -41,7 +41,7 @@ class MaskPainter(anywidget.AnyWidget):
     eraser = Int(IGNORE).tag(sync=True)
 
     def __init__(self, palette: Palette, changed: Callable[[], None], wanted: Callable[[], None]):
-        super().__init__(labels=painter_labels(palette), eraser=erased(palette)[0])
+        super().__init__(labels=canvas_labels(palette), eraser=erased(palette)[0])
         self.palette, self.changed, self.wanted = palette, changed, wanted
         self.under: np.ndarray | None = None  # the photo, uint8 [H, W, 3]
         self.on_msg(self._receive)
@@ -84,7 +84,7 @@ class MaskPainter(anywidget.AnyWidget):
         """A change made in the browser; nothing is sent back, since more may have been drawn by now."""
         if content.get("kind") == "generate":
             return self.wanted()
-        expected = ("painted", self.height, self.width)
+        expected = ("drawn", self.height, self.width)
         if (content.get("kind"), content.get("height"), content.get("width")) != expected:
             return None  # drawn on a mask that is not shown any more
         if len(buffers) == 1 and len(buffers[0]) == self.height * self.width:
@@ -93,7 +93,7 @@ class MaskPainter(anywidget.AnyWidget):
         return None
 
 
-def painter_labels(palette: Palette) -> list[dict]:
+def canvas_labels(palette: Palette) -> list[dict]:
     """Every class, then what the eraser leaves: id, name and color, as the ControlNet sees it."""
     classes = [(label.id, label.name) for label in palette.labels if not label.ignore]
     entries = dict([*classes, erased(palette)])
@@ -119,9 +119,9 @@ def read_at(path: Path, palette: Palette, settings: SampleConfig) -> np.ndarray:
     """A mask file as class ids, uint8 [H, W], as large as the settings say."""
     if settings.resolution is None:
         return read_mask(path, palette)
-    from segcn.data.dataset import read_control_mask  # with torch, which takes seconds to be imported
+    from segcn.data.dataset import read_framed_mask  # with torch, which takes seconds to be imported
 
-    return read_control_mask(path, palette, settings.resolution, settings.framing)
+    return read_framed_mask(path, palette, settings.resolution, settings.framing)[0]
 
 
 class FileButton(anywidget.AnyWidget):
@@ -157,7 +157,7 @@ class MaskPicker(w.HBox):
     fail(error): called for a file that cannot be used. `again`, `path` and `size` are to be shown by the panel.
     """
 
-    def __init__(self, split: Split, settings: SampleConfig, canvas: MaskPainter, use: Callable, fail: Callable):
+    def __init__(self, split: Split, settings: SampleConfig, canvas: MaskCanvas, use: Callable, fail: Callable):
         self.split, self.settings, self.canvas, self.use, self.fail = split, settings, canvas, use, fail
         captions = [record.caption[:60] for record in split.records[:LISTED_ROWS]]
         options = [(f"{row}: {caption}", row) for row, caption in enumerate(captions)]

@@ -58,7 +58,7 @@ class Card(w.VBox):
     """One image with its caption, seed and mIoU; `actions`: what its buttons do with it, by their text."""
 
     def __init__(self, made: "GeneratedImage", found: tuple[float, np.ndarray] | None, actions: dict[str, Callable]):
-        self.picture, self.found, self.seen = made, found, ""
+        self.generated, self.found, self.seen = made, found, ""
         self.image = w.Image()  # it can have no tooltip
         self.image.add_class("segcn-image")
         self.save_button, self.reuse_button, self.download_button = (
@@ -90,7 +90,7 @@ class Card(w.VBox):
 
         if view == self.seen:
             return
-        image, mask, self.seen = self.picture.image, self.picture.mask, view
+        image, mask, self.seen = self.generated.image, self.generated.mask, view
         shown: dict[str, Callable[[], Any]] = {
             "image": lambda: image, "outlines": lambda: visualize.outlined(image, mask),
             "classes": lambda: visualize.overlay(image, mask, palette), "mask": lambda: colorize(mask, palette),
@@ -109,8 +109,8 @@ class Gallery(w.VBox):
     def __init__(self, palette: Palette, save: Callable, reuse: Callable, say: Callable, download: Callable):
         self.palette, self.save, self.say = palette, save, say
         self.segmenter: AnySegmenter | None = None
-        self.actions = {"Save": self.keep, "Use again": lambda card: reuse(card.picture),
-                        "Download": lambda card: download("image.png", card.picture.png())}  # fmt: skip
+        self.actions = {"Save": self.keep, "Use again": lambda card: reuse(card.generated),
+                        "Download": lambda card: download("image.png", card.generated.png())}  # fmt: skip
         self.entries: list[list[Card]] = []
         self.shown, self.fresh, self.alone = -1, True, True
         self.view, self.place = w.Dropdown(options=VIEWS, layout=w.Layout(width="124px"), tooltip="view"), w.Label()
@@ -150,7 +150,7 @@ class Gallery(w.VBox):
 
     def add(self, made: "GeneratedImage") -> None:
         """Show an image as soon as it is there; to someone who looks at an earlier press it waits in the history."""
-        watched = self.fresh or self.shown == len(self.entries) - 1
+        latest = self.fresh or self.shown == len(self.entries) - 1
         if self.fresh:
             self.entries = [*self.entries[1 - HISTORY :], []]
             self.fresh = False
@@ -160,7 +160,7 @@ class Gallery(w.VBox):
         if self.alone:
             card.add_class("segcn-alone")
         self.entries[-1].append(card)
-        self.turn_to(len(self.entries) - 1 if watched else self.shown)
+        self.turn_to(len(self.entries) - 1 if latest else self.shown)
 
     def turn_to(self, number: int) -> None:
         """Show the images of a press, counted from 0, in the chosen view; one that is not there changes nothing."""
@@ -182,7 +182,7 @@ class Gallery(w.VBox):
         if card.save_button.disabled:
             return
         try:
-            row = self.save(card.picture)
+            row = self.save(card.generated)
         except (UserError, OSError) as error:
             return self.say(f"Error: {error}")
         card.save_button.description, card.save_button.disabled = f"Row {row}", True

@@ -118,10 +118,10 @@ def denoising(base: Base, caption: str, settings: SampleConfig) -> Figure:
         num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
         callback_on_step_end=after_step,
     )  # fmt: skip
-    pictures = list(to_uint8(decode(base.vae, torch.cat(states))))
-    notes = ["noise", *(f"step {step}" for step in range(1, len(pictures)))]
-    half = -(-len(pictures) // 2)
-    return grid([pictures[:half], pictures[half:]], below=[notes[:half], notes[half:]], width=1.4)
+    images = list(to_uint8(decode(base.vae, torch.cat(states))))
+    notes = ["noise", *(f"step {step}" for step in range(1, len(images)))]
+    half = -(-len(images) // 2)
+    return grid([images[:half], images[half:]], below=[notes[:half], notes[half:]], width=1.4)
 
 
 def generated(base: Base, captions: Sequence[str], settings: SampleConfig) -> np.ndarray:

@@ -126,21 +126,19 @@ def best_line(folder: str | Path) -> str:
     return f"step {best['step']} is the best: {share:.0%} of the ceiling (mIoU {miou:.3f}); {where}"
 
 
-def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Exponential moving average whose start is not biased (as Adam's: Kingma and Ba 2015, arXiv:1412.6980)."""
-    mean, smoothed = 0.0, []
+    weight, mean, smoothed = 0.8, 0.0, []
     for step, value in enumerate(values, 1):
         mean = weight * mean + (1 - weight) * value
         smoothed.append(mean / (1 - weight**step))
     return smoothed
 
 
-def train_and_show(config: TrainConfig, num_processes: int = 1, every: float = 5.0) -> None:
+def train_and_show(config: TrainConfig, num_processes: int = 1) -> None:
     """Train in other processes; print what they say and keep one figure of the loss and newest images current.
 
-    When the training is done the figure goes: the notebook shows its parts below.
-
-    every: least seconds between two figures. UserError if training fails.
+    When the training is done the figure goes: the notebook shows its parts below. UserError if training fails.
     """
     from IPython.display import Markdown, display
 
@@ -149,16 +147,16 @@ def train_and_show(config: TrainConfig, num_processes: int = 1, every: float = 5
     with contextlib.closing(training_lines(config, num_processes)) as lines:
         for line in lines:
             print_seldom(line)
-            if time.monotonic() - shown_at > every:
+            if time.monotonic() - shown_at > 5:  # seconds
                 handle.update(progress(folder))
                 shown_at = time.monotonic()
     handle.update(Markdown("Done: the curves and images are below."))
 
 
-def print_seldom(line: str, every: int = 50) -> None:
+def print_seldom(line: str) -> None:
     """Print a line of a training's output; of the step lines only each 50th step and the last."""
     found = re.search(r"\bstep (\d+)/(\d+)", line)
-    if found and int(found[1]) % every and found[1] != found[2]:
+    if found and int(found[1]) % 50 and found[1] != found[2]:
         return
     if line.strip() and "%|" not in line and "Warning" not in line:
         print(line, flush=True)
@@ -199,8 +197,8 @@ def validation_over_time(folder: str | Path, most: int = 6) -> Figure | SubFigur
 def progress(folder: Path) -> Figure:
     """The curves so far, and under them the newest validation images."""
     entries, sheets = read_log(folder / LOG), validation_sheets(folder)
-    picture = np.asarray(Image.open(list(sheets.values())[-1])) if sheets else np.zeros((0, 1, 3))
-    heights = [2.6, 9 * picture.shape[0] / picture.shape[1] + 0.3][: 1 + bool(sheets)]
+    newest = np.asarray(Image.open(list(sheets.values())[-1])) if sheets else np.zeros((0, 1, 3))
+    heights = [2.6, 9 * newest.shape[0] / newest.shape[1] + 0.3][: 1 + bool(sheets)]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     curves, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     loss, obeyed = curves.subplots(1, 2)
@@ -208,7 +206,7 @@ def progress(folder: Path) -> Figure:
     faithfulness_curve(entries, obeyed)
     for part in below:
         axes = part.add_subplot()
-        axes.imshow(picture, interpolation="antialiased")
+        axes.imshow(newest, interpolation="antialiased")
         axes.set_title(f"step {max(sheets)}: masks, and the images generated from them")
         axes.axis("off")
     return figure
@@ -221,7 +219,7 @@ def _only_text(axes: Axes, text: str) -> Figure | SubFigure:
     return axes.figure
 
 
-def augmented(pairs: PairedDataset, row: int, draws: int = 10, columns: int = 5) -> Figure:
+def augmented(pairs: PairedDataset, row: int, draws: int = 10) -> Figure:
     """One row as the first epochs see it, the mask's colors and borders over the image; out of frame is hatched."""
     samples, notes = [pairs.sample(row, epoch) for epoch in range(draws)], []
     for draw in (sample.draw for sample in samples):
@@ -230,7 +228,7 @@ def augmented(pairs: PairedDataset, row: int, draws: int = 10, columns: int = 5)
             f"shift {round(100 * draw.translate_x):+d}%, {round(100 * draw.translate_y):+d}%\n"
             f"shear {round(draw.shear_x):+d}°, {round(draw.shear_y):+d}°{', flipped' if draw.flip else ''}"
         )
-    return sheet([_overlaid(sample, pairs.split.palette) for sample in samples], notes, columns, width=1.8)
+    return sheet([_overlaid(sample, pairs.split.palette) for sample in samples], notes, columns=5, width=1.8)
 
 
 def network_view(sample: Sample, factor: int) -> Figure:
@@ -254,12 +252,12 @@ def least_in_frame(pairs: PairedDataset, row: int, epochs: int = 16) -> Sample:
     return min((pairs.sample(row, epoch) for epoch in range(epochs)), key=lambda sample: sample.valid.sum().item())
 
 
-def landings(pairs: PairedDataset, row: int, draw: Draw, across: int = 3) -> Figure:
+def landings(pairs: PairedDataset, row: int, draw: Draw) -> Figure:
     """Points on the borders of the mask, numbered, and where `to_output` says that the draw puts them."""
     image, mask = read_pair(pairs.split, row)
     size, side = mask.shape, pairs.resolution
     moved, moved_mask, valid = apply(*_tensors(image, mask), draw, side)
-    points = _landmarks(mask, across)
+    points = _landmarks(mask)
     figure = Figure(figsize=(8.2, 4.2 * max(1, min(1.6, size[0] / size[1]))))
     drawn = _outlined(moved.permute(1, 2, 0).numpy(), moved_mask[0].numpy(), valid[0].numpy())
     sides = [(outlined(image, mask), points, size, "on disk"),
@@ -278,13 +276,13 @@ def landings(pairs: PairedDataset, row: int, draw: Draw, across: int = 3) -> Fig
     return figure
 
 
-def _landmarks(mask: np.ndarray, across: int) -> np.ndarray:
-    """In each of across x across fields the border pixel nearest to its middle, or else the middle: (x, y) [N, 2]."""
+def _landmarks(mask: np.ndarray) -> np.ndarray:
+    """In each of 3 x 3 fields the border pixel nearest to its middle, or else the middle: (x, y) [N, 2]."""
     border = np.zeros(mask.shape, bool)
     border[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     border[1:] |= mask[1:] != mask[:-1]
-    sides, points = np.array(mask.shape) / across, []
-    for field in np.ndindex(across, across):
+    sides, points = np.array(mask.shape) / 3, []
+    for field in np.ndindex(3, 3):
         middle = (np.array(field) + 0.5) * sides
         near = np.argwhere(border)
         near = near[(np.abs(near - middle) < sides / 2).all(1)]
@@ -319,9 +317,9 @@ def covered(pairs: PairedDataset, row: int, draws: int = 5) -> Figure:
     in_frame = {epoch: ignoring.sample(row, epoch).valid.sum().item() for epoch in range(4 * draws)}
     epochs = sorted(in_frame, key=lambda epoch: in_frame[epoch])[:draws]
     samples = [[source.sample(row, epoch) for epoch in epochs] for source in (ignoring, covering)]
-    pictures = [[_overlaid(sample, pairs.split.palette) for sample in line] for line in samples]
+    images = [[_overlaid(sample, pairs.split.palette) for sample in line] for line in samples]
     notes = [[f"scale {s.draw.scale:.2f}, {s.valid.float().mean():.0%} in frame" for s in line] for line in samples]
-    return grid(pictures, left=["fill=\nignore", "fill=\ncover"], below=notes, width=1.7)
+    return grid(images, left=["fill=\nignore", "fill=\ncover"], below=notes, width=1.7)
 
 
 def fits(pairs: PairedDataset, row: int) -> Figure:
@@ -335,15 +333,15 @@ def fits(pairs: PairedDataset, row: int) -> Figure:
         borders = (mask[:, 1:] != mask[:, :-1]).sum(1)  # of each line
         top = max(range(side // 2 + 1), key=lambda top: borders[top : top + side // 2].sum())
         image, mask = (pixels[top : top + side // 2] for pixels in (image, mask))
-    pictures = []
+    images = []
     for fit in FITS:
         square, ids, valid = apply(*_tensors(image, mask), Draw(fit=fit), pairs.resolution)
         shown = overlay(square.permute(1, 2, 0).numpy(), ids[0].numpy(), pairs.split.palette, FAINT)
-        pictures.append(hatched(shown, valid[0].numpy()))
+        images.append(hatched(shown, valid[0].numpy()))
     whole = np.full((max(image.shape), max(image.shape), 3), 255, np.uint8)
     top, left = ((whole.shape[0] - side) // 2 for side in mask.shape)
     whole[top : top + mask.shape[0], left : left + mask.shape[1]] = image
-    return grid([[whole, *pictures]], [f"{mask.shape[1]} x {mask.shape[0]} pixels", *FITS], width=2.1)
+    return grid([[whole, *images]], [f"{mask.shape[1]} x {mask.shape[0]} pixels", *FITS], width=2.1)
 
 
 def with_a_rare_class(split: Split, share: float = 0.2, kept: int = 10) -> Split:

@@ -16,7 +16,7 @@ from segcn.data.masks import count_ids
 from segcn.data.metadata import Split
 from segcn.data.palette import IGNORE, Label
 from segcn.generate.config import SampleConfig
-from segcn.notebook.canvas import MaskPainter, MaskPicker, button
+from segcn.notebook.canvas import MaskCanvas, MaskPicker, button
 from segcn.notebook.gallery import Gallery, segmented
 from segcn.utils.args import make
 from segcn.utils.errors import UserError
@@ -120,7 +120,7 @@ class Panel(w.VBox):
         self.stopped = threading.Event()
         self.suggested = ""  # the prompt that the panel wrote: what a person writes stays
         self.controls = PanelSettings(defaults)
-        self.canvas = MaskPainter(split.palette, self.check, self.generate)
+        self.canvas = MaskCanvas(split.palette, self.check, self.generate)
         self.status, self.progress = w.Label(), w.IntProgress(layout=w.Layout(width="170px", height="10px"))
         self.status.add_class("segcn-wrapped")
         self.status.add_class("segcn-status")

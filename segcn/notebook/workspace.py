@@ -108,9 +108,8 @@ class Workspace:
 
     @property
     def saved(self) -> Path:
-        """What is kept in the panel; older runs have it under another name."""
-        old = self.folder / "painted"
-        return old if old.is_dir() else self.folder / "saved"
+        """What is kept in the panel."""
+        return self.folder / "saved"
 
     @property
     def cache(self) -> Path:
@@ -183,10 +182,10 @@ def as_generated(config: GenerateConfig) -> GenerateConfig:
     return dataclasses.replace(config, **{name: recorded[name] for name in names & set(recorded)})
 
 
-def open_pipeline(config: GenerateConfig, split: Split, log=print) -> Pipeline:
+def open_pipeline(config: GenerateConfig, split: Split) -> Pipeline:
     """The base with this run's ControlNet, or else the one that `find_controlnet` chooses; says which."""
     pipeline = load_pipeline(config, split.palette)
-    log(f"ControlNet: {pipeline.controlnet_folder}")
+    print(f"ControlNet: {pipeline.controlnet_folder}")
     return pipeline
 
 
@@ -198,7 +197,7 @@ def ready_segmenter(ws: Workspace) -> AnySegmenter | None:
     return load_segmenter(folder) if trained else shipped_segmenter(ws.base, train.palette)
 
 
-def generate_once(config: GenerateConfig, pipeline: Pipeline, replace: bool = False, log=print) -> Split:
+def generate_once(config: GenerateConfig, pipeline: Pipeline, replace: bool = False) -> Split:
     """The data set in output_dir: as it is where it is complete, else generated now.
 
     One that was made with other settings, such as another seed or a ControlNet trained longer, is renamed to NAME-1 and
@@ -207,16 +206,16 @@ def generate_once(config: GenerateConfig, pipeline: Pipeline, replace: bool = Fa
     folder = Path(config.output_dir)
     changed = differences(folder, config, pipeline) if (folder / SETTINGS_FILE).is_file() else []
     if changed:
-        io.lock(folder, log, "generates")  # nothing is moved while another process is at work in it
+        io.lock(folder, print, "generates")  # nothing is moved while another process is at work in it
         if replace:
             shutil.rmtree(folder)
         else:
             names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
             kept = next(name for name in names if not name.exists())
             folder.rename(kept)
-            log(f"{folder} was made with other settings ({'; '.join(changed)}): it is {kept.name} now")
+            print(f"{folder} was made with other settings ({'; '.join(changed)}): it is {kept.name} now")
         io.release()
     for record in sorted(folder.parent.glob(f"{folder.name}-[0-9]*/{SETTINGS_FILE}")):
         if not folder.exists() and not differences(record.parent, config, pipeline):
             record.parent.rename(folder)
-    return read_split(generate_dataset(config, pipeline, log))
+    return read_split(generate_dataset(config, pipeline))

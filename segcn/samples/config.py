@@ -91,10 +91,7 @@ class MeasureConfig(SampleConfig):
     batch_size: int = flag(16, "images generated at once", low=1)
     output_dir: str = flag(str(OUTPUTS / "measure"), "output folder; rerun the same command to resume")
     segmenter_steps: int = flag(600, "training steps of the segmenter that scores the masks", low=1)
-    recognizer_steps: int = flag(
-        300, "training steps of the networks that see season, time of day and style", low=1,
-        aliases=("--recogniser_steps",),
-    )  # fmt: skip
+    recognizer_steps: int = flag(300, "training steps of the networks that see season, time of day and style", low=1)
     timings: int = flag(3, "repetitions of the timings of one image and of --batch_size images", low=1)
 
     def __post_init__(self):

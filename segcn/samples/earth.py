@@ -41,7 +41,7 @@ BANDS = {  # degrees of longitude; a tile never leaves its band, so no test pixe
 }
 SOUTH, NORTH = -60, 70  # degrees of latitude
 RESOLUTIONS = (32, 480)  # px; 480 at 20 px a degree still fits the narrowest band
-FINE_ABOVE = 192  # px a side: larger tiles have 20 px a degree instead of 10
+FINE_ABOVE = 192  # px: larger tiles have 20 px a degree instead of 10
 LEAST_LAND, LEAST_CLASSES, LEAST_SHARE = 0.30, 3, 0.01  # of a tile; redrawn otherwise
 WANTED_SHARE = 0.02  # of one class, drawn evenly for each tile, so that rare classes are seen too
 GAMMA = {"satellite": 0.7}  # Blue Marble is dark: forests are nearly black

@@ -147,7 +147,7 @@ def mask_metrics(sets: dict[str, Split], segmenter: AnySegmenter, log: Log) -> d
 def added_objects(config: MeasureConfig, real: Split, pipeline: Pipeline, segmenter: AnySegmenter) -> dict:
     """Into how many masks a house of another row was drawn, and in how many images it was found; captions as they are.
 
-    It stands where it stood, on grass; the image holds it where the segmenter's IoU of its pixels is 0.5 or more.
+    It is drawn where it was, on grass; the image holds it where the segmenter's IoU of its pixels is 0.5 or more.
     """
     added, *ground = (real.palette.names.index(name) for name in (ADDED, *GROUND))
     masks = np.stack([visualize.read_pair(real, row)[1] for row in range(len(real))])
@@ -227,11 +227,11 @@ def draw_grid(config: MeasureConfig, real: Split, pipeline: Pipeline) -> Figure:
     return visualize.grid(lines, ["mask", *starts], below=below, width=2.56)
 
 
-def save_grid(figure: Figure, path: Path, step: int = 3) -> None:
+def save_grid(figure: Figure, path: Path) -> None:
     """Write the figure as a PNG a third smaller: colors are rounded to multiples of 3, at most 1 of 255 off."""
     figure.savefig(path, dpi=100)
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.uint16)
-    Image.fromarray(((pixels + step // 2) // step * step).astype(np.uint8)).save(path, optimize=True)
+    Image.fromarray(((pixels + 1) // 3 * 3).astype(np.uint8)).save(path, optimize=True)
 
 
 def measure_table(metrics: dict) -> str:

@@ -45,7 +45,7 @@ class StudyConfig:
     )
     dataset_name: str = flag("", "data set of real images with train/ and test/")
     pretrained_model_name_or_path: str = flag(
-        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x, XL or 3)", aliases=("--base",)
+        str(BASE), "base model: a folder in Stable Diffusion's layout (1.x, 2.x, XL or 3)"
     )
     lora: str | None = flag(None, "LoRA of the base: a folder that segcn adapt or diffusers wrote")
     output_dir: str = flag(str(OUTPUTS / "study"), "folder of the study; everything is kept there")

@@ -1,10 +1,9 @@
-"""A run folder and its checkpoints: claim, save, prune, resume, the best one, and signals that end a run with one.
+"""A run folder and its checkpoints: lock, save, prune, resume, the best one, and signals that end a run with one.
 
 A checkpoint is committed (utils/io.py): it is complete with its manifest or does not exist."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import re
@@ -39,7 +38,7 @@ SHARED_NUMBERS = 256  # of an optimizer's tensor that parameters may share: quan
 WAIT = timedelta(hours=3)  # of the other processes, while one validates
 
 
-def claim_run_folder(
+def lock_run_folder(
     output_dir: Path,
     config: TrainConfig,
     split: Split,
@@ -70,9 +69,8 @@ def claim_run_folder(
         raise UserError(f"{output_dir} is not empty and holds no run of segcn: choose another --output_dir.")
     if accelerator.is_main_process:
         io.lock(output_dir, log.say)
-    defaults = dataclasses.asdict(type(config)()) | {"trains": ["controlnet"]}
     try:
-        io.same_settings(path, resolved, FREE_TO_CHANGE, config.allow_changes, log.say, defaults=defaults, write=False)
+        io.same_settings(path, resolved, FREE_TO_CHANGE, config.allow_changes, log.say, write=False)
     except UserError as error:
         raise UserError(f"{error} --allow_changes resumes with the new ones.") from None
     accelerator.wait_for_everyone()
@@ -155,7 +153,7 @@ def write(run: Run, state: dict, folder: Path) -> None:
 
 
 def resume(run: Run) -> None:
-    """Load the newest whole checkpoint of this run, or the one asked for; later ones are set aside by name."""
+    """Load the newest whole checkpoint of this run, or the one requested; later ones are set aside by name."""
     with run.accelerator.main_process_first():  # it alone repairs what a kill left; the others read after it
         folder = wanted_checkpoint(run)
     run.accelerator.wait_for_everyone()
@@ -172,7 +170,7 @@ def resume(run: Run) -> None:
     if run.accelerator.scaler is not None and "scaler" in state:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = run.saved = state["step"]
-    if state.get("losses"):  # on another number of processes each gets the mean of all
+    if state["losses"]:  # on another number of processes each gets the mean of all
         losses = torch.tensor(state["losses"], device=run.accelerator.device)
         same = len(losses) == run.accelerator.num_processes
         run.log.losses = list(losses[run.accelerator.process_index] if same else losses.mean(0))
@@ -185,7 +183,7 @@ def resume(run: Run) -> None:
 
 
 def wanted_checkpoint(run: Run) -> Path | None:
-    """The folder to resume from; None: the run has none yet. UserError where the one asked for is not whole."""
+    """The folder to resume from; None: the run has none yet. UserError where the one requested is not whole."""
     wanted = run.config.resume_from_checkpoint
     if wanted == "latest":
         return find_latest(run.output_dir, run.log.say)
@@ -236,7 +234,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     with safe_open(path, "pt") as file:
         rest = json.loads(file.metadata()["json"])
     state: dict[int, dict] = {}
-    turned = set(rest.get("channels_last", ()))
+    turned = set(rest["channels_last"])
     for name, value in {**load_file(path), **rest["scalars"]}.items():
         index, *folders, key = name.split("/")
         place = state.setdefault(int(index), {})
@@ -290,7 +288,7 @@ def record_best(output_dir: Path) -> list[str]:
     io.write_text(output_dir / BEST, json.dumps(new) + "\n")
     if old and old["step"] < step and old["step"] in existing:
         folder = existing[old["step"]]
-        if json.loads((folder / "state.json").read_text()).get("only_best"):
+        if json.loads((folder / "state.json").read_text())["only_best"]:
             io.discard(folder)
     return [name]
 
@@ -317,7 +315,7 @@ def end_on_signals() -> Iterator[None]:
 
 
 def catch_signals(run: Run) -> None:
-    """From here on signals are remembered until `stop_if_asked`."""
+    """From here on signals are remembered until `stop_if_interrupted`."""
     handle_signals(lambda received, _: run.stop_signal.append(received))
 
 
@@ -331,17 +329,17 @@ def handle_signals(handler) -> dict[int, Any]:
 
     One that is ignored, such as SIGHUP under nohup and SIGINT of a job in the background, stays ignored.
     """
-    return {number: signal.signal(number, handler) for number in heard_signals()}
+    return {number: signal.signal(number, handler) for number in stopping_signals()}
 
 
 @functools.cache
-def heard_signals() -> tuple[int, ...]:
-    """The signals that stop a training, without those that this process ignored when it first asked."""
+def stopping_signals() -> tuple[int, ...]:
+    """The signals that stop a training, without those that this process ignored at the first call."""
     stopping = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     return tuple(number for number in stopping if signal.getsignal(number) != signal.SIG_IGN)
 
 
-def stop_if_asked(run: Run) -> None:
+def stop_if_interrupted(run: Run) -> None:
     """After each micro-batch: once a signal reached one of the processes, all save the last finished step and end."""
     number = max(run.stop_signal, default=0)
     if run.accelerator.num_processes > 1:

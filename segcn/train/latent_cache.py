@@ -245,18 +245,18 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
     if config.cache == "none":
         return config
     folder, layout = cache_folder(config, dataset, base), layout_of(dataset, base)
-    run, asked = Path(config.output_dir) / RUN_FILE, config.cache_draws
-    if run.is_file() and asked is None:
-        asked = json.loads(run.read_text()).get("cache_draws")
+    run, requested = Path(config.output_dir) / RUN_FILE, config.cache_draws
+    if run.is_file() and requested is None:
+        requested = json.loads(run.read_text()).get("cache_draws")
     assert config.max_train_steps is not None
     seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
     visits = seen * accelerator.num_processes / len(dataset)
     texts = len(cached_captions(dataset, config.caption_class_dropout > 0)) * layout.embedding.itemsize  # bytes
     found = [0]
     if accelerator.is_main_process:
-        asked, budget = 1 if dataset.still else asked, config.cache_budget_gb * 1e9
+        requested, budget = 1 if dataset.still else requested, config.cache_budget_gb * 1e9
         there = sum(path.stat().st_size for path in folder.glob("*.npy"))
-        found[0] = resolve_draws(asked, visits, layout.draw_bytes, texts, budget, free_bytes(folder), there)
+        found[0] = resolve_draws(requested, visits, layout.draw_bytes, texts, budget, free_bytes(folder), there)
     draws = broadcast_object_list(found)[0]
     log.say(
         f"{draws} draw(s) of each row are cached in {folder}: {_gb(draws * layout.draw_bytes)}, and {_gb(texts)} of"
@@ -267,18 +267,18 @@ def settle_draws(config: TrainConfig, dataset: PairedDataset, base: Base, accele
 
 
 def resolve_draws(
-    asked: int | None, visits: float, draw_bytes: int, text_bytes: int, budget: float, free: int, there: int = 0
+    requested: int | None, visits: float, draw_bytes: int, text_bytes: int, budget: float, free: int, there: int = 0
 ) -> int:
-    """The number of draws K: as asked, else as many as the budget holds, and no more than each row has visits.
+    """The number of draws K: as requested, else as many as the budget holds, and no more than each row has visits.
 
     draw_bytes: of one draw of all rows; budget: bytes for the draws; free: bytes on the disk; there: bytes of this
     cache that exist already. UserError where they do not fit, or not even one.
     """
-    if asked is not None and asked < 1:
-        raise UserError(f"--cache_draws: expected 1 or more, found {asked}")
+    if requested is not None and requested < 1:
+        raise UserError(f"--cache_draws: expected 1 or more, found {requested}")
     space = there + max(0, free - SPARE) - text_bytes
-    fits = int((space if asked else min(space, budget)) // draw_bytes)
-    draws = asked or max(1, min(fits, math.ceil(visits)))
+    fits = int((space if requested else min(space, budget)) // draw_bytes)
+    draws = requested or max(1, min(fits, math.ceil(visits)))
     if draws > fits:
         raise UserError(
             f"the latent cache needs {_gb(draws * draw_bytes)} for {draws} draw(s) of all rows, and {_gb(text_bytes)}"

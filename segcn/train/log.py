@@ -47,7 +47,7 @@ class Log:
     say.shows_bars = True  # type: ignore[attr-defined]  # see Progress
 
     def add(self, loss: torch.Tensor) -> None:
-        """Keep the loss of a micro-batch for the next line; what the reward adds to it stands apart."""
+        """Keep the loss of a micro-batch for the next line; what the reward adds to it is kept apart."""
         self.losses.append(loss if self.reward is None else torch.stack([loss - self.reward, self.reward]))
 
     def start_clock(self, step: int) -> None:

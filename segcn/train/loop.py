@@ -12,7 +12,7 @@ from segcn.models.base import encode_moments, encode_text, sample_latents, unsca
 from segcn.models.controlnet import ControlNet
 from segcn.models.family import each_residual
 from segcn.train.batches import Plan
-from segcn.train.checkpoint import catch_signals, end_on_signals, ignore_signals, resume, save, stop_if_asked
+from segcn.train.checkpoint import catch_signals, end_on_signals, ignore_signals, resume, save, stop_if_interrupted
 from segcn.train.config import TrainConfig
 from segcn.train.export import finish_training
 from segcn.train.loss import Loss, decoder_loss, min_snr_weights
@@ -43,11 +43,11 @@ def train(
     resume(run)
     catch_signals(run)
     begin_validation(run)
-    stop_if_asked(run)
+    stop_if_interrupted(run)
     for stepped in micro_steps(run):
         if stepped:
             validate_and_save(run)
-        stop_if_asked(run)
+        stop_if_interrupted(run)
     return finish_training(run)
 
 
@@ -103,7 +103,8 @@ def step_losses(run: Run, batch: dict) -> torch.Tensor:
     weights = batch["weights"].to(device) if "weights" in batch else None
     losses = run.loss(prediction, target, batch["cells"].to(device), weights)
     if run.config.snr_gamma is not None:
-        losses = losses * min_snr_weights(compute_snr(base.scheduler, timestep), run.config.snr_gamma, base.predicts_v)
+        snr, predicts_v = compute_snr(base.scheduler, timestep), process.predicts == "v"
+        losses = losses * min_snr_weights(snr, run.config.snr_gamma, predicts_v)
     if run.reward_segmenter is not None:
         run.log.reward = losses.new_zeros(())
     if rewards is not None and (rows := torch.where(batch["reward_timestep"] >= 0)[0].to(device)).numel():

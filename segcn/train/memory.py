@@ -197,16 +197,16 @@ def parts(run: Run) -> dict[str, int]:
 def preflight_report(run: Run, config: TrainConfig, trials: list[Trial], before: int) -> list[str]:
     """The lines to print: memory by component, pace and time of the whole run, and the proposed batch."""
     small, large = trials
-    asked = small if config.train_batch_size == small.batch else large
-    shown = asked if asked.peak is not None else small
+    wanted = small if config.train_batch_size == small.batch else large
+    shown = wanted if wanted.peak is not None else small
     assert shown.peak is not None
     device, total = run.accelerator.device, memory_budget(config, run.accelerator.device)
     counted = {name: size for name, size in (parts(run) | {"Python and libraries": before}).items() if size}
     counted["activations and the rest"] = max(0, shown.peak - sum(counted.values()))
     lines = [f"Preflight: 2 steps of {shown.batch} x {config.gradient_accumulation_steps} rows, {config.resolution} px,"
              f" on {run.accelerator.num_processes} process(es), {device.type}"]  # fmt: skip
-    if asked.peak is None:
-        lines.append(f"  Memory runs out at --train_batch_size {asked.batch}: what follows is for {shown.batch}.")
+    if wanted.peak is None:
+        lines.append(f"  Memory runs out at --train_batch_size {wanted.batch}: what follows is for {shown.batch}.")
     lines += [f"  {name:26} {size / GB:6.2f} GB" for name, size in counted.items()]
     lines.append(f"  {'peak':26} {shown.peak / GB:6.2f} GB of {total / GB:.1f}")
     lines += whole_run(run, config, shown)
@@ -236,9 +236,9 @@ def whole_run(run: Run, config: TrainConfig, shown: Trial) -> list[str]:
     if run.examples.cache is not None:
         visits = steps * config.train_batch_size * config.gradient_accumulation_steps * processes / len(split)
         draw_bytes = dataclasses.replace(run.examples.cache.layout, rows=len(split)).draw_bytes
-        asked = 1 if run.examples.dataset.still else config.cache_draws
+        requested = 1 if run.examples.dataset.still else config.cache_draws
         free, limit = latent_cache.free_bytes(cache_root(config)), config.cache_budget_gb * 1e9
-        images = len(split) * latent_cache.resolve_draws(asked, visits, draw_bytes, 0, limit, free)
+        images = len(split) * latent_cache.resolve_draws(requested, visits, draw_bytes, 0, limit, free)
         assert run.cache_seconds
         pace = len(run.split) / run.cache_seconds
         lines.append(f"  {pace:.1f} images a second into the cache: {images} take {spell(images / pace)}")

@@ -53,7 +53,7 @@ def open_reward_segmenter(
     """The frozen segmenter of --reward_weight: given, or trained on the latents of the training rows.
 
     The run folder keeps which one it is, and one of ours whole, so that an evaluation can show its figure beside that
-    of the one that scores; a resumed run goes on with it. UserError where it is the one that scores.
+    of the one that scores; a resumed run keeps it. UserError where it is the one that scores.
     """
     if not config.reward_weight:
         if accelerator.is_main_process:

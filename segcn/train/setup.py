@@ -42,7 +42,7 @@ from segcn.models.controlnet import (
 from segcn.models.segmenter import AnySegmenter
 from segcn.train import latent_cache
 from segcn.train.batches import Examples, make_examples, rows_of_epochs
-from segcn.train.checkpoint import WAIT, averaged, claim_run_folder
+from segcn.train.checkpoint import WAIT, averaged, lock_run_folder
 from segcn.train.config import (
     LIGHT_RATES,
     LORA_TARGETS,
@@ -178,7 +178,7 @@ def prepare(
     config = latent_cache.settle_draws(config, dataset, base, accelerator, log)
     functions = {"loss": loss, "augment_function": augment, "make_controlnet": new_controlnet}
     digests = {name: function and source_digest(function) for name, function in functions.items()}
-    claim_run_folder(output_dir, config, split, base, accelerator, log, digests)
+    lock_run_folder(output_dir, config, split, base, accelerator, log, digests)
     if check and accelerator.is_main_process and not (output_dir / BASE_CHECK).exists():
         checked = check_base(split, base, config.resolution, config.fit)
         checked.write(None if config.preflight else output_dir / BASE_CHECK, log.say)

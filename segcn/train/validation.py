@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from segcn.data.dataset import PairedDataset, by_shape, read_control_mask, to_image, to_uint8
+from segcn.data.dataset import PairedDataset, by_shape, read_framed_mask, to_image, to_uint8
 from segcn.data.metadata import Split, find_splits, hold_out, read_split
 from segcn.data.transforms import AUGMENTS
 from segcn.data.visualize import write_sheet
@@ -192,10 +192,10 @@ def begin_validation(run: Run) -> None:
         cache, device = cache_root(run.config), run.accelerator.device
         say = partial(say_or_stop, run)
         run.scorer = open_scorer(run.config, run.held_out, run.split, cache, device, say, run.reward_segmenter)
-        real, asked = run.scorer.ceiling, run.config.faithfulness_rows
+        real, requested = run.scorer.ceiling, run.config.faithfulness_rows
         if not any("ceiling" in entry for entry in read_log(run.log.path)):
             run.log.write({"step": 0, "ceiling": real})
-        fewer = f" ({asked} were asked for, no more are held out)" if real["images"] < asked else ""
+        fewer = f" ({requested} were requested, no more are held out)" if real["images"] < requested else ""
         run.log.say(f"The ceiling: mIoU {real['miou'] or 0:.3f} on the {real['images']} held-out real images{fewer}.")
     if missing:
         validate_if_due(run)
@@ -230,14 +230,14 @@ def agreed(run: Run, answer: Callable[[], bool]) -> bool:
 
 def validates(run: Run) -> bool:
     """Whether anything is generated while training."""
-    asked = run.config.validation_image or run.config.validation_prompt or "vae" in run.networks
-    return bool(asked) or run.held_out is not None
+    drawn = run.config.validation_image or run.config.validation_prompt or "vae" in run.networks
+    return bool(drawn) or run.held_out is not None
 
 
 def validate_now(run: Run) -> bool:
     """Generate the sheet and the held-out rows, write them and their score; whether they were never better.
 
-    Asked to stop meanwhile, it writes nothing: the resumed run begins with this validation.
+    Interrupted meanwhile, it writes nothing: the resumed run begins with this validation.
     """
     config, began = run.config, time.monotonic()
     settings = make(SampleConfig, config.preset, pretrained_model_name_or_path=run.base.folder, seed=config.seed)
@@ -286,7 +286,8 @@ def generate_sheet(
         return [[palette.table[mask] for mask in run.scorer.masks[:SHEET_ROWS]], generated[:SHEET_ROWS]], generated
     prompts = config.validation_prompt or []
     count = max(len(config.validation_image), len(prompts))  # a single mask or prompt is repeated
-    read = [read_control_mask(path, palette, config.resolution, config.framing) for path in config.validation_image]
+    fit = config.resolution, config.framing
+    read = [read_framed_mask(path, palette, *fit)[0] for path in config.validation_image]
     masks, prompts = (read * count)[:count], (prompts * count)[:count]
     lines = [[palette.table[mask] for mask in masks]]
     for number in range(config.num_validation_images):

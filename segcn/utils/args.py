@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PRECISIONS = ("no", "fp16", "bf16")
-SMALL_BASE = 32  # latent cells a side, up to which a base counts as small
+SMALL_BASE = 32  # latent cells, the size up to which a base counts as small
 RESUME = "Stopped. What is finished is kept; rerun the same command to resume."
 NUMBERS = {int: ("a whole number", "N"), float: ("a number", "X")}
 Config = TypeVar("Config", bound="DataclassInstance")
@@ -38,7 +38,6 @@ def flag(
     default: Any,
     help: str,
     choices: Sequence | None = None,
-    aliases: tuple[str, ...] = (),
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
@@ -46,11 +45,11 @@ def flag(
 ) -> Any:
     """A field of a config: its default, its meaning for --help, and the values that are accepted.
 
-    default: a list is copied for each config. choices: all valid values. aliases: older flags that still work.
-    low, high: the range, both ends included; above: values must be larger. required: a command line must give it.
+    default: a list is copied for each config. choices: all valid values. low, high: the range, both ends included;
+    above: values must be larger. required: a command line must give it.
     """
-    accepted = {"choices": choices, "aliases": list(aliases), "low": low, "high": high, "above": above}
-    metadata = {"help": help} | {name: value for name, value in accepted.items() if value not in (None, [])}
+    accepted = {"choices": choices, "low": low, "high": high, "above": above}
+    metadata = {"help": help} | {name: value for name, value in accepted.items() if value is not None}
     metadata |= {"required": True} if required else {}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)

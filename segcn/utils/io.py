@@ -89,14 +89,13 @@ def same_settings(
     allow: bool = False,
     log: Callable[[str], None] = print,
     what: str = "run",
-    defaults: dict[str, Any] | None = None,
     write: bool = True,
 ) -> list[str]:
     """Compare settings with those recorded in the JSON file `path`, and record the new ones; return what changed.
 
     UserError lists each changed setting as "name: was X, is Y"; allow: log the changes and record them. free: settings
-    that may change. what: what the folder of `path` holds, for the message. defaults: values of settings that an older
-    record lacks. write: no, in all processes but the first one.
+    that may change. what: what the folder of `path` holds, for the message. write: no, in all processes but the
+    first one.
     """
     new, old = json.loads(json.dumps(settings, default=str)), None
     if path.is_file():
@@ -106,11 +105,10 @@ def same_settings(
             raise UserError(
                 f"{path}: is not readable JSON. Move {path.parent} away, or choose another folder."
             ) from None
-    before = json.loads(json.dumps(defaults or {}, default=str)) | (old or {})
     changed = [
-        f"{name}: was {before.get(name)!r}, is {value!r}"
+        f"{name}: was {old.get(name)!r}, is {value!r}"
         for name, value in new.items()
-        if old is not None and name not in free and before.get(name) != value
+        if old is not None and name not in free and old.get(name) != value
     ]
     if changed and not allow:
         listed = "\n  ".join(changed)

@@ -40,13 +40,13 @@ class Progress:
         ipython = sys.modules.get("IPython")
         notebook = ipython is not None and ipython.get_ipython() is not None  # it shows tqdm's text bar, too
         out = file or sys.stdout
-        watched = (notebook or out.isatty()) and not os.environ.get("TQDM_DISABLE")
-        shown = (log is print or hasattr(log, "shows_bars")) and total > start and watched
+        interactive = (notebook or out.isatty()) and not os.environ.get("TQDM_DISABLE")
+        shown = (log is print or hasattr(log, "shows_bars")) and total > start and interactive
         self.bar = tqdm(desc=what, total=total, initial=start, leave=False, delay=1, file=out) if shown else None
         Progress.now = self
 
     def __call__(self, done: int, note: Callable[[], str] | None = None) -> None:
-        """Show "encoded 32 of 128, 2.1 per second, 46 s left" when it is time; note: asked for what follows."""
+        """Show "encoded 32 of 128, 2.1 per second, 46 s left" when it is time; note: called for what follows."""
         Progress.now, self.done = (None if done == self.total else self), done
         if self.bar is not None:
             if note is not None and done % 10 == 0:
@@ -98,9 +98,9 @@ def never_silent(after: float = SILENCE) -> Iterator[None]:
         return
     began, ended = time.monotonic(), threading.Event()
     out, err = sys.stdout, sys.stderr
-    streams = sys.stdout, sys.stderr = _Watched(out), _Watched(err)
+    streams = sys.stdout, sys.stderr = _Timed(out), _Timed(err)
 
-    def watch() -> None:
+    def say() -> None:
         said = began
         while not ended.wait(after / 10):
             now = time.monotonic()
@@ -112,7 +112,7 @@ def never_silent(after: float = SILENCE) -> Iterator[None]:
                     what = f"{work.count}, " if work is not None else ""
                     print(f"  {what}still working after {clock(now - began)}", file=err, flush=True)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=say, daemon=True).start()
     try:
         yield
     finally:
@@ -120,7 +120,7 @@ def never_silent(after: float = SILENCE) -> Iterator[None]:
         sys.stdout, sys.stderr = out, err
 
 
-class _Watched:
+class _Timed:
     """A stream that knows when something was last written to it."""
 
     def __init__(self, stream: Any):

@@ -101,19 +101,21 @@ def find_image(name: str, *folders: Path) -> Path:
     raise UserError(f"expected the image {name!r} in {' or '.join(map(str, folders))}, found none")
 
 
-# COCO (https://cocodataset.org/#format-data)
-
-
-def is_coco(path: Path) -> bool:
-    """Whether a .json file is one of COCO's: instances or panoptic."""
-    with path.open("rb") as file:
-        start = file.read(2**16)
-    if not start.lstrip().startswith(b"{"):
-        return False
+def tool_of(path: Path) -> str:
+    """The tool that wrote a .json file: "coco" (instances or panoptic), "labelme" or "label studio"; else ""."""
     try:
-        return {"images", "annotations", "categories"} <= set(json.loads(path.read_bytes()))
-    except (ValueError, TypeError):
-        return False
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return ""
+    if isinstance(found, list):
+        return "label studio" if found and isinstance(found[0], dict) and {"id", "data"} <= set(found[0]) else ""
+    keys = set(found) if isinstance(found, dict) else set()
+    if {"images", "annotations", "categories"} <= keys:
+        return "coco"
+    return "labelme" if {"shapes", "imagePath"} <= keys else ""
+
+
+# COCO (https://cocodataset.org/#format-data)
 
 
 def coco(path: Path) -> tuple[Palette, Callable[[], Iterator[Annotated]], int]:
@@ -194,15 +196,6 @@ def yolo_names(folder: Path) -> list[str]:
 # LabelMe (https://github.com/wkentaro/labelme): a .json beside each image
 
 
-def is_labelme(path: Path) -> bool:
-    """Whether a .json file has LabelMe's shapes."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and {"shapes", "imagePath"} <= set(found)
-
-
 def labelme(paths: Sequence[Path]) -> tuple[Palette, Callable, int]:
     """The same of LabelMe's files: polygons and rectangles; classes in the order of the alphabet."""
     found = {path: json.loads(path.read_bytes()) for path in paths}
@@ -272,15 +265,6 @@ def cvat_shape(shape: ElementTree.Element, size: tuple[int, int], where: str) ->
 
 
 # Label Studio's brushes: a PNG of each label of a task, and the tasks' .json
-
-
-def is_label_studio(path: Path) -> bool:
-    """Whether a .json file has Label Studio's tasks."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, list) and bool(found) and isinstance(found[0], dict) and {"id", "data"} <= set(found[0])
 
 
 def label_studio(path: Path) -> tuple[Palette, Callable, int]:

@@ -19,13 +19,11 @@ from segcn.data.importers.formats import (
     coco,
     cvat,
     has_texts,
-    is_coco,
-    is_label_studio,
-    is_labelme,
     label_studio,
     labelme,
     read_volume,
     sliced_rows,
+    tool_of,
     volumes_below,
     window_of,
     yolo,
@@ -115,7 +113,7 @@ def held_out(found: dict[str, Source], count: int) -> dict[str, Source]:
 
 def _of_file(path: Path, config: ImportConfig) -> dict[str, Source]:
     """The rows of a table, by its column of splits where it has one; or of a parquet file."""
-    if path.suffix.lower() == ".json" and is_coco(path):
+    if path.suffix.lower() == ".json" and tool_of(path) == "coco":
         return {"": _annotated(path.parent, coco(path), config)}
     if path.suffix.lower() == ".xml":
         return {"": _annotated(path.parent, cvat(path), config)}
@@ -171,13 +169,13 @@ def _annotated(folder: Path, found: tuple[Palette, Callable, int], config: Impor
 def _annotations_in(folder: Path, config: ImportConfig) -> dict[str, Source] | None:
     """COCO's files by split (annotations/instances_train.json), CVAT's annotations.xml, LabelMe's files; or none."""
     files = sorted(path for place in (folder, folder / "annotations") for path in place.glob("*.json") if isfile(path))
-    files = [path for path in files if path.name[0] != "."]
-    if found := [path for path in files if path.parent == folder and is_labelme(path)]:
+    tools = {path: tool_of(path) for path in files if path.name[0] != "."}
+    if found := [path for path, tool in tools.items() if tool == "labelme" and path.parent == folder]:
         return {"": _annotated(folder, labelme(found), config)}
-    if found := [path for path in files if is_label_studio(path)]:
+    if found := [path for path, tool in tools.items() if tool == "label studio"]:
         return {"": _annotated(folder, label_studio(found[0]), config)}
     sources: dict[str, Source] = {}
-    for path in (path for path in files if is_coco(path)):
+    for path in (path for path, tool in tools.items() if tool == "coco"):
         word = re.split(r"[_.\d-]", path.stem.lower())
         name = next((SPLITS[part] for part in word if part in SPLITS), "")
         if name in sources:
@@ -346,7 +344,7 @@ def _refuse_unpaired(images: Path, masks: Path, photos: list[str], labels: list[
 
 
 def _guess(photos: list[str], labels: list[str]) -> str:
-    """The flags that would pair these names: what stands before and after the part that the first two share."""
+    """The flags that would pair these names: what is before and after the part that the first two share."""
     if photos and labels:
         one, other = photos[0], labels[0]
         same = SequenceMatcher(None, one, other, autojunk=False).find_longest_match()
@@ -402,6 +400,6 @@ def _of_saved(folder: Path, config: ImportConfig) -> dict[str, Source]:
     }
 
 
-def _some(names: Iterable[str], shown: int = 3) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

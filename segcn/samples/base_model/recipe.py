@@ -205,7 +205,7 @@ PARTS = {
 }
 
 
-def build_sd15(out: Path, seed: int = 0, log: Callable[[str], None] = print) -> Path:
+def build_sd15(out: str | Path, seed: int = 0, log: Callable[[str], None] = print) -> Path:
     """Write a base of Stable Diffusion 1.5's size with random weights, 4.3 GB, in one step; `out` must not exist."""
 
     def rest(folder: Path) -> None:
@@ -225,7 +225,7 @@ def sample_captions() -> list[str]:
 
 
 def write_random(
-    out: Path,
+    out: str | Path,
     parts: Mapping[str, Callable[[], Any]],
     rest: Callable[[Path], None],
     size: float,
@@ -233,7 +233,7 @@ def write_random(
     log: Callable[[str], None],
 ) -> Path:
     """Build each network with random weights and write it to its folder, then the `rest`; size: bytes on disk."""
-    out = out.absolute()
+    out = Path(out).absolute()
     if out.exists():
         raise UserError(f"{out} exists: choose another folder for the model")
     out.parent.mkdir(parents=True, exist_ok=True)

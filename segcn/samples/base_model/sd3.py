@@ -80,7 +80,7 @@ def _sure_vae(config: dict[str, Any]) -> AutoencoderKL:
     return vae
 
 
-def build_sd3(out: Path, toy: bool = False, seed: int = 0, log: Callable[[str], None] = print) -> Path:
+def build_sd3(out: str | Path, toy: bool = False, seed: int = 0, log: Callable[[str], None] = print) -> Path:
     """Write a base of Stable Diffusion 3.5 medium's size with random weights, 31.6 GB, in one step.
 
     toy: one of 1 MB. `StableDiffusion3Pipeline.from_pretrained` opens both. UserError where `out` exists.

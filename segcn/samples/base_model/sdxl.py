@@ -68,7 +68,7 @@ def parts_of_sdxl(toy: bool = False, vocabulary: int = TEXT["vocab_size"]) -> di
     }
 
 
-def build_sdxl(out: Path, toy: bool = False, seed: int = 0, log: Callable[[str], None] = print) -> Path:
+def build_sdxl(out: str | Path, toy: bool = False, seed: int = 0, log: Callable[[str], None] = print) -> Path:
     """Write a base of Stable Diffusion XL's size with random weights, 13.9 GB, in one step; `out` must not exist.
 
     toy: one of 2 MB. `StableDiffusionXLPipeline.from_pretrained` opens both.
@@ -77,11 +77,8 @@ def build_sdxl(out: Path, toy: bool = False, seed: int = 0, log: Callable[[str],
     tokenizers["tokenizer_2"].pad_token = "!"  # as published: the first one's is the end of the text
 
     def rest(folder: Path) -> None:
-        write_rest(folder, EulerDiscreteScheduler(**_schedule()), INDEX_XL, **tokenizers)
+        schedule = {name: value for name, value in SCHEDULER.items() if name != "clip_sample"}
+        write_rest(folder, EulerDiscreteScheduler(**schedule, timestep_spacing="leading"), INDEX_XL, **tokenizers)
 
     vocabulary = len(tokenizers["tokenizer"]) if toy else TEXT["vocab_size"]
     return write_random(out, parts_of_sdxl(toy, vocabulary), rest, SIZE_OF_TOY if toy else SIZE_OF_SDXL, seed, log)
-
-
-def _schedule() -> dict[str, Any]:
-    return {name: value for name, value in SCHEDULER.items() if name != "clip_sample"} | {"timestep_spacing": "leading"}

@@ -98,7 +98,7 @@ function render({ model, el }) {
   let view = { zoom: 1, x: 0, y: 0 }, pan = null, cursor = null;
   const past = [], future = [];
 
-  const root = make("div", "segcn-painter"), bar = make("div", "segcn-bar"), board = make("div", "segcn-board");
+  const root = make("div", "segcn-mask-canvas"), bar = make("div", "segcn-bar"), board = make("div", "segcn-board");
   root.dataset.lmSuppressShortcuts = "true"; // JupyterLab's own, such as z
   const side = make("div", "segcn-side"), tools = make("div", "segcn-tools"), legend = make("div", "segcn-legend");
   const left = make("div", "segcn-left"), under = make("div", "segcn-under"), paper = make("div", "segcn-paper");
@@ -177,7 +177,7 @@ function render({ model, el }) {
 
   function send() {
     model.set("ids", new DataView(mask.ids.slice().buffer)); // for other views of this page
-    model.send({ kind: "painted", width: mask.width, height: mask.height }, undefined, [mask.ids.slice().buffer]);
+    model.send({ kind: "drawn", width: mask.width, height: mask.height }, undefined, [mask.ids.slice().buffer]);
   }
 
   function keep(old) {
@@ -236,9 +236,9 @@ function render({ model, el }) {
 
   // Drawing, by pointer and by keys: down, move and up at places of the mask
 
-  function again(paint) {
+  function again(change) {
     mask.ids = before.slice();
-    paint();
+    change();
     draw();
   }
 
