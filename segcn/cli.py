@@ -84,7 +84,7 @@ COMMANDS = {
     "bench train": Command("time training and diffusers' train_controlnet.py in turns",
                            "segcn.bench.config:BenchTrainConfig", "segcn.bench.train:bench_train"),
     "bench generate": Command("time and score generation and one pipeline call for each image, in turns",
-                              "segcn.bench.config:BenchGenerateConfig", "segcn.cli:bench_generation"),
+                              "segcn.bench.config:BenchGenerateConfig", "segcn.bench.generate:bench_generate"),
     "bench gpu": Command("training and generation at the sizes of Stable Diffusion 1.5 and XL, on a GPU",
                          "segcn.bench.config:BenchGpuConfig", "segcn.bench.gpu:bench_gpu"),
     "train": Command("train a ControlNet; the same as accelerate launch -m segcn.train",
@@ -230,15 +230,6 @@ def check_dataset(config: Any) -> None:
     checked = check_base(held_out, base, training.resolution, config.fit, segmenter)
     checked.write(out / BASE_CHECK)
     preflight(training, micro_steps, check=False)
-
-
-def bench_generation(config: Any) -> None:
-    """`segcn bench generate`."""
-    from segcn.bench.generate import bench_generate
-    from segcn.data.visualize import quiet
-
-    quiet()
-    bench_generate(config)
 
 
 def run_evaluation(config: Any) -> str | None:

@@ -25,6 +25,7 @@ from segcn.bench.timing import BUSY, OtherLoad, machine
 from segcn.data.dataset import read_framed_mask
 from segcn.data.masks import colorize
 from segcn.data.metadata import Split, finish_dataset, read_named_split, read_split, write_pair
+from segcn.data.visualize import quiet
 from segcn.evaluate.bootstrap import Estimate, difference, intervals_of, values_of
 from segcn.evaluate.evaluator import Observer
 from segcn.evaluate.metrics import color_estimate, kernel_distance, mask_scores
@@ -46,6 +47,7 @@ Log = Callable[[str], None]
 
 def bench_generate(config: BenchGenerateConfig, log: Log = print) -> dict:
     """Generate what is missing, score all of it, and write bench_generate.json and .txt; returns the figures."""
+    quiet()
     check_values(config)
     if not config.without_plain and not config.plain_guidance_scales:
         raise UserError("--plain_guidance_scales: expected some above 1, found none")

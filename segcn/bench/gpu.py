@@ -35,7 +35,7 @@ TRAININGS = {  # at the first resolution
     "sdxl": ("bf16", "bf16-light", *PRESETS),
 }
 LARGER = ("bf16", "bf16-light", "preset-8")  # at the others
-ROWS = 8  # images to train on
+TRAINED_ROWS = 8  # images to train on
 LEAST = 4  # images that are generated for a time
 GUIDANCE = 7.5
 Log = Callable[[str], None]
@@ -55,15 +55,16 @@ def bench_gpu(config: BenchGpuConfig, log: Log = print) -> list[str]:
                 output_dir=str(config.folder / f"{name}-{resolution}{'-toy' if config.toy else ''}"), rounds=1,
                 variants=config.variants or ",".join(LARGER if number else TRAININGS[name]),
                 warmup_steps=config.warmup_steps, measured_steps=config.measured_steps, resolution=resolution,
-                train_batch_size=1, max_train_samples=ROWS,
+                train_batch_size=1, max_train_samples=TRAINED_ROWS,
             )  # fmt: skip
             entries = bench_train(training, log)
             trained += training_rows(TITLES[name], training, entries)
-            timed = time_generation(config, training, log)
+            timed = generation_entries(config, training, log)
             generated.append(generation_row(config, TITLES[name], training, timed))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
-    lines = [*table(trained), "", *table(generated), "", f"On {device}. A share is that of what matrix products alone "
-             "reach on it in the same precision, counted by the operations of the networks."]  # fmt: skip
+    note = (f"On {device}. A share is that of what matrix products alone reach on it in the same precision, counted by"
+            " the operations of the networks.")  # fmt: skip
+    lines = [*markdown_table(trained), "", *markdown_table(generated), "", note]
     write_text(config.folder / "gpu.md", "\n".join(lines) + "\n")
     log("\n".join(["", *lines, "", f"Wrote gpu.md to {config.folder}."]))
     return lines
@@ -99,7 +100,7 @@ def training_rows(title: str, training: BenchTrainConfig, entries: list[dict]) -
     return lines
 
 
-def time_generation(config: BenchGpuConfig, training: BenchTrainConfig, log: Log) -> list[dict]:
+def generation_entries(config: BenchGpuConfig, training: BenchTrainConfig, log: Log) -> list[dict]:
     """An entry for each way to generate: with segcn and with diffusers' pipeline, as many images at once."""
     results, steps = Results(training, log), config.num_inference_steps
     settings = SampleConfig(
@@ -131,14 +132,14 @@ def time_generation(config: BenchGpuConfig, training: BenchTrainConfig, log: Log
             if entry is None:
                 side = Side(words[1], settings, plain, size, opened(compiled), training.folder, "")
                 entry = results.circumstances | {"command": words, "plain": plain, "batch_size": size}
-                entry |= measure(side, masks, captions)
+                entry |= time_side(side, masks, captions)
                 results.add(entry)
                 log(f"{training.folder.name}, {words[1]}, {size} at once: {entry['images_per_second']:.3g} images/s")
             entries.append(entry)
     return entries
 
 
-def measure(side: Side, masks: np.ndarray, captions: list[str]) -> dict[str, float | None]:
+def time_side(side: Side, masks: np.ndarray, captions: list[str]) -> dict[str, float | None]:
     """Images a second, and the most memory on the GPU in GiB, after a call that warms up."""
     rows = list(range(max(side.batch_size, LEAST)))
     first = rows[: side.batch_size]
@@ -193,7 +194,7 @@ def matmul_tflops(precision: str) -> float:
     return 2 * size**3 * repeats / (time.monotonic() - start) / 1e12
 
 
-def table(rows: list[dict[str, str]]) -> list[str]:
+def markdown_table(rows: list[dict[str, str]]) -> list[str]:
     """Rows with the same columns as a table in Markdown."""
     heads = list(dict.fromkeys(head for row in rows for head in row))
     lines = [heads, ["---"] * len(heads), *([row.get(head, "") for head in heads] for row in rows)]
