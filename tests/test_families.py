@@ -13,8 +13,6 @@ from kills import ended, train_as_torchrun
 from PIL import Image
 from runs import log_of, loud_controlnet, tree, weights
 
-from segcn.bench.config import BenchTrainConfig
-from segcn.bench.train import check_bench
 from segcn.cli import run_command
 from segcn.data.masks import read_mask
 from segcn.data.metadata import read_split
@@ -169,8 +167,6 @@ def test_what_it_does_not_support_is_refused_before_anything_is_written(six_step
     adapt = make(AdaptConfig, "tiny", **given, output_dir=str(tmp_path / "out"), lora_text_encoder=True, resolution=64)
     with pytest.raises(UserError, match="--lora_text_encoder: expected a base with one text encoder"):
         train(adapt)
-    with pytest.raises(UserError, match=f"segcn bench train.* found {family.title}"):
-        check_bench(BenchTrainConfig(pretrained_model_name_or_path=str(toy)))
     make_controlnet(load_base(random_base).unet).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="fits the base"):
         train(six_steps(tmp_path / "out", controlnet_model_name_or_path=str(tmp_path / "other")))

@@ -133,9 +133,8 @@ class Results:
 
 
 def read_entries(path: Path) -> list[dict]:
-    """The runs in a train.json, but those of an older segcn, whose settings had other names."""
-    entries = json.loads(path.read_text()) if path.is_file() else []
-    return [entry for entry in entries if "baseline" in entry["versions"]]
+    """The runs in a train.json."""
+    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def command(config: BenchTrainConfig, side: str, where: Path, steps: int, save_every: int, more: tuple) -> list[str]:
