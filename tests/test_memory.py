@@ -20,6 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from segcn.models.base import MMAP_MAX, TRIM_THRESHOLD, hold, keep_freed_memory, lay_out, precisions
 from segcn.models.controlnet import make_controlnet
+from segcn.models.family import XL
+from segcn.samples.base_model.sdxl import UNET_XL
 from segcn.train import memory, setup
 from segcn.train.config import TrainConfig
 from segcn.train.loop import train
@@ -81,6 +83,33 @@ def test_stable_diffusion_fits_the_cards_that_the_presets_are_named_after():
         counted = memory.accounting(unet, controlnet, half_copies=True, use_8bit_adam=gb == 8)
         assert counted["frozen U-Net"] == pytest.approx(1.72e9, rel=0.01)
         assert sum(counted.values()) / GB + activations < 0.9 * gb
+
+
+def test_stable_diffusion_xl_at_1024_pixels_fits_24_gb():
+    family, kept = XL(), {}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNET_XL)
+        controlnet = make_controlnet(unet)
+        latents, image = torch.zeros(1, 4, 128, 128), torch.zeros(1, 3, 1024, 1024)
+        given = family.conditions(unet, torch.zeros(1, 78, 2048), torch.zeros(1, 6))
+        step = torch.zeros(1, dtype=torch.long)
+    counted = memory.accounting(hold(unet, torch.bfloat16), controlnet, half_copies=True, use_8bit_adam=True)
+    weights = [*unet.requires_grad_(False).parameters(), *controlnet.parameters()]
+    own = {weight.untyped_storage()._cdata for weight in weights}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # not freed, so that no other one takes its place
+        return tensor
+
+    for network in (unet, controlnet):
+        network.train().enable_gradient_checkpointing()
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        family.predict(unet, latents, step, given, family.residuals(controlnet, latents, step, given, image, 1.0))
+    activations = sum(storage.nbytes() for storage in kept.values()) / 2  # counted in float32, kept in half precision
+    assert activations == pytest.approx(0.91e9, rel=0.01)
+    assert sum(counted.values()) + activations == pytest.approx(21.0e9, rel=0.02)  # of 24, with what CUDA takes
 
 
 @pytest.mark.usefixtures("fresh_precision")

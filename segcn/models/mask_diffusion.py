@@ -172,8 +172,7 @@ def draw_masks(
 ) -> np.ndarray:
     """Draw a label map for each row of `shares` [B, L]: uint8 [B, R, R]; noise depends on its key alone.
 
-    side: px of the maps in training. There is no guidance by the shares (arXiv:2207.12598): on landscapes they are met
-    with an error of 0.021 without it, and of 0.051 with a weight of 2.5.
+    side: px of the maps in training.
     """
     labels, wanted = denoiser.labels, torch.from_numpy(shares).float()
     sources = [rng.generator("draw masks", *key) for key in keys]
