@@ -334,7 +334,8 @@ def test_folders_of_splits_each_of_a_kind_of_its_own(tmp_path):
     assert assert_pairs(tmp_path / "out", [3], "validation") == [("number 3",)]
 
 
-def test_where_it_may_not_write(source, tmp_path):
+def test_where_it_may_not_write(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # "" is the working directory
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
     for out, words in (
