@@ -46,7 +46,7 @@ def noise_images(monkeypatch):
 class Scripted:
     """A filter that reads its score, in percent, off the image."""
 
-    min_miou, max_attempts, tolerance = 0.6, 4, None
+    min_miou, max_attempts = 0.6, 4
 
     def predict(self, images):
         return [np.full((2, 2), image[0, 0, 0], np.uint8) for image in images]
@@ -109,52 +109,6 @@ def test_what_is_predicted_lies_where_it_is_in_the_image(monkeypatch, fit, looke
     assert (inside != 255).all() and (inside == wanted).mean() > 0.8
 
 
-class Fixed(torch.nn.Module):
-    """A segmenter of three classes whose loss is known: the image's three channels are its logits."""
-
-    num_classes, settings = 3, {"resolution": 8, "fit": "crop"}
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(4.0))
-
-    def forward(self, image):
-        return image * self.scale
-
-
-def test_regions_whose_loss_exceeds_the_mean_of_their_class_are_unlabelled_in_the_written_mask():
-    mask = np.repeat(np.array([[0, 0, 0, 0, 1, 1, 1, 1]], np.uint8), 8, 0)
-    mask[7] = 255
-    image = np.eye(3, dtype=np.uint8)[np.minimum(mask, 1)] * 255
-    image[0, :2] = [255, 255, 0]  # unsure of class 0
-    image[3:5, 6:] = [0, 0, 255]  # another class
-    pairs, criterion = [(image, mask)], Filter(Fixed(), 0.0, 1, 1.25, 0)
-    logits = torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)[None] * 4
-    wanted = torch.nn.functional.cross_entropy(logits, torch.from_numpy(mask)[None].long(), reduction="none",
-                                               ignore_index=255)[0].numpy()  # fmt: skip
-    losses = criterion.losses(image, mask)
-    assert np.isnan(losses[7]).all() and losses[:7] == pytest.approx(wanted[:7], abs=1e-5)
-    means = criterion.mean_losses(pairs)
-    assert means[:2] == pytest.approx([wanted[:7, :4].mean(), wanted[:7, 4:].mean()], rel=1e-3)
-    assert means[2] == pytest.approx(means[:2].mean(), rel=1e-3)  # a class that no mask holds
-    for tolerance, ignored in ((1.25, 6), (1000, 0)):
-        made = generate_filtered(
-            lambda *_: [image], [mask], replace(criterion, tolerance=tolerance, class_losses=means)
-        )[0]
-        assert (made.mask != mask).sum() == ignored and made.ignored == round(ignored / 64, 4)
-        assert (made.mask[made.mask != mask] == 255).all()
-
-
-def test_the_band_at_outlines_takes_no_thin_part():
-    mask = np.zeros((12, 12), np.uint8)
-    mask[:, 6:], mask[2, :6], mask[8:, :2] = 1, 2, 255
-    band = filtering.edges(mask, 1)
-    assert band[5:, 5:7].all() and not band[:, 7:].any()  # a pixel on each side
-    assert not band[2, :6].any() and band[3, :6].all()  # a line of one pixel stays, its neighbors do not
-    assert not band[8:, :5].any() and not filtering.edges(mask, 0).any()  # unlabelled is no other class
-    assert not filtering.edges(np.full((4, 4), 255, np.uint8), 1).any()
-
-
 def test_what_passes_is_the_set_and_what_does_not_is_recorded_and_shown(write, noise_images, tmp_path):
     scores = [record["miou"] for record in records_of(write(min_miou=0.0, output_dir=str(tmp_path / "all")))]
     assert len(set(scores)) > 2 and all(0 <= score <= 1 for score in scores)
@@ -177,7 +131,7 @@ def test_what_passes_is_the_set_and_what_does_not_is_recorded_and_shown(write, n
 
 
 def test_a_filtered_set_that_was_cut_ends_with_the_same_bytes(write, noise_images):
-    given = {"min_miou": 0.1, "max_attempts": 2, "filter_regions": 1.25, "limit": 5}
+    given = {"min_miou": 0.1, "max_attempts": 2, "limit": 5}
     out = write(**given)
     whole = tree(out)
     for name in ("metadata.csv", *[record["file_name"] for record in records_of(out) if record["kept"]][:2]):

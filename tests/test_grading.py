@@ -4,14 +4,13 @@ import json
 import shutil
 from dataclasses import replace
 
-import datasets
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 from test_evaluate import QUICK
-from test_segmenter import PALETTE, quiet, write_rectangles
+from test_segmenter import quiet, write_rectangles
 
-from segcn.data.masks import read_mask, write_mask
+from segcn.data.masks import read_mask
 from segcn.data.metadata import read_split, write_metadata
 from segcn.evaluate import evaluator, run
 from segcn.evaluate.config import EvaluateConfig
@@ -42,24 +41,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def filtered(folder, tmp_path):
-    """A set as filtering leaves it: masks edited to what the images show, four of sixteen rows dropped."""
+    """A set as filtering leaves it: four of sixteen rows dropped."""
     out, records = tmp_path / "set", []
     for record in write_rectangles(out, 16, seed=7).records:
-        requested, name = read_mask(record.mask, PALETTE), f"masks/{record.row}.png"
-        for above, mask in (("requested_", requested), ("", np.where(np.arange(32) < 16, requested, 255))):
-            (out / f"{above}masks").mkdir(exist_ok=True)
-            write_mask(out / f"{above}{name}", mask.astype(np.uint8), PALETTE)
         kept = record.row % 4 > 0
         records.append({
             "image": record.row, "kept": kept, "attempt": int(record.row % 4 == 1), "miou": 0.9 if kept else 0.2,
             "text": "a field by day" if kept else "a field at night", "file_name": record.image_name,
-            "conditioning_image_file_name": name,
+            "conditioning_image_file_name": record.mask_name,
         })  # fmt: skip
     names = ("file_name", "conditioning_image_file_name", "text")
     write_metadata(out, [tuple(record[name] for name in names) for record in records if record["kept"]])
     (out / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     digest = weights_digest(load_segmenter(folder / "segmenter-1", "cpu"))
-    settings = {"min_miou": 0.5, "filter_regions": 1.25, "segmenter_weights": digest}
+    settings = {"min_miou": 0.5, "segmenter_weights": digest}
     (out / "generation.json").write_text(json.dumps(settings))
     return read_split(out)
 
@@ -67,15 +62,6 @@ def filtered(folder, tmp_path):
 def observer(folder, seed):
     segmenter = load_segmenter(folder / f"segmenter-{seed}", "cpu")
     return Observer(segmenter, open_extractor(segmenter))
-
-
-def test_images_are_scored_against_the_masks_that_were_requested(folder, filtered):
-    real = read_split(folder / "data" / "test")
-    found = evaluate(real, filtered, observer(folder, 0), log=quiet)
-    pixels = {
-        name: int(found.seen[name]["confusion"].sum()) / found.metrics["sets"][name]["images"] for name in found.seen
-    }
-    assert pixels["synthetic"] == pixels["real"] > 0  # the edited masks have half of them
 
 
 def test_the_report_says_what_was_dropped_and_what_the_dropped_ones_had(folder, filtered):
@@ -199,19 +185,6 @@ def test_the_filter_and_the_evaluation_train_two_segmenters(config, landscapes, 
     open_filter(replace(config, min_miou=0.5), conditions, quiet)
     rows, settings = used[0]
     assert rows == 12 and settings.seed != EvaluateConfig.seed
-
-
-def test_a_generated_set_keeps_the_requested_masks_and_opens_elsewhere(write, monkeypatch, landscapes, tmp_path):
-    segmenter = tmp_path / "segmenter"
-    train_segmenter(read_split(landscapes, "train"), replace(QUICK, steps=2, width=8), segmenter, quiet)
-    split = read_split(write(segmenter=str(segmenter), filter_regions=1.25))
-    wanted = [read_mask(record.mask, split.palette) for record in read_split(landscapes, "test").records]
-    found = [read_mask(record.mask, split.palette) for record in split.requested().records]
-    assert all(np.array_equal(*pair) for pair in zip(wanted, found, strict=True))
-    edited = [read_mask(record.mask, split.palette) for record in split.records]
-    assert not all(np.array_equal(*pair) for pair in zip(wanted, edited, strict=True))
-    rows = datasets.load_dataset("imagefolder", data_dir=str(split.folder), split="train", cache_dir=str(tmp_path))
-    assert len(rows) == 6
 
 
 class Scored:

@@ -98,9 +98,7 @@ def test_new_layouts_come_from_the_rows_of_a_case_alone_and_every_image_has_one_
         write_mask(record.mask, mask, PALETTE)
     write_rectangles(tmp_path / "data/test", 2)
     config = dataclasses.replace(config, dataset_name=str(tmp_path / "data"))
-    before, plan = (
-        run.open_plan(dataclasses.replace(config, layouts=method), quietly) for method in (None, "recombine")
-    )
+    before, plan = (run.open_plan(dataclasses.replace(config, layouts=layouts), quietly) for layouts in (False, True))
     for case, rows in plan.rows.items():
         settings, generation = plan.layouts(case), plan.synthetic(case)
         assert settings.dataset_name == str(rows.learned.folder) and before.layouts(case) is None
@@ -348,7 +346,7 @@ def stand_ins(monkeypatch):
         given.append(settings)
         folder, split = Path(settings.output_dir), read_split(settings.controls)
         made = write_rectangles(folder / "made", 4, seed=len(split))
-        lines = [{"kept": True, "miou": 0.5, "ignored": 0.25}] * 4
+        lines = [{"kept": True, "miou": 0.5}] * 4
         (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         made.palette.save(folder / "palette.json")
         write_metadata(folder, [(f"made/{one.image_name}", f"made/{one.mask_name}", "x") for one in made.records])
@@ -373,7 +371,7 @@ def test_a_study_measures_every_arm_uses_its_named_rows_alone_and_draws_curves(c
     names = [[record.image_name for record in split.records] for split in seen]
     assert names == [rows[case]["learned"] for case in ("0.5-0", "1-0", "0.5-1", "1-1") for _ in range(2)]
     text, chosen = (folder / "study.md").read_text(), [case["learning_rate"] for case in metrics["cases"]]
-    expected = ["has seen images without masks", "hierarchical bootstrap", "25.0% of their pixels", "(2 draws)"]
+    expected = ["has seen images without masks", "hierarchical bootstrap", "with an mIoU of 0.50", "(2 draws)"]
     assert [part for part in expected if part not in text] == [] and set(chosen) <= {0.01, 0.02}
     segmenters = [json.loads(path.read_text()) for path in folder.glob("segmenters/0.5-0-real-0-*/config.json")]
     best = max(segmenters, key=lambda one: one["validation_miou"])  # of the two learning rates

@@ -95,18 +95,6 @@ class Split:
         """The split cut after so many rows; None: all of it."""
         return replace(self, records=self.records[:rows])
 
-    def requested(self) -> "Split":
-        """The rows with the masks that their images were generated from, where filtering has edited the written ones.
-
-        These are in requested_masks/ beside masks/; a row that has none there is as it is.
-        """
-        if not (self.folder / "requested_masks").is_dir():
-            return self
-        names = [record.mask_name.replace("masks/", "requested_masks/", 1) for record in self.records]
-        records = (record._replace(mask_name=name) if Path(record.folder, name).is_file() else record
-                   for record, name in zip(self.records, names, strict=True))  # fmt: skip
-        return replace(self, records=tuple(records))
-
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the metadata, the palette and any file's bytes, wherever they are."""

@@ -105,15 +105,10 @@ class Observer:
         return _merged(found)
 
     def pairs(self, split: Split) -> PairedDataset:
-        """The rows as the segmenter sees them: made square as its `fit` says, at its resolution, not augmented.
-
-        Their masks are those that the images were generated from, also where filtering has edited the written ones.
-        """
+        """The rows as the segmenter sees them: made square as its `fit` says, at its resolution, not augmented."""
         settings = self.segmenter.settings
         resolution = settings.get("resolution", SegmenterConfig.resolution)
-        return PairedDataset(
-            split.requested(), resolution, AUGMENTS["none"], 0, settings.get("fit", SegmenterConfig.fit)
-        )
+        return PairedDataset(split, resolution, AUGMENTS["none"], 0, settings.get("fit", SegmenterConfig.fit))
 
     def _group(self, pairs: PairedDataset, rows: range, parts: tuple[str, ...], pool: ThreadPoolExecutor) -> Seen:
         path = (

@@ -74,7 +74,7 @@ def filtering_of(split: Split, classes: torch.Tensor, scorer: str) -> dict | Non
     return {
         "requested": len(records), "kept": len(records) - len(dropped), "dropped": len(dropped),
         "regenerated": sum(record["kept"] and record["attempt"] > 0 for record in records),
-        "min_miou": made.get("min_miou"), "filter_regions": made.get("filter_regions"),
+        "min_miou": made.get("min_miou"),
         "segmenter_weights": made.get("segmenter_weights"), "scored_by": scorer, "classes": _most_dropped(found),
         "words": _most_dropped(words),
     }  # fmt: skip

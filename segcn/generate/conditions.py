@@ -178,7 +178,7 @@ def read_conditions(config: GenerateConfig) -> Conditions:
 
 def check_tiled(config: GenerateConfig) -> None:
     """UserError for a flag that --tiled cannot be combined with: all that reads real images, and square masks."""
-    for name in ("from_images", "inpaint", "augment_masks", "hard_first", "min_miou", "filter_regions", "reconstruct"):
+    for name in ("from_images", "inpaint", "augment_masks", "hard_first", "min_miou", "reconstruct"):
         if config.tiled and getattr(config, name) not in (None, [], False):
             raise UserError(f"--tiled generates from masks as they are, all that it generates is kept: drop --{name}")
 

@@ -132,13 +132,6 @@ class GenerateConfig(SampleConfig):
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")
     min_miou: float | None = flag(None, "regenerate an image with a lower mIoU; none: keep all", low=0, high=1)
     max_attempts: int = flag(4, "times that a row is generated before its best image goes to rejected/", low=1)
-    filter_regions: float | None = flag(
-        None,
-        "mark pixels as unlabeled whose loss under the segmenter exceeds this times the mean loss of their class, as"
-        " 1.25; none: off",
-        above=0,
-    )
-    edge_band: int = flag(1, "pixels on each side of an outline that --filter_regions marks as unlabeled, too", low=0)
     segmenter: str | None = flag(
         None,
         "trained segmenter: ours, or any AutoModelForSemanticSegmentation folder; none: trained on the real train rows",
@@ -148,21 +141,15 @@ class GenerateConfig(SampleConfig):
 
 @dataclass(frozen=True)
 class LayoutsConfig:
-    """New masks for segcn generate --controls, made from those of a data set. Rerun the same command to resume."""
+    """New masks for segcn generate --controls: rows stretched, their objects exchanged. Rerun the command to resume."""
 
-    dataset_name: str = flag("", "data set whose masks are recombined or learned", required=True)
+    dataset_name: str = flag("", "data set whose masks are recombined", required=True)
     output_dir: str = flag("", "folder of masks to write", required=True)
     count: int = flag(256, "layouts", low=1)
     split: str = flag("train", "split of a data set that has several")
     seed: int = flag(0, "layout i depends on this, i and the rows alone")
-    method: str = flag(
-        "recombine",
-        "recombine: rows stretched, their objects exchanged; learned: a diffusion of label maps, trained in minutes",
-        ("recombine", "learned"),
-    )
     ratios: str = flag("", "share of the pixels that some classes have: road=0.2,house=0.1; none: as in the rows")
     things: str = flag("", "classes whose objects are exchanged: house,tree; none: those that lie inside the images")
     resolution: int | None = flag(None, "side of the masks; none: the shorter side of the first row's", low=16)
     fit: str = flag("crop", "how a mask becomes square: crop or stretch", ("crop", "stretch"))
-    max_train_steps: int = flag(1200, "training steps of --method learned", low=1)
     allow_symlinks: bool = flag(False, "follow links to files outside of the data set folder")

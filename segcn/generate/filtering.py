@@ -9,7 +9,6 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.nn import functional as F
 
 from segcn.data import visualize
 from segcn.data.dataset import PairedDataset, to_image, to_uint8
@@ -41,9 +40,6 @@ class Filter:
     segmenter: AnySegmenter
     min_miou: float  # below it an image is generated again; 0: never
     max_attempts: int
-    tolerance: float | None = None  # of --filter_regions
-    edge_band: int = 1  # px on each side of an outline
-    class_losses: np.ndarray | None = None  # float64 [256] by class id, of `mean_losses`
 
     def predict(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Class ids, uint8 [H, W], of images, uint8 [H, W, 3] of any size; 255 where the segmenter sees nothing."""
@@ -74,74 +70,15 @@ class Filter:
         confusion = self.confusion(predicted, mask)
         return round(float(iou(confusion).nanmean()), 4) if confusion.any() else 1.0
 
-    @torch.no_grad()
-    def losses(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Cross entropy of each pixel of an image, uint8 [H, W, 3], with its mask, uint8 [H, W]: float32 [H, W].
-
-        nan where the mask is unlabelled or the segmenter sees nothing.
-        """
-        square, (source, frame) = self._square(image)
-        logits = self.segmenter(square[None].to(next(self.segmenter.parameters()).device))
-        logits = F.interpolate(frame.cut(logits), source[2:], mode="bilinear").cpu()
-        wanted = torch.from_numpy(source.cut(mask).astype(np.int64))[None]
-        loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none")
-        found = np.full(mask.shape, np.nan, np.float32)
-        source.cut(found)[:] = torch.where(wanted == IGNORE, torch.nan, loss)[0]
-        return found
-
-    def mean_losses(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """The mean loss of each class over (image, mask), float64 [256] by class id, to four digits.
-
-        Of a class that no mask holds it is the mean of the others.
-        """
-        summed, pixels = np.zeros((2, 256))
-        for image, mask in pairs:
-            losses = self.losses(image, mask)
-            seen = ~np.isnan(losses)
-            summed += np.bincount(mask[seen], losses[seen], 256)
-            pixels += np.bincount(mask[seen], minlength=256)
-        means = summed / np.maximum(pixels, 1)
-        means[pixels == 0] = means[pixels > 0].mean() if pixels.any() else np.inf
-        return np.array([float(f"{mean:.4g}") for mean in means])  # the last bits depend on the batch size
-
-    def noisy(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Where a mask, uint8 [H, W], should be unlabelled for this image, uint8 [H, W, 3]: bool [H, W].
-
-        Where the loss exceeds `tolerance` times the mean loss of the class (FreeMask, Yang et al. 2023,
-        arXiv:2310.15160, 3.3), and in a band at outlines, which no generated image draws exactly. Parts thinner than
-        the band are left to the loss: they would vanish.
-        """
-        assert self.tolerance is not None and self.class_losses is not None
-        return (self.losses(image, mask) > self.tolerance * self.class_losses[mask]) | edges(mask, self.edge_band)
-
-
-def edges(mask: np.ndarray, band: int) -> np.ndarray:
-    """Pixels of a mask, uint8 [H, W], at most `band` px from another class, but in parts thinner than the band.
-
-    bool [H, W]; unlabelled pixels are no other class, and never in it.
-    """
-    ids = np.unique(mask[mask != IGNORE])[:, None, None]
-    own, others = mask == ids, (mask != ids) & (mask != IGNORE)
-
-    def widened(some: np.ndarray) -> np.ndarray:
-        return F.max_pool2d(torch.from_numpy(some)[None].float(), 2 * band + 1, 1, band)[0].bool().numpy()
-
-    if not len(ids):
-        return np.zeros(mask.shape, bool)
-    inner = own & ~widened(others)
-    return (own & ~inner & widened(inner)).any(0)
-
 
 @dataclass
 class Generated:
-    """An image, uint8 [H, W, 3], the mask to write with it, uint8 [H, W], and the scores of its attempts."""
+    """An image, uint8 [H, W, 3], and the scores of its attempts."""
 
     image: np.ndarray
-    mask: np.ndarray
     attempt: int = 0
     kept: bool = True
     scores: list[float] = field(default_factory=list)
-    ignored: float = 0.0  # share of the pixels that --filter_regions removed from the mask
 
 
 class Attempt(NamedTuple):
@@ -161,7 +98,7 @@ def generate_filtered(
     """
     left = list(range(len(masks)))
     if criterion is None:
-        return [Generated(image, mask) for image, mask in zip(generate(left, 0), masks, strict=True)]
+        return [Generated(image) for image in generate(left, 0)]
     best: dict[int, Attempt] = {}
     scores: list[list[float]] = [[] for _ in masks]
     for number in range(criterion.max_attempts):
@@ -174,16 +111,8 @@ def generate_filtered(
         left = [one for one in left if best[one].score < criterion.min_miou]
         if not left:
             break
-    results = []
-    for one, mask in enumerate(masks):
-        score, number, image = best[one]
-        result = Generated(image, mask, number, score >= criterion.min_miou, scores[one])
-        if result.kept and criterion.tolerance is not None:
-            noisy = criterion.noisy(image, mask)
-            result.mask = np.where(noisy, np.uint8(IGNORE), mask)
-            result.ignored = round(float(noisy.mean()), 4)
-        results.append(result)
-    return results
+    return [Generated(best[one].image, best[one].number, best[one].score >= criterion.min_miou, scores[one])
+            for one in range(len(masks))]  # fmt: skip
 
 
 def open_filter(config: GenerateConfig, conditions: Conditions, log: Callable[[str], None]) -> Filter | None:
@@ -194,7 +123,7 @@ def open_filter(config: GenerateConfig, conditions: Conditions, log: Callable[[s
     of the ceiling more than they should, by one of another seed by 0.021 and 0.004, by one of the other half of the
     rows by 0.032 and 0.004.) UserError where there are no real images, or the segmenter has other classes.
     """
-    if config.min_miou is None and config.filter_regions is None:
+    if config.min_miou is None:
         if config.hard_first:
             raise UserError("--hard_first: the filter's segmenter says what is hard: give --min_miou 0.5 or another")
         return None
@@ -217,7 +146,7 @@ def open_filter(config: GenerateConfig, conditions: Conditions, log: Callable[[s
             f"--controls {config.controls} holds masks alone, and no real images to train a segmenter on: give a"
             " trained one by --segmenter DIR"
         )
-    return Filter(segmenter, config.min_miou or 0.0, config.max_attempts, config.filter_regions, config.edge_band)
+    return Filter(segmenter, config.min_miou, config.max_attempts)
 
 
 def images_of_rows(config: GenerateConfig, conditions: Conditions, criterion: Filter) -> list[int]:

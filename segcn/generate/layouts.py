@@ -16,24 +16,13 @@ import torch
 from segcn.data import visualize
 from segcn.data.masks import colorize, read_mask, write_mask
 from segcn.generate.config import LayoutsConfig
-from segcn.generate.recombine import (
-    BORDER,
-    Counted,
-    Layout,
-    RealMasks,
-    captions_without,
-    class_ids,
-    read_real_masks,
-    recombine,
-)
-from segcn.models.mask_diffusion import MaskDiffusionConfig, draw_masks, mask_denoiser_of, shrink
+from segcn.generate.recombine import BORDER, Counted, Layout, RealMasks, class_ids, read_real_masks, recombine
 from segcn.utils import io, rng
 from segcn.utils.errors import UserError
 from segcn.utils.progress import Progress
 
 SETTINGS, LAYOUT_RECORDS, RESULTS, LAYOUT_SHEET = "layouts_config.json", "layouts.jsonl", "layouts.json", "layouts.png"
 MEASURED = 1024  # masks of each set that distances are measured on
-BATCH = 8  # layouts that the network draws at once
 REDRAWN = 8  # draws of a layout at most
 MEANINGS = {
     "valid": "all neighbors occur in rows (rows: halves)",
@@ -61,8 +50,6 @@ def make_layouts(config: LayoutsConfig, log: Callable = print) -> str:
     try:
         real = read_real_masks(config, log)
         ratios = read_ratios(config.ratios, real)
-        if config.method == "recombine" and not any(real.objects):
-            raise UserError(f"{config.dataset_name}: no class has objects inside the masks: --method learned")
         settings = asdict(config) | {"rows": real.split.fingerprint}
         free = frozenset({"dataset_name", "output_dir", "allow_symlinks"})
         io.same_settings(out / SETTINGS, settings, free, log=log, what="set of layouts")
@@ -85,84 +72,45 @@ def _write_layouts(
     lines = (out / LAYOUT_RECORDS).read_text().splitlines() if (out / LAYOUT_RECORDS).is_file() else []
     known = {one["layout"]: one for one in map(json.loads, (line for line in lines if line.endswith("}")))}
     known = {number: one for number, one in known.items() if (out / _name(number)).is_file()}
-    draw: Callable | None = None
+    near = np.argsort(missed(real.counted.shares, ratios), kind="stable")  # the rows that are most like --ratios
+    near = near[: max(8, len(near) // 16)] if ratios else near
     progress = Progress("layouts", config.count, log, start=len(known))
-    for first in range(0, config.count, BATCH):
-        missing = [number for number in range(first, min(first + BATCH, config.count)) if number not in known]
-        if missing:
-            draw = draw or _drawing(config, real, ratios, log)
-            drawn = draw_valid(real, ratios, draw, range(first, first + BATCH), missing)
-            for number in missing:
-                layout, record = drawn[number]
-                path, texts = out / _name(number), [" ".join(caption.split()) for caption in layout.captions]
-                path.parent.mkdir(exist_ok=True)
-                io.write_text(path.with_suffix(".txt"), "\n".join(texts) + "\n")
-                io.write_whole(path, partial(write_mask, mask=layout.mask, palette=real.split.palette))
-                with (out / LAYOUT_RECORDS).open("a") as file:
-                    file.write("\n" + json.dumps(record) + "\n")
-                known[number] = record
-            progress(len(known))
+    for number in range(config.count):
+        if number in known:
+            continue
+        layout, record = draw_valid(real, ratios, near, config.seed, number)
+        path, texts = out / _name(number), [" ".join(caption.split()) for caption in layout.captions]
+        path.parent.mkdir(exist_ok=True)
+        io.write_text(path.with_suffix(".txt"), "\n".join(texts) + "\n")
+        io.write_whole(path, partial(write_mask, mask=layout.mask, palette=real.split.palette))
+        with (out / LAYOUT_RECORDS).open("a") as file:
+            file.write("\n" + json.dumps(record) + "\n")
+        known[number] = record
+        progress(len(known))
     return [known[number] for number in range(config.count)]
 
 
-def _drawing(config: LayoutsConfig, real: RealMasks, ratios: dict[int, float], log: Callable) -> Callable:
-    """A function (numbers of a batch, those needed, attempt) -> the layouts of these, or of the whole batch."""
-    near = np.argsort(missed(real.counted.shares, ratios), kind="stable")  # the rows that are most like --ratios
-    near = near[: max(8, len(near) // 16)] if ratios else near
-
-    def row_of(*key: str | int) -> int:
-        return int(near[rng.integer(len(near), *key)])
-
-    def recombined(batch: range, needed: list[int], attempt: int) -> dict[int, Layout]:
-        keys = {number: ("layouts", config.seed, number, attempt) for number in needed}
-        return {
-            number: recombine(real, row_of(*key, "row"), row_of(*key, "other"), *key) for number, key in keys.items()
-        }
-
-    if config.method == "recombine":
-        return recombined
-    settings = MaskDiffusionConfig(steps=config.max_train_steps, seed=config.seed)
-    labels, cache = real.state_of[real.masks], Path(config.output_dir).absolute().parent / "cache"
-    mirror = None if real.mirror is None else real.state_of[real.mirror[real.states]]
-    denoiser = mask_denoiser_of(labels, len(real.states), mirror, settings, cache, log)
-    side = shrink(labels[:1], len(real.states), settings.side).shape[-1]
-
-    def learned(batch: range, needed: list[int], attempt: int) -> dict[int, Layout]:
-        keys = [("layouts", config.seed, number, attempt) for number in batch]
-        rows = [row_of(*key, "row") for key in keys]
-        wanted = real.counted.shares[rows]
-        given = list(ratios)
-        wanted[:, given] = 0
-        wanted *= (1 - sum(ratios.values())) / wanted.sum(1, keepdims=True).clip(1e-6)
-        wanted[:, given] = list(ratios.values())
-        masks = real.states[draw_masks(denoiser, wanted, keys, side, real.masks.shape[-1])]
-        texts = [
-            captions_without(real.split[row].captions, one, real.split.palette)
-            for row, one in zip(rows, masks, strict=True)
-        ]
-        return dict(zip(batch, map(Layout, masks, texts, rows), strict=True))
-
-    return learned
-
-
 def draw_valid(
-    real: RealMasks, ratios: dict[int, float], draw: Callable, batch: range, needed: Sequence[int]
-) -> dict[int, tuple[Layout, dict[str, Any]]]:
-    """Layouts and their records: drawn again while classes touch that never do in the rows, or --ratios is missed."""
-    best: dict[int, tuple[tuple[float, float], Layout, int]] = {}
-    valid: dict[int, bool] = {}
+    real: RealMasks, ratios: dict[int, float], near: np.ndarray, seed: int, number: int
+) -> tuple[Layout, dict[str, Any]]:
+    """A layout of two of the rows `near` and its record; drawn again while neighbors are new or --ratios is missed."""
+    best, valid_at_once = None, True
     for attempt in range(REDRAWN):
-        left = [number for number in needed if number not in best or max(best[number][0]) > 0]
-        drawn = draw(batch, left, attempt) if left else {}
-        for number in left:
-            counted = real.count(drawn[number].mask)
-            score = float(real.foreign(counted.boundary)), max(0.0, float(missed(counted.shares, ratios)) - CLOSE)
-            valid.setdefault(number, score[0] == 0)
-            if number not in best or score < best[number][0]:
-                best[number] = score, drawn[number], attempt
-    return {number: (layout, {"layout": number, "row": real.split[layout.row].row, "attempt": attempt,
-                              "valid_at_once": valid[number]})
-            for number, (_, layout, attempt) in best.items()}  # fmt: skip
+        key = "layouts", seed, number, attempt
+        row, other = (int(near[rng.integer(len(near), *key, which)]) for which in ("row", "other"))
+        layout = recombine(real, row, other, *key)
+        counted = real.count(layout.mask)
+        score = float(real.foreign(counted.boundary)), max(0.0, float(missed(counted.shares, ratios)) - CLOSE)
+        valid_at_once &= attempt > 0 or score[0] == 0
+        if best is None or score < best[0]:
+            best = score, layout, attempt
+        if max(score) == 0:
+            break
+    assert best
+    _, layout, attempt = best
+    return layout, {
+        "layout": number, "row": real.split[layout.row].row, "attempt": attempt, "valid_at_once": valid_at_once,
+    }  # fmt: skip
 
 
 def read_ratios(text: str, real: RealMasks) -> dict[int, float]:

@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A mask, uint8 [R, R], its captions, and the row whose background, or class shares, it has."""
+    """A mask, uint8 [R, R], its captions, and the row whose background it has."""
 
     mask: np.ndarray
     captions: tuple[str, ...]
@@ -150,9 +150,8 @@ def read_real_masks(config: LayoutsConfig, log: Callable = print) -> RealMasks:
     if things is None:
         inside = np.bincount([state_of[one.id] for row in pieces for one in row if one.inside], minlength=count)
         things = states[(inside > 0) & (inside >= INSIDE * whole.pieces.sum(0))].tolist()
-    if config.method == "recombine":
-        names = [label.name for label in split.palette.labels if label.id in things]
-        log(f"layouts: things are {', '.join(names) or 'none'}; --things names others")
+    names = [label.name for label in split.palette.labels if label.id in things]
+    log(f"layouts: things are {', '.join(names) or 'none'}; --things names others")
     objects: list[list[Piece]] = [[] for _ in masks]
     places: dict[int, tuple[list, list]] = {}
     for mask, row, whole_ones in zip(masks, pieces, objects, strict=True):
@@ -162,6 +161,11 @@ def read_real_masks(config: LayoutsConfig, log: Callable = print) -> RealMasks:
                 whole_ones.append(one)
                 for found, new in zip(places.setdefault(one.id, ([], [])), (one, beside), strict=True):
                     found.append(new)
+    if not places:
+        raise UserError(
+            f"{config.dataset_name}: no class has objects inside the masks, so that none can be exchanged; segcn"
+            " generate --augment_masks affine draws new layouts of such masks"
+        )
     surroundings = {id: (found, np.stack(beside)) for id, (found, beside) in places.items()}
     mirror = mirrored_ids(split.palette)
     mirror = mirror if mirror is not None and np.isin(mirror[states], states).all() else None

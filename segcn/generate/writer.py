@@ -26,7 +26,7 @@ from torch import distributed
 
 from segcn.data.captions import classes_of
 from segcn.data.dataset import PairedDataset, in_batches, to_uint8
-from segcn.data.masks import read_mask, write_mask
+from segcn.data.masks import read_mask
 from segcn.data.metadata import Split, finish_dataset, read_named_split, write_pair
 from segcn.data.palette import Palette, palette_table
 from segcn.data.transforms import AUGMENTS, boxes, check_buckets
@@ -44,7 +44,7 @@ from segcn.generate.filtering import (
 from segcn.generate.pipeline import Pipeline, Start, check_sampling, generate, load_pipeline, noise_of
 from segcn.models.base import Base, load_base, pick_device, reconstruct, weights_digest
 from segcn.models.segmenter import reward_record
-from segcn.utils import io, rng
+from segcn.utils import io
 from segcn.utils.errors import UserError
 from segcn.utils.html import render
 from segcn.utils.io import Process, write_whole
@@ -56,7 +56,6 @@ RECORDS = "manifest.jsonl"
 WORK = ".work"  # in the folder: records and half-written files; gone when the data set is finished
 FIGURE = "filtering.png"
 FLAT = 1000  # images of a job that are put into one folder; of a larger job, each folder holds so many
-MEASURED_ROWS = 64  # of which an image is generated to measure the mean loss of each class
 WRITERS = 4  # threads that write images while the next ones are generated
 CHANGE_NO_IMAGE = (
     "allow_symlinks", "batch_size", "controlnet_model_name_or_path", "limit", "output_dir", "reconstruct", "segmenter",
@@ -223,8 +222,6 @@ def generate_dataset(
         settings |= {"images_up_to_row": job.ends} if job.ends else {}
         _compare_settings(out, settings, allow=not any((out / "images").rglob("*.png")))
         task = Task(config, out, pipeline, conditions, job, manifest, criterion)
-        if batches and criterion and criterion.tolerance is not None:
-            task.criterion = replace(criterion, class_losses=class_losses(task, criterion, log))
         finished = manifest.finished()
         if any(manifest.done):
             log(f"{out}: {sum(manifest.done)} of {len(job)} images exist already and are kept.")
@@ -341,21 +338,6 @@ def generate_batch(task: Task, batch: Sequence[int]) -> dict[int, tuple[Conditio
     return results
 
 
-def class_losses(task: Task, criterion: Filter, log: Callable) -> np.ndarray:
-    """The mean loss of each class, float64 [256], over images of up to 64 rows, at their first attempt.
-
-    Of generated images, as in FreeMask: the loss on real ones, most of all on those that the segmenter was trained on,
-    is lower, and a tolerance would mean another thing in each set; a folder of masks has none. The rows are drawn from
-    all, also those that --limit leaves out, so that every process, a resumed one and a longer set find the same.
-    """
-    rows = sorted(rng.permutation(len(task.conditions.files), "regions", task.config.seed)[:MEASURED_ROWS])
-    check_masks(task.conditions, rows, task.pipeline.base.side_factor, log)
-    log(f"--filter_regions: measuring the mean loss of each class on {len(rows)} images")
-    once, size = replace(task, job=replace(task.job, replicates=1, ends=()), criterion=None), task.job.batch_size
-    batches = (generate_batch(once, rows[first : first + size]) for first in range(0, len(rows), size))
-    return criterion.mean_losses((made.image, made.mask) for batch in batches for _, made in batch.values())
-
-
 def start_of(conditions: Sequence[Condition], config: GenerateConfig) -> Start | None:
     """What --from_images and --inpaint start from; None without them."""
     images = [condition.image for condition in conditions if condition.image is not None]
@@ -365,23 +347,18 @@ def start_of(conditions: Sequence[Condition], config: GenerateConfig) -> Start |
 
 
 def write_image(task: Task, image: int, condition: Condition, generated: Generated) -> None:
-    """Write mask, then image, then the record: what is recorded exists.
-
-    Where --filter_regions edits masks, the requested ones are kept in requested_masks/.
-    """
+    """Write mask, then image, then the record: what is recorded exists."""
     names = task.job.names(image, generated.kept)
-    if task.config.filter_regions is not None:
-        path, requested = task.out / names[1].replace("masks/", "requested_masks/"), condition.frame.cut(condition.mask)
-        write_whole(path, lambda file: write_mask(file, requested, task.conditions.palette), task.out / WORK)
-    write_pair(task.out, names, generated.image, generated.mask, task.conditions.palette, work=task.out / WORK)
+    mask = condition.frame.cut(condition.mask)
+    write_pair(task.out, names, generated.image, mask, task.conditions.palette, work=task.out / WORK)
     record: dict[str, Any] = {"image": image, "row": condition.row, "replicate": condition.replicate}
     record |= {"attempt": generated.attempt, "kept": generated.kept}
     record |= {"file_name": names[0], "conditioning_image_file_name": names[1]}
     if generated.scores:
-        record |= {"miou": max(generated.scores), "scores": generated.scores, "ignored": generated.ignored}
+        record |= {"miou": max(generated.scores), "scores": generated.scores}
     record["text"] = condition.prompt
     if not condition.prompt.strip():  # every row of a data set has a caption
-        record["caption"] = classes_of(condition.frame.cut(condition.mask), task.conditions.palette)
+        record["caption"] = classes_of(mask, task.conditions.palette)
     task.manifest.add(record)
 
 
@@ -503,7 +480,6 @@ def write_data_card(
         dropped=len(scored) - len(scores),
         attempts=statistics.fmean(len(record["scores"]) for record in scored) if scored else 0,
         miou=[min(scores), statistics.median(scores), max(scores)] if scores else [],
-        ignored=statistics.fmean(record["ignored"] for record in scored) if scored else 0,
         plain=_plain,
         name=lambda place: _plain(public_name(place)),
     )

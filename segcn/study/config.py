@@ -72,17 +72,10 @@ class StudyConfig:
         None, "start from the rows' own images and do this share of the steps, as in segcn generate", above=0, high=1
     )
     hard_first: bool = flag(False, "more images of the rows that the segmenter finds hard, as in segcn generate")
-    layouts: str | None = flag(
-        None,
-        "generate for new masks, as segcn layouts --method makes them of the rows",
-        ("recombine", "learned"),
-    )
+    layouts: bool = flag(False, "generate for new masks, as segcn layouts makes them of the rows")
     augment_masks: str = flag("affine", "how new layouts are drawn from the rows' masks, as in segcn generate")
     min_miou: float = flag(0.6, "regenerate an image whose mIoU with its mask is lower", low=0, high=1)
     max_attempts: int = flag(3, "times that an image is generated before it is dropped", low=1)
-    filter_regions: float | None = flag(
-        None, "leave out pixels whose loss exceeds this times the mean of their class, as in segcn generate", above=0
-    )
     batch_size: int = flag(16, "images generated at once", low=1)
     segmenter_architecture: str = flag(SMALL, ARCHITECTURE)
     segmenter_steps: int = flag(3000, "steps until the plateau at most, before the learning rate falls", low=1)

@@ -207,8 +207,7 @@ def report(metrics: dict[str, Any]) -> str:
             f"- Draw {case['draw'] + 1}, {case['fraction']:g} of the rows: {case['learned']} learned from,"
             f" {case['validation']} validated on; learning rate {case['learning_rate']:g}, augmentation"
             f" {case['augment']}; {case['kept']} of {case['generated']} images kept, in which the segmenter that"
-            f" filters them found their masks with an mIoU of {case['miou']:.2f} on average; {case['ignored']:.1%} of"
-            " their pixels do not count."
+            f" filters them found their masks with an mIoU of {case['miou']:.2f} on average."
         )
     parts = ["# Are the synthetic images worth training on?", *metrics["verdicts"], metrics["intervals"],
              "![test mIoU](study.png)", "```\n" + table(metrics) + "\n```", "## Gain of each class, in points of IoU",
