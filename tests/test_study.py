@@ -110,6 +110,7 @@ def test_new_layouts_come_from_the_rows_of_a_case_alone_and_every_image_has_one_
 
 STAGES = [  # a setting, and the stages that it makes stale: of the smaller fraction and of the larger one
     ({"controlnet_steps": 7}, "cCiIsSpPmM"), ({"controlnet_more_steps": 7}, "CISPM"), ({"min_miou": 0.1}, "iIsSpPmM"),
+    ({"inpaint": ["road"]}, "iIsSpPmM"),
     ({"segmenter_steps": 7}, "iIsSpPmMrR"), ({"patience": 3}, "iIsSpPmMrR"), ({"ratio": 2.0}, "mM"),
     ({"seeds": 3}, ""), ({"resamples": 9}, ""),
 ]  # fmt: skip

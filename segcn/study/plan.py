@@ -28,7 +28,7 @@ FITTING_SAMPLE = 0.0017  # of one image of 64 pixels through a small segmenter a
 USUAL_STEPS = 2000  # about where a training ends whose length its plateau sets
 VALIDATED, MOST_VALIDATED = 5, 256  # every fifth row drawn validates, at most so many
 GENERATED = ("num_inference_steps", "controlnet_conditioning_scale", "prompt", "vary", "from_images",
-             "augment_masks", "min_miou", "max_attempts", "hard_first", "batch_size")  # fmt: skip
+             "inpaint", "augment_masks", "min_miou", "max_attempts", "hard_first", "batch_size")  # fmt: skip
 NEW_TEXT = "{caption} with {classes}"  # of a new mask, whose caption names no class
 PLACES = {"dataset_name", "controls", "output_dir", "cache_dir", "pretrained_model_name_or_path", "segmenter",
           "controlnet_model_name_or_path", "architecture"}  # fmt: skip
