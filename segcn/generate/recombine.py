@@ -205,15 +205,10 @@ def recombine(real: RealMasks, row: int, other: int, *key: str | int) -> Layout:
                 changed |= (pasted := _pasted(real, mask, one, most, things, *key, number, place))
                 if pasted:
                     break
-    if changed:
-        captions = captions_without(captions, mask, real.split.palette)
+    if changed:  # the classes named may not be true of the mask; its own where nothing else is left
+        cut = (without_classes(caption, real.split.palette).strip() for caption in captions)
+        captions = tuple(dict.fromkeys(caption or classes_of(mask, real.split.palette) for caption in cut))
     return Layout(np.ascontiguousarray(mask), captions, row)
-
-
-def captions_without(captions: Sequence[str], mask: np.ndarray, palette: Palette) -> tuple[str, ...]:
-    """The captions without their classes, which may not be true of the mask; its classes where nothing is left."""
-    cut = (without_classes(caption, palette).strip() for caption in captions)
-    return tuple(dict.fromkeys(caption or classes_of(mask, palette) for caption in cut))
 
 
 def _stretched(mask: np.ndarray, *key: str | int) -> np.ndarray:
