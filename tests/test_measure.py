@@ -14,7 +14,7 @@ from segcn.samples import measure as measuring
 from segcn.samples.config import MeasureConfig
 from segcn.samples.earth import STYLES, describe_tile
 from segcn.samples.landscapes.scene import describe
-from segcn.samples.measure import measure_sample_base, measure_table, open_generator, targets
+from segcn.samples.measure import measure_sample_base, measure_table, open_generator
 from segcn.samples.recognizer import OF_EARTH, OF_LANDSCAPES, RecognizerRecipe, recognized, train_recognizer, words_of
 from segcn.utils.errors import UserError
 
@@ -48,22 +48,12 @@ def test_everything_is_measured_and_written_and_one_line_says_how_to_get_the_map
     assert {one["images"] for one in metrics["faithfulness"].values()} == {3}
     assert metrics["seconds"]["each_of_many"] > 0 and metrics["seconds"]["steps"] == 20
     table = (config.folder / "table.txt").read_text().strip()
-    assert table == measure_table(metrics) and table in lines[-1] and "captions alone" in table and "wanted" in table
+    assert table == measure_table(metrics) and table in lines[-1] and "captions alone" in table
     assert metrics["recognized_earth"] is None and "Earth" not in table
     assert sum("left out" in line and "pip install" in line for line in lines) == 1
     image = Image.open(config.folder / "grid.png").convert("RGB")  # a mask and four captions a row
     assert image.height / image.width == pytest.approx(2 / 3, abs=0.1)
     assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 1000
-
-
-def test_a_target_is_met_or_named_as_missed(measured):
-    _, metrics, _ = measured
-    styles = {"real": {"style": 1.0}, "captions_alone": {"style": 0.96}}
-    metrics = metrics | {"recognized_earth": styles, "seconds": metrics["seconds"] | {"one": 1.0, "each_of_many": 0.8}}
-    lines = {line[:30].strip(): line for line in measure_table(metrics).splitlines()}
-    assert lines["Earth, captions alone: style r"].endswith("96.0%    >= 95%  met")
-    assert lines["one image"].endswith("met") and lines["each of 2 images in one call"].endswith("MISSED")
-    assert len(list(targets(metrics))) == 15
 
 
 @pytest.mark.slow

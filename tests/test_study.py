@@ -374,6 +374,8 @@ def test_a_study_measures_every_arm_uses_its_named_rows_alone_and_draws_curves(c
     text, chosen = (folder / "study.md").read_text(), [case["learning_rate"] for case in metrics["cases"]]
     expected = ["has seen images without masks", "hierarchical bootstrap", "with an mIoU of 0.50", "(2 draws)"]
     assert [part for part in expected if part not in text] == [] and set(chosen) <= {0.01, 0.02}
+    few = [case | {"generated": 2 * case["kept"] + place} for place, case in enumerate(metrics["cases"])]
+    assert text.count("Most were dropped") == 0 and report.report(metrics | {"cases": few}).count("dropped**") == 3
     segmenters = [json.loads(path.read_text()) for path in folder.glob("segmenters/0.5-0-real-0-*/config.json")]
     best = max(segmenters, key=lambda one: one["validation_miou"])  # of the two learning rates
     assert len(segmenters) == 2 and best["learning_rate"] == chosen[0]

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,7 @@ def save_grid(figure: Figure, path: Path) -> None:
 
 
 def measure_table(metrics: dict) -> str:
-    """Faithfulness and its share of the ceiling, what was recognized, the autoencoder, speed, and the targets."""
+    """Faithfulness and its share of the ceiling, what was recognized, the autoencoder, and speed."""
     scores, shares = metrics["faithfulness"], metrics["share_of_ceiling"]
     number, percent = "{:.3f}".format, "{:.1%}".format
     iou = {name: {"mean": one["miou"], **one["per_class"]} for name, one in scores.items()}
@@ -254,12 +254,7 @@ def measure_table(metrics: dict) -> str:
         f"(CPU time {timing['cpu_one']:.2f} s and {timing['cpu_each_of_many']:.2f} s; {timing['machine']}; "
         f"load before it {timing['load']:.1f}; median of {timing['timings']} after a warm-up)",
     ]
-    lines = [f"{'target':48}{'found':>9}{'wanted':>10}"]
-    for what, found, wanted, unit in targets(metrics):
-        met = found <= wanted if unit == "s" else found >= wanted
-        shown = (f"{found:.2f} s", f"<= {wanted:.1f} s") if unit == "s" else (percent(found), f">= {wanted:.0%}")
-        lines.append(f"{what:48}{shown[0]:>9}{shown[1]:>10}  {'met' if met else 'MISSED'}")
-    return "\n\n".join([*filter(None, blocks), "\n".join(lines)])
+    return "\n\n".join(filter(None, blocks))
 
 
 def _table(title: str, rows: dict[str, dict], text: Callable[[float], str]) -> str:
@@ -268,30 +263,6 @@ def _table(title: str, rows: dict[str, dict], text: Callable[[float], str]) -> s
         return ""
     frame = pandas.DataFrame.from_dict({NAMES[name]: one for name, one in rows.items()}, orient="index", dtype=float)
     return frame.rename_axis(title, axis=1).to_string(float_format=text, na_rep="-")
-
-
-def targets(metrics: dict) -> Iterator[tuple[str, float, float, str]]:
-    """(what, found, wanted, unit): shares are wanted at least, seconds at most."""
-    for name, mean, least in (("reconstructions", 0.9, 0.6), ("with_mask", 0.95, 0.9)):
-        shares = metrics["share_of_ceiling"][name]
-        per_class = {label: share for label, share in shares.items() if label != "mean" and share is not None}
-        worst = min(per_class, key=lambda label: per_class[label])
-        yield f"{NAMES[name]}: mIoU, of the ceiling", shares["mean"], mean, ""
-        yield f"{NAMES[name]}: worst class ({worst}), of its own", per_class[worst], least, ""
-    for name in ("without_classes", "without_captions"):
-        share = metrics["share_of_ceiling"][name]["mean"] / metrics["share_of_ceiling"]["with_mask"]["mean"]
-        yield f"{NAMES[name]}: mIoU, of that with it", share, 0.95, ""
-    if metrics["added"]["masks"]:
-        found = metrics["added"]["found"] / metrics["added"]["masks"]
-        yield f"a {ADDED} drawn into masks: found in images", found, 0.9, ""
-    for name, wanted in (("real", 0.98), ("captions_alone", 0.9), ("with_mask", 0.85)):
-        for head, found in metrics["recognized"][name].items():
-            yield f"{NAMES[name]}: {head} recognized", found, wanted, ""
-    if metrics["recognized_earth"]:
-        found = metrics["recognized_earth"]["captions_alone"]["style"]
-        yield "Earth, captions alone: style recognized", found, 0.95, ""
-    yield "one image", metrics["seconds"]["one"], 2.0, "s"
-    yield f"each of {metrics['seconds']['at_once']} images in one call", metrics["seconds"]["each_of_many"], 0.7, "s"
 
 
 @dataclass(frozen=True)
