@@ -1,5 +1,6 @@
 """Promise: an image that does not obey its mask is generated again, in the end dropped; every score is recorded."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,13 @@ def test_what_passes_is_the_set_and_what_does_not_is_recorded_and_shown(write, n
     rows = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(rows) == len(kept) and Image.open(out / "filtering.png").size[0] > 500
     assert f"| dropped | {6 - len(kept)} |" in (out / "README.md").read_text()
+    house = [8 in np.asarray(Image.open(out / record["conditioning_image_file_name"])) for record in records]
+    for state in (True, False):  # of all images with a house
+        marked = [record | {"kept": record["kept"] if not has else state}
+                  for record, has in zip(records, house, strict=True)]  # fmt: skip
+        assert ("house" in filtering.mostly_dropped(out, marked, read_split(out).palette)) == (not state)
+    shutil.rmtree(out / "rejected")
+    assert not filtering.mostly_dropped(out, records, read_split(out).palette)
 
 
 def test_a_filtered_set_that_was_cut_ends_with_the_same_bytes(write, noise_images):
@@ -213,5 +221,12 @@ def test_how_hard_a_row_is_depends_on_what_the_segmenter_finds_in_real_images(co
     assert len(counts) == 6 and sum(counts) == 18 and min(counts) >= 1
     having, others = ([counts[row] for row in range(6) if (masks[row] == missed).any() == has] for has in (True, False))
     assert np.mean(having) > np.mean(others) and max(having) > max(others)
+    rare = np.zeros((6, 9), int)
+    rare[:, 0], rare[4, 8] = 1, 1  # a class that one row alone shows, and nothing that is found in it
+    monkeypatch.setattr(filtering, "class_pixels", lambda _: rare)
+    monkeypatch.setattr(Filter, "predict", lambda *_: [np.full_like(masks[0], 255)])
+    monkeypatch.setattr(Filter, "confusion", lambda *_: torch.ones(9, 9, dtype=torch.int64))
+    counts = filtering.images_of_rows(replace(config, replicates=3), conditions, criterion)
+    assert counts[4] > max(counts[:4] + counts[5:])
     with pytest.raises(UserError, match="masks alone"):
         filtering.images_of_rows(replace(config, controls=config.controls + "/test/masks"), conditions, criterion)

@@ -347,7 +347,8 @@ def stand_ins(monkeypatch):
         given.append(settings)
         folder, split = Path(settings.output_dir), read_split(settings.controls)
         made = write_rectangles(folder / "made", 4, seed=len(split))
-        lines = [{"kept": True, "miou": 0.5}] * 4
+        lines = [{"kept": True, "miou": 0.5, "conditioning_image_file_name": f"made/{one.mask_name}"}
+                 for one in made.records]  # fmt: skip
         (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         made.palette.save(folder / "palette.json")
         write_metadata(folder, [(f"made/{one.image_name}", f"made/{one.mask_name}", "x") for one in made.records])
@@ -374,8 +375,9 @@ def test_a_study_measures_every_arm_uses_its_named_rows_alone_and_draws_curves(c
     text, chosen = (folder / "study.md").read_text(), [case["learning_rate"] for case in metrics["cases"]]
     expected = ["has seen images without masks", "hierarchical bootstrap", "with an mIoU of 0.50", "(2 draws)"]
     assert [part for part in expected if part not in text] == [] and set(chosen) <= {0.01, 0.02}
-    few = [case | {"generated": 2 * case["kept"] + place} for place, case in enumerate(metrics["cases"])]
-    assert text.count("Most were dropped") == 0 and report.report(metrics | {"cases": few}).count("dropped**") == 3
+    lost = [case | {"mostly_dropped": ["sky", "road"]} for case in metrics["cases"]]
+    said_of_lost = report.report(metrics | {"cases": lost}).count("Of sky and road more were dropped than kept")
+    assert "more were dropped" not in text and said_of_lost == 4
     segmenters = [json.loads(path.read_text()) for path in folder.glob("segmenters/0.5-0-real-0-*/config.json")]
     best = max(segmenters, key=lambda one: one["validation_miou"])  # of the two learning rates
     assert len(segmenters) == 2 and best["learning_rate"] == chosen[0]

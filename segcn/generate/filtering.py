@@ -17,7 +17,7 @@ from segcn.data.importers.palettes import is_dataset
 from segcn.data.masks import colorize, read_mask, resize_mask
 from segcn.data.metadata import read_named_split, read_row, read_split
 from segcn.data.palette import IGNORE, Palette
-from segcn.data.sampler import class_pixels, class_weights
+from segcn.data.sampler import COUNTED_ROWS, class_pixels, class_weights, repeat_factors
 from segcn.data.transforms import AUGMENTS, Box, Draw, apply, boxes
 from segcn.evaluate.metrics import confusion_matrix, iou
 from segcn.generate.conditions import Conditions
@@ -27,6 +27,7 @@ from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter
 from segcn.utils.errors import UserError
 
 FILTER_SEED = 7001  # of the segmenter that filters; the one that scores has --seed, 0 by default
+RARE = 0.5  # classes that a smaller share of the rows shows count as rare for --hard_first
 MEASURED_REAL = 256  # real rows at most, on which --hard_first measures the segmenter
 CAUSE_ROWS = 16  # real rows that are looked at where no image was kept
 BASE_SHARE = 0.9  # of the real images' score, that reconstructions reach with a base that fits
@@ -152,10 +153,11 @@ def open_filter(config: GenerateConfig, conditions: Conditions, log: Callable[[s
 def images_of_rows(config: GenerateConfig, conditions: Conditions, criterion: Filter) -> list[int]:
     """How many images --hard_first gives each row: rows x replicates in all, in proportion to how hard its mask is.
 
-    That is the mean of 1 - IoU over the classes of the mask, weighted by how rare they are, 1 / sqrt(share of the
-    pixels) (after FreeMask, arXiv:2310.15160, 3.4, and SyntheticGen, arXiv:2602.04749). The IoU is the segmenter's on
-    the rows' real images; of two replicates and more each row gets one at least. What is left of whole numbers goes to
-    the largest remainders. UserError where there are no real images.
+    That is the mean of 1 - IoU over the classes of the mask, weighted by 1 / sqrt(share of the pixels) (after FreeMask,
+    arXiv:2310.15160, 3.4, and SyntheticGen, arXiv:2602.04749), times the repeat factor of its rarest class: what few
+    rows show the segmenter may know by heart, and so not miss in them. The IoU is its own on the rows' real images; of
+    two replicates and more each row gets one at least. What is left of whole numbers goes to the largest remainders.
+    UserError where there are no real images.
     """
     if not is_dataset(Path(config.controls)):
         raise UserError(f"--hard_first needs real images, and --controls {config.controls} holds masks alone")
@@ -169,7 +171,8 @@ def images_of_rows(config: GenerateConfig, conditions: Conditions, criterion: Fi
     missed = 1 - iou(confusion)
     weak = torch.where(missed.isnan(), missed.nanmean(), missed).numpy().round(3)  # machines differ in the last digits
     weights = (pixels > 0) * class_weights(pixels).numpy()
-    return allocate(weights @ weak / np.maximum(weights.sum(1), 1e-9), config.replicates)
+    hardness = weights @ weak / np.maximum(weights.sum(1), 1e-9)
+    return allocate(hardness * repeat_factors(pixels, RARE), config.replicates)
 
 
 def allocate(hardness: np.ndarray, replicates: int) -> list[int]:
@@ -211,6 +214,19 @@ def likely_cause(config: GenerateConfig, base: Base, criterion: Filter, scored: 
     if seen < max(criterion.min_miou, BASE_SHARE * real):
         return f"The base is the likely cause, it cannot draw these images: {found}. See segcn check {config.controls}."
     return f"The ControlNet is the likely cause, it does not follow the masks: {found}. Train it longer."
+
+
+def mostly_dropped(out: Path, records: Sequence[dict[str, Any]], palette: Palette) -> list[str]:
+    """The classes of which more images were dropped than kept, by up to COUNTED_ROWS of the masks.
+
+    A segmenter that has seen a class in few rows does not find it, and drops what another one should learn from.
+    """
+    kept, dropped = (np.zeros(256, int) for _ in range(2))
+    for record in records[:: -(-len(records) // COUNTED_ROWS) or 1]:
+        mask = out / record["conditioning_image_file_name"]
+        if mask.is_file():  # rejected/ can be removed
+            (kept if record["kept"] else dropped)[np.unique(read_mask(mask, palette))] += 1
+    return [label.name for label in palette.labels if not label.ignore and dropped[label.id] > kept[label.id]]
 
 
 def draw_filtering(out: Path, scored: Iterable[dict[str, Any]], palette: Palette) -> Figure:

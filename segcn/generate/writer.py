@@ -24,7 +24,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import distributed
 
-from segcn.data.captions import classes_of
+from segcn.data.captions import classes_of, listed
 from segcn.data.dataset import PairedDataset, in_batches, to_uint8
 from segcn.data.masks import read_mask
 from segcn.data.metadata import Split, finish_dataset, read_named_split, write_pair
@@ -39,6 +39,7 @@ from segcn.generate.filtering import (
     generate_filtered,
     images_of_rows,
     likely_cause,
+    mostly_dropped,
     open_filter,
 )
 from segcn.generate.pipeline import Pipeline, Start, check_sampling, generate, load_pipeline, noise_of
@@ -394,6 +395,9 @@ def finish_set(task: Task, process: Process, settings: dict[str, Any], log: Call
         figure = draw_filtering(out, scored, palette)
         write_whole(out / FIGURE, lambda path: figure.savefig(path, format="png", bbox_inches="tight"), work)
         log(f"{kept} images kept, {len(scored) - kept} dropped: see {out / FIGURE}")
+        if lost := mostly_dropped(out, scored, palette):
+            log(f"Of {listed(lost)} more images were dropped than kept; where the segmenter learned from few rows with"
+                " them, it may be what fails: a lower --min_miou keeps them.")  # fmt: skip
     if not kept:
         assert task.criterion is not None
         raise UserError(

@@ -72,7 +72,7 @@ class StudyConfig:
         None, "start from the rows' own images and do this share of the steps, as in segcn generate", above=0, high=1
     )
     inpaint: list[str] = flag([], "regenerate only these classes in the rows' own images, as in segcn generate")
-    hard_first: bool = flag(False, "more images of the rows that the segmenter finds hard, as in segcn generate")
+    hard_first: bool = flag(False, "more images of the rows that are hard or rare, as in segcn generate")
     layouts: bool = flag(False, "generate for new masks, as segcn layouts makes them of the rows")
     augment_masks: str = flag("affine", "how new layouts are drawn from the rows' masks, as in segcn generate")
     min_miou: float = flag(0.6, "regenerate an image whose mIoU with its mask is lower", low=0, high=1)

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from segcn.data import visualize
+from segcn.data.captions import listed
 from segcn.evaluate.bootstrap import Estimate, bootstrap, difference
 from segcn.evaluate.metrics import iou_of_counts
 from segcn.study.plan import BOUND, REAL, Arm, Portion, StudyPlan
@@ -55,9 +56,9 @@ ONE = (
     "95 % intervals cover the seed of the segmenter ({seeds}) and the test images. They do not cover which rows were"
     " drawn, nor the ControlNet: this is one draw, and another one may say something else; --tier full draws three."
 )
-FEW_KEPT = (
-    " **Most were dropped**: train the ControlNet longer (--controlnet_steps), or lower --min_miou, down to 0 where"
-    " that segmenter finds little in real images, too."
+DROPPED = (
+    " **Of {classes} more were dropped than kept**: train the ControlNet longer (--controlnet_steps), or lower"
+    " --min_miou, down to 0 where that segmenter finds little in real images, too."
 )
 WITHOUT_EFFECT = ("dataset_name", "output_dir", "pretrained_model_name_or_path", "lora", "allow_symlinks")
 CONTROLS = {"equal_exposure": "above real alone", "equal_compute": "above real for as long"}
@@ -212,7 +213,7 @@ def report(metrics: dict[str, Any]) -> str:
             f" {case['validation']} validated on; learning rate {case['learning_rate']:g}, augmentation"
             f" {case['augment']}; {case['kept']} of {case['generated']} images kept, in which the segmenter that"
             f" filters them found their masks with an mIoU of {case['miou']:.2f} on average."
-            + (FEW_KEPT if case["kept"] < case["generated"] / 2 else "")
+            + (DROPPED.format(classes=listed(lost)) if (lost := case["mostly_dropped"]) else "")
         )
     parts = ["# Are the synthetic images worth training on?", *metrics["verdicts"], metrics["intervals"],
              "![test mIoU](study.png)", "```\n" + table(metrics) + "\n```", "## Gain of each class, in points of IoU",

@@ -18,8 +18,9 @@ from segcn.data.metadata import METADATA, Split, check_split, read_split
 from segcn.data.transforms import AugmentConfig
 from segcn.generate.conditions import read_conditions
 from segcn.generate.config import GenerateConfig
+from segcn.generate.filtering import mostly_dropped
 from segcn.generate.layouts import make_layouts
-from segcn.generate.writer import generate_dataset
+from segcn.generate.writer import generate_dataset, records_of
 from segcn.models.base import one_core, pick_device
 from segcn.models.segmenter import AnySegmenter, load_segmenter, write_segmenter
 from segcn.study.config import StudyConfig
@@ -228,9 +229,11 @@ def read_counts(plan: StudyPlan) -> dict[tuple[float, Arm], np.ndarray]:
 
 
 def synthetic_figures(plan: StudyPlan, case: Portion) -> dict:
-    """Of a case how many images were generated and kept, and the mean mIoU of the latter by the filter's segmenter."""
-    manifest = Path(plan.synthetic(case).output_dir) / "manifest.jsonl"
-    records = [json.loads(line) for line in manifest.read_text().splitlines()]
+    """Of a case how many images were generated and kept, by the filter's segmenter the mean mIoU of the latter, and
+    the classes of which it dropped most."""
+    out = Path(plan.synthetic(case).output_dir)
+    records = list(records_of(out))
     kept = [record for record in records if record["kept"]]
     miou = round(float(np.mean([record["miou"] for record in kept])), 4)
-    return {"generated": len(records), "kept": len(kept), "miou": miou}
+    lost = mostly_dropped(out, records, plan.test.palette)
+    return {"generated": len(records), "kept": len(kept), "miou": miou, "mostly_dropped": lost}
