@@ -113,7 +113,7 @@ class GenerateConfig(SampleConfig):
     limit: int | None = flag(None, "use only the first rows", low=1)
     replicates: int = flag(1, "images of each row", low=1)
     hard_first: bool = flag(
-        False, "as many images in all, more of the rows that are rare, or hard to the filter's segmenter, less of the rest"
+        False, "as many images in all, more of rows that are rare, or hard to the filter's segmenter, less of others"
     )
     augment_masks: str | None = flag(None, "draw a new layout for each image as in training: affine,degrees=20")
     from_images: float | None = flag(
