@@ -17,7 +17,7 @@ from segcn.data.importers.palettes import is_dataset
 from segcn.data.masks import colorize, read_mask, resize_mask
 from segcn.data.metadata import read_named_split, read_row, read_split
 from segcn.data.palette import IGNORE, Palette
-from segcn.data.sampler import COUNTED_ROWS, class_pixels, class_weights, repeat_factors
+from segcn.data.sampler import COUNTED_ROWS, class_pixels, repeat_factors
 from segcn.data.transforms import AUGMENTS, Box, Draw, apply, boxes
 from segcn.evaluate.metrics import confusion_matrix, iou
 from segcn.generate.conditions import Conditions
@@ -153,11 +153,11 @@ def open_filter(config: GenerateConfig, conditions: Conditions, log: Callable[[s
 def images_of_rows(config: GenerateConfig, conditions: Conditions, criterion: Filter) -> list[int]:
     """How many images --hard_first gives each row: rows x replicates in all, in proportion to how hard its mask is.
 
-    That is the mean of 1 - IoU over the classes of the mask, weighted by 1 / sqrt(share of the pixels) (after FreeMask,
-    arXiv:2310.15160, 3.4, and SyntheticGen, arXiv:2602.04749), times the repeat factor of its rarest class: what few
-    rows show the segmenter may know by heart, and so not miss in them. The IoU is its own on the rows' real images; of
-    two replicates and more each row gets one at least. What is left of whole numbers goes to the largest remainders.
-    UserError where there are no real images.
+    That is the mean of 1 - IoU over the classes of the mask (after FreeMask, arXiv:2310.15160, 3.4, and SyntheticGen,
+    arXiv:2602.04749) times the repeat factor of its rarest class: what few rows show the segmenter may know by heart,
+    and so not miss in them. The IoU is the segmenter's on the rows' real images; of two replicates and more each row
+    gets one at least. What is left of whole numbers goes to the largest remainders. UserError where there are no real
+    images.
     """
     if not is_dataset(Path(config.controls)):
         raise UserError(f"--hard_first needs real images, and --controls {config.controls} holds masks alone")
@@ -170,8 +170,8 @@ def images_of_rows(config: GenerateConfig, conditions: Conditions, criterion: Fi
         confusion = confusion + criterion.confusion(criterion.predict([image])[0], mask)
     missed = 1 - iou(confusion)
     weak = torch.where(missed.isnan(), missed.nanmean(), missed).numpy().round(3)  # machines differ in the last digits
-    weights = (pixels > 0) * class_weights(pixels).numpy()
-    hardness = weights @ weak / np.maximum(weights.sum(1), 1e-9)
+    shown = pixels > 0
+    hardness = shown @ weak / np.maximum(shown.sum(1), 1)
     return allocate(hardness * repeat_factors(pixels, RARE), config.replicates)
 
 
