@@ -304,9 +304,10 @@ def test_resamples_equal_a_brute_force_bootstrap_over_draws_seeds_and_images_and
     assert low > 0 and high - low < np.ptp(scores["miou"].interval()) / 3
 
 
-def arm_of(kind, images, exposure, compute=None, fewer=()):
-    """An arm's figures as in metrics.json; gains as (value, low, high)."""
-    of = lambda gain: {"miou": gain[0], "miou_interval": list(gain[1:])}  # noqa: E731
+def arm_of(kind, images, exposure, compute=None, fewer=(), house=(0, -1, 1)):
+    """An arm's figures as in metrics.json; gains as (value, low, high), also of a class."""
+    of = lambda gain: {"miou": gain[0], "miou_interval": list(gain[1:]),  # noqa: E731
+                       "per_class": {"house": house[0]}, "intervals": {"house": list(house[1:])}}  # fmt: skip
     above = {"equal_exposure": of(exposure)} | ({"equal_compute": of(compute)} if compute else {})
     return {"kind": kind, "images": images, "rows": 200, "miou": 0.7 + exposure[0], "above": above,
             "above_fewer": {f"fewer_{one}": of(gain) for one, gain in dict(fewer).items()}}  # fmt: skip
@@ -318,7 +319,7 @@ VERDICTS = [  # of pretraining on 1,000 and on 2,000 images, and of mixing; what
      "mixing: no difference shown", "don't add any beyond 1,000", "upper bound: mIoU +1.8"], ["untried"]),
     ((GAIN, GAIN), GAIN, (LOSS, NOTHING), ["pretrain on 2,000", "mixing: loss", "more than 2,000 untried"], ["beyond"]),
     ((GAIN, LOSS), NOTHING, (NOTHING, NOTHING), ["add no synthetic images",
-     "pretraining: less than the same compute on the real rows gives"], ["beyond"]),
+     "pretraining: less than the same compute on the real rows gives"], ["beyond", "single classes"]),
     ((GAIN, NOTHING), NOTHING, (GAIN, GAIN), ["mix 2,000 synthetic images in: mIoU +1.8", "pretraining: no diff"], []),
 ]  # fmt: skip
 
@@ -330,6 +331,11 @@ def test_the_verdict_is_what_to_do_and_a_gain_is_above_both_controls(pretrained,
     sentence = report.verdict(arms)
     assert sentence.startswith("With your 200 rows: ") and sentence.endswith(".")
     assert [words for words in said if words not in sentence] == [words for words in unsaid if words in sentence] == []
+    of_rare = arm_of("mixed", 2000, NOTHING, NOTHING, house=(0.158, 0.013, 0.322))
+    assert (
+        "mixing: no difference shown, mIoU +0.1 [-0.4, +0.6] above real alone and +0.1 [-0.4, +0.6] above real for"
+        " as long, but of single classes a gain: house +15.8 [+1.3, +32.2]"
+    ) in report.verdict([*arms[:2], of_rare])
 
 
 @pytest.fixture

@@ -157,7 +157,8 @@ def verdict(arms: list[dict[str, Any]]) -> str:
     if advice and advice[2] is best:
         amount = f"{best['images']:,}"
         parts.append(f"don't add any beyond {amount}" if best is not pretrained[-1] else f"more than {amount} untried")
-    parts += [f"{one[1]}: {_effect(one[2])}, {_gains(one[2])}" for one in recipes if one is not advice]
+    parts += [f"{word}: {_effect(arm)}, {_gains(arm)}{_gaining_classes(arm)}"
+              for _, word, arm in recipes if not advice or arm is not advice[2]]  # fmt: skip
     for bound in (arm for arm in arms if arm["kind"] == "bound"):
         parts.append(f"{bound['images']:,} other real rows in their place, the upper bound: {_gains(bound)}")
     return f"With your {arms[0]['rows']:,} rows: {'; '.join(parts)}."
@@ -179,10 +180,20 @@ def _gains(arm: dict[str, Any]) -> str:
     return "mIoU " + " and ".join(shown)
 
 
-def in_points(figures: dict[str, Any]) -> str:
-    """A difference of mIoU in points of a hundred, with its interval."""
-    low, high = figures["miou_interval"]
-    return f"{100 * figures['miou']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def _gaining_classes(arm: dict[str, Any]) -> str:
+    """The classes that are above both controls beyond their intervals: of some the mean over all shows nothing."""
+    found = arm["above"].values()
+    names = [name for name in arm["above"]["equal_compute"]["intervals"]
+             if all(control["intervals"][name][0] > 0 for control in found)]  # fmt: skip
+    gains = (f"{name} {in_points(arm['above']['equal_compute'], name)}" for name in names)
+    return f", but of single classes a gain: {', '.join(gains)}" if names else ""
+
+
+def in_points(figures: dict[str, Any], name: str = "") -> str:
+    """A difference of mIoU, or of the IoU of a class, in points of a hundred, with its interval."""
+    value = figures["per_class"][name] if name else figures["miou"]
+    low, high = figures["intervals"][name] if name else figures["miou_interval"]
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def write_report(metrics: dict[str, Any], folder: Path) -> None:
@@ -245,10 +256,7 @@ def class_gains(metrics: dict[str, Any]) -> str:
     for arm in metrics["arms"]:
         for control, words in CONTROLS.items() if arm["kind"] in ("pretrained", "mixed", "bound") else ():
             gains = arm["above"][control]
-            found[arm["rows"], arm["name"], words] = {
-                name: f"{100 * gains['per_class'][name]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-                for name, (low, high) in gains["intervals"].items()
-            }
+            found[arm["rows"], arm["name"], words] = {name: in_points(gains, name) for name in gains["intervals"]}
     return pandas.DataFrame(found).T.to_string(sparsify=False)
 
 
