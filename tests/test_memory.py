@@ -284,7 +284,7 @@ def test_a_step_that_overflows_in_float16_is_skipped_and_a_cut_run_resumes_with_
 
 
 def pages_taken(size=64 * 2**20):
-    """Pages that the system had to hand out for memory that has been allocated and freed before."""
+    """How often the system had to hand out pages, some at once, for memory that was allocated and freed before."""
     b"1" * size
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     b"1" * size
@@ -309,9 +309,7 @@ def test_freed_memory_is_kept_and_not_fetched_again():
         ctypes.CDLL(None).mallopt(MMAP_MAX, 65536)
         ctypes.CDLL(None).mallopt(TRIM_THRESHOLD, 128 * 2**10)
 
-    whole = 64 * 2**20 // resource.getpagesize()
-    assert pages_in_fork(forget) > whole / 2
-    assert pages_in_fork(keep_freed_memory) < whole / 10
+    assert pages_in_fork(keep_freed_memory) < pages_in_fork(forget) / 5
 
 
 @pytest.mark.parametrize(("width", "channels_last"), [(32, True), (320, False)])

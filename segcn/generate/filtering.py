@@ -27,7 +27,7 @@ from segcn.models.segmenter import AnySegmenter, SegmenterConfig, open_segmenter
 from segcn.utils.errors import UserError
 
 FILTER_SEED = 7001  # of the segmenter that filters; the one that scores has --seed, 0 by default
-RARE = 0.5  # classes that a smaller share of the rows shows count as rare for --hard_first
+RARE_BELOW = 0.5  # classes that a smaller share of the rows shows count as rare for --hard_first
 MEASURED_REAL = 256  # real rows at most, on which --hard_first measures the segmenter
 CAUSE_ROWS = 16  # real rows that are looked at where no image was kept
 BASE_SHARE = 0.9  # of the real images' score, that reconstructions reach with a base that fits
@@ -172,7 +172,7 @@ def images_of_rows(config: GenerateConfig, conditions: Conditions, criterion: Fi
     weak = torch.where(missed.isnan(), missed.nanmean(), missed).numpy().round(3)  # machines differ in the last digits
     shown = pixels > 0
     hardness = shown @ weak / np.maximum(shown.sum(1), 1)
-    return allocate(hardness * repeat_factors(pixels, RARE), config.replicates)
+    return allocate(hardness * repeat_factors(pixels, RARE_BELOW), config.replicates)
 
 
 def allocate(hardness: np.ndarray, replicates: int) -> list[int]:
