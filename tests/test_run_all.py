@@ -214,9 +214,12 @@ class Person:
         self.panel.get_by_role("button", name=name, exact=True).click()
 
     def draw(self, *points):
-        """Draw a line through points given as shares of the canvas's width and height."""
+        """Draw a line through points given as shares of the canvas's width and height, once the page lies still."""
         self.canvas.scroll_into_view_if_needed()
-        box = self.canvas.bounding_box()
+        before, box = None, self.canvas.bounding_box()
+        while box != before:  # JupyterLab scrolls to the cell that was clicked
+            self.page.wait_for_timeout(200)
+            before, box = box, self.canvas.bounding_box()
         places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
         self.page.mouse.move(*places[0])
         self.page.mouse.down()
