@@ -309,7 +309,9 @@ def test_freed_memory_is_kept_and_not_fetched_again():
         ctypes.CDLL(None).mallopt(MMAP_MAX, 65536)
         ctypes.CDLL(None).mallopt(TRIM_THRESHOLD, 128 * 2**10)
 
-    assert pages_in_fork(keep_freed_memory) < pages_in_fork(forget) / 5
+    fetched = pages_in_fork(forget)
+    assert fetched >= 32  # of 64 MiB, even where a page has 2 MiB
+    assert pages_in_fork(keep_freed_memory) < fetched / 5
 
 
 @pytest.mark.parametrize(("width", "channels_last"), [(32, True), (320, False)])

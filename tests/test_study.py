@@ -334,7 +334,7 @@ def test_the_verdict_is_what_to_do_and_a_gain_is_above_both_controls(pretrained,
     of_rare = arm_of("mixed", 2000, NOTHING, NOTHING, house=(0.158, 0.013, 0.322))
     assert (
         "mixing: no difference shown, mIoU +0.1 [-0.4, +0.6] above real alone and +0.1 [-0.4, +0.6] above real for"
-        " as long, but of single classes a gain: house +15.8 [+1.3, +32.2]"
+        " as long, but a gain of single classes, above real for as long: house +15.8 [+1.3, +32.2]"
     ) in report.verdict([*arms[:2], of_rare])
 
 

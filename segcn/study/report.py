@@ -181,12 +181,12 @@ def _gains(arm: dict[str, Any]) -> str:
 
 
 def _gaining_classes(arm: dict[str, Any]) -> str:
-    """The classes that are above both controls beyond their intervals: of some the mean over all shows nothing."""
+    """The classes that are above both controls beyond their intervals, which the mean over all classes can hide."""
     found = arm["above"].values()
     names = [name for name in arm["above"]["equal_compute"]["intervals"]
              if all(control["intervals"][name][0] > 0 for control in found)]  # fmt: skip
     gains = (f"{name} {in_points(arm['above']['equal_compute'], name)}" for name in names)
-    return f", but of single classes a gain: {', '.join(gains)}" if names else ""
+    return f", but a gain of single classes, {CONTROLS['equal_compute']}: {', '.join(gains)}" if names else ""
 
 
 def in_points(figures: dict[str, Any], name: str = "") -> str:
